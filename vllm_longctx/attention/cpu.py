@@ -1,0 +1,312 @@
+"""Λ attention in vLLM's CPU engine: a metadata builder and an implementation around the stock CPU kernel.
+
+A step's requests go one of two ways, decided once per step for all layers. Decodes, and prompts still inside the window,
+take one call of vLLM's own kernel over compact tables (`selection`). Prompts past the window take `tiles`. The builder also
+fills the scratch blocks of all layers in one go, since what stands in them was computed in earlier steps.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+
+from vllm_longctx.attention.selection import KernelTables, ScratchLayout, SinkMoves, cdiv, kernel_tables
+from vllm_longctx.attention.tiles import ChunkPlan, attend_chunk, plan_chunk
+from vllm_longctx.config import active_config
+from vllm_longctx.geometry import Geometry
+from vllm_longctx.kv_cache import LambdaSpec
+from vllm_longctx.rotary import Rotary
+
+
+@functools.cache
+def packed_order(block_size: int, head_size: int, dtype: torch.dtype, isa: str) -> tuple[Tensor, Tensor]:
+    """How the CPU kernel packs a block: for keys and for values, the place of element [offset, dim] in its flat block.
+
+    Each int64 [block_size, head_size]. The order depends on the instruction set and is not documented, so it is learned
+    by writing numbered elements; digits in base 256 are exact in every dtype.
+    """
+    number = torch.arange(block_size * head_size).view(block_size, 1, head_size)
+    places = []
+    for which in (0, 1):
+        packed = torch.zeros(block_size * head_size, dtype=torch.long)
+        for digit in (1, 256, 65536):
+            x = (number // digit % 256).to(dtype)
+            key_cache, value_cache = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype).chunk(2, dim=2)
+            ops.cpu_attn_reshape_and_cache(x, x, key_cache, value_cache, torch.arange(block_size), isa)
+            packed += (key_cache, value_cache)[which].flatten().long() * digit
+        place = torch.empty_like(packed)
+        place[packed] = torch.arange(len(packed))
+        if not torch.equal(packed[place], torch.arange(len(packed))):
+            raise RuntimeError(f"the CPU kernel's block layout for {dtype} and {isa!r} is not a permutation")
+        places.append(place.view(block_size, head_size))
+    return places[0], places[1]
+
+
+@dataclass(frozen=True)
+class KernelPart:
+    """Requests served by the stock kernel. tokens [n]: their rows in the step, or None for all of them."""
+
+    tokens: Tensor | None
+    query_start_loc: Tensor
+    tables: KernelTables
+    scheduler_metadata: Tensor
+
+
+@dataclass(frozen=True)
+class ChunkPart:
+    """A request served by tiles. context_blocks cover its context from `context_skip` tokens into the first block on."""
+
+    tokens: slice
+    plan: ChunkPlan
+    context_blocks: Tensor
+    context_skip: int
+    context_length: int
+    first_blocks: Tensor
+
+
+@dataclass(frozen=True)
+class LambdaMetadata:
+    num_actual_tokens: int
+    kernel: KernelPart | None
+    chunks: list[ChunkPart]
+    scratch: ScratchLayout
+
+
+class LambdaBackend(CPUAttentionBackend):
+    """vLLM's CPU backend with Λ geometry. Chosen per layer by `vllm_longctx.worker`, not in vLLM's registry."""
+
+    @staticmethod
+    def get_impl_cls() -> type["LambdaImpl"]:
+        return LambdaImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["LambdaMetadataBuilder"]:
+        return LambdaMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: KVCacheSpec) -> KVCacheSpec:
+        raise TypeError("use the backend that `for_geometry` returns")
+
+    @classmethod
+    def for_geometry(cls, geometry: Geometry) -> type["LambdaBackend"]:
+        """The backend of layers with this geometry: their KV spec says what the pool must keep."""
+
+        def customize_spec(cls: type, spec: AttentionSpec) -> AttentionSpec:
+            return LambdaSpec.from_attention_spec(spec, geometry)
+
+        return type("LambdaBackend", (cls,), {"customize_spec": classmethod(customize_spec)})
+
+
+class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.geometry = active_config(vllm_config).geometry
+        window = self.geometry.n_local
+        self.sliding_window = -1 if window is None else self.geometry.n_global + window
+        self.layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
+        self.rotary: Rotary = self.layers[0].impl.rotary
+        self.places = packed_order(self.block_size, self.head_dim, kv_cache_spec.dtype, self.isa)
+        for layer in self.layers:
+            layer.impl.places = self.places
+
+    @functools.cached_property
+    def scratch(self) -> ScratchLayout:
+        num_blocks = self.vllm_config.cache_config.num_gpu_blocks
+        return scratch_layout(self.vllm_config, self.geometry, self.block_size, num_blocks)
+
+    @functools.cached_property
+    def all_layers_cache(self) -> Tensor:
+        """The KV cache of all layers as one tensor [layers * blocks, kv_heads, 2 * block_size, head_size], scratch included."""
+        caches = [layer.kv_cache for layer in self.layers]
+        blocks = self.scratch.first_block + self.scratch.num_blocks
+        layer_stride = blocks * caches[0].stride(0)
+        for number, cache in enumerate(caches):
+            if cache.storage_offset() != caches[0].storage_offset() + number * layer_stride:
+                raise RuntimeError("layers of a KV cache group do not stand one behind the other; vLLM's layout changed")
+        return with_scratch(caches[0], len(caches) * blocks)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> LambdaMetadata:
+        m = common_attn_metadata
+        starts, seq_lens, table = m.query_start_loc, m.seq_lens, m.block_table_tensor
+        query_lens = starts.diff()
+        tiled = self._needs_tiles(seq_lens, query_lens)
+        chunks = [self._chunk(r, starts, seq_lens, table) for r in tiled.nonzero().flatten().tolist()]
+        kernel = None
+        if not chunks:
+            kernel = self._kernel_part(None, starts, table, seq_lens, query_lens)
+        elif not tiled.all():
+            rows = (~tiled).nonzero().flatten()
+            tokens = torch.repeat_interleave(~tiled, query_lens).nonzero().flatten()
+            own_starts = torch.cat((starts.new_zeros(1), query_lens[rows].cumsum(0, dtype=torch.int32)))
+            kernel = self._kernel_part(tokens, own_starts, table[rows], seq_lens[rows], query_lens[rows])
+        return LambdaMetadata(m.num_actual_tokens, kernel, chunks, self.scratch)
+
+    def _needs_tiles(self, seq_lens: Tensor, query_lens: Tensor) -> Tensor:
+        """bool [rows]: requests past their window that one row of a table cannot describe."""
+        if self.geometry.n_local is None or self.geometry.n_global == 0:
+            return torch.zeros_like(seq_lens, dtype=torch.bool)
+        past = seq_lens > self.geometry.n_local
+        tiled = past & (query_lens > 1)
+        return past if int((past & ~tiled).sum()) > self.scratch.rows else tiled
+
+    def _kernel_part(
+        self, tokens: Tensor | None, starts: Tensor, table: Tensor, seq_lens: Tensor, query_lens: Tensor
+    ) -> KernelPart:
+        tables = kernel_tables(self.geometry, self.block_size, self.scratch, table, seq_lens, query_lens)
+        if tables.moves is not None:
+            self._fill_scratch(tables.moves)
+        scheduler_metadata = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(seq_lens),
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            seq_lens=tables.seq_lens,
+            dtype=self.dtype,
+            query_start_loc=starts,
+            causal=True,
+            sliding_window_size=self.sliding_window,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+        return KernelPart(tokens, starts, tables, scheduler_metadata)
+
+    def _fill_scratch(self, moves: SinkMoves) -> None:
+        """Copy ragged heads and turned first tokens to the scratch blocks, for all layers at once."""
+        cache, bs, d = self.all_layers_cache, self.block_size, self.head_dim
+        layer_base = torch.arange(len(self.layers))[:, None] * (self.scratch.first_block + self.scratch.num_blocks)
+        cache[(layer_base + moves.edge_scratch).flatten()] = cache[(layer_base + moves.edge_blocks).flatten()]
+
+        slots = (layer_base[..., None] * bs + moves.source_slots).flatten()
+        block, offset = slots // bs, slots % bs
+        flat = cache.view(len(cache), self.num_kv_heads, 2, bs * d)
+        key_place, value_place = self.places
+        key = flat[block[:, None], :, 0, key_place[offset]].transpose(1, 2)  # [layers * R * G, kv_heads, d]
+        value = flat[block[:, None], :, 1, value_place[offset]].transpose(1, 2)
+        turn_by = moves.turn_by.flatten().repeat(len(self.layers))
+        key = self.rotary.turn(key, turn_by[:, None])
+        targets = (layer_base[..., None] * bs + moves.target_slots).flatten()
+        key_cache, value_cache = cache.chunk(2, dim=2)
+        ops.cpu_attn_reshape_and_cache(key, value.contiguous(), key_cache, value_cache, targets, self.isa)
+
+    def _chunk(self, row: int, starts: Tensor, seq_lens: Tensor, table: Tensor) -> ChunkPart:
+        n_local, bs = self.geometry.n_local, self.block_size
+        assert n_local is not None
+        begin, end = int(starts[row]), int(starts[row + 1])
+        context = int(seq_lens[row]) - (end - begin)
+        window_start = max(context - n_local + 1, 0)
+        return ChunkPart(
+            tokens=slice(begin, end),
+            plan=plan_chunk(self.geometry, context, end - begin, self.dtype),
+            context_blocks=table[row, window_start // bs : cdiv(context, bs)].long(),
+            context_skip=window_start % bs,
+            context_length=context - window_start,
+            first_blocks=table[row, : cdiv(self.geometry.n_global, bs)].long(),
+        )
+
+
+class LambdaImpl(CPUAttentionBackendImpl):
+    """A stock CPU attention layer taken over after the weights are loaded; `places` is set by the metadata builder."""
+
+    places: tuple[Tensor, Tensor]
+
+    def __init__(self, stock: CPUAttentionBackendImpl, geometry: Geometry, rotary: Rotary):
+        self.__dict__.update(vars(stock))
+        self.geometry, self.rotary = geometry, rotary
+        window = geometry.n_local
+        self.sliding_window = -1 if window is None else geometry.n_global + window
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: LambdaMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """As `CPUAttentionBackendImpl.forward`; keys and values of the step are in the cache already."""
+        if attn_metadata is None:  # profiling run
+            return output
+        if attn_metadata.kernel is not None:
+            self._kernel(attn_metadata, query, kv_cache, output)
+        for chunk in attn_metadata.chunks:
+            rows = chunk.tokens
+            output[rows] = attend_chunk(
+                chunk.plan,
+                query[rows],
+                key[rows],
+                value[rows],
+                context=self._read(kv_cache, chunk.context_blocks, chunk.context_skip, chunk.context_length),
+                first=self._read(kv_cache, chunk.first_blocks, 0, self.geometry.n_global),
+                rotary=self.rotary,
+                scale=self.scale,
+            )
+        return output
+
+    def _kernel(self, metadata: LambdaMetadata, query: Tensor, kv_cache: Tensor, output: Tensor) -> None:
+        part, scratch = metadata.kernel, metadata.scratch
+        assert part is not None
+        cache = with_scratch(kv_cache, scratch.first_block + scratch.num_blocks)
+        key_cache, value_cache = cache.chunk(2, dim=2)
+        whole_step = part.tokens is None
+        query = query[: metadata.num_actual_tokens] if whole_step else query[part.tokens]
+        out = output[: metadata.num_actual_tokens] if whole_step else torch.empty_like(query)
+        ops.cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=out,
+            query_start_loc=part.query_start_loc,
+            seq_lens=part.tables.seq_lens,
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=self.alibi_slopes,
+            sliding_window=self.sliding_window,
+            block_table=part.tables.block_table,
+            softcap=self.logits_soft_cap,
+            scheduler_metadata=part.scheduler_metadata,
+            s_aux=None,
+        )
+        if not whole_step:
+            output[part.tokens] = out
+
+    def _read(self, kv_cache: Tensor, blocks: Tensor, skip: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [length, kv_heads, head_size] from `skip` tokens into the first of `blocks` on."""
+        _, kv_heads, bs, _ = kv_cache.shape
+        pages = kv_cache[blocks].view(len(blocks), kv_heads, 2, bs * self.head_size)
+
+        def unpack(which: int) -> Tensor:
+            flat = pages[:, :, which].index_select(-1, self.places[which].flatten())
+            return flat.view(-1, kv_heads, bs, self.head_size).transpose(1, 2).flatten(0, 1)[skip : skip + length]
+
+        return unpack(0), unpack(1)
+
+
+def with_scratch(kv_cache: Tensor, num_blocks: int) -> Tensor:
+    """A layer's cache [blocks, kv_heads, block_size, 2 * d] as [num_blocks, kv_heads, 2 * block_size, d], past its last block."""
+    _, kv_heads, bs, width = kv_cache.shape
+    block, head, _, element = kv_cache.stride()
+    return kv_cache.as_strided((num_blocks, kv_heads, 2 * bs, width // 2), (block, head, width // 2, element))
+
+
+def scratch_layout(vllm_config: VllmConfig, geometry: Geometry, block_size: int, num_blocks: int) -> ScratchLayout:
+    return ScratchLayout.plan(geometry, block_size, num_blocks, vllm_config.scheduler_config.max_num_seqs)

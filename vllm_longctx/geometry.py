@@ -1,0 +1,93 @@
+"""Which keys a query sees, and at which distance: pure functions of positions.
+
+Symbols of the papers, named once: G = `n_global`, N = `n_local`, L = `distance_ceiling`, s = window start. A method is a
+set of branches; a branch says which keys it covers and at which distance the position encoding sees them. Branches never
+overlap, and attention over them is one softmax.
+
+Sources: LM-Infinite (arXiv 2308.16137, section 3) for the Λ mask and the ceiling min(i - j, L); StreamingLLM
+(arXiv 2309.17453, section 3.2) for distances counted in the cache.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Distances = Literal["relative", "in_cache"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a query attends to. All lengths in tokens.
+
+    n_global: the first tokens, visible to every later query.
+    n_local: the last tokens a query sees, itself included; None sees all of them (plain attention).
+    distance_ceiling: no key looks farther away than this; None for no ceiling.
+    distances: `relative` counts distances in the text; `in_cache` counts them among the visible tokens, as StreamingLLM
+        does, and needs no ceiling.
+    """
+
+    n_global: int = 0
+    n_local: int | None = None
+    distance_ceiling: int | None = None
+    distances: Distances = "relative"
+
+    def window_start(self, query_positions: Tensor) -> Tensor:
+        """First position of each query's sliding window. Positions int64, any shape."""
+        if self.n_local is None:
+            return torch.zeros_like(query_positions)
+        return (query_positions - self.n_local + 1).clamp_min(0)
+
+    def unseen_distance(self, query_positions: Tensor, key_positions: Tensor, window_start: Tensor) -> Tensor:
+        """How much nearer than in the text a global key looks, in tokens.
+
+        query_positions, window_start [T], key_positions [S]: int64. Returns int64 [T, S].
+        """
+        i, j = query_positions[:, None], key_positions[None, :]
+        if self.distances == "in_cache":
+            return (window_start[:, None] - self.n_global).clamp_min(0).expand(-1, len(key_positions))
+        ceiling = i - j if self.distance_ceiling is None else self.distance_ceiling
+        return (i - j - ceiling).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """visible: bool [queries, keys]; distance: int64 [queries, keys], meaningful where visible."""
+
+    visible: Tensor
+    distance: Tensor
+
+
+def local_branch(queries: Tensor, keys: Tensor, window_start: Tensor) -> Branch:
+    """Keys from the window's start up to the query, at their distance in the text.
+
+    queries [T], keys [S]: positions, int64. window_start [T]: `Geometry.window_start` for a sliding window, the start of
+    the query's window for a stepped one.
+    """
+    i, j = queries[:, None], keys[None, :]
+    return Branch((window_start[:, None] <= j) & (j <= i), i - j)
+
+
+def global_branch(geometry: Geometry, queries: Tensor, keys: Tensor, window_start: Tensor) -> Branch:
+    """The first `n_global` keys, where the window has left them behind. Arguments as in `local_branch`."""
+    i, j, start = queries[:, None], keys[None, :], window_start[:, None]
+    visible = (j < geometry.n_global) & (j < start) & (j <= i)
+    return Branch(visible, i - j - geometry.unseen_distance(queries, keys, window_start))
+
+
+def branches(geometry: Geometry, queries: Tensor, keys: Tensor, window_start: Tensor | None = None) -> list[Branch]:
+    """Every branch of the method. queries [T], keys [S]: positions, int64.
+
+    window_start [T] makes the windows stepped; by default they slide with the query.
+    """
+    start = geometry.window_start(queries) if window_start is None else window_start
+    return [local_branch(queries, keys, start), global_branch(geometry, queries, keys, start)]
+
+
+def alibi_slopes(n_heads: int) -> Tensor:
+    """Slopes of ALiBi (arXiv 2108.12409, section 3): float64 [n_heads]; the bias is -slope * distance."""
+    power = 2 ** (n_heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
+    between = [2 ** (-4 * (h + 1) / power) for h in range(0, 2 * (n_heads - power), 2)]
+    return torch.tensor(slopes + between, dtype=torch.float64)

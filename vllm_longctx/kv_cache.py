@@ -1,0 +1,172 @@
+"""KV cache of Λ attention: which blocks live, which are freed, what prefix caching may reuse.
+
+A request keeps the blocks of its first tokens and of its window; the blocks between are freed, their places in the block
+table taken by the null block. A prefix-cache hit therefore needs the first tokens' blocks and one window of blocks at its
+end, with null blocks between, just as vLLM's sliding-window manager does without the first tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from vllm_longctx.attention.selection import cdiv
+from vllm_longctx.geometry import Geometry
+
+
+@dataclass(frozen=True, kw_only=True)
+class LambdaSpec(SlidingWindowSpec):
+    """KV of one layer under Λ attention; `sliding_window` is n_local.
+
+    A SlidingWindowSpec, because vLLM caps admission by the real need for these only: as a FullAttentionSpec, a prompt longer
+    than the pool would wait for ever, and `FullAttentionSpec.merge` would absorb Λ layers silently.
+    """
+
+    n_global: int
+
+    @classmethod
+    def from_attention_spec(cls, spec: AttentionSpec, geometry: Geometry) -> "LambdaSpec":
+        """The spec of the same layer under `geometry`. Raises TypeError for a layer that has a window of its own."""
+        if isinstance(spec, SlidingWindowSpec) or geometry.n_local is None:
+            raise TypeError(f"cannot give {spec} the geometry {geometry}")
+        common = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
+        return cls(**common, sliding_window=geometry.n_local, n_global=geometry.n_global)
+
+    @property
+    def first_blocks(self) -> int:
+        return cdiv(self.n_global, self.block_size)
+
+    def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
+        """Most blocks one request holds at once: first tokens, the last N - 1, tokens in flight, and one ragged block."""
+        return max_blocks_per_request(
+            Geometry(self.n_global, self.sliding_window), self.block_size, max_in_flight_tokens, max_model_len
+        )
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        return all(
+            isinstance(s, LambdaSpec) and (s.n_global, s.sliding_window) == (self.n_global, self.sliding_window)
+            for s in kv_cache_specs.values()
+        )
+
+
+def max_blocks_per_request(geometry: Geometry, block_size: int, max_in_flight_tokens: int, max_model_len: int) -> int:
+    """Most blocks a request under `geometry` holds at once; arguments but block_size in tokens."""
+    assert geometry.n_local is not None
+    recent = cdiv(min(geometry.n_local - 1 + max_in_flight_tokens, max_model_len), block_size) + 1
+    return min(cdiv(geometry.n_global, block_size) + recent, cdiv(max_model_len, block_size))
+
+
+class LambdaManager(SingleTypeKVCacheManager):
+    """Frees the middle of every request in its group."""
+
+    kv_cache_spec: LambdaSpec
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        """None: the callers in the base class take what is skipped to be a prefix."""
+        return 0
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Free the blocks between the first tokens and the window of the next query."""
+        end = _first_window_block(self.kv_cache_spec, processed_computed_tokens)
+        self._remove_blocks_in_range(request_id, self.kv_cache_spec.first_blocks, end)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """As the base class, but null blocks of a hit do not count against the cap: they hold no memory."""
+        cap = self.max_admission_blocks_per_request
+        if not apply_admission_cap or cap is None or request_id in self.num_cached_block:
+            return super().get_num_blocks_to_allocate(
+                request_id,
+                num_tokens,
+                new_computed_blocks,
+                total_computed_tokens,
+                num_local_computed_tokens,
+                num_tokens_main_model,
+                apply_admission_cap,
+                prefill_end,
+            )
+        hit = sum(not block.is_null for block in new_computed_blocks)
+        missing = cdiv(num_tokens, self.block_size) - len(new_computed_blocks)
+        return max(min(hit + missing, cap) - hit, 0) + self._get_num_evictable_blocks(new_computed_blocks)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """The longest prefix whose first blocks and whose last window of blocks are all cached.
+
+        Searched from the right: a missing block rules out every end whose window holds it.
+        """
+        assert isinstance(kv_cache_spec, LambdaSpec) and not drop_eagle_block
+        assert dcp_world_size == pcp_world_size == 1
+        bs = kv_cache_spec.block_size
+        hashes = resolve_block_hashes(
+            block_hashes,
+            block_pool.hash_block_size,
+            bs,
+            supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
+            alignment_tokens=alignment_tokens,
+        )
+        cached: dict[int, list[KVCacheBlock]] = {}
+
+        def is_cached(index: int) -> bool:
+            if index not in cached:
+                block = block_pool.get_cached_block(hashes[index], kv_cache_group_ids)
+                if not block:
+                    return False
+                cached[index] = block
+            return True
+
+        end = max_length // bs
+        first_blocks = kv_cache_spec.first_blocks
+        first_missing = next((b for b in range(min(first_blocks, end)) if not is_cached(b)), None)
+        end = end if first_missing is None else first_missing
+        while end > 0:
+            if end * bs % alignment_tokens:
+                end -= 1
+                continue
+            window = range(_first_window_block(kv_cache_spec, end * bs), end)
+            missing = next((b for b in reversed(window) if not is_cached(b)), None)
+            if missing is None:
+                break
+            end = missing
+        live = {*range(min(first_blocks, end)), *range(_first_window_block(kv_cache_spec, end * bs), end)}
+        return tuple(
+            [cached[b][group] if b in live else block_pool.null_block for b in range(end)]
+            for group in range(len(kv_cache_group_ids))
+        ), end * bs
+
+
+def _first_window_block(spec: LambdaSpec, computed_tokens: int) -> int:
+    """Index of the first block that the query at position `computed_tokens` sees through its window."""
+    return max(computed_tokens - spec.sliding_window + 1 - spec.extra_retained_tokens, 0) // spec.block_size
+
+
+def register() -> None:
+    """Make the spec known to vLLM; also needed where it is only unpickled. Built-in specs must be there first."""
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(LambdaSpec, LambdaManager, uniform_type_base_spec=LambdaSpec)

@@ -1,0 +1,93 @@
+"""The CPU worker of an engine with a long-context configuration.
+
+It takes over the attention layers once the weights are loaded, instead of overriding vLLM's backend registry: the registry
+is process-wide and cached, so a second engine in the process would inherit the override, and a layer would not know the
+rotary module that rotated its queries.
+"""
+
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, scratch_layout
+from vllm_longctx.config import active_config
+from vllm_longctx.engine_args import rope_parameters
+from vllm_longctx.rotary import Rotary, inverse_frequencies
+
+
+class LongContextCPUWorker(CPUWorker):
+    def load_model(self, **kwargs: Any) -> None:
+        super().load_model(**kwargs)
+        take_over_attention(self.model_runner.get_model(), self.vllm_config)
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(with_scratch_room(kv_cache_config, self.vllm_config))
+
+
+def take_over_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
+    """Give every attention layer of a loaded model exact rotary angles and Λ attention.
+
+    Must come before the first forward, which compiles the model. Raises RuntimeError for a layer that is not a plain
+    decoder layer with a rotary module beside it.
+    """
+    geometry = active_config(vllm_config).geometry
+    backend = LambdaBackend.for_geometry(geometry)
+    exact: dict[int, Rotary] = {}
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        stock = getattr(parent, "rotary_emb", None)
+        if not (
+            isinstance(layer, Attention)
+            and type(layer.impl) is CPUAttentionBackendImpl
+            and layer.impl.attn_type == "decoder"
+            and layer.impl.sinks is None
+            and layer.sliding_window is None
+            and isinstance(stock, RotaryEmbedding)
+        ):
+            raise RuntimeError(f"longctx cannot take over layer {name} ({type(layer).__name__}, {type(stock).__name__})")
+        rotary = exact.setdefault(id(stock), exact_rotary(stock, vllm_config))
+        parent.rotary_emb = rotary
+        layer.impl = LambdaImpl(layer.impl, geometry, rotary)
+        layer.attn_backend = backend
+
+
+def exact_rotary(stock: RotaryEmbedding, vllm_config: VllmConfig) -> Rotary:
+    """The same rotation with float64 angles. Raises RuntimeError if it differs from vLLM's own table."""
+    parameters = rope_parameters(vllm_config.model_config)
+    assert parameters is not None
+    rotary = Rotary(
+        stock.head_size, stock.rotary_dim, stock.is_neox_style, inverse_frequencies(stock.rotary_dim, parameters)
+    )
+    positions = torch.arange(min(64, len(stock.cos_sin_cache)))
+    ours = torch.cat(rotary.cos_sin(positions), -1)
+    theirs = stock.cos_sin_cache[: len(positions)].float()
+    if not torch.allclose(ours, theirs, atol=1e-5 + torch.finfo(stock.cos_sin_cache.dtype).eps):
+        raise RuntimeError(f"the rotary angles of {type(stock).__name__} are not those of {dict(parameters)}")
+    return rotary
+
+
+def with_scratch_room(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> KVCacheConfig:
+    """The same pool, with room for scratch blocks behind each layer's blocks; the scheduler never hears of them."""
+    if not kv_cache_config.kv_cache_tensors:
+        return kv_cache_config
+    (tensor,) = kv_cache_config.kv_cache_tensors
+    num_blocks = kv_cache_config.num_blocks
+    if tensor.layer_stride != num_blocks * tensor.block_stride or tensor.offset:
+        raise RuntimeError(f"longctx expects a KV cache of layers one behind the other, not {tensor}")
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    scratch = scratch_layout(vllm_config, active_config(vllm_config).geometry, spec.block_size, num_blocks)
+    room = scratch.num_blocks * tensor.block_stride
+    tensor = copy(tensor)
+    tensor.size += room * len(tensor.layers)
+    tensor.layer_stride += room
+    config = copy(kv_cache_config)
+    config.kv_cache_tensors = [tensor]
+    return config
