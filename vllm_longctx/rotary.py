@@ -56,6 +56,7 @@ class Rotary(nn.Module):
         super().__init__()
         self.head_size, self.rotary_dim, self.neox = head_size, rotary_dim, neox
         self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
+        self._step: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def same_angles(self, other: "Rotary") -> bool:
         return (self.head_size, self.rotary_dim, self.neox) == (other.head_size, other.rotary_dim, other.neox) and (
@@ -64,8 +65,20 @@ class Rotary(nn.Module):
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """positions [tokens], int; query, key [tokens, heads * head_size]: returned rotated, same shape and dtype."""
-        cos_sin = self.cos_sin(positions.flatten())
+        cos_sin = self._step_cos_sin(positions)
         return self._rotate_flat(query, cos_sin), None if key is None else self._rotate_flat(key, cos_sin)
+
+    def new_step(self) -> None:
+        """Forget the angles of the last step; called before each forward."""
+        self._step = None
+
+    def _step_cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """`cos_sin`, computed once for all the layers of a step: they are given the same tensor object."""
+        if torch.compiler.is_compiling():
+            return self.cos_sin(positions.flatten())
+        if self._step is None or self._step[0] is not positions:
+            self._step = positions, self.cos_sin(positions.flatten())
+        return self._step[1]
 
     def _rotate_flat(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = (t.unsqueeze(-2) for t in cos_sin)
@@ -85,11 +98,10 @@ class Rotary(nn.Module):
         return self._rotate(x, cos, sin)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        rotated, passed = x[..., : self.rotary_dim].to(cos.dtype), x[..., self.rotary_dim :]
-        if self.neox:
-            a, b = rotated.chunk(2, -1)
-            rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-        else:
-            a, b = rotated[..., ::2], rotated[..., 1::2]
-            rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-        return torch.cat((rotated.to(x.dtype), passed), -1)
+        rotated = x[..., : self.rotary_dim].to(cos.dtype)
+        a, b = rotated.chunk(2, -1) if self.neox else (rotated[..., ::2], rotated[..., 1::2])
+        halves = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+        rotated = torch.cat(halves, -1) if self.neox else torch.stack(halves, -1).flatten(-2)
+        if self.rotary_dim == x.shape[-1]:
+            return rotated.to(x.dtype)
+        return torch.cat((rotated.to(x.dtype), x[..., self.rotary_dim :]), -1)

@@ -1,8 +1,7 @@
 """Λ attention in vLLM's CPU engine: a metadata builder and an implementation around the stock CPU kernel.
 
 A step's requests go one of two ways, decided once per step for all layers. Decodes, and prompts still inside the window,
-take one call of vLLM's own kernel over compact tables (`selection`). Prompts past the window take `tiles`. The builder also
-fills the scratch blocks of all layers in one go, since what stands in them was computed in earlier steps.
+take one call of vLLM's own kernel over compact tables (`selection`, `scratch`). Prompts past the window take `tiles`.
 """
 
 import functools
@@ -21,36 +20,13 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from vllm_longctx.attention.selection import KernelTables, ScratchLayout, SinkMoves, cdiv, kernel_tables
+from vllm_longctx.attention.scratch import Scratch, as_kernel_cache, extend, packed_order, unpack
+from vllm_longctx.attention.selection import KernelTables, ScratchLayout, cdiv, kernel_tables
 from vllm_longctx.attention.tiles import ChunkPlan, attend_chunk, plan_chunk
 from vllm_longctx.config import active_config
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.kv_cache import LambdaSpec
 from vllm_longctx.rotary import Rotary
-
-
-@functools.cache
-def packed_order(block_size: int, head_size: int, dtype: torch.dtype, isa: str) -> tuple[Tensor, Tensor]:
-    """How the CPU kernel packs a block: for keys and for values, the place of element [offset, dim] in its flat block.
-
-    Each int64 [block_size, head_size]. The order depends on the instruction set and is not documented, so it is learned
-    by writing numbered elements; digits in base 256 are exact in every dtype.
-    """
-    number = torch.arange(block_size * head_size).view(block_size, 1, head_size)
-    places = []
-    for which in (0, 1):
-        packed = torch.zeros(block_size * head_size, dtype=torch.long)
-        for digit in (1, 256, 65536):
-            x = (number // digit % 256).to(dtype)
-            key_cache, value_cache = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype).chunk(2, dim=2)
-            ops.cpu_attn_reshape_and_cache(x, x, key_cache, value_cache, torch.arange(block_size), isa)
-            packed += (key_cache, value_cache)[which].flatten().long() * digit
-        place = torch.empty_like(packed)
-        place[packed] = torch.arange(len(packed))
-        if not torch.equal(packed[place], torch.arange(len(packed))):
-            raise RuntimeError(f"the CPU kernel's block layout for {dtype} and {isa!r} is not a permutation")
-        places.append(place.view(block_size, head_size))
-    return places[0], places[1]
 
 
 @dataclass(frozen=True)
@@ -123,25 +99,25 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
             layer.impl.places = self.places
 
     @functools.cached_property
-    def scratch(self) -> ScratchLayout:
+    def scratch(self) -> Scratch:
+        """Built in the first step, when the KV cache is there."""
         num_blocks = self.vllm_config.cache_config.num_gpu_blocks
-        return scratch_layout(self.vllm_config, self.geometry, self.block_size, num_blocks)
-
-    @functools.cached_property
-    def all_layers_cache(self) -> Tensor:
-        """The KV cache of all layers as one tensor [layers * blocks, kv_heads, 2 * block_size, head_size], scratch included."""
+        layout = scratch_layout(self.vllm_config, self.geometry, self.block_size, num_blocks)
         caches = [layer.kv_cache for layer in self.layers]
-        blocks = self.scratch.first_block + self.scratch.num_blocks
-        layer_stride = blocks * caches[0].stride(0)
+        blocks = layout.first_block + layout.num_blocks
         for number, cache in enumerate(caches):
-            if cache.storage_offset() != caches[0].storage_offset() + number * layer_stride:
+            if cache.storage_offset() != caches[0].storage_offset() + number * blocks * cache.stride(0):
                 raise RuntimeError("layers of a KV cache group do not stand one behind the other; vLLM's layout changed")
-        return with_scratch(caches[0], len(caches) * blocks)
+        whole = extend(caches[0], len(caches) * blocks)
+        n_global = self.geometry.n_global
+        return Scratch(layout, whole, len(caches), n_global, self.places, self.rotary, self.isa)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LambdaMetadata:
         m = common_attn_metadata
+        self.rotary.new_step()
+        self.scratch.forget_written(m.slot_mapping)
         starts, seq_lens, table = m.query_start_loc, m.seq_lens, m.block_table_tensor
         query_lens = starts.diff()
         tiled = self._needs_tiles(seq_lens, query_lens)
@@ -154,7 +130,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
             tokens = torch.repeat_interleave(~tiled, query_lens).nonzero().flatten()
             own_starts = torch.cat((starts.new_zeros(1), query_lens[rows].cumsum(0, dtype=torch.int32)))
             kernel = self._kernel_part(tokens, own_starts, table[rows], seq_lens[rows], query_lens[rows])
-        return LambdaMetadata(m.num_actual_tokens, kernel, chunks, self.scratch)
+        return LambdaMetadata(m.num_actual_tokens, kernel, chunks, self.scratch.layout)
 
     def _needs_tiles(self, seq_lens: Tensor, query_lens: Tensor) -> Tensor:
         """bool [rows]: requests past their window that one row of a table cannot describe."""
@@ -162,14 +138,14 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
             return torch.zeros_like(seq_lens, dtype=torch.bool)
         past = seq_lens > self.geometry.n_local
         tiled = past & (query_lens > 1)
-        return past if int((past & ~tiled).sum()) > self.scratch.rows else tiled
+        return past if int((past & ~tiled).sum()) > self.scratch.layout.rows else tiled
 
     def _kernel_part(
         self, tokens: Tensor | None, starts: Tensor, table: Tensor, seq_lens: Tensor, query_lens: Tensor
     ) -> KernelPart:
-        tables = kernel_tables(self.geometry, self.block_size, self.scratch, table, seq_lens, query_lens)
+        tables = kernel_tables(self.geometry, self.block_size, self.scratch.layout, table, seq_lens, query_lens)
         if tables.moves is not None:
-            self._fill_scratch(tables.moves)
+            self.scratch.fill(tables.moves)
         scheduler_metadata = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(seq_lens),
             num_heads=self.num_heads,
@@ -185,24 +161,6 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
             kv_cache_dtype=self.kv_cache_dtype,
         )
         return KernelPart(tokens, starts, tables, scheduler_metadata)
-
-    def _fill_scratch(self, moves: SinkMoves) -> None:
-        """Copy ragged heads and turned first tokens to the scratch blocks, for all layers at once."""
-        cache, bs, d = self.all_layers_cache, self.block_size, self.head_dim
-        layer_base = torch.arange(len(self.layers))[:, None] * (self.scratch.first_block + self.scratch.num_blocks)
-        cache[(layer_base + moves.edge_scratch).flatten()] = cache[(layer_base + moves.edge_blocks).flatten()]
-
-        slots = (layer_base[..., None] * bs + moves.source_slots).flatten()
-        block, offset = slots // bs, slots % bs
-        flat = cache.view(len(cache), self.num_kv_heads, 2, bs * d)
-        key_place, value_place = self.places
-        key = flat[block[:, None], :, 0, key_place[offset]].transpose(1, 2)  # [layers * R * G, kv_heads, d]
-        value = flat[block[:, None], :, 1, value_place[offset]].transpose(1, 2)
-        turn_by = moves.turn_by.flatten().repeat(len(self.layers))
-        key = self.rotary.turn(key, turn_by[:, None])
-        targets = (layer_base[..., None] * bs + moves.target_slots).flatten()
-        key_cache, value_cache = cache.chunk(2, dim=2)
-        ops.cpu_attn_reshape_and_cache(key, value.contiguous(), key_cache, value_cache, targets, self.isa)
 
     def _chunk(self, row: int, starts: Tensor, seq_lens: Tensor, table: Tensor) -> ChunkPart:
         n_local, bs = self.geometry.n_local, self.block_size
@@ -265,7 +223,7 @@ class LambdaImpl(CPUAttentionBackendImpl):
     def _kernel(self, metadata: LambdaMetadata, query: Tensor, kv_cache: Tensor, output: Tensor) -> None:
         part, scratch = metadata.kernel, metadata.scratch
         assert part is not None
-        cache = with_scratch(kv_cache, scratch.first_block + scratch.num_blocks)
+        cache = as_kernel_cache(extend(kv_cache, scratch.first_block + scratch.num_blocks))
         key_cache, value_cache = cache.chunk(2, dim=2)
         whole_step = part.tokens is None
         query = query[: metadata.num_actual_tokens] if whole_step else query[part.tokens]
@@ -291,21 +249,8 @@ class LambdaImpl(CPUAttentionBackendImpl):
 
     def _read(self, kv_cache: Tensor, blocks: Tensor, skip: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values [length, kv_heads, head_size] from `skip` tokens into the first of `blocks` on."""
-        _, kv_heads, bs, _ = kv_cache.shape
-        pages = kv_cache[blocks].view(len(blocks), kv_heads, 2, bs * self.head_size)
-
-        def unpack(which: int) -> Tensor:
-            flat = pages[:, :, which].index_select(-1, self.places[which].flatten())
-            return flat.view(-1, kv_heads, bs, self.head_size).transpose(1, 2).flatten(0, 1)[skip : skip + length]
-
-        return unpack(0), unpack(1)
-
-
-def with_scratch(kv_cache: Tensor, num_blocks: int) -> Tensor:
-    """A layer's cache [blocks, kv_heads, block_size, 2 * d] as [num_blocks, kv_heads, 2 * block_size, d], past its last block."""
-    _, kv_heads, bs, width = kv_cache.shape
-    block, head, _, element = kv_cache.stride()
-    return kv_cache.as_strided((num_blocks, kv_heads, 2 * bs, width // 2), (block, head, width // 2, element))
+        keys, values = unpack(kv_cache[blocks], self.places)
+        return keys[skip : skip + length], values[skip : skip + length]
 
 
 def scratch_layout(vllm_config: VllmConfig, geometry: Geometry, block_size: int, num_blocks: int) -> ScratchLayout:

@@ -58,13 +58,14 @@ class SinkMoves:
     """Where a step's scratch blocks get their contents. All int64; R requests past their window, G first tokens.
 
     edge_blocks, edge_scratch [R]: the block the window has begun to leave, and the scratch block it is copied to.
-    source_slots, target_slots [R, G]: slot (block * block_size + offset) of each first token and of its copy.
+    first_blocks [R, blocks]: the blocks of the first tokens.
+    target_slots [R, G]: slot (block * block_size + offset) in scratch of each first token's copy.
     turn_by [R, G]: positions each copied key is turned on by.
     """
 
     edge_blocks: Tensor
     edge_scratch: Tensor
-    source_slots: Tensor
+    first_blocks: Tensor
     target_slots: Tensor
     turn_by: Tensor
 
@@ -123,7 +124,7 @@ def kernel_tables(
     moves = SinkMoves(
         edge_blocks=block_table[past, head[past] - 1].long(),
         edge_scratch=row_scratch + scratch.blocks_per_row - 1,
-        source_slots=block_table[past][:, sinks // block_size].long() * block_size + sinks % block_size,
+        first_blocks=block_table[past, : cdiv(geometry.n_global, block_size)].long(),
         target_slots=target,
         turn_by=geometry.unseen_distance(seq_lens[past] - 1, sinks, start),
     )
