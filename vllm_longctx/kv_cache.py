@@ -145,16 +145,18 @@ class LambdaManager(SingleTypeKVCacheManager):
         first_blocks = kv_cache_spec.first_blocks
         first_missing = next((b for b in range(min(first_blocks, end)) if not is_cached(b)), None)
         end = end if first_missing is None else first_missing
+        window = range(0)
         while end > 0:
             if end * bs % alignment_tokens:
                 end -= 1
                 continue
-            window = range(_first_window_block(kv_cache_spec, end * bs), end)
+            # A window of one token sees no cached block; the last block still tells whether this is the same text.
+            window = range(min(_first_window_block(kv_cache_spec, end * bs), end - 1), end)
             missing = next((b for b in reversed(window) if not is_cached(b)), None)
             if missing is None:
                 break
             end = missing
-        live = {*range(min(first_blocks, end)), *range(_first_window_block(kv_cache_spec, end * bs), end)}
+        live = {*range(min(first_blocks, end)), *window} if end else set()
         return tuple(
             [cached[b][group] if b in live else block_pool.null_block for b in range(end)]
             for group in range(len(kv_cache_group_ids))

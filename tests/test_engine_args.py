@@ -1,0 +1,196 @@
+"""What the plugin makes of engine arguments, without starting an engine."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vllm
+from transformers import AutoConfig, GPT2Config, LlamaConfig, MambaConfig, MistralConfig
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_longctx import BOOKLM, engine_args
+from vllm_longctx.config import LongContextError, active_config
+from vllm_longctx.geometry import Geometry
+
+LM_INFINITE = {"longctx": {"preset": "lm-infinite"}}
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+
+
+def create(model: str | Path = BOOKLM, additional_config: Any = LM_INFINITE, **kwargs: Any) -> VllmConfig:
+    args = EngineArgs(
+        model=str(model), additional_config=additional_config, skip_tokenizer_init=True, load_format="dummy", **kwargs
+    )
+    return args.create_engine_config()
+
+
+def save(path: Path, config: Any, architecture: str) -> Path:
+    config.architectures = [architecture]
+    config.save_pretrained(path)
+    return path
+
+
+def test_it_sets_what_vllm_needs() -> None:
+    config = create()
+    assert config.parallel_config.worker_cls == engine_args.WORKER
+    assert config.cache_config.block_size == 32
+    assert config.model_config.max_model_len == 1 << 20
+    assert active_config(config).geometry == Geometry(10, 512, 512)
+
+
+def test_what_the_user_set_stays() -> None:
+    config = create(block_size=64, max_model_len=5000, hf_overrides={"rms_norm_eps": 1e-4})
+    assert (config.cache_config.block_size, config.model_config.max_model_len) == (64, 5000)
+    assert config.model_config.hf_config.rms_norm_eps == 1e-4
+    assert create(max_model_len=100).model_config.max_model_len == 100
+
+
+def test_an_override_function_is_composed() -> None:
+    def override(config: Any) -> Any:
+        config.rms_norm_eps = 1e-3
+        return config
+
+    config = create(hf_overrides=override, max_model_len=9000)
+    assert config.model_config.hf_config.rms_norm_eps == 1e-3 and config.model_config.max_model_len == 9000
+
+
+@pytest.mark.parametrize("additional_config", [{}, {"other": 1}, {"longctx": {"attention": {"method": "none"}}}])
+def test_without_a_method_nothing_is_changed(additional_config: dict) -> None:
+    config = create(additional_config=additional_config)
+    assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+    assert config.model_config.max_model_len == 512
+    assert config.additional_config == additional_config
+
+
+def test_the_configuration_enters_the_compile_cache_hash() -> None:
+    assert create().compute_hash() != create(additional_config={"longctx": {"preset": "streaming"}}).compute_hash()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"additional_config": {"longctx": {"prest": "x"}}}, r"unknown key 'prest'; did you mean 'preset'"),
+        ({"additional_config": {"longctx": {"attention": {"n_local": 1024}}}}, r"n_local = 1024, but .* 512 tokens"),
+        ({"num_gpu_blocks_override": 20}, r"num_gpu_blocks_override = 20 gives 20 blocks, but one request holds up to"),
+        ({"kv_cache_memory_bytes": 1_000_000}, r"the KV cache of 1000000 bytes .* gives 10 blocks, but one request"),
+        ({"worker_cls": "my.Worker"}, r"worker_cls = 'my.Worker', but longctx needs its own; leave worker_cls out"),
+        ({"block_size": 48}, r"block_size = 48; give a multiple of 32"),
+        ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype = 'fp8'; leave it at 'auto'"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(
+    kwargs: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    with pytest.raises(LongContextError, match=message):
+        create(**kwargs)
+
+
+def test_the_smallest_pool_that_is_accepted() -> None:
+    config = {"longctx": {"attention": {"n_local": 64, "n_global": 16}}}
+    create(additional_config=config, num_gpu_blocks_override=9, max_num_batched_tokens=128, max_model_len=100_000)
+    with pytest.raises(LongContextError, match="give at least 9 blocks"):
+        create(additional_config=config, num_gpu_blocks_override=8, max_num_batched_tokens=128)
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "message"),
+    [
+        (GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=64), "GPT2LMHeadModel", "it has no RoPE positions"),
+        (
+            MistralConfig(**TINY, intermediate_size=64, num_key_value_heads=2, sliding_window=64),
+            "MistralForCausalLM",
+            r"it has a sliding window of its own \(64 tokens\); --disable-sliding-window replaces it",
+        ),
+        (
+            MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=64),
+            "MambaForCausalLM",
+            "it has Mamba or linear-attention layers",
+        ),
+        (
+            AutoConfig.for_model(
+                "deepseek_v2", **TINY, num_key_value_heads=2, kv_lora_rank=16, q_lora_rank=None, qk_rope_head_dim=16,
+                qk_nope_head_dim=16, v_head_dim=16, intermediate_size=64, moe_intermediate_size=32, first_k_dense_replace=2,
+            ),
+            "DeepseekV2ForCausalLM",
+            "it has MLA layers",
+        ),
+        (
+            LlamaConfig(
+                **TINY, intermediate_size=64, max_position_embeddings=128,
+                rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32},
+            ),
+            "LlamaForCausalLM",
+            "rope_type is 'yarn', not one of default, llama3, linear",
+        ),
+        (LlamaConfig(**TINY, intermediate_size=64), "StableLmForCausalLM", "longctx was not tested with model"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_run_is_refused_with_its_reason(
+    config: Any, architecture: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(LongContextError, match=message):
+        create(save(tmp_path, config, architecture))
+
+
+def test_a_disabled_sliding_window_is_accepted(tmp_path: Path) -> None:
+    config = MistralConfig(**TINY, intermediate_size=64, num_key_value_heads=2, sliding_window=64)
+    model = save(tmp_path, config, "MistralForCausalLM")
+    create(model, disable_sliding_window=True)
+
+
+def test_another_vllm_version_is_refused_but_only_with_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.31.0")
+    create(additional_config={})
+    with pytest.raises(LongContextError, match=r"vLLM is 0.31.0, but .* written for 0.32.0; install vllm==0.32.0"):
+        create()
+
+
+def parse(*flags: str) -> AsyncEngineArgs:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", BOOKLM, *flags]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], {}),
+        (["--plugin", "longctx"], {"longctx": {"preset": "lm-infinite"}}),
+        (["--longctx-preset", "streaming"], {"longctx": {"preset": "streaming"}}),
+        (["--longctx", '{"attention": {"n_local": 64}}'], {"longctx": {"attention": {"n_local": 64}}}),
+        (
+            ["--plugin", "longctx", "--longctx", '{"attention": {"n_local": 64}}', "--longctx-preset", "streaming"],
+            {"longctx": {"attention": {"n_local": 64}, "preset": "streaming"}},
+        ),
+        (["--additional-config", '{"longctx": {"preset": "streaming"}}'], {"longctx": {"preset": "streaming"}}),
+    ],
+)
+def test_flags_mean_the_same_as_additional_config(flags: list[str], expected: dict) -> None:
+    assert parse(*flags).additional_config == expected
+
+
+def test_a_config_file_means_the_same_as_flags(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("longctx:\n  preset: streaming\n  attention:\n    n_local: 64\n")
+    expected = {"longctx": {"preset": "streaming", "attention": {"n_local": 64}}}
+    assert parse("--config", str(file)).additional_config == expected
+
+
+def test_contradicting_flags_are_refused() -> None:
+    with pytest.raises(LongContextError, match="is given beside --plugin, --longctx or --longctx-preset"):
+        parse("--plugin", "longctx", "--additional-config", '{"longctx": {}}')
+    with pytest.raises(LongContextError, match="--longctx-preset streaming contradicts preset lm-infinite"):
+        parse("--longctx-preset", "streaming", "--longctx", '{"preset": "lm-infinite"}')
+
+
+def test_a_bad_flag_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--longctx", '{"attention": {"n_locl": 64}}')
+    assert "unknown key 'n_locl'; did you mean 'n_local'?" in capsys.readouterr().err
+
+
+def test_parsers_without_the_flags_still_work() -> None:
+    namespace = argparse.Namespace(model=BOOKLM, additional_config={"a": 1})
+    assert EngineArgs.from_cli_args(namespace).additional_config == {"a": 1}

@@ -1,0 +1,44 @@
+"""The float64 reference against attention written out for one pair at a time."""
+
+import math
+
+import torch
+
+from vllm_longctx.attention.reference import attention
+from vllm_longctx.geometry import Geometry, alibi_slopes, branches
+from vllm_longctx.rotary import Rotary, inverse_frequencies
+
+
+def one_query(q, k, v, distances, scale, rotary=None, slope=0.0):
+    """Softmax over the keys with a distance, for one head; the query is rotated to each distance in turn."""
+    scores = []
+    for key, d in zip(k, distances, strict=True):
+        turned = q if rotary is None else rotary.turn(q[None], torch.tensor([d]))[0]
+        scores.append(float(turned.double() @ key.double()) * scale - slope * d)
+    weights = [math.exp(s - max(scores)) for s in scores]
+    return sum(w * x.double() for w, x in zip(weights, v, strict=True)) / sum(weights)
+
+
+def test_rope_and_alibi_attend_as_the_geometry_says() -> None:
+    geometry, n, heads, d = Geometry(2, 5, 4), 12, 4, 16
+    rotary = Rotary(d, 8, False, inverse_frequencies(8, {"rope_theta": 100.0}))
+    query, key, value = torch.randn(n, heads, d), torch.randn(n, 2, d), torch.randn(n, 2, d)
+    positions = torch.arange(n)
+    both = branches(geometry, positions, positions)
+    slopes = alibi_slopes(heads)
+    for kwargs in ({"rotary": rotary}, {"alibi_slopes": slopes}):
+        out = attention(query, key, value, both, 0.3, **kwargs)
+        for i in (0, 4, 5, 6, 11):
+            sees = [j for j in range(i + 1) if j < 2 or i - j < 5]
+            distances = [i - j if i - j < 5 else min(i - j, 4) for j in sees]
+            for head in range(heads):
+                expected = one_query(
+                    query[i, head],
+                    key[sees, head // 2],
+                    value[sees, head // 2],
+                    distances,
+                    0.3,
+                    kwargs.get("rotary"),
+                    float(slopes[head]) if "alibi_slopes" in kwargs else 0.0,
+                )
+                assert torch.allclose(out[i, head], expected, atol=1e-6)
