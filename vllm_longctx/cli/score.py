@@ -1,0 +1,162 @@
+"""`vllm-longctx score`: teacher-forced log-probabilities of a text, by position, through the real engine."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vllm_longctx.cli.engine import (
+    BatchedTokens,
+    Dtype,
+    EnforceEager,
+    Longctx,
+    Model,
+    Preset,
+    console,
+    errors_for_users,
+    longctx_config,
+    model_path,
+    plot,
+    read_text,
+    running_engine,
+)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Mean NLL, in nats per token, of the tokens at positions start .. end - 1."""
+
+    start: int
+    end: int
+    nll: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """nll: of each token after the first, in nats. kv_blocks_peak: most KV blocks held after any step."""
+
+    nll: list[float]
+    tokens_per_s: float
+    kv_blocks_peak: int
+    config: dict[str, Any]
+
+    def buckets(self, bucket_tokens: int | None) -> list[Bucket]:
+        edges = bucket_edges(len(self.nll) + 1, bucket_tokens)
+        spans = zip(edges, edges[1:], strict=False)
+        return [Bucket(a, b, sum(part) / len(part)) for a, b in spans if (part := self.nll[max(a, 1) - 1 : b - 1])]
+
+
+def bucket_edges(tokens: int, bucket_tokens: int | None) -> list[int]:
+    """Equal buckets, or by default ones that double from 256 on."""
+    if bucket_tokens is not None:
+        inner = range(bucket_tokens, tokens, bucket_tokens)
+    else:
+        inner = [256 << k for k in range(64) if 256 << k < tokens]
+    return [0, *inner, tokens]
+
+
+def score_tokens(
+    model: str, tokens: list[int], additional_config: dict[str, Any], label: str, **engine_kwargs: Any
+) -> Score:
+    """Log-probabilities of `tokens` from a fresh engine, in one pass over them."""
+    from vllm import SamplingParams
+
+    # Two tokens are generated so that the blocks held after the last chunk are seen too.
+    params = SamplingParams(max_tokens=2, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0)
+    with running_engine(model, additional_config, len(tokens) + 2, **engine_kwargs) as (engine, meter):
+        engine.add_request("score", {"prompt_token_ids": tokens}, params)
+        chunk = engine.vllm_config.scheduler_config.max_num_batched_tokens
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        start, output = time.perf_counter(), None
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(label, total=len(tokens))
+            while engine.has_unfinished_requests():
+                output = next(iter(engine.step()), output)
+                progress.update(task, completed=min(meter.steps * chunk, len(tokens)))
+        elapsed = time.perf_counter() - start
+        assert output is not None and output.prompt_logprobs is not None
+        nll = [-x for x in output.prompt_logprobs.logprobs]
+        assert len(nll) == len(tokens) - 1
+        config = engine.vllm_config.additional_config.get("longctx", {})
+        return Score(nll, len(tokens) / elapsed, meter.peak, config)
+
+
+def score_baseline(model: str, tokens: list[int], **engine_kwargs: Any) -> Score:
+    """Stock vLLM on the same tokens. Its RoPE table is enlarged, or it could not read past the trained length at all."""
+    overrides = {"max_position_embeddings": len(tokens) + 2}
+    return score_tokens(model, tokens, {}, "stock vLLM", hf_overrides=overrides, **engine_kwargs)
+
+
+def score(
+    text: Annotated[Path, typer.Option(help="Text file to score.")],
+    model: Model = "booklm",
+    max_tokens: Annotated[int | None, typer.Option(help="Score only the first tokens of the text.", min=2)] = None,
+    longctx: Longctx = None,
+    preset: Preset = None,
+    baseline: Annotated[bool, typer.Option(help="Score with stock vLLM too.")] = False,
+    bucket_tokens: Annotated[int | None, typer.Option(help="Equal buckets of so many tokens.", min=1)] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    plot_out: Annotated[Path | None, typer.Option("--plot", help="Draw NLL against position.")] = None,
+    dtype: Dtype = "auto",
+    max_num_batched_tokens: BatchedTokens = 2048,
+    enforce_eager: EnforceEager = False,
+) -> None:
+    """Mean negative log-likelihood of a text per position bucket, in nats per token."""
+    with errors_for_users():
+        additional_config = longctx_config(longctx, preset)
+        tokens = tokenize(model, read_text(text), max_tokens)
+        kwargs = {"dtype": dtype, "max_num_batched_tokens": max_num_batched_tokens, "enforce_eager": enforce_eager}
+        ours = score_tokens(model, tokens, additional_config, "longctx", **kwargs)
+        stock = score_baseline(model, tokens, **kwargs) if baseline else None
+    scores = {"longctx": ours} if stock is None else {"longctx": ours, "stock vLLM": stock}
+    print_table(scores, bucket_tokens)
+    if json_out is not None:
+        result = {"model": model, "text": str(text), "tokens": len(tokens), **as_json(ours, bucket_tokens)}
+        if stock is not None:
+            result["baseline"] = as_json(stock, bucket_tokens)
+        json_out.write_text(json.dumps(result, indent=1) + "\n")
+    if plot_out is not None:
+        plot(plot_out, {name: curve(s, bucket_tokens) for name, s in scores.items()}, "position", "NLL (nats per token)")
+
+
+def tokenize(model: str, text: str, max_tokens: int | None) -> list[int]:
+    """Token ids with the tokenizer's own first token, at most `max_tokens`. Raises ValueError for fewer than two."""
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(model_path(model), model_max_length=1 << 60)(text)["input_ids"][:max_tokens]
+    if len(tokens) < 2:
+        raise ValueError(f"the text has {len(tokens)} tokens; at least 2 are needed")
+    return tokens
+
+
+def curve(score: Score, bucket_tokens: int | None) -> tuple[list[float], list[float]]:
+    buckets = score.buckets(bucket_tokens)
+    return [b.end for b in buckets], [b.nll for b in buckets]
+
+
+def as_json(score: Score, bucket_tokens: int | None) -> dict[str, Any]:
+    return {
+        "buckets": [asdict(b) for b in score.buckets(bucket_tokens)],
+        "tokens_per_s": score.tokens_per_s,
+        "kv_blocks_peak": score.kv_blocks_peak,
+        "config": score.config,
+    }
+
+
+def print_table(scores: dict[str, Score], bucket_tokens: int | None) -> None:
+    table = Table("positions", *scores, title="NLL, nats per token")
+    columns = [s.buckets(bucket_tokens) for s in scores.values()]
+    for row in zip(*columns, strict=True):
+        table.add_row(f"{row[0].start:,} – {row[0].end:,}", *(f"{b.nll:.3f}" for b in row))
+    table.add_section()
+    table.add_row("tokens/s", *(f"{s.tokens_per_s:,.0f}" for s in scores.values()))
+    table.add_row("peak KV blocks", *(f"{s.kv_blocks_peak:,}" for s in scores.values()))
+    typer.echo()
+    from rich.console import Console
+
+    Console().print(table)

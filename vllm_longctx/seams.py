@@ -1,0 +1,82 @@
+"""The private seams of vLLM that longctx leans on, each with its reason, and whether this vLLM has it.
+
+Each is touched in one place (named below). `vllm-longctx doctor` shows them; on another vLLM version longctx refuses to start.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Seam:
+    """what: the thing touched. where: our one place. why: what it is needed for. present: looks for it in this vLLM."""
+
+    what: str
+    where: str
+    why: str
+    present: Callable[[], bool]
+
+
+def _has(path: str, *attributes: str) -> Callable[[], bool]:
+    def present() -> bool:
+        import importlib
+
+        module, _, name = path.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            return False
+        return all(hasattr(found, a) for a in attributes)
+
+    return present
+
+
+def _tensor_fields() -> bool:
+    from vllm.v1.kv_cache_interface import KVCacheTensor
+
+    return {"size", "layers", "layer_stride", "block_stride"} <= set(inspect.signature(KVCacheTensor).parameters)
+
+
+SEAMS = [
+    Seam(
+        "EngineArgs.create_engine_config, add_cli_args, from_cli_args (wrapped)",
+        "plugin.py",
+        "read the configuration before the engine is set up, and add the --longctx flags",
+        _has("vllm.engine.arg_utils:EngineArgs", "create_engine_config", "add_cli_args", "from_cli_args"),
+    ),
+    Seam(
+        "Attention.impl, Attention.attn_backend and the rotary_emb beside it (replaced after loading)",
+        "worker.py",
+        "choose the backend per layer and per engine, and know the rotation of each layer's queries",
+        _has("vllm.model_executor.layers.attention:Attention", "get_attn_backend", "get_kv_cache_spec"),
+    ),
+    Seam(
+        "KVCacheTensor.layer_stride, size (enlarged before allocation)",
+        "worker.py",
+        "scratch blocks behind each layer's blocks that the scheduler never hands out",
+        _tensor_fields,
+    ),
+    Seam(
+        "KVCacheSpecRegistry._ensure_registered",
+        "kv_cache.py",
+        "register our spec without losing the built-in ones",
+        _has("vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry", "_ensure_registered", "register"),
+    ),
+    Seam(
+        "SingleTypeKVCacheManager._remove_blocks_in_range, num_cached_block, _get_num_evictable_blocks",
+        "kv_cache.py",
+        "free the middle of a request",
+        _has(
+            "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
+            "_remove_blocks_in_range",
+            "_get_num_evictable_blocks",
+        ),
+    ),
+    Seam(
+        "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
+        "attention/branches.py",
+        "attention with its log-sum-exp, to merge branches",
+        _has("torch.ops:aten", "_scaled_dot_product_flash_attention_for_cpu"),
+    ),
+]
