@@ -75,6 +75,7 @@ class Scratch:
         self.first_values = torch.empty_like(self.first_keys)
         self.first_blocks = torch.full((rows, cdiv(n_global, self.block_size)), -1)
         self.edge_blocks = torch.full((rows,), -1)
+        self.edge_lens = torch.zeros(rows, dtype=torch.long)
 
     def forget_written(self, slot_mapping: Tensor) -> None:
         """Drop copies of blocks that the coming forward writes. slot_mapping int64 [tokens]."""
@@ -84,12 +85,13 @@ class Scratch:
 
     def fill(self, moves: SinkMoves) -> None:
         rows = len(moves.edge_blocks)
-        changed = (self.edge_blocks[:rows] != moves.edge_blocks).nonzero().squeeze(1)
-        if len(changed):
-            self._copy_edges(moves, changed)
-        changed = (self.first_blocks[:rows] != moves.first_blocks).any(1).nonzero().squeeze(1)
-        if len(changed):
-            self._fetch_first(moves, changed)
+        changed = (self.edge_blocks[:rows] != moves.edge_blocks) | (self.edge_lens[:rows] < moves.edge_lens)
+        if changed.any():
+            self._copy_edges(moves, changed.nonzero().squeeze(1))
+        self.edge_lens[:rows] = moves.edge_lens
+        changed = (self.first_blocks[:rows] != moves.first_blocks).any(1)
+        if changed.any():
+            self._fetch_first(moves, changed.nonzero().squeeze(1))
         keys = self.rotary.turn(self.first_keys[:, :rows], moves.turn_by[..., None])
         slots = self.layer_base[..., None] * self.block_size + moves.target_slots
         key_cache, value_cache = as_kernel_cache(self.cache).chunk(2, dim=2)

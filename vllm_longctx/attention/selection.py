@@ -58,6 +58,7 @@ class SinkMoves:
     """Where a step's scratch blocks get their contents. All int64; R requests past their window, G first tokens.
 
     edge_blocks, edge_scratch [R]: the block the window has begun to leave, and the scratch block it is copied to.
+    edge_lens [R]: how many of its last tokens the window still holds; the copies of first tokens overwrite the others.
     first_blocks [R, blocks]: the blocks of the first tokens.
     target_slots [R, G]: slot (block * block_size + offset) in scratch of each first token's copy.
     turn_by [R, G]: positions each copied key is turned on by.
@@ -65,6 +66,7 @@ class SinkMoves:
 
     edge_blocks: Tensor
     edge_scratch: Tensor
+    edge_lens: Tensor
     first_blocks: Tensor
     target_slots: Tensor
     turn_by: Tensor
@@ -114,7 +116,7 @@ def kernel_tables(
     in_front = columns < in_scratch[past, None]
     table[past] = torch.where(in_front, scratch_first[:, None] + columns, table[past].long()).int()
 
-    start, first = start[past], first[past]
+    start, first, head = start[past], first[past], head[past]
     sinks = torch.arange(geometry.n_global)
     position = start[:, None] - start.clamp_max(geometry.n_global)[:, None] + sinks  # in the text, right before the window
     offset = position - first[:, None] * block_size
@@ -122,8 +124,9 @@ def kernel_tables(
     # A first token still inside the window has no copy: it goes where nobody looks, to a scratch block not in the table.
     target = torch.where(position < start[:, None], target, row_scratch[:, None] * block_size)
     moves = SinkMoves(
-        edge_blocks=block_table[past, head[past] - 1].long(),
+        edge_blocks=block_table[past, head - 1].long(),
         edge_scratch=row_scratch + scratch.blocks_per_row - 1,
+        edge_lens=head * block_size - start,
         first_blocks=block_table[past, : cdiv(geometry.n_global, block_size)].long(),
         target_slots=target,
         turn_by=geometry.unseen_distance(seq_lens[past] - 1, sinks, start),

@@ -1,0 +1,70 @@
+"""Real vLLM engines on the CPU: real processes, one start shared by the tests of a module."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.outputs import RequestOutput
+
+VOCAB = 512
+
+
+@contextmanager
+def running(model: str | Path, attention: dict[str, Any] | None, **kwargs: Any) -> Iterator[LLM]:
+    """An engine with this `attention` section, or stock vLLM for None."""
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_num_seqs": 8,
+        "max_model_len": 4096,
+        "max_num_batched_tokens": 128,
+        "num_gpu_blocks_override": 200,
+        "kv_cache_memory_bytes": 1 << 28,
+        "disable_log_stats": False,
+        "skip_tokenizer_init": True,
+        **kwargs,
+    }
+    if attention is not None:
+        settings["additional_config"] = {"longctx": {"attention": attention}}
+    llm = LLM(str(model), **settings)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+
+
+def generate(llm: LLM, prompts: list[list[int]], max_tokens: int, **kwargs: Any) -> list[RequestOutput]:
+    """Greedy; prompts are token ids. Log-probabilities of the tokens written come with the output."""
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=0, logprobs=0, ignore_eos=True, detokenize=False, **kwargs
+    )
+    return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+
+
+def tokens_of(output: RequestOutput) -> list[int]:
+    return list(output.prompt_token_ids or []) + list(output.outputs[0].token_ids)
+
+
+def logprobs_of(output: RequestOutput) -> torch.Tensor:
+    """float64: of every token after the first where the prompt was scored, else of the tokens written."""
+    written = zip(output.outputs[0].logprobs or [], output.outputs[0].token_ids, strict=True)
+    values = [position[token].logprob for position, token in written]
+    if output.prompt_logprobs is not None:
+        scored = zip(output.prompt_logprobs[1:], (output.prompt_token_ids or [])[1:], strict=True)
+        values = [position[token].logprob for position, token in scored if position is not None] + values
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def metric(llm: LLM, name: str) -> float:
+    return sum(m.value for m in llm.get_metrics() if m.name == name and hasattr(m, "value"))

@@ -1,0 +1,123 @@
+"""The engine against the dense float64 reference: every kind of step, over geometries that exercise every path.
+
+Requests of all lengths run together: prompts are cut into chunks of 128 tokens, decodes and chunks share steps, a token
+generated past the window takes the compact table, and the lengths sit on every edge of a window and of a block.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest_engine import generate, logprobs_of, metric, prompt, running, tokens_of
+from reference_model import ReferenceLlama
+from vllm import LLM
+
+from vllm_longctx.geometry import Geometry
+
+LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 300, 641]
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Variant:
+    attention: dict[str, Any]
+    geometry: Geometry
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = {
+    "lm_infinite": Variant({"n_global": 10, "n_local": 64, "distance_ceiling": 64}, Geometry(10, 64, 64)),
+    "compiled": Variant(
+        {"n_global": 10, "n_local": 64, "distance_ceiling": 64}, Geometry(10, 64, 64), {"enforce_eager": False}
+    ),
+    "ceiling_above_window": Variant({"n_global": 5, "n_local": 50, "distance_ceiling": 100}, Geometry(5, 50, 100)),
+    "ceiling_below_window": Variant({"n_global": 5, "n_local": 64, "distance_ceiling": 20}, Geometry(5, 64, 20)),
+    "streaming": Variant(
+        {"method": "streaming", "n_global": 4, "n_local": 60}, Geometry(4, 60, distances="in_cache")
+    ),
+    "window_below_a_block": Variant({"n_global": 3, "n_local": 20, "distance_ceiling": 20}, Geometry(3, 20, 20)),
+    "no_first_tokens": Variant({"n_global": 0, "n_local": 45}, Geometry(0, 45)),
+    "first_tokens_over_blocks": Variant({"n_global": 40, "n_local": 64}, Geometry(40, 64, 128)),
+    "pool_that_preempts": Variant(
+        {"n_global": 10, "n_local": 64, "distance_ceiling": 64}, Geometry(10, 64, 64), {"num_gpu_blocks_override": 22}
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Variant:
+    return VARIANTS[request.param]
+
+
+@pytest.fixture(scope="module")
+def llm(variant: Variant, tiny_llama: Path) -> Iterator[LLM]:
+    with running(tiny_llama, variant.attention, **variant.engine) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama: Path) -> ReferenceLlama:
+    return ReferenceLlama(tiny_llama)
+
+
+def test_prompts_and_tokens_written_equal_the_reference(
+    llm: LLM, variant: Variant, reference: ReferenceLlama
+) -> None:
+    outputs = generate(llm, [prompt(n) for n in LENGTHS], 40, prompt_logprobs=0)
+    worst = 0.0
+    for output in outputs:
+        expected = reference.token_logprobs(tokens_of(output), variant.geometry)
+        worst = max(worst, float((logprobs_of(output) - expected).abs().max()))
+    assert worst <= TOLERANCE
+
+
+def test_a_prefix_hit_over_a_freed_middle_changes_nothing(
+    llm: LLM, variant: Variant, reference: ReferenceLlama
+) -> None:
+    text = prompt(416, seed=1)
+    generate(llm, [text], 1)
+    for cut in (416, 415, 385, 384, 200):
+        (output,) = generate(llm, [text[:cut] + prompt(30, seed=cut)], 5)
+        expected = reference.token_logprobs(tokens_of(output), variant.geometry)[-5:]
+        assert (logprobs_of(output) - expected).abs().max() <= TOLERANCE
+        if cut > 384:  # the end of the first request's text is what it still held
+            assert output.num_cached_tokens == cut // 32 * 32
+
+
+def test_together_is_as_alone(llm: LLM) -> None:
+    prompts = [prompt(n, seed=2) for n in (600, 40, 129, 64, 300, 65, 1, 500, 96, 410)]
+    together = generate(llm, prompts, 30)
+    alone = [generate(llm, [p], 30)[0] for p in prompts]
+    for a, b in zip(together, alone, strict=True):
+        assert tokens_of(a) == tokens_of(b)
+
+
+def test_all_blocks_come_back(llm: LLM) -> None:
+    generate(llm, [prompt(700, seed=3)] * 3, 5)
+    assert metric(llm, "vllm:kv_cache_usage_perc") == 0
+    assert llm.reset_prefix_cache()
+
+
+def test_a_tight_pool_preempts_and_recomputes_exactly(
+    llm: LLM, variant: Variant, reference: ReferenceLlama, request: pytest.FixtureRequest
+) -> None:
+    if request.node.callspec.params["variant"] != "pool_that_preempts":
+        pytest.skip("only in the engine with the tight pool")
+    before = metric(llm, "vllm:num_preemptions")
+    outputs = generate(llm, [prompt(n, seed=4) for n in (30, 34, 38, 42, 46, 50, 54, 58)], 200)
+    assert metric(llm, "vllm:num_preemptions") > before
+    for output in outputs:
+        expected = reference.token_logprobs(tokens_of(output), variant.geometry)[-200:]
+        assert (logprobs_of(output) - expected).abs().max() <= TOLERANCE
+
+
+def test_the_reference_tells_wrong_geometries_apart(reference: ReferenceLlama) -> None:
+    """The tolerance means something: one token more or less in the window moves log-probabilities by far more."""
+    ids, right = prompt(300), Geometry(10, 64, 64)
+    base = reference.token_logprobs(ids, right)
+    for wrong in (Geometry(10, 65, 64), Geometry(9, 64, 64), Geometry(10, 64, 63), Geometry(10, 64, None)):
+        assert (reference.token_logprobs(ids, wrong) - base).abs().max() > 100 * TOLERANCE
+    assert torch.isfinite(base).all()
