@@ -39,9 +39,7 @@ class ReferenceLlama:
         for number in range(self.config["num_hidden_layers"]):
             layer = f"model.layers.{number}."
             y = norm(x, layer + "input_layernorm.weight")
-            q, k, v = (
-                (y @ w[f"{layer}self_attn.{p}_proj.weight"].T).unflatten(-1, (-1, self.head_dim)) for p in "qkv"
-            )
+            q, k, v = ((y @ w[f"{layer}self_attn.{p}_proj.weight"].T).unflatten(-1, (-1, self.head_dim)) for p in "qkv")
             attended = attention(q, k, v, visible, self.head_dim**-0.5, self.rotary).flatten(1)
             x = x + attended @ w[layer + "self_attn.o_proj.weight"].T
             y = norm(x, layer + "post_attention_layernorm.weight")

@@ -80,9 +80,7 @@ def test_the_configuration_enters_the_compile_cache_hash() -> None:
         ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype = 'fp8'; leave it at 'auto'"),
     ],
 )
-def test_a_setting_that_cannot_work_is_refused(
-    kwargs: dict, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_setting_that_cannot_work_is_refused(kwargs: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     with pytest.raises(LongContextError, match=message):
         create(**kwargs)

@@ -72,7 +72,10 @@ def test_live_blocks_stay_under_the_bound_at_any_length(n_global: int, n_local: 
     request = new_request(list(range(length)))
     _, peak = prefill(manager, request)
     assert peak <= bound
-    needed = {*range(min(cdiv(n_global, BS), cdiv(length, BS))), *range(max(length - n_local, 0) // BS, cdiv(length, BS))}
+    needed = {
+        *range(min(cdiv(n_global, BS), cdiv(length, BS))),
+        *range(max(length - n_local, 0) // BS, cdiv(length, BS)),
+    }
     assert needed <= set(live(manager, request))
     manager.free(request)
     assert manager.block_pool.get_num_free_blocks() == bound
@@ -102,7 +105,7 @@ def test_a_hit_holds_what_its_next_query_sees(n_global: int, n_local: int, commo
 def test_a_long_prefix_is_hit_over_its_freed_middle() -> None:
     manager = new_manager(n_global=2, n_local=8, num_blocks=100)
     prompt = list(range(200))
-    first, second = new_request(prompt), new_request(prompt + [7])
+    first, second = new_request(prompt), new_request([*prompt, 7])
     prefill(manager, first)
     assert live(manager, first) == [0, *range(46, 50)]
     hit, _ = prefill(manager, second)

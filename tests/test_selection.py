@@ -30,9 +30,7 @@ def test_a_decode_sees_exactly_its_keys(step: tuple[Geometry, list[int]]) -> Non
     assume(geometry.n_global == 0 or sum(n > geometry.n_local for n in lengths) <= scratch.rows)
     table = torch.arange(1, num_blocks).view(len(lengths), width).int()
     # Every slot of the pool holds (row, position, turned by); scratch starts with rubbish.
-    memory = {
-        int(table[r, p // BS]) * BS + p % BS: (r, p, 0) for r, n in enumerate(lengths) for p in range(n)
-    }
+    memory = {int(table[r, p // BS]) * BS + p % BS: (r, p, 0) for r, n in enumerate(lengths) for p in range(n)}
     tables = kernel_tables(geometry, BS, scratch, table, torch.tensor(lengths), torch.ones(len(lengths)))
     if tables.moves is not None:
         moves = tables.moves

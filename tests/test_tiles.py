@@ -20,9 +20,7 @@ def run(geometry: Geometry, context: int, length: int, dtype: torch.dtype) -> tu
     total = context + length
     query, key, value = (torch.randn(total, h, D).to(dtype) for h in (HEADS, KV_HEADS, KV_HEADS))
     positions = torch.arange(total)
-    expected = reference.attention(
-        query[context:], key, value, branches(geometry, positions[context:], positions), 0.5, rotary
-    )
+    expected = reference.attention(query[context:], key, value, branches(geometry, positions[context:], positions), 0.5, rotary)
     q, k = (rotary.turn(x, positions[:, None]) for x in (query, key))
     start = max(context - geometry.n_local + 1, 0)
     plan = plan_chunk(geometry, context, length, dtype)
@@ -34,7 +32,9 @@ def run(geometry: Geometry, context: int, length: int, dtype: torch.dtype) -> tu
 
 
 geometries = st.builds(
-    lambda g, n, ceiling, in_cache: Geometry(min(g, n), n, None if in_cache else ceiling, "in_cache" if in_cache else "relative"),
+    lambda g, n, ceiling, in_cache: Geometry(
+        min(g, n), n, None if in_cache else ceiling, "in_cache" if in_cache else "relative"
+    ),
     st.integers(0, 12),
     st.integers(1, 80),
     st.integers(1, 120) | st.none(),

@@ -78,9 +78,7 @@ class AttentionSection(_Section):
         if self.method == "streaming" and self.distances == "relative":
             raise ValueError("method streaming counts distances in_cache; for relative distances use lm_infinite")
         if self.in_cache and self.distance_ceiling is not None:
-            raise ValueError(
-                f"distance_ceiling = {self.distance_ceiling} has no effect on distances in_cache; leave it out"
-            )
+            raise ValueError(f"distance_ceiling = {self.distance_ceiling} has no effect on distances in_cache; leave it out")
         if self.n_global is not None and self.n_local is not None and self.n_global > self.n_local:
             raise ValueError(f"n_global = {self.n_global} is more than n_local = {self.n_local}; lower n_global")
         return self

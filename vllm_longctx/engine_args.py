@@ -191,7 +191,10 @@ def _bytes_per_block(vllm_config: VllmConfig) -> int:
 
 
 def additional_config_from_flags(
-    additional_config: Mapping[str, Any] | None, plugin: str | None, longctx: Mapping[str, Any] | None, preset: str | None
+    additional_config: Mapping[str, Any] | None,
+    plugin: str | None,
+    longctx: Mapping[str, Any] | None,
+    preset: str | None,
 ) -> dict[str, Any]:
     """`--plugin longctx`, `--longctx` and `--longctx-preset` as `additional_config`; see the README, "Configuration".
 

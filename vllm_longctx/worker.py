@@ -63,9 +63,7 @@ def exact_rotary(stock: RotaryEmbedding, vllm_config: VllmConfig) -> Rotary:
     """The same rotation with float64 angles. Raises RuntimeError if it differs from vLLM's own table."""
     parameters = rope_parameters(vllm_config.model_config)
     assert parameters is not None
-    rotary = Rotary(
-        stock.head_size, stock.rotary_dim, stock.is_neox_style, inverse_frequencies(stock.rotary_dim, parameters)
-    )
+    rotary = Rotary(stock.head_size, stock.rotary_dim, stock.is_neox_style, inverse_frequencies(stock.rotary_dim, parameters))
     positions = torch.arange(min(64, len(stock.cos_sin_cache)))
     ours = torch.cat(rotary.cos_sin(positions), -1)
     theirs = stock.cos_sin_cache[: len(positions)].float()

@@ -35,9 +35,7 @@ VARIANTS = {
     ),
     "ceiling_above_window": Variant({"n_global": 5, "n_local": 50, "distance_ceiling": 100}, Geometry(5, 50, 100)),
     "ceiling_below_window": Variant({"n_global": 5, "n_local": 64, "distance_ceiling": 20}, Geometry(5, 64, 20)),
-    "streaming": Variant(
-        {"method": "streaming", "n_global": 4, "n_local": 60}, Geometry(4, 60, distances="in_cache")
-    ),
+    "streaming": Variant({"method": "streaming", "n_global": 4, "n_local": 60}, Geometry(4, 60, distances="in_cache")),
     "window_below_a_block": Variant({"n_global": 3, "n_local": 20, "distance_ceiling": 20}, Geometry(3, 20, 20)),
     "no_first_tokens": Variant({"n_global": 0, "n_local": 45}, Geometry(0, 45)),
     "first_tokens_over_blocks": Variant({"n_global": 40, "n_local": 64}, Geometry(40, 64, 128)),
@@ -63,9 +61,7 @@ def reference(tiny_llama: Path) -> ReferenceLlama:
     return ReferenceLlama(tiny_llama)
 
 
-def test_prompts_and_tokens_written_equal_the_reference(
-    llm: LLM, variant: Variant, reference: ReferenceLlama
-) -> None:
+def test_prompts_and_tokens_written_equal_the_reference(llm: LLM, variant: Variant, reference: ReferenceLlama) -> None:
     outputs = generate(llm, [prompt(n) for n in LENGTHS], 40, prompt_logprobs=0)
     worst = 0.0
     for output in outputs:
@@ -74,9 +70,7 @@ def test_prompts_and_tokens_written_equal_the_reference(
     assert worst <= TOLERANCE
 
 
-def test_a_prefix_hit_over_a_freed_middle_changes_nothing(
-    llm: LLM, variant: Variant, reference: ReferenceLlama
-) -> None:
+def test_a_prefix_hit_over_a_freed_middle_changes_nothing(llm: LLM, variant: Variant, reference: ReferenceLlama) -> None:
     text = prompt(416, seed=1)
     generate(llm, [text], 1)
     for cut in (416, 415, 385, 384, 200):

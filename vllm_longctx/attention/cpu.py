@@ -85,9 +85,7 @@ class LambdaBackend(CPUAttentionBackend):
 
 
 class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
-    def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
-    ):
+    def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.geometry = active_config(vllm_config).geometry
         window = self.geometry.n_local

@@ -50,7 +50,7 @@ def plan_chunk(geometry: Geometry, context: int, length: int, dtype: torch.dtype
     num_tiles = -(-length // tile)
     row, column = torch.arange(tile)[:, None], torch.arange(n_local - 1 + tile)[None, :]
     distance = row + n_local - 1 - column
-    visible = ((0 <= distance) & (distance < n_local))[None]
+    visible = ((distance >= 0) & (distance < n_local))[None]
     if context < n_local - 1:  # the first tiles reach back before the text
         first_position = context - (n_local - 1) + tile * torch.arange(num_tiles)
         visible = visible & (first_position[:, None, None] + column >= 0)
@@ -104,9 +104,7 @@ def attend_chunk(
     length = len(query)
     padding = plan.num_tiles * plan.tile - length
     tiled_query = F.pad(query, (0, 0, 0, 0, 0, padding)).unflatten(0, (plan.num_tiles, plan.tile)).transpose(1, 2)
-    keys, values = (
-        _windows(plan, before, chunk, padding) for before, chunk in zip(context, (key, value), strict=True)
-    )
+    keys, values = (_windows(plan, before, chunk, padding) for before, chunk in zip(context, (key, value), strict=True))
     output, lse = attend(tiled_query, keys, values, plan.local_mask, scale)
     output, lse = output.transpose(1, 2).flatten(0, 1)[:length], lse.transpose(1, 2).flatten(0, 1)[:length]
 

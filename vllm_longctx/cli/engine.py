@@ -57,18 +57,17 @@ def longctx_config(longctx: str | None, preset: str | None) -> dict[str, Any]:
 def running_engine(
     model: str, additional_config: Mapping[str, Any], max_model_len: int, **engine_kwargs: Any
 ) -> Iterator[tuple["LLMEngine", "PeakBlocks"]]:
-    """A vLLM engine for one sequence at a time, shut down at the end, and its meter of KV blocks."""
+    """A vLLM engine, by default for one sequence at a time, shut down at the end, and its meter of KV blocks."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
     meter = PeakBlocks()
-    engine_kwargs.setdefault("kv_cache_memory_bytes", 1 << 30)
+    engine_kwargs = {"kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 1, **engine_kwargs}
     args = EngineArgs(
         model=model_path(model),
         additional_config=dict(additional_config),
         max_model_len=max_model_len,
-        max_num_seqs=1,
         enable_prefix_caching=False,
         **engine_kwargs,
     )
@@ -86,6 +85,9 @@ class PeakBlocks:
 
     def __init__(self) -> None:
         self.num_blocks = 0
+        self.reset()
+
+    def reset(self) -> None:
         self.peak_usage = 0.0
         self.steps = 0
 

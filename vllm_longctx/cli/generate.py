@@ -40,10 +40,12 @@ def generate(
 ) -> None:
     """Stream text of any length to stdout; figures go to stderr."""
     with errors_for_users():
-        if (prompt is None) == (prompt_file is None):
+        if prompt_file is not None and prompt is None:
+            prompt = read_text(prompt_file)
+        elif prompt is None or prompt_file is not None:
             raise ValueError("give one of --prompt and --prompt-file")
         additional_config = longctx_config(longctx, preset)
-        tokens = tokenize(model, prompt if prompt_file is None else read_text(prompt_file), None)
+        tokens = tokenize(model, prompt, None)
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 

@@ -2,9 +2,11 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,6 +18,7 @@ from vllm_longctx.cli.engine import (
     EnforceEager,
     Longctx,
     Model,
+    PeakBlocks,
     Preset,
     console,
     errors_for_users,
@@ -25,6 +28,9 @@ from vllm_longctx.cli.engine import (
     read_text,
     running_engine,
 )
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.llm_engine import LLMEngine
 
 
 @dataclass(frozen=True)
@@ -47,43 +53,55 @@ class Score:
 
     def buckets(self, bucket_tokens: int | None) -> list[Bucket]:
         edges = bucket_edges(len(self.nll) + 1, bucket_tokens)
-        spans = zip(edges, edges[1:], strict=False)
-        return [Bucket(a, b, sum(part) / len(part)) for a, b in spans if (part := self.nll[max(a, 1) - 1 : b - 1])]
+        return [Bucket(a, b, sum(part) / len(part)) for a, b in pairwise(edges) if (part := self.nll[max(a, 1) - 1 : b - 1])]
 
 
 def bucket_edges(tokens: int, bucket_tokens: int | None) -> list[int]:
     """Equal buckets, or by default ones that double from 256 on."""
     if bucket_tokens is not None:
-        inner = range(bucket_tokens, tokens, bucket_tokens)
+        inner = list(range(bucket_tokens, tokens, bucket_tokens))
     else:
         inner = [256 << k for k in range(64) if 256 << k < tokens]
     return [0, *inner, tokens]
 
 
-def score_tokens(
-    model: str, tokens: list[int], additional_config: dict[str, Any], label: str, **engine_kwargs: Any
-) -> Score:
+def score_tokens(model: str, tokens: list[int], additional_config: dict[str, Any], label: str, **engine_kwargs: Any) -> Score:
     """Log-probabilities of `tokens` from a fresh engine, in one pass over them."""
+    with running_engine(model, additional_config, len(tokens) + 2, **engine_kwargs) as (engine, meter):
+        return score_in(engine, meter, tokens, label)
+
+
+def score_in(
+    engine: "LLMEngine",
+    meter: PeakBlocks,
+    tokens: list[int],
+    label: str,
+    each_step: Callable[[int], None] | None = None,
+) -> Score:
+    """The same in an engine that runs already; `each_step` is told how many tokens have been read."""
     from vllm import SamplingParams
 
     # Two tokens are generated so that the blocks held after the last chunk are seen too.
     params = SamplingParams(max_tokens=2, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0)
-    with running_engine(model, additional_config, len(tokens) + 2, **engine_kwargs) as (engine, meter):
-        engine.add_request("score", {"prompt_token_ids": tokens}, params)
-        chunk = engine.vllm_config.scheduler_config.max_num_batched_tokens
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        start, output = time.perf_counter(), None
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(label, total=len(tokens))
-            while engine.has_unfinished_requests():
-                output = next(iter(engine.step()), output)
-                progress.update(task, completed=min(meter.steps * chunk, len(tokens)))
-        elapsed = time.perf_counter() - start
-        assert output is not None and output.prompt_logprobs is not None
-        nll = [-x for x in output.prompt_logprobs.logprobs]
-        assert len(nll) == len(tokens) - 1
-        config = engine.vllm_config.additional_config.get("longctx", {})
-        return Score(nll, len(tokens) / elapsed, meter.peak, config)
+    engine.add_request("score", {"prompt_token_ids": tokens}, params)
+    chunk = engine.vllm_config.scheduler_config.max_num_batched_tokens
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    start, output = time.perf_counter(), None
+    meter.reset()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=len(tokens))
+        while engine.has_unfinished_requests():
+            output = next(iter(engine.step()), output)
+            read = min(meter.steps * chunk, len(tokens))
+            progress.update(task, completed=read)
+            if each_step is not None:
+                each_step(read)
+    elapsed = time.perf_counter() - start
+    assert output is not None and output.prompt_logprobs is not None
+    nll = [-x for x in output.prompt_logprobs.logprobs]
+    assert len(nll) == len(tokens) - 1
+    config = engine.vllm_config.additional_config.get("longctx", {})
+    return Score(nll, len(tokens) / elapsed, meter.peak, config)
 
 
 def score_baseline(model: str, tokens: list[int], **engine_kwargs: Any) -> Score:

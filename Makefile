@@ -1,0 +1,44 @@
+# `make test` and `make demo` set everything up in .venv the first time.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+
+.PHONY: test demo setup lint format fast engine clean
+
+test: lint fast engine
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fast: setup
+	$(BIN)/pytest -q tests --ignore tests/engine
+
+engine: setup
+	$(BIN)/pytest -q tests/engine
+
+demo: setup
+	$(BIN)/python benchmarks/demo.py
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: requirements/cpu.txt requirements/dev.txt setup.py
+	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "Python 3.11 is needed, but '$(PYTHON)' is not one; install it, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements/cpu.txt || $(PIP) --extra-index-url $(TORCH_CPU) -r requirements/cpu.txt
+	$(PIP) -r requirements/dev.txt
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV)

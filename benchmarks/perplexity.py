@@ -1,0 +1,121 @@
+"""Table "Reading past the trained length" of the README: NLL per token by position, for each way to attend.
+
+    python benchmarks/perplexity.py --texts DIR --json OUT.json --plot OUT.png
+
+Reads the .txt files of DIR and the Python documentation topics through the real engine, in float32 by default:
+
+- lm-infinite, streaming: the presets.
+- window: the last tokens only, no first tokens.
+- plain: stock vLLM, its RoPE table enlarged so that it can run past the trained length at all.
+- fresh windows: stock vLLM inside the trained length: every token is scored in a window that starts with the tokenizer's
+  first token, windows half the trained length apart, so that every token has at least half a window before it.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from texts import read_all
+
+from vllm_longctx.cli.engine import model_path, plot, running_engine
+from vllm_longctx.cli.score import Bucket, Score, score_in, tokenize
+
+
+def configurations(trained: int) -> dict[str, dict[str, Any] | None]:
+    """`attention` sections by name; None for stock vLLM."""
+    return {
+        "lm-infinite": {"method": "lm_infinite"},
+        "streaming": {"method": "streaming"},
+        "window": {"method": "lm_infinite", "n_global": 0, "n_local": trained},
+        "plain": None,
+    }
+
+
+def score_fresh_windows(model: str, texts: dict[str, list[int]], trained: int, **kwargs: Any) -> dict[str, list[float]]:
+    """NLL of every token after the first, each scored in a fresh window."""
+    from vllm import SamplingParams
+
+    half = trained // 2
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0)
+    result = {}
+    with running_engine(model, {}, trained + 1, max_num_seqs=16, **kwargs) as (engine, _):
+        for name, tokens in texts.items():
+            nll = [0.0] * (len(tokens) - 1)
+            starts = range(0, max(len(tokens) - half, 1), half)
+            for start in starts:
+                window = [tokens[0], *tokens[start + 1 : start + trained]]
+                engine.add_request(str(start), {"prompt_token_ids": window}, params)
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if not output.finished:
+                        continue
+                    start = int(output.request_id.split("-")[0])
+                    scored = output.prompt_logprobs.logprobs
+                    skip = half - 1 if start else 0
+                    for offset, logprob in enumerate(scored[skip:], start + skip):
+                        nll[offset] = -logprob
+            result[name] = nll
+    return result
+
+
+def main(
+    texts: Annotated[Path | None, typer.Option(help="Directory of .txt files to read beside the Python topics.")] = None,
+    model: str = "booklm",
+    max_tokens: int = 32768,
+    plain_tokens: Annotated[int, typer.Option(help="Plain attention is quadratic: read only so many.")] = 32768,
+    json_out: Annotated[Path | None, typer.Option("--json")] = None,
+    plot_out: Annotated[Path | None, typer.Option("--plot")] = None,
+    dtype: str = "float32",
+) -> None:
+    trained = json.loads((Path(model_path(model)) / "config.json").read_text())["max_position_embeddings"]
+    tokens = {name: tokenize(model, text, max_tokens) for name, text in read_all(texts).items()}
+    kwargs: dict[str, Any] = {"dtype": dtype, "max_num_batched_tokens": 2048, "enforce_eager": True}
+    nll: dict[str, dict[str, list[float]]] = {}
+    for way, attention in configurations(trained).items():
+        config = {} if attention is None else {"longctx": {"attention": attention}}
+        limit = plain_tokens if attention is None else max_tokens
+        extra = {"hf_overrides": {"max_position_embeddings": limit + 2}} if attention is None else {}
+        with running_engine(model, config, limit + 2, **kwargs, **extra) as (engine, meter):
+            nll[way] = {name: score_in(engine, meter, t[:limit], f"{way}: {name}").nll for name, t in tokens.items()}
+    nll["fresh windows"] = score_fresh_windows(model, tokens, trained, **kwargs)
+
+    table = buckets_by_way(nll)
+    for name in ["all texts", *tokens]:
+        print_table(name, {way: rows[name] for way, rows in table.items()})
+    if json_out is not None:
+        json_out.write_text(json.dumps({"command": sys.argv, "model": model, "nll": as_json(table)}, indent=1) + "\n")
+    if plot_out is not None:
+        curves = {w: ([b.end for b in rows["all texts"]], [b.nll for b in rows["all texts"]]) for w, rows in table.items()}
+        plot(plot_out, curves, "position (tokens)", "NLL (nats per token)")
+
+
+def buckets_by_way(nll: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[Bucket]]]:
+    """Buckets per way and text, and under "all texts" their mean weighted by tokens (texts of equal length)."""
+    result: dict[str, dict[str, list[Bucket]]] = {}
+    for way, by_text in nll.items():
+        rows = {name: Score(values, 0.0, 0, {}).buckets(None) for name, values in by_text.items()}
+        shortest = min(len(values) for values in by_text.values())
+        mean = [sum(column) / len(by_text) for column in zip(*(v[:shortest] for v in by_text.values()), strict=True)]
+        result[way] = {"all texts": Score(mean, 0.0, 0, {}).buckets(None), **rows}
+    return result
+
+
+def print_table(title: str, by_way: dict[str, list[Bucket]]) -> None:
+    table = Table("positions", *by_way, title=title)
+    longest = max(by_way.values(), key=len)
+    for number, bucket in enumerate(longest):
+        cells = [f"{rows[number].nll:.3f}" if number < len(rows) else "" for rows in by_way.values()]
+        table.add_row(f"{bucket.start:,} – {bucket.end:,}", *cells)
+    Console(width=110).print(table)
+
+
+def as_json(table: dict[str, dict[str, list[Bucket]]]) -> dict[str, Any]:
+    return {way: {name: [vars(b) for b in rows] for name, rows in texts.items()} for way, texts in table.items()}
+
+
+if __name__ == "__main__":
+    typer.run(main)
