@@ -38,6 +38,7 @@ def configurations(trained: int) -> dict[str, dict[str, Any] | None]:
 def score_fresh_windows(model: str, texts: dict[str, list[int]], trained: int, **kwargs: Any) -> dict[str, list[float]]:
     """NLL of every token after the first, each scored in a fresh window."""
     from vllm import SamplingParams
+    from vllm.inputs import tokens_input
 
     half = trained // 2
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0)
@@ -48,7 +49,7 @@ def score_fresh_windows(model: str, texts: dict[str, list[int]], trained: int, *
             starts = range(0, max(len(tokens) - half, 1), half)
             for start in starts:
                 window = [tokens[0], *tokens[start + 1 : start + trained]]
-                engine.add_request(str(start), {"prompt_token_ids": window}, params)
+                engine.add_request(str(start), tokens_input(window), params)
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if not output.finished:

@@ -47,6 +47,7 @@ def generate(
         additional_config = longctx_config(longctx, preset)
         tokens = tokenize(model, prompt, None)
         from vllm import SamplingParams
+        from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
@@ -59,7 +60,7 @@ def generate(
         )
         kwargs = {"dtype": dtype, "max_num_batched_tokens": max_num_batched_tokens, "enforce_eager": enforce_eager}
         with running_engine(model, additional_config, len(tokens) + max_tokens, **kwargs) as (engine, meter):
-            engine.add_request("generate", {"prompt_token_ids": tokens}, params)
+            engine.add_request("generate", tokens_input(tokens), params)
             written, start = 0, time.perf_counter()
             while engine.has_unfinished_requests():
                 for output in engine.step():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -80,10 +81,11 @@ def score_in(
 ) -> Score:
     """The same in an engine that runs already; `each_step` is told how many tokens have been read."""
     from vllm import SamplingParams
+    from vllm.inputs import tokens_input
 
     # Two tokens are generated so that the blocks held after the last chunk are seen too.
     params = SamplingParams(max_tokens=2, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0)
-    engine.add_request("score", {"prompt_token_ids": tokens}, params)
+    engine.add_request("score", tokens_input(tokens), params)
     chunk = engine.vllm_config.scheduler_config.max_num_batched_tokens
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     start, output = time.perf_counter(), None
@@ -167,14 +169,13 @@ def as_json(score: Score, bucket_tokens: int | None) -> dict[str, Any]:
 
 
 def print_table(scores: dict[str, Score], bucket_tokens: int | None) -> None:
+    """A row per bucket of the longest score, a column per score."""
     table = Table("positions", *scores, title="NLL, nats per token")
-    columns = [s.buckets(bucket_tokens) for s in scores.values()]
-    for row in zip(*columns, strict=True):
-        table.add_row(f"{row[0].start:,} – {row[0].end:,}", *(f"{b.nll:.3f}" for b in row))
+    columns = [{(b.start, b.end): b.nll for b in s.buckets(bucket_tokens)} for s in scores.values()]
+    for start, end in max(columns, key=len):
+        cells = [f"{column[start, end]:.3f}" if (start, end) in column else "" for column in columns]
+        table.add_row(f"{start:,} – {end:,}", *cells)
     table.add_section()
     table.add_row("tokens/s", *(f"{s.tokens_per_s:,.0f}" for s in scores.values()))
     table.add_row("peak KV blocks", *(f"{s.kv_blocks_peak:,}" for s in scores.values()))
-    typer.echo()
-    from rich.console import Console
-
     Console().print(table)

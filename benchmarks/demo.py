@@ -1,0 +1,82 @@
+"""`make demo`: a model trained on 512 tokens reads 131,072 and writes 2,000, beside stock vLLM on the same text.
+
+The text is the Python language reference (the pydoc topics on every machine). Everything runs in the real vLLM engine, in
+float32; stock vLLM is given an enlarged RoPE table, or it could not run past the trained length at all.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from texts import python_topics
+
+from vllm_longctx.cli.engine import console, plot, running_engine
+from vllm_longctx.cli.score import curve, print_table, score_in, tokenize
+
+out = Console()
+STEP = 500
+
+
+def write_on(engine: Any, prompt: list[int], max_tokens: int, label: str) -> tuple[str, list[float]]:
+    """Text sampled after `prompt`, and the mean NLL of what was written per STEP tokens."""
+    from vllm import SamplingParams
+    from vllm.inputs import tokens_input
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=1.0, seed=7, ignore_eos=True, logprobs=0, output_kind=RequestOutputKind.DELTA
+    )
+    engine.add_request("write", tokens_input(prompt), params)
+    text, nll = "", []
+    with Progress(console=console) as progress:
+        task = progress.add_task(label, total=max_tokens)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                (completion,) = output.outputs
+                text += completion.text
+                pairs = zip(completion.logprobs or [], completion.token_ids, strict=True)
+                nll += [-position[token].logprob for position, token in pairs]
+                progress.update(task, completed=len(nll))
+    return text, [sum(nll[k : k + STEP]) / len(nll[k : k + STEP]) for k in range(0, len(nll), STEP)]
+
+
+def main(
+    read_tokens: int = 131_072,
+    stock_tokens: Annotated[int, typer.Option(help="Stock vLLM is quadratic: it reads only so many.")] = 8192,
+    prompt_tokens: int = 2048,
+    write_tokens: int = 2000,
+    plot_out: Annotated[Path, typer.Option("--plot")] = Path("demo.png"),
+) -> None:
+    tokens = tokenize("booklm", python_topics(), read_tokens)
+    out.rule(f"A model trained on 512 tokens reads {len(tokens):,} tokens of the Python reference")
+    kwargs: dict[str, Any] = {"dtype": "float32", "max_num_batched_tokens": 1024, "enforce_eager": True}
+    engines = {
+        "longctx": ({"longctx": {"preset": "lm-infinite"}}, len(tokens), {}),
+        "stock vLLM": ({}, stock_tokens, {"hf_overrides": {"max_position_embeddings": stock_tokens + write_tokens}}),
+    }
+    scores, written = {}, {}
+    for name, (config, length, extra) in engines.items():
+        with running_engine("booklm", config, length + write_tokens, **kwargs, **extra) as (engine, meter):
+            scores[name] = score_in(engine, meter, tokens[:length], f"{name} reads {length:,} tokens")
+            written[name] = write_on(engine, tokens[:prompt_tokens], write_tokens, f"{name} writes {write_tokens:,} tokens")
+            block_size = engine.vllm_config.cache_config.block_size
+            out.print(f"{name}: at most {meter.peak * block_size:,} tokens of KV cache were held at once", highlight=False)
+    print_table(scores, None)
+    plot(plot_out, {name: curve(s, None) for name, s in scores.items()}, "position (tokens)", "NLL (nats per token)")
+    out.print(f"The curves are in {plot_out}.\n")
+
+    out.rule(f"Both write {write_tokens:,} tokens after the first {prompt_tokens:,}")
+    table = Table("tokens written", *written, title="NLL of what it writes, nats per token")
+    for number in range(len(written["longctx"][1])):
+        table.add_row(f"{number * STEP:,} – {(number + 1) * STEP:,}", *(f"{nll[number]:.3f}" for _, nll in written.values()))
+    out.print(table)
+    for name, (text, _) in written.items():
+        out.print(f"\n[bold]{name}[/], the last 300 characters:")
+        out.print(text[-300:], markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

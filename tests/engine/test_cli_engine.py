@@ -1,0 +1,53 @@
+"""`vllm-longctx score` and `generate` as a user runs them."""
+
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_longctx.attention.selection import cdiv
+
+COMMAND = Path(sys.executable).parent / "vllm-longctx"
+QUICK = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "512"]
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [COMMAND, *words, *QUICK], capture_output=True, text=True, timeout=400, env={**os.environ, "COLUMNS": "150"}
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    topics = pydoc_data.topics.topics
+    path.write_text("\n".join(topics[name] for name in sorted(topics)))
+    return path
+
+
+def test_score_is_flat_where_stock_vllm_falls_apart(topics: Path, tmp_path: Path) -> None:
+    out, figure = tmp_path / "score.json", tmp_path / "score.png"
+    words = ["--max-tokens", "6000", "--bucket-tokens", "1500", "--baseline", "--json", str(out), "--plot", str(figure)]
+    done = run("score", "--text", str(topics), *words)
+    result = json.loads(out.read_text())
+    assert [(b["start"], b["end"]) for b in result["buckets"]] == [(0, 1500), (1500, 3000), (3000, 4500), (4500, 6000)]
+    assert result["tokens"] == 6000 and result["tokens_per_s"] > 0
+    assert result["config"]["attention"]["n_local"] == 512
+    ours, stock = ([b["nll"] for b in r["buckets"]] for r in (result, result["baseline"]))
+    assert max(ours) < 5.6
+    assert all(s > o + 1 for s, o in zip(stock[1:], ours[1:], strict=True))
+    # 10 first tokens, a window of 512 and 512 tokens in flight, in blocks of 32
+    assert result["kv_blocks_peak"] <= 1 + cdiv(511 + 512, 32) + 1
+    assert f"{ours[0]:.3f}" in done.stdout and figure.stat().st_size > 10_000
+
+
+def test_generate_writes_far_past_the_trained_length(topics: Path) -> None:
+    done = run("generate", "--prompt-file", str(topics), "--max-tokens", "64", "--seed", "3")
+    assert len(done.stdout) > 100
+    assert "wrote 64 in" in done.stderr

@@ -1,0 +1,58 @@
+"""The commands' words and mistakes, without an engine."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_longctx.cli.main import app
+from vllm_longctx.cli.score import Score, bucket_edges
+from vllm_longctx.seams import SEAMS
+
+
+def run(*words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(words))
+    return result.exit_code, " ".join((result.stdout + result.stderr).split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["score", "--text", "nowhere.txt"], "error: [Errno 2] No such file or directory: 'nowhere.txt'"),
+        (["score", "--text", "TEXT", "--preset", "fast"], "error: longctx: unknown preset 'fast'; presets: lm-infinite"),
+        (["score", "--text", "TEXT", "--longctx", '{"attn": 1}'], "longctx: unknown key 'attn'; did you mean 'attention'?"),
+        (["score", "--text", "TEXT", "--longctx", "{"], "error: longctx: not valid JSON"),
+        (["score", "--text", "EMPTY"], "holds no text"),
+        (["score", "--text", "TEXT", "--max-tokens", "1"], "greater than or equal to 2"),
+        (["generate"], "error: give one of --prompt and --prompt-file"),
+        (["generate", "--prompt", "a", "--prompt-file", "TEXT"], "error: give one of --prompt and --prompt-file"),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some words\n")
+    (tmp_path / "empty.txt").write_text(" \n")
+    names = {"TEXT": str(tmp_path / "text.txt"), "EMPTY": str(tmp_path / "empty.txt")}
+    code, output = run(*(names.get(w, w) for w in words))
+    assert code == 2 and message in output and "Traceback" not in output
+
+
+def test_doctor_finds_every_seam_and_says_what_it_would_set() -> None:
+    code, output = run("doctor", "--model", "booklm", "--preset", "streaming")
+    assert code == 0 and "missing" not in output
+    assert output.count("found") == len(SEAMS)
+    assert "attention.n_local │ 508" in output
+
+
+def test_buckets_double_or_are_equal() -> None:
+    assert bucket_edges(2000, None) == [0, 256, 512, 1024, 2000]
+    assert bucket_edges(250, 100) == [0, 100, 200, 250]
+    score = Score([1.0] * 99 + [2.0] * 100, 1.0, 1, {})
+    assert [(b.start, b.end, b.nll) for b in score.buckets(100)] == [(0, 100, 1.0), (100, 200, 2.0)]
+
+
+def test_the_shipped_model_fits_its_budget() -> None:
+    from vllm_longctx import BOOKLM
+
+    assert sum(f.stat().st_size for f in Path(BOOKLM).iterdir()) < 16_000_000
+    assert json.loads((Path(BOOKLM) / "config.json").read_text())["max_position_embeddings"] == 512
