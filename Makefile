@@ -17,10 +17,10 @@ lint: setup
 	$(BIN)/mypy
 
 fast: setup
-	$(BIN)/pytest -q tests --ignore tests/engine
+	$(BIN)/pytest -q --durations 10 tests --ignore tests/engine
 
 engine: setup
-	$(BIN)/pytest -q tests/engine
+	$(BIN)/pytest -q --durations 10 tests/engine
 
 demo: setup
 	$(BIN)/python benchmarks/demo.py
@@ -31,12 +31,13 @@ format: setup
 
 setup: $(VENV)/installed
 
-$(VENV)/installed: requirements/cpu.txt requirements/dev.txt setup.py
+$(VENV)/installed: requirements/cpu.txt requirements/dev.txt requirements/vllm-metadata/setup.py setup.py
 	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 	  echo "Python 3.11 is needed, but '$(PYTHON)' is not one; install it, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements/cpu.txt || $(PIP) --extra-index-url $(TORCH_CPU) -r requirements/cpu.txt
 	$(PIP) -r requirements/dev.txt
+	$(PIP) --no-build-isolation ./requirements/vllm-metadata
 	$(PIP) --no-build-isolation -e .
 	touch $@
 

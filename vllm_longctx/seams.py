@@ -74,6 +74,12 @@ SEAMS = [
         ),
     ),
     Seam(
+        "GPUModelRunner.input_batch.generators, discard_request_mask (hidden while sampling)",
+        "worker.py",
+        "seeded requests whose prompt comes in chunks, which kill vLLM's engine on the CPU",
+        _has("vllm.v1.worker.cpu_model_runner:CPUModelRunner", "sample_tokens"),
+    ),
+    Seam(
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
         "attention/branches.py",
         "attention with its log-sum-exp, to merge branches",

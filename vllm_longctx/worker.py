@@ -5,6 +5,8 @@ is process-wide and cached, so a second engine in the process would inherit the 
 rotary module that rotated its queries.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -15,6 +17,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, scratch_layout
@@ -30,6 +33,26 @@ class LongContextCPUWorker(CPUWorker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(with_scratch_room(kv_cache_config, self.vllm_config))
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        with seeds_of_finished_prompts(self.model_runner):
+            return super().sample_tokens(grammar_output)
+
+
+@contextmanager
+def seeds_of_finished_prompts(runner: CPUModelRunner) -> Iterator[None]:
+    """Hide the generators of seeded requests whose prompt is not read to its end while tokens are sampled.
+
+    vLLM samples a token for them too, discards it, and rewinds the generator by its offset; CPU generators have none, and the
+    engine dies. Long prompts always come in chunks, so here every seeded one would. Hidden, nothing is drawn at all.
+    """
+    generators = runner.input_batch.generators
+    unfinished = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0].tolist()
+    hidden = {row: generators.pop(row) for row in unfinished if row in generators}
+    try:
+        yield
+    finally:
+        generators.update(hidden)
 
 
 def take_over_attention(model: nn.Module, vllm_config: VllmConfig) -> None:

@@ -45,8 +45,9 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def generate(llm: LLM, prompts: list[list[int]], max_tokens: int, **kwargs: Any) -> list[RequestOutput]:
-    """Greedy; prompts are token ids. Log-probabilities of the tokens written come with the output."""
-    params = SamplingParams(max_tokens=max_tokens, temperature=0, logprobs=0, ignore_eos=True, detokenize=False, **kwargs)
+    """Greedy by default; prompts are token ids. Log-probabilities of the tokens written come with the output."""
+    kwargs = {"temperature": 0, "logprobs": 0, "ignore_eos": True, "detokenize": False, **kwargs}
+    params = SamplingParams(max_tokens=max_tokens, **kwargs)
     return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
 

@@ -40,7 +40,7 @@ def test_score_is_flat_where_stock_vllm_falls_apart(topics: Path, tmp_path: Path
     assert result["tokens"] == 6000 and result["tokens_per_s"] > 0
     assert result["config"]["attention"]["n_local"] == 512
     ours, stock = ([b["nll"] for b in r["buckets"]] for r in (result, result["baseline"]))
-    assert max(ours) < 5.6
+    assert max(ours) - ours[0] < 1
     assert all(s > o + 1 for s, o in zip(stock[1:], ours[1:], strict=True))
     # 10 first tokens, a window of 512 and 512 tokens in flight, in blocks of 32
     assert result["kv_blocks_peak"] <= 1 + cdiv(511 + 512, 32) + 1

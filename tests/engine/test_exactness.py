@@ -39,9 +39,6 @@ VARIANTS = {
     "window_below_a_block": Variant({"n_global": 3, "n_local": 20, "distance_ceiling": 20}, Geometry(3, 20, 20)),
     "no_first_tokens": Variant({"n_global": 0, "n_local": 45}, Geometry(0, 45)),
     "first_tokens_over_blocks": Variant({"n_global": 40, "n_local": 64}, Geometry(40, 64, 128)),
-    "pool_that_preempts": Variant(
-        {"n_global": 10, "n_local": 64, "distance_ceiling": 64}, Geometry(10, 64, 64), {"num_gpu_blocks_override": 22}
-    ),
 }
 
 
@@ -89,23 +86,20 @@ def test_together_is_as_alone(llm: LLM) -> None:
         assert tokens_of(a) == tokens_of(b)
 
 
+def test_a_seed_gives_the_same_tokens_however_its_prompt_is_cut(llm: LLM) -> None:
+    """In the crowd the prompts are cut elsewhere than alone, and chunks share steps with other requests' decodes."""
+
+    def sample(prompts: list[list[int]]) -> list[list[int]]:
+        return [tokens_of(o) for o in generate(llm, prompts, 20, temperature=1.0, seed=11)]
+
+    prompts = [prompt(n, seed=5) for n in (300, 17, 450, 129)]
+    assert sample(prompts) == [sample([p])[0] for p in prompts]
+
+
 def test_all_blocks_come_back(llm: LLM) -> None:
     generate(llm, [prompt(700, seed=3)] * 3, 5)
     assert metric(llm, "vllm:kv_cache_usage_perc") == 0
     assert llm.reset_prefix_cache()
-
-
-def test_a_tight_pool_preempts_and_recomputes_exactly(
-    llm: LLM, variant: Variant, reference: ReferenceLlama, request: pytest.FixtureRequest
-) -> None:
-    if request.node.callspec.params["variant"] != "pool_that_preempts":
-        pytest.skip("only in the engine with the tight pool")
-    before = metric(llm, "vllm:num_preemptions")
-    outputs = generate(llm, [prompt(n, seed=4) for n in (30, 34, 38, 42, 46, 50, 54, 58)], 200)
-    assert metric(llm, "vllm:num_preemptions") > before
-    for output in outputs:
-        expected = reference.token_logprobs(tokens_of(output), variant.geometry)[-200:]
-        assert (logprobs_of(output) - expected).abs().max() <= TOLERANCE
 
 
 def test_the_reference_tells_wrong_geometries_apart(reference: ReferenceLlama) -> None:
