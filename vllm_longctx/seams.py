@@ -10,12 +10,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Seam:
-    """what: the thing touched. where: our one place. why: what it is needed for. present: looks for it in this vLLM."""
+    """what: the thing touched. where: our one place. why: what it is needed for. present: looks for it in this vLLM.
+
+    patch: the diff in patches/ that would make it public; None for what is not vLLM's.
+    """
 
     what: str
     where: str
     why: str
     present: Callable[[], bool]
+    patch: str | None
 
 
 def _has(path: str, *attributes: str) -> Callable[[], bool]:
@@ -44,24 +48,28 @@ SEAMS = [
         "plugin.py",
         "read the configuration before the engine is set up, and add the --longctx flags",
         _has("vllm.engine.arg_utils:EngineArgs", "create_engine_config", "add_cli_args", "from_cli_args"),
+        "0001-engine-config-hooks.diff",
     ),
     Seam(
         "Attention.impl, Attention.attn_backend and the rotary_emb beside it (replaced after loading)",
         "worker.py",
         "choose the backend per layer and per engine, and know the rotation of each layer's queries",
         _has("vllm.model_executor.layers.attention:Attention", "get_attn_backend", "get_kv_cache_spec"),
+        "0002-attention-backend-per-layer.diff",
     ),
     Seam(
         "KVCacheTensor.layer_stride, size (enlarged before allocation)",
         "worker.py",
         "scratch blocks behind each layer's blocks that the scheduler never hands out",
         _tensor_fields,
+        "0003-scratch-blocks.diff",
     ),
     Seam(
         "KVCacheSpecRegistry._ensure_registered",
         "kv_cache.py",
         "register our spec without losing the built-in ones",
         _has("vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry", "_ensure_registered", "register"),
+        "0004-plugin-specs-before-builtin-ones.diff",
     ),
     Seam(
         "SingleTypeKVCacheManager._remove_blocks_in_range, num_cached_block, _get_num_evictable_blocks",
@@ -72,17 +80,20 @@ SEAMS = [
             "_remove_blocks_in_range",
             "_get_num_evictable_blocks",
         ),
+        "0005-public-block-range-in-managers.diff",
     ),
     Seam(
         "GPUModelRunner.input_batch.generators, discard_request_mask (hidden while sampling)",
         "worker.py",
         "seeded requests whose prompt comes in chunks, which kill vLLM's engine on the CPU",
         _has("vllm.v1.worker.cpu_model_runner:CPUModelRunner", "sample_tokens"),
+        "0006-seeded-chunked-prefill-on-cpu.diff",
     ),
     Seam(
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
         "attention/branches.py",
         "attention with its log-sum-exp, to merge branches",
         _has("torch.ops:aten", "_scaled_dot_product_flash_attention_for_cpu"),
+        None,
     ),
 ]
