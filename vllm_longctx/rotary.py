@@ -58,11 +58,6 @@ class Rotary(nn.Module):
         self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
         self._step: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
-    def same_angles(self, other: "Rotary") -> bool:
-        return (self.head_size, self.rotary_dim, self.neox) == (other.head_size, other.rotary_dim, other.neox) and (
-            torch.equal(self.inverse_frequencies, other.inverse_frequencies)
-        )
-
     def forward(self, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """positions [tokens], int; query, key [tokens, heads * head_size]: returned rotated, same shape and dtype."""
         cos_sin = self._step_cos_sin(positions)

@@ -59,25 +59,29 @@ def take_over_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
     """Give every attention layer of a loaded model exact rotary angles and Λ attention.
 
     Must come before the first forward, which compiles the model. Raises RuntimeError for a layer that is not a plain
-    decoder layer with a rotary module beside it.
+    decoder layer with the model's one rotary module beside it (vLLM's `get_rope` gives all layers the same).
     """
-    geometry = active_config(vllm_config).geometry
-    backend = LambdaBackend.for_geometry(geometry)
-    exact: dict[int, Rotary] = {}
-    for name, layer in vllm_config.compilation_config.static_forward_context.items():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        stock = getattr(parent, "rotary_emb", None)
+    layers = vllm_config.compilation_config.static_forward_context
+    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in layers}
+    stock_rotaries = {id(r): r for r in (getattr(parent, "rotary_emb", None) for parent in parents.values())}
+    if len(stock_rotaries) != 1:
+        raise RuntimeError(f"longctx needs one rotation in all layers, but there are {len(stock_rotaries)}")
+    (stock_rotary,) = stock_rotaries.values()
+    for name, layer in layers.items():
         if not (
             isinstance(layer, Attention)
             and type(layer.impl) is CPUAttentionBackendImpl
             and layer.impl.attn_type == "decoder"
             and layer.impl.sinks is None
             and layer.sliding_window is None
-            and isinstance(stock, RotaryEmbedding)
+            and isinstance(stock_rotary, RotaryEmbedding)
         ):
-            raise RuntimeError(f"longctx cannot take over layer {name} ({type(layer).__name__}, {type(stock).__name__})")
-        rotary = exact.setdefault(id(stock), exact_rotary(stock, vllm_config))
-        parent.rotary_emb = rotary
+            raise RuntimeError(f"longctx cannot take over {name} ({type(layer).__name__}, {type(stock_rotary).__name__})")
+
+    geometry, rotary = active_config(vllm_config).geometry, exact_rotary(stock_rotary, vllm_config)
+    backend = LambdaBackend.for_geometry(geometry)
+    for name, layer in layers.items():
+        parents[name].rotary_emb = rotary
         layer.impl = LambdaImpl(layer.impl, geometry, rotary)
         layer.attn_backend = backend
 

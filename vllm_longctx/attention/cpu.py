@@ -88,8 +88,6 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.geometry = active_config(vllm_config).geometry
-        window = self.geometry.n_local
-        self.sliding_window = -1 if window is None else self.geometry.n_global + window
         self.layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         self.rotary: Rotary = self.layers[0].impl.rotary
         self.places = packed_order(self.block_size, self.head_dim, kv_cache_spec.dtype, self.isa)
@@ -132,8 +130,9 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def _needs_tiles(self, seq_lens: Tensor, query_lens: Tensor) -> Tensor:
         """bool [rows]: requests past their window that one row of a table cannot describe."""
-        if self.geometry.n_local is None or self.geometry.n_global == 0:
+        if self.geometry.n_global == 0:  # the kernel masks everything before the window by itself
             return torch.zeros_like(seq_lens, dtype=torch.bool)
+        assert self.geometry.n_local is not None
         past = seq_lens > self.geometry.n_local
         tiled = past & (query_lens > 1)
         return past if int((past & ~tiled).sum()) > self.scratch.layout.rows else tiled
@@ -153,7 +152,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
             dtype=self.dtype,
             query_start_loc=starts,
             causal=True,
-            sliding_window_size=self.sliding_window,
+            sliding_window_size=self.window_size,
             isa=self.isa,
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
             kv_cache_dtype=self.kv_cache_dtype,
@@ -184,8 +183,8 @@ class LambdaImpl(CPUAttentionBackendImpl):
     def __init__(self, stock: CPUAttentionBackendImpl, geometry: Geometry, rotary: Rotary):
         self.__dict__.update(vars(stock))
         self.geometry, self.rotary = geometry, rotary
-        window = geometry.n_local
-        self.sliding_window = -1 if window is None else geometry.n_global + window
+        assert geometry.n_local is not None
+        self.sliding_window = geometry.n_global + geometry.n_local  # what a compact table shows; the builder reads it too
 
     def forward(
         self,
