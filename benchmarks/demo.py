@@ -27,7 +27,7 @@ def write_on(engine: Any, prompt: list[int], max_tokens: int, label: str) -> tup
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(
-        max_tokens=max_tokens, temperature=1.0, seed=7, ignore_eos=True, logprobs=0, output_kind=RequestOutputKind.DELTA
+        max_tokens=max_tokens, temperature=1.0, ignore_eos=True, logprobs=0, output_kind=RequestOutputKind.DELTA
     )
     engine.add_request("write", tokens_input(prompt), params)
     text, nll = "", []
