@@ -43,7 +43,8 @@ def score_fresh_windows(model: str, texts: dict[str, list[int]], trained: int, *
     half = trained // 2
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0)
     result = {}
-    with running_engine(model, {}, trained + 1, max_num_seqs=16, **kwargs) as (engine, _):
+    room = {"max_position_embeddings": trained + 1}  # for the one token that every request must generate
+    with running_engine(model, {}, trained + 1, max_num_seqs=16, hf_overrides=room, **kwargs) as (engine, _):
         for name, tokens in texts.items():
             nll = [0.0] * (len(tokens) - 1)
             starts = range(0, max(len(tokens) - half, 1), half)
@@ -75,14 +76,13 @@ def main(
     trained = json.loads((Path(model_path(model)) / "config.json").read_text())["max_position_embeddings"]
     tokens = {name: tokenize(model, text, max_tokens) for name, text in read_all(texts).items()}
     kwargs: dict[str, Any] = {"dtype": dtype, "max_num_batched_tokens": 2048, "enforce_eager": True}
-    nll: dict[str, dict[str, list[float]]] = {}
+    nll = {"fresh windows": score_fresh_windows(model, tokens, trained, **kwargs)}
     for way, attention in configurations(trained).items():
         config = {} if attention is None else {"longctx": {"attention": attention}}
         limit = plain_tokens if attention is None else max_tokens
         extra = {"hf_overrides": {"max_position_embeddings": limit + 2}} if attention is None else {}
         with running_engine(model, config, limit + 2, **kwargs, **extra) as (engine, meter):
             nll[way] = {name: score_in(engine, meter, t[:limit], f"{way}: {name}").nll for name, t in tokens.items()}
-    nll["fresh windows"] = score_fresh_windows(model, tokens, trained, **kwargs)
 
     table = buckets_by_way(nll)
     for name in ["all texts", *tokens]:
