@@ -99,7 +99,7 @@ def main(
         curves = {
             f"{what}, {name}": (x, [r[f"{name}_{what}"] for r in rows]) for what in ("prefill", "decode") for name in NAMES
         }
-        plot(plot_out, curves, "context (tokens)", "tokens/s")
+        plot(plot_out, curves, "context (tokens)", "tokens/s", yscale="log")
 
 
 NAMES = ("stock", "longctx")

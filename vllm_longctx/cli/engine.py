@@ -119,7 +119,13 @@ def read_text(path: Path) -> str:
     return text
 
 
-def plot(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str) -> None:
+def plot(
+    path: Path,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    yscale: str = "linear",
+) -> None:
     """Curves by name, (x, y) each, drawn to a PNG, PDF or SVG file."""
     import matplotlib
 
@@ -129,7 +135,7 @@ def plot(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     for name, (x, y) in curves.items():
         axes.plot(x, y, marker="o", markersize=3, label=name)
-    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale=yscale)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
