@@ -11,7 +11,6 @@ tokens), the speed that Λ attention should keep at any length.
 import json
 import random
 import statistics
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -92,7 +91,7 @@ def main(
     rows = [row(figures, length, window) for length in [window, *sizes]]
     print_table(rows, batch)
     if json_out is not None:
-        result = {"command": sys.argv, "attention": attention, "batch": batch, "dtype": dtype, "rows": rows}
+        result = {"attention": attention, "batch": batch, "dtype": dtype, "rows": rows}
         json_out.write_text(json.dumps(result, indent=1) + "\n")
     if plot_out is not None:
         x = [r["length"] for r in rows]

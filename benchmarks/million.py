@@ -6,7 +6,6 @@ Joins the .txt files of DIR (and the Python topics after them) until there are `
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,7 +77,7 @@ def main(
     }
     Console().print(summary)
     if json_out is not None:
-        result = {"command": sys.argv, "model": model, "config": whole.config, "parts": parts, **summary}
+        result = {"model": model, "config": whole.config, "parts": parts, **summary}
         json_out.write_text(json.dumps(result, indent=1) + "\n")
 
 
