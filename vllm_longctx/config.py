@@ -179,6 +179,12 @@ class LongContextConfig(_Section):
         return self.model_dump(exclude_none=True)
 
 
+def checked_json(text: str) -> dict[str, Any]:
+    """The value of a `--longctx` flag, as the user wrote it. Raises LongContextError if it is not a configuration."""
+    LongContextConfig.parse(text)
+    return json.loads(text)
+
+
 def _describe(error: Any) -> str:
     where = ".".join(["longctx", *(str(part) for part in error["loc"])])
     message = error["msg"].removeprefix("Value error, ")

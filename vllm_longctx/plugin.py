@@ -6,14 +6,13 @@ nothing for an engine without a `longctx` configuration.
 
 import argparse
 import functools
-import json
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_longctx import engine_args, kv_cache
-from vllm_longctx.config import PRESETS, LongContextConfig, LongContextError
+from vllm_longctx.config import PRESETS, LongContextError, checked_json
 
 
 def register() -> None:
@@ -65,7 +64,6 @@ def _wrap_cli() -> None:
 
 def _checked_json(text: str) -> dict[str, Any]:
     try:
-        LongContextConfig.parse(text)
+        return checked_json(text)
     except LongContextError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
-    return json.loads(text)

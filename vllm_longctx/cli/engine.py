@@ -40,16 +40,12 @@ def model_path(model: str) -> str:
 
 def longctx_config(longctx: str | None, preset: str | None) -> dict[str, Any]:
     """The flags as `additional_config`, checked. Raises LongContextError."""
-    import json
-
-    from vllm_longctx.config import DEFAULT_PRESET, LongContextConfig
+    from vllm_longctx.config import KEY, LongContextConfig, checked_json
     from vllm_longctx.engine_args import additional_config_from_flags
 
-    if longctx is not None:
-        LongContextConfig.parse(longctx)
-    value = None if longctx is None else json.loads(longctx)
-    config = additional_config_from_flags(None, None, value, preset or (None if value else DEFAULT_PRESET))
-    LongContextConfig.parse(config["longctx"])
+    value = None if longctx is None else checked_json(longctx)
+    config = additional_config_from_flags(None, "longctx", value, preset)
+    LongContextConfig.parse(config[KEY])
     return config
 
 
