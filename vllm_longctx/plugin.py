@@ -1,6 +1,6 @@
 """vLLM's door to this package: the entry point `longctx` in the group `vllm.general_plugins`.
 
-`register` runs in every process of vLLM. It makes the KV spec known and wraps three methods of EngineArgs; it changes
+`register` runs in every process of vLLM. It makes the KV spec and MPT known and wraps three methods of EngineArgs; it changes
 nothing for an engine without a `longctx` configuration.
 """
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models.registry import ModelRegistry
 
 from vllm_longctx import engine_args, kv_cache
 from vllm_longctx.config import PRESETS, LongContextError, checked_json
@@ -17,6 +18,8 @@ from vllm_longctx.config import PRESETS, LongContextError, checked_json
 
 def register() -> None:
     kv_cache.register()
+    for architecture in ("MptForCausalLM", "MPTForCausalLM"):
+        ModelRegistry.register_model(architecture, "vllm_longctx.models.mpt:MptForCausalLM")
     if not hasattr(EngineArgs.create_engine_config, "__wrapped__"):
         _wrap_create_engine_config()
         _wrap_cli()

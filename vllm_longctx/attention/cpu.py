@@ -89,7 +89,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.geometry = active_config(vllm_config).geometry
         self.layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
-        self.rotary: Rotary = self.layers[0].impl.rotary
+        self.impl: LambdaImpl = self.layers[0].impl
         self.places = packed_order(self.block_size, self.head_dim, kv_cache_spec.dtype, self.isa)
         for layer in self.layers:
             layer.impl.places = self.places
@@ -98,7 +98,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
     def scratch(self) -> Scratch:
         """Built in the first step, when the KV cache is there."""
         num_blocks = self.vllm_config.cache_config.num_gpu_blocks
-        layout = scratch_layout(self.vllm_config, self.geometry, self.block_size, num_blocks)
+        layout = scratch_layout(self.vllm_config, self.impl, self.block_size, num_blocks)
         caches = [layer.kv_cache for layer in self.layers]
         blocks = layout.first_block + layout.num_blocks
         for number, cache in enumerate(caches):
@@ -106,13 +106,14 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
                 raise RuntimeError("layers of a KV cache group do not stand one behind the other; vLLM's layout changed")
         whole = extend(caches[0], len(caches) * blocks)
         n_global = self.geometry.n_global
-        return Scratch(layout, whole, len(caches), n_global, self.places, self.rotary, self.isa)
+        return Scratch(layout, whole, len(caches), n_global, self.places, self.impl.rotary, self.isa)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LambdaMetadata:
         m = common_attn_metadata
-        self.rotary.new_step()
+        if self.impl.rotary is not None:
+            self.impl.rotary.new_step()
         self.scratch.forget_written(m.slot_mapping)
         starts, seq_lens, table = m.query_start_loc, m.seq_lens, m.block_table_tensor
         query_lens = starts.diff()
@@ -167,7 +168,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         window_start = max(context - n_local + 1, 0)
         return ChunkPart(
             tokens=slice(begin, end),
-            plan=plan_chunk(self.geometry, context, end - begin, self.dtype),
+            plan=plan_chunk(self.geometry, context, end - begin, self.impl.alibi_slopes),
             context_blocks=table[row, window_start // bs : cdiv(context, bs)].long(),
             context_skip=window_start % bs,
             context_length=context - window_start,
@@ -176,11 +177,14 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 class LambdaImpl(CPUAttentionBackendImpl):
-    """A stock CPU attention layer taken over after the weights are loaded; `places` is set by the metadata builder."""
+    """A stock CPU attention layer taken over after the weights are loaded; `places` is set by the metadata builder.
+
+    rotary: None for a model with ALiBi.
+    """
 
     places: tuple[Tensor, Tensor]
 
-    def __init__(self, stock: CPUAttentionBackendImpl, geometry: Geometry, rotary: Rotary):
+    def __init__(self, stock: CPUAttentionBackendImpl, geometry: Geometry, rotary: Rotary | None):
         self.__dict__.update(vars(stock))
         self.geometry, self.rotary = geometry, rotary
         assert geometry.n_local is not None
@@ -250,5 +254,6 @@ class LambdaImpl(CPUAttentionBackendImpl):
         return keys[skip : skip + length], values[skip : skip + length]
 
 
-def scratch_layout(vllm_config: VllmConfig, geometry: Geometry, block_size: int, num_blocks: int) -> ScratchLayout:
-    return ScratchLayout.plan(geometry, block_size, num_blocks, vllm_config.scheduler_config.max_num_seqs)
+def scratch_layout(vllm_config: VllmConfig, impl: LambdaImpl, block_size: int, num_blocks: int) -> ScratchLayout:
+    max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+    return ScratchLayout.plan(impl.geometry, block_size, num_blocks, max_num_seqs, alibi=impl.alibi_slopes is not None)

@@ -64,7 +64,7 @@ class Scratch:
         num_layers: int,
         n_global: int,
         places: tuple[Tensor, Tensor],
-        rotary: Rotary,
+        rotary: Rotary | None,
         isa: str,
     ):
         self.layout, self.cache, self.places, self.rotary, self.isa = layout, cache, places, rotary, isa
@@ -92,7 +92,9 @@ class Scratch:
         changed = (self.first_blocks[:rows] != moves.first_blocks).any(1)
         if changed.any():
             self._fetch_first(moves, changed.nonzero().squeeze(1))
-        keys = self.rotary.turn(self.first_keys[:, :rows], moves.turn_by[..., None])
+        keys = self.first_keys[:, :rows]
+        if self.rotary is not None:
+            keys = self.rotary.turn(keys, moves.turn_by[..., None])
         slots = self.layer_base[..., None] * self.block_size + moves.target_slots
         key_cache, value_cache = as_kernel_cache(self.cache).chunk(2, dim=2)
         values = self.first_values[:, :rows]
