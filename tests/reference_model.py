@@ -115,6 +115,8 @@ class ReferenceGPTJ(Reference):
 
 
 class ReferenceBloom(Reference):
+    approximate = "none"  # as in vLLM; transformers has "tanh", which moves log-probabilities by up to 2e-3
+
     def set_up(self) -> None:
         c = self.config
         self.layers, heads = c["n_layer"], c["n_head"]
@@ -129,7 +131,7 @@ class ReferenceBloom(Reference):
         per_head = self.linear(y, f"{name}.self_attention.query_key_value").unflatten(-1, (-1, 3, self.head_dim))
         x = x + self.linear(attend(*(per_head[:, :, part].flatten(1) for part in range(3))), f"{name}.self_attention.dense")
         y = self.norm(x, f"{name}.post_attention_layernorm")
-        inner = gelu(self.linear(y, f"{name}.mlp.dense_h_to_4h"), approximate="tanh")
+        inner = gelu(self.linear(y, f"{name}.mlp.dense_h_to_4h"), approximate=self.approximate)
         return x + self.linear(inner, f"{name}.mlp.dense_4h_to_h")
 
     def head(self, x: Tensor) -> Tensor:

@@ -135,6 +135,11 @@ def test_the_smallest_pool_that_is_accepted() -> None:
             "BloomForCausalLM",
             r"does not say the trained length \(.*\); give it, for example --hf-overrides '\{\"seq_length\": 2048\}'",
         ),
+        (
+            LlamaConfig(**{**TINY, "hidden_size": 48}, intermediate_size=64),
+            "LlamaForCausalLM",
+            "it has heads of 24 elements; vLLM's attention on the CPU takes 32, 64,",
+        ),
         (LlamaConfig(**TINY, intermediate_size=64), "StableLmForCausalLM", "longctx was not tested with model"),
     ],
 )  # fmt: skip

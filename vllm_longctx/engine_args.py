@@ -14,6 +14,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_longctx.config import DEFAULT_PRESET, KEY, LongContextConfig, LongContextError
 from vllm_longctx.kv_cache import max_blocks_per_request
@@ -147,6 +148,7 @@ def check_model(model: ModelConfig) -> None:
     parameters = rope_parameters(model)
     scaling = (parameters or {}).get("rope_type", "default")
     sliding_window = model.get_sliding_window()
+    head_size, head_sizes = model.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
     reasons = {
         "is an encoder-decoder": model.is_encoder_decoder,
         "is multimodal": model.is_multimodal_model,
@@ -158,6 +160,9 @@ def check_model(model: ModelConfig) -> None:
         "has dual chunk attention of its own": getattr(model.hf_text_config, "dual_chunk_attention_config", None) is not None,
         "has neither one set of RoPE positions nor ALiBi, but learned ones or several sets": (
             parameters is None and not model.uses_alibi
+        ),
+        f"has heads of {head_size} elements; vLLM's attention on the CPU takes {', '.join(map(str, head_sizes))}": (
+            head_size not in head_sizes
         ),
         f"has rope_type {scaling!r}, not one of {', '.join(SCALINGS)}": scaling not in SCALINGS,
     }
