@@ -7,7 +7,9 @@ take one call of vLLM's own kernel over compact tables (`selection`, `scratch`).
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import envs
@@ -56,7 +58,6 @@ class LambdaMetadata:
     num_actual_tokens: int
     kernel: KernelPart | None
     chunks: list[ChunkPart]
-    scratch: ScratchLayout
 
 
 class LambdaBackend(CPUAttentionBackend):
@@ -106,6 +107,8 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
                 raise RuntimeError("layers of a KV cache group do not stand one behind the other; vLLM's layout changed")
         whole = extend(caches[0], len(caches) * blocks)
         n_global = self.geometry.n_global
+        for layer, cache in zip(self.layers, caches, strict=True):
+            layer.impl.kernel_cache = as_kernel_cache(extend(cache, blocks)).chunk(2, dim=2)
         return Scratch(layout, whole, len(caches), n_global, self.places, self.impl.rotary, self.isa)
 
     def build(
@@ -117,22 +120,22 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         self.scratch.forget_written(m.slot_mapping)
         starts, seq_lens, table = m.query_start_loc, m.seq_lens, m.block_table_tensor
         query_lens = starts.diff()
-        tiled = self._needs_tiles(seq_lens, query_lens)
-        chunks = [self._chunk(r, starts, seq_lens, table) for r in tiled.nonzero().flatten().tolist()]
+        tiled = self._needs_tiles(seq_lens.numpy(), query_lens.numpy())
+        chunks = [self._chunk(r, starts, seq_lens, table) for r in tiled.nonzero()[0].tolist()]
         kernel = None
         if not chunks:
             kernel = self._kernel_part(None, starts, table, seq_lens, query_lens)
         elif not tiled.all():
-            rows = (~tiled).nonzero().flatten()
-            tokens = torch.repeat_interleave(~tiled, query_lens).nonzero().flatten()
+            rows = torch.from_numpy(~tiled)
+            tokens = torch.repeat_interleave(rows, query_lens).nonzero().flatten()
             own_starts = torch.cat((starts.new_zeros(1), query_lens[rows].cumsum(0, dtype=torch.int32)))
             kernel = self._kernel_part(tokens, own_starts, table[rows], seq_lens[rows], query_lens[rows])
-        return LambdaMetadata(m.num_actual_tokens, kernel, chunks, self.scratch.layout)
+        return LambdaMetadata(m.num_actual_tokens, kernel, chunks)
 
-    def _needs_tiles(self, seq_lens: Tensor, query_lens: Tensor) -> Tensor:
-        """bool [rows]: requests past their window that one row of a table cannot describe."""
+    def _needs_tiles(self, seq_lens: NDArray[np.int32], query_lens: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """[rows]: requests past their window that one row of a table cannot describe."""
         if self.geometry.n_global == 0:  # the kernel masks everything before the window by itself
-            return torch.zeros_like(seq_lens, dtype=torch.bool)
+            return np.zeros(len(seq_lens), np.bool_)
         assert self.geometry.n_local is not None
         past = seq_lens > self.geometry.n_local
         tiled = past & (query_lens > 1)
@@ -177,12 +180,14 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 class LambdaImpl(CPUAttentionBackendImpl):
-    """A stock CPU attention layer taken over after the weights are loaded; `places` is set by the metadata builder.
+    """A stock CPU attention layer taken over after the weights are loaded. The metadata builder sets what is known later:
 
+    places: `packed_order`. kernel_cache: keys and values as the kernel takes them, scratch blocks included.
     rotary: None for a model with ALiBi.
     """
 
     places: tuple[Tensor, Tensor]
+    kernel_cache: tuple[Tensor, Tensor]
 
     def __init__(self, stock: CPUAttentionBackendImpl, geometry: Geometry, rotary: Rotary | None):
         self.__dict__.update(vars(stock))
@@ -206,7 +211,7 @@ class LambdaImpl(CPUAttentionBackendImpl):
         if attn_metadata is None:  # profiling run
             return output
         if attn_metadata.kernel is not None:
-            self._kernel(attn_metadata, query, kv_cache, output)
+            self._kernel(attn_metadata.kernel, query[: attn_metadata.num_actual_tokens], output)
         for chunk in attn_metadata.chunks:
             rows = chunk.tokens
             output[rows] = attend_chunk(
@@ -221,14 +226,11 @@ class LambdaImpl(CPUAttentionBackendImpl):
             )
         return output
 
-    def _kernel(self, metadata: LambdaMetadata, query: Tensor, kv_cache: Tensor, output: Tensor) -> None:
-        part, scratch = metadata.kernel, metadata.scratch
-        assert part is not None
-        cache = as_kernel_cache(extend(kv_cache, scratch.first_block + scratch.num_blocks))
-        key_cache, value_cache = cache.chunk(2, dim=2)
+    def _kernel(self, part: KernelPart, query: Tensor, output: Tensor) -> None:
+        key_cache, value_cache = self.kernel_cache
         whole_step = part.tokens is None
-        query = query[: metadata.num_actual_tokens] if whole_step else query[part.tokens]
-        out = output[: metadata.num_actual_tokens] if whole_step else torch.empty_like(query)
+        query = query if whole_step else query[part.tokens]
+        out = output[: len(query)] if whole_step else torch.empty_like(query)
         ops.cpu_attention_with_kv_cache(
             query=query,
             key_cache=key_cache,
