@@ -1,17 +1,24 @@
 """Table "Speed" of the README: prefill and decode of LM-Infinite against stock vLLM, side by side in one run.
 
     python benchmarks/lm_infinite.py --json OUT.json --plot OUT.png
+    python benchmarks/lm_infinite.py --batch 16 --lengths 1024,32768,131072,1000000 --stock-up-to 0 --json OUT.json
 
 Both engines are up at the same time and take turns, round by round; figures are medians over rounds. Stock vLLM's RoPE table
-is enlarged, or it could not run past the trained length at all. Prompts are random tokens; prefill is the time to the first
-token, decode the median time between tokens after it. Each engine also runs at the window's own length (n_global + n_local
-tokens), the speed that Λ attention should keep at any length.
+is enlarged, or it could not run past the trained length at all; it is spared lengths above `--stock-up-to`, which would take
+it hours. Each engine also runs at the window's own length (n_global + n_local tokens), the speed that Λ attention should keep
+at any length.
+
+Texts are random tokens. Prefill is the time to the first token of one request. Decode is the median time between tokens of
+`--batch` requests at once: their prompts share the text that was just read, from the prefix cache, but for their last 1,024
+tokens, more than a window, so that no two read the same keys. Above `--stock-up-to` the text is the same in every round, and
+read in the first one only.
 """
 
 import json
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,9 +33,11 @@ from vllm_longctx.cli.engine import console, plot, running_engine
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
+OWN_TOKENS = 1024
 
-def measure(engine: "LLMEngine", length: int, batch: int, written: int) -> tuple[float, float]:
-    """(prefill tokens/s, decode tokens/s) of `batch` prompts of `length` random tokens at once."""
+
+def token_times(engine: "LLMEngine", prompts: Sequence[list[int]], written: int) -> list[float]:
+    """Seconds from the start to each step's tokens, from the first step in which every prompt is read."""
     from vllm import SamplingParams
     from vllm.inputs import tokens_input
     from vllm.sampling_params import RequestOutputKind
@@ -36,103 +45,136 @@ def measure(engine: "LLMEngine", length: int, batch: int, written: int) -> tuple
     params = SamplingParams(
         max_tokens=written, temperature=0, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
     )
-    vocab = engine.vllm_config.model_config.get_vocab_size()
-    for number in range(batch):
-        ids = [random.randrange(3, vocab) for _ in range(length)]
-        engine.add_request(f"{number}-{random.random()}", tokens_input(ids), params)
-    start, prefill, started, ticks = time.perf_counter(), 0.0, set(), []
+    for number, prompt in enumerate(prompts):
+        engine.add_request(f"{number}-{random.random()}", tokens_input(prompt), params)
+    start, started, times = time.perf_counter(), set(), []
     while engine.has_unfinished_requests():
         outputs = engine.step()
         started |= {o.request_id for o in outputs}
-        if len(started) == batch and outputs:
-            ticks.append(time.perf_counter())
-            prefill = prefill or ticks[0] - start
-    gaps = [after - before for before, after in pairwise(ticks)]
-    return batch * length / prefill, batch / statistics.median(gaps)
+        if len(started) == len(prompts) and outputs:
+            times.append(time.perf_counter() - start)
+    return times
+
+
+def random_tokens(engine: "LLMEngine", length: int, seed: float) -> list[int]:
+    vocab = engine.vllm_config.model_config.get_vocab_size()
+    return random.Random(seed).choices(range(3, vocab), k=length)
+
+
+def prefill_speed(engine: "LLMEngine", text: list[int]) -> float:
+    """Tokens/s of one prompt that the engine has not seen."""
+    return len(text) / token_times(engine, [text], 1)[0]
+
+
+def decode_speed(engine: "LLMEngine", text: list[int], batch: int, written: int) -> float:
+    """Tokens/s of `batch` requests that have read `text`, all but its end."""
+    own = min(len(text), OWN_TOKENS)
+    prompts = [text[: len(text) - own] + random_tokens(engine, own, random.random()) for _ in range(batch)]
+    gaps = [after - before for before, after in pairwise(token_times(engine, prompts, written))]
+    # The last request to start sees the whole batch; before the first to start ends, all are there.
+    return batch / statistics.median(gaps[: written - 1])
 
 
 def main(
     model: str = "booklm",
-    lengths: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024,2048,4096,8192,16384,32768",
-    batch: int = 1,
+    lengths: Annotated[str, typer.Option(help="Context lengths in tokens.")] = (
+        "1024,2048,4096,8192,16384,32768,131072,1000000"
+    ),
+    stock_up_to: Annotated[int, typer.Option(help="Longest context of stock vLLM, in tokens.")] = 32768,
+    batch: Annotated[int, typer.Option(help="Requests that decode at once.")] = 1,
     rounds: int = 3,
-    written: int = 64,
+    written: int = 128,
     dtype: str = "float32",
     enforce_eager: bool = False,
     max_num_batched_tokens: int = 2048,
     json_out: Annotated[Path | None, typer.Option("--json")] = None,
     plot_out: Annotated[Path | None, typer.Option("--plot")] = None,
 ) -> None:
-    sizes = [int(x) for x in lengths.split(",")]
-    longest = max(sizes) + written
+    sizes = sorted((int(x) for x in lengths.split(",")), reverse=True)  # the longest first: reading it empties the cache
     kwargs: dict[str, Any] = {
         "dtype": dtype,
         "enforce_eager": enforce_eager,
         "max_num_seqs": batch,
         "max_num_batched_tokens": max_num_batched_tokens,
+        "enable_prefix_caching": True,
     }
-    enlarged = {"max_position_embeddings": longest}
+    stock_longest = max(stock_up_to, OWN_TOKENS) + 2 * written
+    enlarged = {"max_position_embeddings": stock_longest}
     config = {"longctx": {"preset": "lm-infinite"}}
-    stock_context = running_engine(model, {}, longest, hf_overrides=enlarged, **kwargs)
-    ours_context = running_engine(model, config, longest, **kwargs)
-    figures: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    stock_context = running_engine(model, {}, stock_longest, hf_overrides=enlarged, **kwargs)
+    ours_context = running_engine(model, config, max(sizes) + 2 * written, **kwargs)
+    figures: dict[tuple[str, str, int], list[float]] = {}
     with stock_context as (stock, _), ours_context as (ours, _), Progress(console=console) as progress:
         attention = ours.vllm_config.additional_config["longctx"]["attention"]
         window = attention["n_global"] + attention["n_local"]
-        plan = [(name, n) for n in [window, *sizes] for name in ("stock", "longctx")]
+        plan = [(n, name, engine) for n in [*sizes, window] for name, engine in (("stock", stock), ("longctx", ours))]
+        plan = [(n, name, engine) for n, name, engine in plan if name == "longctx" or n <= max(stock_up_to, window)]
         task = progress.add_task("warming up", total=len(plan) * rounds)
         for engine in (stock, ours):
-            measure(engine, min(sizes), batch, 8)
+            decode_speed(engine, random_tokens(engine, OWN_TOKENS, 0.5), batch, 8)
         for number in range(rounds):
-            for name, length in plan:
+            for length, name, engine in plan:
                 progress.update(task, description=f"round {number + 1}: {name} at {length:,}", advance=1)
-                figure = measure(stock if name == "stock" else ours, length, batch, written)
-                figures.setdefault((name, length), []).append(figure)
-    rows = [row(figures, length, window) for length in [window, *sizes]]
+                text = random_tokens(engine, length, number if length <= stock_up_to else -length)
+                if number == 0 or length <= stock_up_to:
+                    figures.setdefault(("prefill", name, length), []).append(prefill_speed(engine, text))
+                figures.setdefault(("decode", name, length), []).append(decode_speed(engine, text, batch, written))
+    medians = {key: statistics.median(values) for key, values in figures.items()}
+    rows = [row(medians, length, window) for length in [window, *sorted(sizes)]]
     print_table(rows, batch)
     if json_out is not None:
-        result = {"attention": attention, "batch": batch, "dtype": dtype, "rows": rows}
+        result = {"attention": attention, "batch": batch, "dtype": dtype, "rounds": rounds, "rows": rows}
         json_out.write_text(json.dumps(result, indent=1) + "\n")
     if plot_out is not None:
-        x = [r["length"] for r in rows]
-        curves = {
-            f"{what}, {name}": (x, [r[f"{name}_{what}"] for r in rows]) for what in ("prefill", "decode") for name in NAMES
-        }
-        plot(plot_out, curves, "context (tokens)", "tokens/s", yscale="log")
+        plot(plot_out, curves(rows), "context (tokens)", "milliseconds per token", yscale="log")
 
 
 NAMES = ("stock", "longctx")
 
 
-def row(figures: dict[tuple[str, int], list[tuple[float, float]]], length: int, window: int) -> dict[str, float]:
-    """Medians over rounds, the ratios to stock at the same length, and those to stock at the window's length."""
+def row(medians: dict[tuple[str, str, int], float], length: int, window: int) -> dict[str, float]:
+    """Medians over rounds, the ratios to stock at the same length where it ran, and those to stock at the window's length."""
     result: dict[str, float] = {"length": length}
-    for which, what in enumerate(("prefill", "decode")):
+    for what in ("prefill", "decode"):
         for name in NAMES:
-            result[f"{name}_{what}"] = statistics.median(f[which] for f in figures[name, length])
-        result[f"{what}_ratio"] = result[f"longctx_{what}"] / result[f"stock_{what}"]
-        at_window = statistics.median(f[which] for f in figures["stock", window])
-        result[f"{what}_ratio_to_window"] = result[f"longctx_{what}"] / at_window
+            if (what, name, length) in medians:
+                result[f"{name}_{what}"] = medians[what, name, length]
+        ours = medians[what, "longctx", length]
+        if (what, "stock", length) in medians:
+            result[f"{what}_ratio"] = ours / medians[what, "stock", length]
+        result[f"{what}_ratio_to_window"] = ours / medians[what, "stock", window]
+    return result
+
+
+def curves(rows: list[dict[str, float]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Cost of a token against the context's length."""
+    result = {}
+    for what in ("prefill", "decode"):
+        for name in NAMES:
+            points = [(r["length"], 1000 / r[key]) for r in rows if (key := f"{name}_{what}") in r]
+            result[f"{what}, {name}"] = [x for x, _ in points], [y for _, y in points]
     return result
 
 
 def print_table(rows: list[dict[str, float]], batch: int) -> None:
-    columns = ["stock", "longctx", "×", "× stock at window"]
-    headers = [f"{what}: {c}" if c == "stock" else c for what in ("prefill", "decode") for c in columns]
-    table = Table("context", *headers, title=f"tokens/s, batch {batch}")
+    headers = [f"{what}: stock" if c == "stock" else c for what in ("prefill", "decode") for c in COLUMNS]
+    table = Table("context", *headers, title=f"tokens/s, decode with batch {batch}")
     for r in rows:
         cells = [
-            text
+            f"{r[key]:{form}}" if (key := column.format(what)) in r else ""
             for what in ("prefill", "decode")
-            for text in (
-                f"{r[f'stock_{what}']:,.0f}",
-                f"{r[f'longctx_{what}']:,.0f}",
-                f"{r[f'{what}_ratio']:.2f}",
-                f"{r[f'{what}_ratio_to_window']:.2f}",
-            )
+            for column, form in COLUMNS.values()
         ]
         table.add_row(f"{r['length']:,.0f}", *cells)
     Console(width=120).print(table)
+
+
+COLUMNS = {
+    "stock": ("stock_{}", ",.0f"),
+    "longctx": ("longctx_{}", ",.0f"),
+    "×": ("{}_ratio", ".2f"),
+    "× stock at window": ("{}_ratio_to_window", ".2f"),
+}
 
 
 if __name__ == "__main__":

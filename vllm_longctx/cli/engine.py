@@ -59,12 +59,16 @@ def running_engine(
     from vllm.v1.engine.llm_engine import LLMEngine
 
     meter = PeakBlocks()
-    engine_kwargs = {"kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 1, **engine_kwargs}
+    engine_kwargs = {
+        "kv_cache_memory_bytes": 1 << 30,
+        "max_num_seqs": 1,
+        "enable_prefix_caching": False,
+        **engine_kwargs,
+    }
     args = EngineArgs(
         model=model_path(model),
         additional_config=dict(additional_config),
         max_model_len=max_model_len,
-        enable_prefix_caching=False,
         **engine_kwargs,
     )
     with console.status("starting vLLM"):
@@ -77,7 +81,7 @@ def running_engine(
 
 
 class PeakBlocks:
-    """Most KV blocks in use at the end of any step, and the number of steps, from vLLM's own scheduler statistics."""
+    """Most KV blocks in use at the end of any step, steps, and preemptions, from vLLM's own statistics."""
 
     def __init__(self) -> None:
         self.num_blocks = 0
@@ -86,6 +90,7 @@ class PeakBlocks:
     def reset(self) -> None:
         self.peak_usage = 0.0
         self.steps = 0
+        self.preemptions = 0
 
     @property
     def peak(self) -> int:
@@ -100,7 +105,9 @@ class PeakBlocks:
             def __init__(self) -> None: ...
             def log_engine_initialized(self) -> None: ...
 
-            def record(self, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
+            def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
+                if iteration_stats is not None:
+                    meter.preemptions += iteration_stats.num_preempted_reqs
                 if scheduler_stats is not None:
                     meter.steps += 1
                     meter.peak_usage = max(meter.peak_usage, scheduler_stats.kv_cache_usage)
