@@ -122,7 +122,7 @@ def kernel_tables(
         return KernelTables(torch.from_numpy(table), compact_lens, None)
     row_scratch = scratch.first_block + np.arange(len(past)) * scratch.blocks_per_row
     scratch_first = row_scratch + scratch.blocks_per_row - in_scratch[past]
-    for column in range(scratch.blocks_per_row):
+    for column in range(min(scratch.blocks_per_row, len(columns))):
         in_front = column < in_scratch[past]
         table[past[in_front], column] = (scratch_first + column)[in_front]
 
