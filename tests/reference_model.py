@@ -1,54 +1,158 @@
-"""A dense float64 Llama for tests: every layer attends by `attention.reference`, literally."""
+"""Dense float64 decoders for tests: every layer attends by `attention.reference`, literally."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import gelu, layer_norm, silu
 
 from vllm_longctx.attention.reference import attention
-from vllm_longctx.geometry import Geometry, branches
-from vllm_longctx.rotary import Rotary, inverse_frequencies
+from vllm_longctx.geometry import Geometry, alibi_slopes, branches
+from vllm_longctx.rotary import Rotary, attention_factor, inverse_frequencies
 
 PLAIN = Geometry()
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class ReferenceLlama:
+class Reference:
+    """A checkpoint directory of Hugging Face's. A family says how to embed, what a layer does, and what comes last."""
+
+    rotary: Rotary | None = None
+    slopes: Tensor | None = None
+
     def __init__(self, path: str | Path):
         path = Path(path)
         self.config = json.loads((path / "config.json").read_text())
         self.weights = {k: v.double() for k, v in load_file(path / "model.safetensors").items()}
-        heads = self.config["num_attention_heads"]
-        self.head_dim = self.config.get("head_dim") or self.config["hidden_size"] // heads
-        theta = self.config.get("rope_theta", 10000.0)
-        parameters = self.config.get("rope_parameters") or {"rope_type": "default", "rope_theta": theta}
-        frequencies = inverse_frequencies(self.head_dim, parameters)
-        self.rotary = Rotary(self.head_dim, self.head_dim, neox=True, inverse_frequencies=frequencies)
+        self.set_up()
 
     def logprobs(self, ids: list[int], geometry: Geometry = PLAIN) -> Tensor:
         """float64 [tokens, vocab]: log-probabilities of the token after each position."""
-        w, eps = self.weights, self.config["rms_norm_eps"]
         positions = torch.arange(len(ids))
         visible = branches(geometry, positions, positions)
 
-        def norm(x: Tensor, name: str) -> Tensor:
-            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w[name]
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+            return attention(q, k, v, visible, self.head_dim**-0.5, self.rotary, self.slopes).flatten(1)
 
-        x = w["model.embed_tokens.weight"][torch.tensor(ids)]
-        for number in range(self.config["num_hidden_layers"]):
-            layer = f"model.layers.{number}."
-            y = norm(x, layer + "input_layernorm.weight")
-            q, k, v = ((y @ w[f"{layer}self_attn.{p}_proj.weight"].T).unflatten(-1, (-1, self.head_dim)) for p in "qkv")
-            attended = attention(q, k, v, visible, self.head_dim**-0.5, self.rotary).flatten(1)
-            x = x + attended @ w[layer + "self_attn.o_proj.weight"].T
-            y = norm(x, layer + "post_attention_layernorm.weight")
-            gate, up = (y @ w[f"{layer}mlp.{p}_proj.weight"].T for p in ("gate", "up"))
-            x = x + (torch.nn.functional.silu(gate) * up) @ w[layer + "mlp.down_proj.weight"].T
-        x = norm(x, "model.norm.weight")
-        head = w["model.embed_tokens.weight" if self.config["tie_word_embeddings"] else "lm_head.weight"]
-        return (x @ head.T).log_softmax(-1)
+        x = self.embed(torch.tensor(ids))
+        for number in range(self.layers):
+            x = self.layer(x, number, attend)
+        return self.head(x).log_softmax(-1)
 
     def token_logprobs(self, ids: list[int], geometry: Geometry = PLAIN) -> Tensor:
         """float64 [tokens - 1]: log-probability of each token after the first."""
         return self.logprobs(ids, geometry)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        y = x @ self.weights[f"{name}.weight"].T
+        return y + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else y
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        return layer_norm(x, x.shape[-1:], weight, bias, self.config.get("layer_norm_epsilon", 1e-5))
+
+
+class ReferenceLlama(Reference):
+    """Llama, Mistral, Qwen2 (biases) and Qwen3 (norms of queries and keys)."""
+
+    def set_up(self) -> None:
+        c = self.config
+        self.layers = c["num_hidden_layers"]
+        self.head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        parameters = c.get("rope_parameters") or {"rope_type": "default", "rope_theta": c.get("rope_theta", 10000.0)}
+        frequencies = inverse_frequencies(self.head_dim, parameters, c["max_position_embeddings"])
+        self.rotary = Rotary(self.head_dim, self.head_dim, True, frequencies, attention_factor(parameters))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.weights["model.embed_tokens.weight"][ids]
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"]) * self.weights[f"{name}.weight"]
+
+    def layer(self, x: Tensor, number: int, attend: Attend) -> Tensor:
+        name = f"model.layers.{number}"
+        y = self.norm(x, f"{name}.input_layernorm")
+        q, k, v = (self.linear(y, f"{name}.self_attn.{p}_proj") for p in "qkv")
+        if f"{name}.self_attn.q_norm.weight" in self.weights:
+            heads = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k))
+            q, k = (self.norm(t, f"{name}.self_attn.{p}_norm").flatten(1) for t, p in zip(heads, "qk", strict=True))
+        x = x + self.linear(attend(q, k, v), f"{name}.self_attn.o_proj")
+        y = self.norm(x, f"{name}.post_attention_layernorm")
+        gated = silu(self.linear(y, f"{name}.mlp.gate_proj")) * self.linear(y, f"{name}.mlp.up_proj")
+        return x + self.linear(gated, f"{name}.mlp.down_proj")
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.linear(
+            self.norm(x, "model.norm"), "model.embed_tokens" if self.config["tie_word_embeddings"] else "lm_head"
+        )
+
+
+class ReferenceGPTJ(Reference):
+    """Partial rotation of interleaved pairs; attention and MLP side by side."""
+
+    def set_up(self) -> None:
+        c = self.config
+        self.layers, self.head_dim = c["n_layer"], c["n_embd"] // c["n_head"]
+        frequencies = inverse_frequencies(c["rotary_dim"], {"rope_type": "default"})
+        self.rotary = Rotary(self.head_dim, c["rotary_dim"], False, frequencies)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.weights["transformer.wte.weight"][ids]
+
+    def layer(self, x: Tensor, number: int, attend: Attend) -> Tensor:
+        name = f"transformer.h.{number}"
+        y = self.norm(x, f"{name}.ln_1")
+        attended = attend(*(self.linear(y, f"{name}.attn.{p}_proj") for p in "qkv"))
+        inner = gelu(self.linear(y, f"{name}.mlp.fc_in"), approximate="tanh")
+        return x + self.linear(attended, f"{name}.attn.out_proj") + self.linear(inner, f"{name}.mlp.fc_out")
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x, "transformer.ln_f"), "lm_head")
+
+
+class ReferenceBloom(Reference):
+    approximate = "none"  # as in vLLM; transformers has "tanh", which moves log-probabilities by up to 2e-3
+
+    def set_up(self) -> None:
+        c = self.config
+        self.layers, heads = c["n_layer"], c["n_head"]
+        self.head_dim, self.slopes = c["hidden_size"] // heads, alibi_slopes(heads)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.norm(self.weights["transformer.word_embeddings.weight"][ids], "transformer.word_embeddings_layernorm")
+
+    def layer(self, x: Tensor, number: int, attend: Attend) -> Tensor:
+        name = f"transformer.h.{number}"
+        y = self.norm(x, f"{name}.input_layernorm")
+        per_head = self.linear(y, f"{name}.self_attention.query_key_value").unflatten(-1, (-1, 3, self.head_dim))
+        x = x + self.linear(attend(*(per_head[:, :, part].flatten(1) for part in range(3))), f"{name}.self_attention.dense")
+        y = self.norm(x, f"{name}.post_attention_layernorm")
+        inner = gelu(self.linear(y, f"{name}.mlp.dense_h_to_4h"), approximate=self.approximate)
+        return x + self.linear(inner, f"{name}.mlp.dense_4h_to_h")
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x, "transformer.ln_f"), "transformer.word_embeddings")
+
+
+class ReferenceMpt(Reference):
+    def set_up(self) -> None:
+        c = self.config
+        self.layers, self.head_dim = c["n_layers"], c["d_model"] // c["n_heads"]
+        self.slopes = alibi_slopes(c["n_heads"])
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.weights["transformer.wte.weight"][ids]
+
+    def layer(self, x: Tensor, number: int, attend: Attend) -> Tensor:
+        name = f"transformer.blocks.{number}"
+        qkv = self.linear(self.norm(x, f"{name}.norm_1"), f"{name}.attn.Wqkv")
+        x = x + self.linear(attend(*qkv.chunk(3, -1)), f"{name}.attn.out_proj")
+        inner = gelu(self.linear(self.norm(x, f"{name}.norm_2"), f"{name}.ffn.up_proj"))
+        return x + self.linear(inner, f"{name}.ffn.down_proj")
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x, "transformer.norm_f"), "transformer.wte")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import vllm
-from transformers import AutoConfig, GPT2Config, LlamaConfig, MambaConfig, MistralConfig
+from transformers import AutoConfig, BloomConfig, GPT2Config, GPTJConfig, LlamaConfig, MambaConfig, MistralConfig, MptConfig
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -96,7 +96,11 @@ def test_the_smallest_pool_that_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("config", "architecture", "message"),
     [
-        (GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=64), "GPT2LMHeadModel", "it has no RoPE positions"),
+        (
+            GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=64),
+            "GPT2LMHeadModel",
+            "it has neither one set of RoPE positions nor ALiBi",
+        ),
         (
             MistralConfig(**TINY, intermediate_size=64, num_key_value_heads=2, sliding_window=64),
             "MistralForCausalLM",
@@ -118,10 +122,23 @@ def test_the_smallest_pool_that_is_accepted() -> None:
         (
             LlamaConfig(
                 **TINY, intermediate_size=64, max_position_embeddings=128,
-                rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32},
+                rope_parameters={
+                    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
+                    "short_factor": [1.0] * 16, "long_factor": [2.0] * 16,
+                },
             ),
             "LlamaForCausalLM",
-            "rope_type is 'yarn', not one of default, llama3, linear",
+            "it has rope_type 'longrope', not one of default, llama3, linear, dynamic, yarn",
+        ),
+        (
+            BloomConfig(hidden_size=64, n_layer=2, n_head=2, vocab_size=64),
+            "BloomForCausalLM",
+            r"does not say the trained length \(.*\); give it, for example --hf-overrides '\{\"seq_length\": 2048\}'",
+        ),
+        (
+            LlamaConfig(**{**TINY, "hidden_size": 48}, intermediate_size=64),
+            "LlamaForCausalLM",
+            "it has heads of 24 elements; vLLM's attention on the CPU takes 32, 64,",
         ),
         (LlamaConfig(**TINY, intermediate_size=64), "StableLmForCausalLM", "longctx was not tested with model"),
     ],
@@ -137,6 +154,24 @@ def test_a_disabled_sliding_window_is_accepted(tmp_path: Path) -> None:
     config = MistralConfig(**TINY, intermediate_size=64, num_key_value_heads=2, sliding_window=64)
     model = save(tmp_path, config, "MistralForCausalLM")
     create(model, disable_sliding_window=True)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "length"),
+    [
+        (LlamaConfig(**TINY, intermediate_size=64, max_position_embeddings=64, rope_parameters=YARN), "LlamaForCausalLM", 256),
+        (GPTJConfig(n_embd=64, n_layer=2, n_head=2, n_positions=96, vocab_size=64, rotary_dim=16), "GPTJForCausalLM", 96),
+        (BloomConfig(hidden_size=64, n_layer=2, n_head=2, vocab_size=64, seq_length=80), "BloomForCausalLM", 80),
+        (MptConfig(d_model=64, n_layers=2, n_heads=2, vocab_size=64, max_seq_len=112), "MptForCausalLM", 112),
+    ],
+)
+def test_the_trained_length_is_read_from_every_family(config: Any, architecture: str, length: int, tmp_path: Path) -> None:
+    resolved = create(save(tmp_path, config, architecture))
+    assert active_config(resolved).geometry == Geometry(10, length, length)
+    assert resolved.model_config.max_model_len == 1 << 20
 
 
 def test_another_vllm_version_is_refused_but_only_with_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from vllm_longctx.rotary import Rotary, inverse_frequencies
+from vllm_longctx.rotary import Rotary, attention_factor, inverse_frequencies
 
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = {
@@ -17,6 +19,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
 @pytest.mark.parametrize("position", [0, 1, 511, 10**6, 10**7, 2**31 - 1])
@@ -30,19 +33,52 @@ def test_angles_are_exact_at_any_position(position: int) -> None:
             assert abs(float(mpmath.sin(angle)) - float(sin[0, f])) < 2e-6
 
 
-@pytest.mark.parametrize("parameters", [DEFAULT, LLAMA3, {**DEFAULT, "rope_type": "linear", "factor": 4.0}])
-def test_frequencies_are_those_of_transformers(parameters: dict) -> None:
+SCALED = [
+    LLAMA3,
+    YARN,
+    {**YARN, "beta_fast": 16, "beta_slow": 2, "truncate": False},
+    {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2},
+    {**YARN, "attention_factor": 0.9},
+    {**DEFAULT, "rope_type": "linear", "factor": 4.0},
+    {**DEFAULT, "rope_type": "dynamic", "factor": 2.0},
+]
+
+
+@pytest.mark.parametrize("parameters", SCALED)
+def test_frequencies_and_factors_are_those_of_transformers(parameters: dict) -> None:
     config = LlamaConfig(hidden_size=512, num_attention_heads=8, head_dim=64, rope_parameters=parameters)
-    if parameters["rope_type"] == "default":
-        theirs = 10000.0 ** (-torch.arange(0, 64, 2) / 64)
-    else:
-        theirs, _ = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
-    assert torch.allclose(inverse_frequencies(64, parameters).float(), theirs, rtol=1e-6)
+    theirs, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
+    ours = inverse_frequencies(64, parameters, config.max_position_embeddings)
+    assert torch.allclose(ours.float(), theirs, rtol=1e-6)
+    assert attention_factor(parameters) == pytest.approx(factor)
+
+
+DYNAMIC = {**DEFAULT, "rope_type": "dynamic"}
+
+
+@pytest.mark.parametrize(
+    "parameters", [DEFAULT, *SCALED, {**DYNAMIC, "factor": 4.0, "max_trained_positions": 256}, {**DYNAMIC, "alpha": 1000.0}]
+)
+def test_rotations_are_those_of_vllm(parameters: dict) -> None:
+    with set_current_vllm_config(VllmConfig()):
+        stock = get_rope(64, 2048, True, parameters, torch.float32)
+    rotary = Rotary(64, 64, True, inverse_frequencies(64, parameters, 2048), attention_factor(parameters))
+    ours = torch.cat(rotary.scaled_cos_sin(torch.arange(512)), -1)
+    assert torch.allclose(ours, stock.cos_sin_cache[:512], atol=1e-4)  # float32 angles of up to 512 radians
+
+
+def test_turning_does_not_repeat_the_attention_factor() -> None:
+    rotary = Rotary(32, 16, True, inverse_frequencies(16, DEFAULT), factor=1.3)
+    query = torch.randn(1, 32)
+    at_nine, at_five = (rotary(torch.tensor([p]), query)[0] for p in (9, 5))
+    rotary.new_step()
+    assert torch.allclose(rotary.turn(at_nine, torch.tensor([-4])), at_five, atol=1e-6)
+    assert torch.equal(at_nine[:, 16:], query[:, 16:])
 
 
 def test_an_unknown_scaling_is_named() -> None:
-    with pytest.raises(ValueError, match="rope_type is 'yarn'; longctx knows default, llama3, linear"):
-        inverse_frequencies(64, {"rope_type": "yarn"})
+    with pytest.raises(ValueError, match="rope_type is 'longrope'; longctx knows default, llama3, linear, dynamic, yarn"):
+        inverse_frequencies(64, {"rope_type": "longrope"})
 
 
 @pytest.mark.parametrize("neox", [True, False])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from vllm_longctx.attention import reference
 from vllm_longctx.attention.branches import attend, merge
 from vllm_longctx.attention.tiles import attend_chunk, plan_chunk
-from vllm_longctx.geometry import Geometry, branches
+from vllm_longctx.geometry import Geometry, alibi_slopes, branches
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 
 D, HEADS, KV_HEADS = 16, 4, 2
@@ -23,7 +23,7 @@ def run(geometry: Geometry, context: int, length: int, dtype: torch.dtype) -> tu
     expected = reference.attention(query[context:], key, value, branches(geometry, positions[context:], positions), 0.5, rotary)
     q, k = (rotary.turn(x, positions[:, None]) for x in (query, key))
     start = max(context - geometry.n_local + 1, 0)
-    plan = plan_chunk(geometry, context, length, dtype)
+    plan = plan_chunk(geometry, context, length)
     first = k[: geometry.n_global], value[: geometry.n_global]
     got = attend_chunk(
         plan, q[context:], k[context:], value[context:], (k[start:context], value[start:context]), first, rotary, 0.5
@@ -59,6 +59,23 @@ def test_half_precision_errs_by_its_own_rounding(dtype: torch.dtype) -> None:
     got, expected = run(Geometry(8, 64, 64), 100, 90, dtype)
     # Scores of rotated keys carry one rounding of the key; outputs are averages of values of size 1.
     assert (got - expected).abs().max() < 8 * torch.finfo(dtype).eps
+
+
+@settings(deadline=None, max_examples=100)
+@given(geometries, st.integers(0, 150), st.integers(1, 100))
+@example(Geometry(4, 32, 64), 60, 12)
+def test_a_chunk_with_alibi_equals_the_reference(geometry: Geometry, context: int, length: int) -> None:
+    length = max(length, geometry.n_global - context)
+    torch.manual_seed(context * 1000 + length)
+    query, key, value = (torch.randn(context + length, h, D) for h in (HEADS, KV_HEADS, KV_HEADS))
+    positions, slopes = torch.arange(context + length), alibi_slopes(HEADS).float()
+    both = branches(geometry, positions[context:], positions)
+    expected = reference.attention(query[context:], key, value, both, 0.5, alibi_slopes=slopes)
+    start = max(context - geometry.n_local + 1, 0)
+    plan = plan_chunk(geometry, context, length, slopes)
+    before, first = ((key[s], value[s]) for s in (slice(start, context), slice(geometry.n_global)))
+    got = attend_chunk(plan, query[context:], key[context:], value[context:], before, first, None, 0.5)
+    assert (got - expected).abs().max() < 2e-5
 
 
 def test_merging_branches_is_one_softmax() -> None:

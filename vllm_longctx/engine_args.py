@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_longctx.config import DEFAULT_PRESET, KEY, LongContextConfig, LongContextError
 from vllm_longctx.kv_cache import max_blocks_per_request
@@ -24,7 +25,18 @@ SCHEDULER = "vllm_longctx.scheduler.LongContextScheduler"
 # vLLM keeps max_num_seqs * max_model_len token ids of 4 bytes in the worker: 1 GiB at 256 sequences.
 DEFAULT_MAX_MODEL_LEN = 1 << 20
 DEFAULT_BLOCK_SIZE = 32
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GPTJForCausalLM",
+    "BloomForCausalLM",
+    "MptForCausalLM",
+    "MPTForCausalLM",
+)
+# The entries of a Hugging Face config that may hold the trained length: Llama's and GPT-J's, MPT's, BLOOM's.
+LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "seq_length")
 
 
 def prepare(args: EngineArgs) -> LongContextConfig | None:
@@ -90,6 +102,8 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig) -> None:
 
 def rope_parameters(model_config: ModelConfig) -> Mapping[str, Any] | None:
     """The model's one set of RoPE parameters, or None if it has none or one per layer type."""
+    if "GPTJForCausalLM" in model_config.architectures:  # its config has rotary_dim only
+        return {"rope_type": "default"}
     parameters = getattr(model_config.hf_text_config, "rope_parameters", None)
     if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
         return None
@@ -97,17 +111,30 @@ def rope_parameters(model_config: ModelConfig) -> Mapping[str, Any] | None:
 
 
 def trained_length(model_config: ModelConfig) -> int:
-    """Tokens the model was trained (or its positions rescaled) for."""
-    length = model_config.hf_text_config.max_position_embeddings
+    """Tokens the model was trained (or its positions rescaled) for. Raises LongContextError if its config has none."""
+    hf_config = model_config.hf_text_config
+    length = next((v for key in LENGTH_KEYS if (v := getattr(hf_config, key, None)) is not None), None)
+    if length is None:
+        raise LongContextError(
+            f"the config of model {model_config.model} does not say the trained length ({', '.join(LENGTH_KEYS)}); "
+            f"""give it, for example --hf-overrides '{{"{LENGTH_KEYS[-1]}": 2048}}'"""
+        )
     parameters = rope_parameters(model_config) or {}
-    return int(length * parameters["factor"]) if parameters.get("rope_type") == "linear" else length
+    scaling = parameters.get("rope_type")
+    if scaling == "linear":
+        return int(length * parameters["factor"])
+    if scaling == "yarn":
+        return int(parameters["original_max_position_embeddings"] * parameters["factor"])
+    return length
 
 
 def check_model(model: ModelConfig) -> None:
     """Raises LongContextError naming why the model cannot be run, and what can be done."""
     name = f"model {model.model} ({', '.join(model.architectures)})"
     parameters = rope_parameters(model)
+    scaling = (parameters or {}).get("rope_type", "default")
     sliding_window = model.get_sliding_window()
+    head_size, head_sizes = model.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
     reasons = {
         "is an encoder-decoder": model.is_encoder_decoder,
         "is multimodal": model.is_multimodal_model,
@@ -116,15 +143,18 @@ def check_model(model: ModelConfig) -> None:
         "has no attention": model.is_attention_free,
         f"has a sliding window of its own ({sliding_window} tokens); --disable-sliding-window replaces it by "
         "longctx's": sliding_window is not None,
-        "has no RoPE positions (ALiBi models are to come)": parameters is None,
+        "has dual chunk attention of its own": getattr(model.hf_text_config, "dual_chunk_attention_config", None) is not None,
+        "has neither one set of RoPE positions nor ALiBi, but learned ones or several sets": (
+            parameters is None and not model.uses_alibi
+        ),
+        f"has heads of {head_size} elements; vLLM's attention on the CPU takes {', '.join(map(str, head_sizes))}": (
+            head_size not in head_sizes
+        ),
+        f"has rope_type {scaling!r}, not one of {', '.join(SCALINGS)}": scaling not in SCALINGS,
     }
     for reason, holds in reasons.items():
         if holds:
             raise LongContextError(f"longctx cannot run {name}: it {reason}")
-    assert parameters is not None
-    scaling = parameters.get("rope_type", "default")
-    if scaling not in SCALINGS:
-        raise LongContextError(f"longctx cannot run {name}: rope_type is {scaling!r}, not one of {', '.join(SCALINGS)}")
     if not set(model.architectures) & set(ARCHITECTURES):
         raise LongContextError(f"longctx was not tested with {name}; it runs {', '.join(ARCHITECTURES)}")
 

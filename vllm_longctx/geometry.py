@@ -85,9 +85,12 @@ def branches(geometry: Geometry, queries: Tensor, keys: Tensor, window_start: Te
     return [local_branch(queries, keys, start), global_branch(geometry, queries, keys, start)]
 
 
-def alibi_slopes(n_heads: int) -> Tensor:
-    """Slopes of ALiBi (arXiv 2108.12409, section 3): float64 [n_heads]; the bias is -slope * distance."""
+def alibi_slopes(n_heads: int, bias_max: float = 8) -> Tensor:
+    """Slopes of ALiBi (arXiv 2108.12409, section 3): float64 [n_heads]; the bias is -slope * distance.
+
+    bias_max: minus the exponent of the smallest slope, MPT's `alibi_bias_max`.
+    """
     power = 2 ** (n_heads.bit_length() - 1)
-    slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
-    between = [2 ** (-4 * (h + 1) / power) for h in range(0, 2 * (n_heads - power), 2)]
+    slopes = [2 ** (-bias_max * (h + 1) / power) for h in range(power)]
+    between = [2 ** (-bias_max / 2 * (h + 1) / power) for h in range(0, 2 * (n_heads - power), 2)]
     return torch.tensor(slopes + between, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """vLLM's door to this package: the entry point `longctx` in the group `vllm.general_plugins`.
 
-`register` runs in every process of vLLM. It makes the KV spec known and wraps three methods of EngineArgs and
-the constructor of StatLoggerManager; it changes nothing for an engine without a `longctx` configuration.
+`register` runs in every process of vLLM. It makes the KV spec and MPT known and wraps three methods of EngineArgs and the
+constructor of StatLoggerManager; it changes nothing for an engine without a `longctx` configuration.
 """
 
 import argparse
@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.metrics.loggers import StatLoggerManager
 
 from vllm_longctx import engine_args, kv_cache
@@ -19,6 +20,8 @@ from vllm_longctx.metrics import LongContextStatLogger
 
 def register() -> None:
     kv_cache.register()
+    for architecture in ("MptForCausalLM", "MPTForCausalLM"):
+        ModelRegistry.register_model(architecture, "vllm_longctx.models.mpt:MptForCausalLM")
     if not hasattr(EngineArgs.create_engine_config, "__wrapped__"):
         _wrap_create_engine_config()
         _wrap_cli()

@@ -3,7 +3,7 @@
 vLLM's table of cosines is as long as the trained length, and its float32 angles err by 6e-3 at one million tokens. Here
 every angle is position * frequency in float64, which holds to 1e-6 up to position 2^31.
 
-Frequencies: RoFormer (arXiv 2104.09864, section 3.2.2); the rescaling of Llama 3 and linear interpolation follow
+Frequencies: RoFormer (arXiv 2104.09864, section 3.2.2); the rescalings follow vLLM's rotary classes and
 `transformers.modeling_rope_utils`, recomputed in float64.
 """
 
@@ -14,24 +14,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SCALINGS = ("default", "llama3", "linear")
+SCALINGS = ("default", "llama3", "linear", "dynamic", "yarn")
 
 
-def inverse_frequencies(rotary_dim: int, rope_parameters: Mapping[str, Any]) -> Tensor:
+def inverse_frequencies(rotary_dim: int, rope_parameters: Mapping[str, Any], max_positions: int = 0) -> Tensor:
     """Radians per token of each rotated pair: float64 [rotary_dim / 2].
 
-    rope_parameters: the entry of that name in a Hugging Face config. Raises ValueError for a scaling not in SCALINGS.
+    rope_parameters: the entry of that name in a Hugging Face config. max_positions: its max_position_embeddings, which only
+    dynamic NTK with `max_trained_positions` reads. Raises ValueError for a scaling not in SCALINGS.
     """
     scaling = rope_parameters.get("rope_type", "default")
     if scaling not in SCALINGS:
         raise ValueError(f"rope_type is {scaling!r}; longctx knows {', '.join(SCALINGS)}")
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
-    frequencies = float(rope_parameters.get("rope_theta", 10000.0)) ** -exponents
+    base = float(rope_parameters.get("rope_theta", 10000.0))
+    if scaling == "dynamic":
+        base *= _dynamic_ntk_growth(rope_parameters, max_positions) ** (rotary_dim / (rotary_dim - 2))
+    frequencies = base ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
     if scaling == "linear":
         return frequencies / rope_parameters["factor"]
     if scaling == "llama3":
         return _llama3(frequencies, rope_parameters)
+    if scaling == "yarn":
+        return _yarn(frequencies, base, rope_parameters)
     return frequencies
+
+
+def attention_factor(rope_parameters: Mapping[str, Any]) -> float:
+    """What rotated queries and keys are multiplied by: YaRN's (arXiv 2309.00071, section 3.4), else 1."""
+    p = rope_parameters
+    if p.get("rope_type") != "yarn":
+        return 1.0
+    if p.get("attention_factor") is not None:
+        return float(p["attention_factor"])
+
+    def magnitude(mscale: float) -> float:
+        return 0.1 * mscale * math.log(p["factor"]) + 1.0 if p["factor"] > 1 else 1.0
+
+    if p.get("mscale") and p.get("mscale_all_dim"):
+        return magnitude(p["mscale"]) / magnitude(p["mscale_all_dim"])
+    return magnitude(1.0)
+
+
+def _dynamic_ntk_growth(p: Mapping[str, Any], max_positions: int) -> float:
+    """How much dynamic NTK raises the base, before its exponent.
+
+    transformers raises it as a text outgrows the trained length; no distance of ours does. vLLM raises it once, for
+    `max_trained_positions` stretched to max_positions; so do we.
+    """
+    if "alpha" in p:
+        return p["alpha"]
+    return p["factor"] * max_positions / p.get("max_trained_positions", max_positions) - (p["factor"] - 1)
 
 
 def _llama3(frequencies: Tensor, p: Mapping[str, Any]) -> Tensor:
@@ -43,18 +75,35 @@ def _llama3(frequencies: Tensor, p: Mapping[str, Any]) -> Tensor:
     return (1 - smooth) * frequencies / p["factor"] + smooth * frequencies
 
 
+def _yarn(frequencies: Tensor, base: float, p: Mapping[str, Any]) -> Tensor:
+    """Pairs that turn often within the original length are kept, those that turn seldom divided by `factor`."""
+    pairs = len(frequencies)
+
+    def pair_turning(rotations: float) -> float:
+        return pairs * math.log(p["original_max_position_embeddings"] / (rotations * 2 * math.pi)) / math.log(base)
+
+    low, high = pair_turning(p.get("beta_fast") or 32), pair_turning(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    ramp = (torch.arange(pairs, dtype=torch.float64) - low) / (high - low if high != low else 0.001)
+    ramp = ramp.clamp(0, 1)
+    return frequencies / p["factor"] * ramp + frequencies * (1 - ramp)
+
+
 class Rotary(nn.Module):
     """Rotates queries and keys by exact angles; takes the place of vLLM's rotary modules.
 
     head_size, rotary_dim: elements of a head, and how many of its first ones are rotated.
     neox: pairs are (x[k], x[k + rotary_dim/2]); otherwise (x[2k], x[2k + 1]).
+    factor: what rotated elements are multiplied by, see `attention_factor`.
     """
 
     inverse_frequencies: Tensor
 
-    def __init__(self, head_size: int, rotary_dim: int, neox: bool, inverse_frequencies: Tensor):
+    def __init__(self, head_size: int, rotary_dim: int, neox: bool, inverse_frequencies: Tensor, factor: float = 1.0):
         super().__init__()
-        self.head_size, self.rotary_dim, self.neox = head_size, rotary_dim, neox
+        self.head_size, self.rotary_dim, self.neox, self.factor = head_size, rotary_dim, neox, factor
         self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
         self._step: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
@@ -68,12 +117,17 @@ class Rotary(nn.Module):
         self._step = None
 
     def _step_cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """`cos_sin`, computed once for all the layers of a step: they are given the same tensor object."""
+        """Scaled `cos_sin`, computed once for all the layers of a step: they are given the same tensor object."""
         if torch.compiler.is_compiling():
-            return self.cos_sin(positions.flatten())
+            return self.scaled_cos_sin(positions.flatten())
         if self._step is None or self._step[0] is not positions:
-            self._step = positions, self.cos_sin(positions.flatten())
+            self._step = positions, self.scaled_cos_sin(positions.flatten())
         return self._step[1]
+
+    def scaled_cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """`cos_sin` times the attention factor: what `forward` rotates by, and what vLLM's own table holds."""
+        cos, sin = self.cos_sin(positions)
+        return (cos, sin) if self.factor == 1.0 else (cos * self.factor, sin * self.factor)
 
     def _rotate_flat(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = (t.unsqueeze(-2) for t in cos_sin)
@@ -88,6 +142,7 @@ class Rotary(nn.Module):
         """x [..., head_size] turned on by `by` positions (int, may be negative), broadcastable to x.shape[:-1].
 
         R(a)·R(b) = R(a + b): turning a vector rotated at position p gives the one rotated at p + by, up to one rounding.
+        The attention factor is in a rotated vector once, whatever it is turned by.
         """
         cos, sin = self.cos_sin(by)
         return self._rotate(x, cos, sin)

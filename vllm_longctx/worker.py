@@ -23,7 +23,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, scratch_layout
 from vllm_longctx.config import active_config
 from vllm_longctx.engine_args import rope_parameters
-from vllm_longctx.rotary import Rotary, inverse_frequencies
+from vllm_longctx.rotary import Rotary, attention_factor, inverse_frequencies
 
 
 class LongContextCPUWorker(CPUWorker):
@@ -69,10 +69,11 @@ def take_selection_seconds(runner: CPUModelRunner) -> float:
 
 
 def take_over_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
-    """Give every attention layer of a loaded model exact rotary angles and Λ attention.
+    """Give every attention layer of a loaded model Λ attention and, if the model has RoPE, exact rotary angles.
 
     Must come before the first forward, which compiles the model. Raises RuntimeError for a layer that is not a plain
-    decoder layer with the model's one rotary module beside it (vLLM's `get_rope` gives all layers the same).
+    decoder layer with ALiBi slopes or with the model's one rotary module beside it (vLLM's `get_rope` gives all layers the
+    same).
     """
     layers = vllm_config.compilation_config.static_forward_context
     parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in layers}
@@ -87,14 +88,16 @@ def take_over_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
             and layer.impl.attn_type == "decoder"
             and layer.impl.sinks is None
             and layer.sliding_window is None
-            and isinstance(stock_rotary, RotaryEmbedding)
+            and (isinstance(stock_rotary, RotaryEmbedding) if layer.impl.alibi_slopes is None else stock_rotary is None)
         ):
             raise RuntimeError(f"longctx cannot take over {name} ({type(layer).__name__}, {type(stock_rotary).__name__})")
 
-    geometry, rotary = active_config(vllm_config).geometry, exact_rotary(stock_rotary, vllm_config)
+    geometry = active_config(vllm_config).geometry
+    rotary = None if stock_rotary is None else exact_rotary(stock_rotary, vllm_config)
     backend = LambdaBackend.for_geometry(geometry)
     for name, layer in layers.items():
-        parents[name].rotary_emb = rotary
+        if rotary is not None:
+            parents[name].rotary_emb = rotary
         layer.impl = LambdaImpl(layer.impl, geometry, rotary)
         layer.attn_backend = backend
 
@@ -103,9 +106,10 @@ def exact_rotary(stock: RotaryEmbedding, vllm_config: VllmConfig) -> Rotary:
     """The same rotation with float64 angles. Raises RuntimeError if it differs from vLLM's own table."""
     parameters = rope_parameters(vllm_config.model_config)
     assert parameters is not None
-    rotary = Rotary(stock.head_size, stock.rotary_dim, stock.is_neox_style, inverse_frequencies(stock.rotary_dim, parameters))
+    frequencies = inverse_frequencies(stock.rotary_dim, parameters, stock.max_position_embeddings)
+    rotary = Rotary(stock.head_size, stock.rotary_dim, stock.is_neox_style, frequencies, attention_factor(parameters))
     positions = torch.arange(min(64, len(stock.cos_sin_cache)))
-    ours = torch.cat(rotary.cos_sin(positions), -1)
+    ours = torch.cat(rotary.scaled_cos_sin(positions), -1)
     theirs = stock.cos_sin_cache[: len(positions)].float()
     if not torch.allclose(ours, theirs, atol=1e-5 + torch.finfo(stock.cos_sin_cache.dtype).eps):
         raise RuntimeError(f"the rotary angles of {type(stock).__name__} are not those of {dict(parameters)}")
@@ -121,7 +125,8 @@ def with_scratch_room(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -
     if tensor.layer_stride != num_blocks * tensor.block_stride or tensor.offset:
         raise RuntimeError(f"longctx expects a KV cache of layers one behind the other, not {tensor}")
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    scratch = scratch_layout(vllm_config, active_config(vllm_config).geometry, spec.block_size, num_blocks)
+    layer = vllm_config.compilation_config.static_forward_context[tensor.layers[0]]
+    scratch = scratch_layout(vllm_config, layer.impl, spec.block_size, num_blocks)
     room = scratch.num_blocks * tensor.block_stride
     tensor = copy(tensor)
     tensor.size += room * len(tensor.layers)

@@ -8,6 +8,7 @@ from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+import pytest
 import torch
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
@@ -37,6 +38,15 @@ def running(model: str | Path, attention: dict[str, Any] | None, **kwargs: Any) 
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Settings of an engine with two tensor-parallel ranks, a core for each."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("two ranks need two cores")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
+    return {"tensor_parallel_size": 2}
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -1,22 +1,27 @@
-"""The engine against the outputs of the official LM-Infinite code."""
+"""The engine against the outputs of the official LM-Infinite code, on one rank and on two."""
 
 import json
 from pathlib import Path
 
 import numpy as np
-from conftest_engine import generate, logprobs_of, running
+import pytest
+from conftest_engine import generate, logprobs_of, running, two_ranks
 
 
-def test_lm_infinite_llama(goldens: Path) -> None:
-    case = goldens / "lminf_llama_a"
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["lminf_llama_a", "lminf_gptj", "lminf_mpt"])
+def test_lm_infinite(name: str, ranks: int, goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = goldens / name
     parameters = json.loads((case / "case.json").read_text())
     ids = np.load(case / "input_ids.npy").flatten().tolist()
+    greedy = np.load(path).flatten().tolist() if (path := case / "greedy_tokens.npy").exists() else []
     attention = {
         "n_global": parameters["global_branch"],
         "n_local": parameters["local_branch"],
         "distance_ceiling": parameters["limit_distance"],
     }
-    with running(goldens / parameters["model"], attention) as llm:
-        (output,) = generate(llm, [ids], 1, prompt_logprobs=0)
-    ours = logprobs_of(output)[: len(ids) - 1].numpy()
+    with running(goldens / parameters["model"], attention, **(two_ranks(monkeypatch) if ranks == 2 else {})) as llm:
+        (scored,) = generate(llm, [ids], max(len(greedy), 1), prompt_logprobs=0)
+    ours = logprobs_of(scored)[: len(ids) - 1].numpy()
     assert np.abs(ours - np.load(case / "logprobs.npy").flatten()).max() <= 1e-3
+    assert not greedy or list(scored.outputs[0].token_ids) == greedy

@@ -7,13 +7,14 @@ from torch import Tensor
 _attention_with_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """bool mask -> 0 where visible, -inf elsewhere."""
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
+def additive(visible: Tensor) -> Tensor:
+    """bool mask -> float32: 0 where visible, -inf elsewhere. The kernel takes float32 masks beside any dtype."""
+    return torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """One branch. query [B, heads, T, d]; key, value [B, kv_heads, S, d]; mask additive, broadcastable to [B, 1, T, S].
+    """One branch. query [B, heads, T, d]; key, value [B, kv_heads, S, d]; mask additive, broadcastable to
+    [B, heads, T, S].
 
     Returns the output [B, heads, T, d] in the query's dtype and the log-sum-exp [B, heads, T] in float32, -inf where a
     query sees nothing.

@@ -8,7 +8,9 @@ import functools
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import envs
@@ -57,7 +59,6 @@ class LambdaMetadata:
     num_actual_tokens: int
     kernel: KernelPart | None
     chunks: list[ChunkPart]
-    scratch: ScratchLayout
 
 
 class LambdaBackend(CPUAttentionBackend):
@@ -91,7 +92,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         self.geometry = active_config(vllm_config).geometry
         self.seconds = 0.0  # spent in `build` since the worker last took them
         self.layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
-        self.rotary: Rotary = self.layers[0].impl.rotary
+        self.impl: LambdaImpl = self.layers[0].impl
         self.places = packed_order(self.block_size, self.head_dim, kv_cache_spec.dtype, self.isa)
         for layer in self.layers:
             layer.impl.places = self.places
@@ -100,7 +101,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
     def scratch(self) -> Scratch:
         """Built in the first step, when the KV cache is there."""
         num_blocks = self.vllm_config.cache_config.num_gpu_blocks
-        layout = scratch_layout(self.vllm_config, self.geometry, self.block_size, num_blocks)
+        layout = scratch_layout(self.vllm_config, self.impl, self.block_size, num_blocks)
         caches = [layer.kv_cache for layer in self.layers]
         blocks = layout.first_block + layout.num_blocks
         for number, cache in enumerate(caches):
@@ -108,34 +109,37 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
                 raise RuntimeError("layers of a KV cache group do not stand one behind the other; vLLM's layout changed")
         whole = extend(caches[0], len(caches) * blocks)
         n_global = self.geometry.n_global
-        return Scratch(layout, whole, len(caches), n_global, self.places, self.rotary, self.isa)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            layer.impl.kernel_cache = as_kernel_cache(extend(cache, blocks)).chunk(2, dim=2)
+        return Scratch(layout, whole, len(caches), n_global, self.places, self.impl.rotary, self.isa)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LambdaMetadata:
         started = time.perf_counter()
         m = common_attn_metadata
-        self.rotary.new_step()
+        if self.impl.rotary is not None:
+            self.impl.rotary.new_step()
         self.scratch.forget_written(m.slot_mapping)
         starts, seq_lens, table = m.query_start_loc, m.seq_lens, m.block_table_tensor
         query_lens = starts.diff()
-        tiled = self._needs_tiles(seq_lens, query_lens)
-        chunks = [self._chunk(r, starts, seq_lens, table) for r in tiled.nonzero().flatten().tolist()]
+        tiled = self._needs_tiles(seq_lens.numpy(), query_lens.numpy())
+        chunks = [self._chunk(r, starts, seq_lens, table) for r in tiled.nonzero()[0].tolist()]
         kernel = None
         if not chunks:
             kernel = self._kernel_part(None, starts, table, seq_lens, query_lens)
         elif not tiled.all():
-            rows = (~tiled).nonzero().flatten()
-            tokens = torch.repeat_interleave(~tiled, query_lens).nonzero().flatten()
+            rows = torch.from_numpy(~tiled)
+            tokens = torch.repeat_interleave(rows, query_lens).nonzero().flatten()
             own_starts = torch.cat((starts.new_zeros(1), query_lens[rows].cumsum(0, dtype=torch.int32)))
             kernel = self._kernel_part(tokens, own_starts, table[rows], seq_lens[rows], query_lens[rows])
         self.seconds += time.perf_counter() - started
-        return LambdaMetadata(m.num_actual_tokens, kernel, chunks, self.scratch.layout)
+        return LambdaMetadata(m.num_actual_tokens, kernel, chunks)
 
-    def _needs_tiles(self, seq_lens: Tensor, query_lens: Tensor) -> Tensor:
-        """bool [rows]: requests past their window that one row of a table cannot describe."""
+    def _needs_tiles(self, seq_lens: NDArray[np.int32], query_lens: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """[rows]: requests past their window that one row of a table cannot describe."""
         if self.geometry.n_global == 0:  # the kernel masks everything before the window by itself
-            return torch.zeros_like(seq_lens, dtype=torch.bool)
+            return np.zeros(len(seq_lens), np.bool_)
         assert self.geometry.n_local is not None
         past = seq_lens > self.geometry.n_local
         tiled = past & (query_lens > 1)
@@ -171,7 +175,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         window_start = max(context - n_local + 1, 0)
         return ChunkPart(
             tokens=slice(begin, end),
-            plan=plan_chunk(self.geometry, context, end - begin, self.dtype),
+            plan=plan_chunk(self.geometry, context, end - begin, self.impl.alibi_slopes),
             context_blocks=table[row, window_start // bs : cdiv(context, bs)].long(),
             context_skip=window_start % bs,
             context_length=context - window_start,
@@ -180,11 +184,16 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 class LambdaImpl(CPUAttentionBackendImpl):
-    """A stock CPU attention layer taken over after the weights are loaded; `places` is set by the metadata builder."""
+    """A stock CPU attention layer taken over after the weights are loaded. The metadata builder sets what is known later:
+
+    places: `packed_order`. kernel_cache: keys and values as the kernel takes them, scratch blocks included.
+    rotary: None for a model with ALiBi.
+    """
 
     places: tuple[Tensor, Tensor]
+    kernel_cache: tuple[Tensor, Tensor]
 
-    def __init__(self, stock: CPUAttentionBackendImpl, geometry: Geometry, rotary: Rotary):
+    def __init__(self, stock: CPUAttentionBackendImpl, geometry: Geometry, rotary: Rotary | None):
         self.__dict__.update(vars(stock))
         self.geometry, self.rotary = geometry, rotary
         assert geometry.n_local is not None
@@ -206,7 +215,7 @@ class LambdaImpl(CPUAttentionBackendImpl):
         if attn_metadata is None:  # profiling run
             return output
         if attn_metadata.kernel is not None:
-            self._kernel(attn_metadata, query, kv_cache, output)
+            self._kernel(attn_metadata.kernel, query[: attn_metadata.num_actual_tokens], output)
         for chunk in attn_metadata.chunks:
             rows = chunk.tokens
             output[rows] = attend_chunk(
@@ -221,14 +230,11 @@ class LambdaImpl(CPUAttentionBackendImpl):
             )
         return output
 
-    def _kernel(self, metadata: LambdaMetadata, query: Tensor, kv_cache: Tensor, output: Tensor) -> None:
-        part, scratch = metadata.kernel, metadata.scratch
-        assert part is not None
-        cache = as_kernel_cache(extend(kv_cache, scratch.first_block + scratch.num_blocks))
-        key_cache, value_cache = cache.chunk(2, dim=2)
+    def _kernel(self, part: KernelPart, query: Tensor, output: Tensor) -> None:
+        key_cache, value_cache = self.kernel_cache
         whole_step = part.tokens is None
-        query = query[: metadata.num_actual_tokens] if whole_step else query[part.tokens]
-        out = output[: metadata.num_actual_tokens] if whole_step else torch.empty_like(query)
+        query = query if whole_step else query[part.tokens]
+        out = output[: len(query)] if whole_step else torch.empty_like(query)
         ops.cpu_attention_with_kv_cache(
             query=query,
             key_cache=key_cache,
@@ -254,5 +260,6 @@ class LambdaImpl(CPUAttentionBackendImpl):
         return keys[skip : skip + length], values[skip : skip + length]
 
 
-def scratch_layout(vllm_config: VllmConfig, geometry: Geometry, block_size: int, num_blocks: int) -> ScratchLayout:
-    return ScratchLayout.plan(geometry, block_size, num_blocks, vllm_config.scheduler_config.max_num_seqs)
+def scratch_layout(vllm_config: VllmConfig, impl: LambdaImpl, block_size: int, num_blocks: int) -> ScratchLayout:
+    max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+    return ScratchLayout.plan(impl.geometry, block_size, num_blocks, max_num_seqs, alibi=impl.alibi_slopes is not None)

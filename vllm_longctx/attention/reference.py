@@ -39,17 +39,18 @@ def attention(
 def _scores_at(query: Tensor, key: Tensor, distance: Tensor, rotary: Rotary | None) -> Tensor:
     """q·R(distance)·k for every pair: float64 [heads, T, S].
 
-    With a pair's elements as complex numbers, q·R(δ)k = Re(q · conj(k) · e^{iδf}) summed over frequencies f.
+    With a pair's elements as complex numbers, q·R(δ)k = Re(q · conj(k) · e^{iδf}) summed over frequencies f. Queries and
+    keys both carry the attention factor.
     """
     if rotary is None:
         return torch.einsum("thd,shd->hts", query, key)
     passed = torch.einsum("thd,shd->hts", query[..., rotary.rotary_dim :], key[..., rotary.rotary_dim :])
     q, k = _as_complex(query, rotary), _as_complex(key, rotary)
-    scores = passed
+    scores = torch.zeros_like(passed)
     for f, frequency in enumerate(rotary.inverse_frequencies.double()):
         turned = torch.polar(torch.ones(distance.shape, dtype=torch.float64), distance * frequency)
         scores = scores + (torch.einsum("th,sh->hts", q[..., f], k[..., f].conj()) * turned).real
-    return scores
+    return passed + scores * rotary.factor**2
 
 
 def _as_complex(x: Tensor, rotary: Rotary) -> Tensor:

@@ -6,11 +6,12 @@ changed: a cached copy is good until its block is written again, and every write
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
-from vllm_longctx.attention.selection import ScratchLayout, SinkMoves, cdiv
+from vllm_longctx.attention.selection import Ints, ScratchLayout, SinkMoves, cdiv
 from vllm_longctx.rotary import Rotary
 
 
@@ -64,50 +65,55 @@ class Scratch:
         num_layers: int,
         n_global: int,
         places: tuple[Tensor, Tensor],
-        rotary: Rotary,
+        rotary: Rotary | None,
         isa: str,
     ):
         self.layout, self.cache, self.places, self.rotary, self.isa = layout, cache, places, rotary, isa
         _, kv_heads, self.block_size, width = cache.shape
-        self.layer_base = torch.arange(num_layers)[:, None] * (layout.first_block + layout.num_blocks)
+        self.layer_base = np.arange(num_layers)[:, None] * (layout.first_block + layout.num_blocks)
         rows = layout.rows
         self.first_keys = torch.empty(num_layers, rows, n_global, kv_heads, width // 2, dtype=cache.dtype)
         self.first_values = torch.empty_like(self.first_keys)
-        self.first_blocks = torch.full((rows, cdiv(n_global, self.block_size)), -1)
-        self.edge_blocks = torch.full((rows,), -1)
-        self.edge_lens = torch.zeros(rows, dtype=torch.long)
+        self.first_blocks = np.full((rows, cdiv(n_global, self.block_size)), -1)
+        self.edge_blocks = np.full(rows, -1)
+        self.edge_lens = np.zeros(rows, np.int64)
+        self.is_written = np.zeros(layout.first_block + 1, np.bool_)  # by block; the last one stands for -1, no block
 
     def forget_written(self, slot_mapping: Tensor) -> None:
         """Drop copies of blocks that the coming forward writes. slot_mapping int64 [tokens]."""
-        written = slot_mapping // self.block_size
-        self.edge_blocks[torch.isin(self.edge_blocks, written)] = -1
-        self.first_blocks[torch.isin(self.first_blocks, written).any(1)] = -1
+        written = slot_mapping.numpy() // self.block_size
+        self.is_written[written] = True
+        self.edge_blocks[self.is_written[self.edge_blocks]] = -1
+        self.first_blocks[self.is_written[self.first_blocks].any(1)] = -1
+        self.is_written[written] = False
 
     def fill(self, moves: SinkMoves) -> None:
         rows = len(moves.edge_blocks)
         changed = (self.edge_blocks[:rows] != moves.edge_blocks) | (self.edge_lens[:rows] < moves.edge_lens)
         if changed.any():
-            self._copy_edges(moves, changed.nonzero().squeeze(1))
+            self._copy_edges(moves, changed.nonzero()[0])
         self.edge_lens[:rows] = moves.edge_lens
         changed = (self.first_blocks[:rows] != moves.first_blocks).any(1)
         if changed.any():
-            self._fetch_first(moves, changed.nonzero().squeeze(1))
-        keys = self.rotary.turn(self.first_keys[:, :rows], moves.turn_by[..., None])
-        slots = self.layer_base[..., None] * self.block_size + moves.target_slots
+            self._fetch_first(moves, changed.nonzero()[0])
+        keys = self.first_keys[:, :rows]
+        if self.rotary is not None:
+            keys = self.rotary.turn(keys, moves.turn_by[..., None])
+        slots = torch.from_numpy(self.layer_base[..., None] * self.block_size + moves.target_slots)
         key_cache, value_cache = as_kernel_cache(self.cache).chunk(2, dim=2)
         values = self.first_values[:, :rows]
         ops.cpu_attn_reshape_and_cache(
             keys.flatten(0, 2), values.flatten(0, 2), key_cache, value_cache, slots.flatten(), self.isa
         )
 
-    def _copy_edges(self, moves: SinkMoves, rows: Tensor) -> None:
+    def _copy_edges(self, moves: SinkMoves, rows: Ints) -> None:
         source, target = moves.edge_blocks[rows], moves.edge_scratch[rows]
-        self.cache[(self.layer_base + target).flatten()] = self.cache[(self.layer_base + source).flatten()]
+        self.cache[(self.layer_base + target).ravel()] = self.cache[(self.layer_base + source).ravel()]
         self.edge_blocks[rows] = source
 
-    def _fetch_first(self, moves: SinkMoves, rows: Tensor) -> None:
+    def _fetch_first(self, moves: SinkMoves, rows: Ints) -> None:
         blocks = moves.first_blocks[rows]
-        keys, values = unpack(self.cache[(self.layer_base[..., None] + blocks).flatten()], self.places)
+        keys, values = unpack(self.cache[(self.layer_base[..., None] + blocks).ravel()], self.places)
         n_global = self.first_keys.shape[2]
         shape = (len(self.layer_base), len(rows), -1, *self.first_keys.shape[3:])
         self.first_keys[:, rows] = keys.view(shape)[:, :, :n_global]

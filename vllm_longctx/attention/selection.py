@@ -11,14 +11,20 @@ it, the first tokens, turned to the distance they must be seen at:
                             scratch blocks ------  in place ---------------
 
 With `sliding_window` = G + N the hole is masked. In steady state only the scratch blocks and the sequence length change.
+
+Tables are small and built in every step, so they are built in numpy, whose calls cost a fifth of torch's.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_longctx.geometry import Geometry
+
+Ints = NDArray[np.int64]
 
 
 def cdiv(a: int, b: int) -> int:
@@ -41,12 +47,16 @@ class ScratchLayout:
         return self.blocks_per_row * self.rows
 
     @classmethod
-    def plan(cls, geometry: Geometry, block_size: int, num_blocks: int, max_num_seqs: int) -> "ScratchLayout":
+    def plan(
+        cls, geometry: Geometry, block_size: int, num_blocks: int, max_num_seqs: int, alibi: bool = False
+    ) -> "ScratchLayout":
         """Room for the first tokens and a ragged head, for every request whose window can be in the pool at once.
 
         A window shorter than a block has no block in place; without first tokens the kernel masks the head by itself.
+        ALiBi's bias comes from places in the table, where first tokens can stand at in-cache distances only.
         """
-        if geometry.n_local is None or geometry.n_global == 0 or geometry.n_local < block_size:
+        beyond_kernel = alibi and geometry.distances == "relative"
+        if geometry.n_local is None or geometry.n_global == 0 or geometry.n_local < block_size or beyond_kernel:
             return cls(num_blocks, 0, 0)
         blocks_per_row = cdiv(geometry.n_global + block_size - 1, block_size)
         windows_in_pool = cdiv(num_blocks, geometry.n_local // block_size)
@@ -64,11 +74,11 @@ class SinkMoves:
     turn_by [R, G]: positions each copied key is turned on by.
     """
 
-    edge_blocks: Tensor
-    edge_scratch: Tensor
-    edge_lens: Tensor
-    first_blocks: Tensor
-    target_slots: Tensor
+    edge_blocks: Ints
+    edge_scratch: Ints
+    edge_lens: Ints
+    first_blocks: Ints
+    target_slots: Ints
     turn_by: Tensor
 
 
@@ -91,44 +101,45 @@ def kernel_tables(
 ) -> KernelTables:
     """Tables for requests that one kernel call can serve.
 
-    block_table [rows, blocks], seq_lens, query_lens [rows]: as vLLM gives them. With first tokens, a request with more than
-    one query must not reach past the window; without, any may. At most `scratch.rows` requests may be past it.
+    block_table [rows, blocks], seq_lens, query_lens [rows], ints on the CPU: as vLLM gives them. With first tokens, a request
+    with more than one query must not reach past the window; without, any may. At most `scratch.rows` requests may be past it.
     """
-    seq_lens, query_lens = seq_lens.long(), query_lens.long()
-    start = geometry.window_start(seq_lens - query_lens)
+    start_positions = geometry.window_start((seq_lens - query_lens).long())
+    start, lens, blocks = start_positions.numpy(), seq_lens.numpy(), block_table.numpy()
     if geometry.n_global == 0:
-        head, in_scratch = start // block_size, torch.zeros_like(start)
+        head, in_scratch = start // block_size, np.zeros_like(start)
     else:
-        head = (start + block_size - 1) // block_size
-        in_scratch = head.clamp_max(scratch.blocks_per_row)
+        head = -(-start // block_size)
+        in_scratch = np.minimum(head, scratch.blocks_per_row)
     first = head - in_scratch
-    length = (seq_lens + block_size - 1) // block_size - first
-    columns = torch.arange(int(length.max()))
-    source = torch.minimum(first[:, None] + columns, (first + length - 1)[:, None])
-    table = block_table.gather(1, source)
-    compact_lens = (seq_lens - first * block_size).int()
+    end = -(-lens // block_size)
+    columns = np.arange((end - first).max())
+    table = np.take_along_axis(blocks, np.minimum(first[:, None] + columns, end[:, None] - 1), 1)
+    compact_lens = torch.from_numpy((lens - first * block_size).astype(np.int32))
 
-    past = in_scratch.nonzero().squeeze(1)
+    past = in_scratch.nonzero()[0]
     if len(past) == 0:
-        return KernelTables(table, compact_lens, None)
-    row_scratch = scratch.first_block + torch.arange(len(past)) * scratch.blocks_per_row
+        return KernelTables(torch.from_numpy(table), compact_lens, None)
+    row_scratch = scratch.first_block + np.arange(len(past)) * scratch.blocks_per_row
     scratch_first = row_scratch + scratch.blocks_per_row - in_scratch[past]
-    in_front = columns < in_scratch[past, None]
-    table[past] = torch.where(in_front, scratch_first[:, None] + columns, table[past].long()).int()
+    for column in range(scratch.blocks_per_row):
+        in_front = column < in_scratch[past]
+        table[past[in_front], column] = (scratch_first + column)[in_front]
 
     start, first, head = start[past], first[past], head[past]
-    sinks = torch.arange(geometry.n_global)
-    position = start[:, None] - start.clamp_max(geometry.n_global)[:, None] + sinks  # in the text, right before the window
-    offset = position - first[:, None] * block_size
-    target = scratch_first[:, None] * block_size + offset
+    sinks = np.arange(geometry.n_global)
+    position = (start - np.minimum(start, geometry.n_global))[:, None] + sinks  # in the text, right before the window
+    target = (scratch_first - first)[:, None] * block_size + position
     # A first token still inside the window has no copy: it goes where nobody looks, to a scratch block not in the table.
-    target = torch.where(position < start[:, None], target, row_scratch[:, None] * block_size)
+    target = np.where(position < start[:, None], target, row_scratch[:, None] * block_size)
     moves = SinkMoves(
-        edge_blocks=block_table[past, head - 1].long(),
+        edge_blocks=blocks[past, head - 1],
         edge_scratch=row_scratch + scratch.blocks_per_row - 1,
         edge_lens=head * block_size - start,
-        first_blocks=block_table[past, : cdiv(geometry.n_global, block_size)].long(),
+        first_blocks=blocks[past, : cdiv(geometry.n_global, block_size)],
         target_slots=target,
-        turn_by=geometry.unseen_distance(seq_lens[past] - 1, sinks, start),
+        turn_by=geometry.unseen_distance(
+            torch.from_numpy(lens[past].astype(np.int64) - 1), torch.from_numpy(sinks), torch.from_numpy(start)
+        ),
     )
-    return KernelTables(table, compact_lens, moves)
+    return KernelTables(torch.from_numpy(table), compact_lens, moves)
