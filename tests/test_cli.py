@@ -25,6 +25,7 @@ def run(*words: str) -> tuple[int, str]:
         (["score", "--text", "TEXT", "--longctx", "{"], "error: longctx: not valid JSON"),
         (["score", "--text", "EMPTY"], "holds no text"),
         (["score", "--text", "TEXT", "--max-tokens", "1"], "greater than or equal to 2"),
+        (["doctor", "--url", "http://127.0.0.1:1"], "error: cannot read http://127.0.0.1:1/metrics: "),
         (["generate"], "error: give one of --prompt and --prompt-file"),
         (["generate", "--prompt", "a", "--prompt-file", "TEXT"], "error: give one of --prompt and --prompt-file"),
     ],

@@ -126,6 +126,26 @@ def test_admission_counts_what_a_hit_will_hold_not_its_null_blocks() -> None:
     assert needed == cap - 3
 
 
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 9), st.integers(2, 30), st.integers(1, 300), st.integers(0, 60))
+def test_live_and_freed_blocks_are_counted(n_global: int, n_local: int, length: int, more: int) -> None:
+    manager = new_manager(n_global, n_local, 200)
+    (lambda_manager,) = manager.coordinator.single_type_managers
+    first, second = new_request(list(range(length))), new_request(list(range(length + more)))
+    prefill(manager, first)
+    assert lambda_manager.num_live_blocks(first.request_id) == len(live(manager, first))
+    assert lambda_manager.take_num_freed_blocks() == cdiv(length, BS) - len(live(manager, first))
+    hit, _ = prefill(manager, second)
+    assert lambda_manager.num_live_blocks(second.request_id) == len(live(manager, second))
+    # What it shares with the first one does not go back to the pool; what it computed and left behind does.
+    own = range(hit // BS, cdiv(length + more, BS))
+    assert lambda_manager.take_num_freed_blocks() == len(set(own) - set(live(manager, second)))
+    for request in (first, second):
+        manager.free(request)
+    assert lambda_manager.take_num_freed_blocks() == 0  # those were not freed from the middle
+    assert not lambda_manager._gaps
+
+
 def test_a_request_that_does_not_fit_is_not_admitted() -> None:
     manager = new_manager(n_global=2, n_local=8, num_blocks=8)
     assert manager.allocate_slots(new_request(list(range(500))), CHUNK, full_sequence_must_fit=True) is not None

@@ -1,7 +1,7 @@
 """From a user's engine arguments to an engine that runs a long-context configuration.
 
 Two steps around vLLM's own `create_engine_config`: `prepare` parses the configuration and asks vLLM for what it needs;
-`complete` fills in what depends on the model, refuses what cannot work, and logs the outcome. An engine without a
+`complete` fills in what depends on the model and refuses what cannot work; the scheduler logs the outcome. An engine without a
 `longctx` configuration is not touched.
 """
 
@@ -12,7 +12,6 @@ import vllm
 from transformers import PretrainedConfig
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -20,10 +19,9 @@ from vllm_longctx.config import DEFAULT_PRESET, KEY, LongContextConfig, LongCont
 from vllm_longctx.kv_cache import max_blocks_per_request
 from vllm_longctx.rotary import SCALINGS
 
-logger = init_logger("vllm.longctx")
-
 VLLM_VERSION = "0.32.0"
 WORKER = "vllm_longctx.worker.LongContextCPUWorker"
+SCHEDULER = "vllm_longctx.scheduler.LongContextScheduler"
 # vLLM keeps max_num_seqs * max_model_len token ids of 4 bytes in the worker: 1 GiB at 256 sequences.
 DEFAULT_MAX_MODEL_LEN = 1 << 20
 DEFAULT_BLOCK_SIZE = 32
@@ -56,7 +54,9 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
         raise LongContextError(f"longctx runs on vLLM's CPU platform so far, but this is {current_platform.device_name}")
     if args.worker_cls not in ("auto", WORKER):
         raise LongContextError(f"worker_cls = {args.worker_cls!r}, but longctx needs its own; leave worker_cls out")
-    args.worker_cls = WORKER
+    if args.scheduler_cls not in (None, SCHEDULER):
+        raise LongContextError(f"scheduler_cls = {args.scheduler_cls!r}, but longctx needs its own; leave scheduler_cls out")
+    args.worker_cls, args.scheduler_cls = WORKER, SCHEDULER
     args.block_size = args.block_size or DEFAULT_BLOCK_SIZE
     if args.max_model_len in (None, -1):
         args.max_model_len = DEFAULT_MAX_MODEL_LEN
@@ -96,22 +96,8 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig) -> None:
     check_model(vllm_config.model_config)
     check_settings(vllm_config)
     config = config.for_model(trained_length(vllm_config.model_config))
-    blocks = _check_pool(config, vllm_config)
+    _check_pool(config, vllm_config)
     vllm_config.additional_config = {**vllm_config.additional_config, KEY: config.dump()}
-    geometry, cache = config.geometry, vllm_config.cache_config
-    logger.info(
-        "longctx: %s, n_global %d, n_local %d, distance_ceiling %s, distances %s; max_model_len %d, block_size %d, "
-        "at most %d KV blocks per request, worker %s",
-        config.attention.method,
-        geometry.n_global,
-        geometry.n_local,
-        geometry.distance_ceiling,
-        geometry.distances,
-        vllm_config.model_config.max_model_len,
-        cache.block_size,
-        blocks,
-        WORKER,
-    )
 
 
 def rope_parameters(model_config: ModelConfig) -> Mapping[str, Any] | None:
@@ -191,8 +177,8 @@ def check_settings(vllm_config: VllmConfig) -> None:
             raise LongContextError(f"longctx does not run with this setting: {setting}")
 
 
-def _check_pool(config: LongContextConfig, vllm_config: VllmConfig) -> int:
-    """Blocks that one request may hold. Raises LongContextError if the pool, where its size is known, has fewer."""
+def _check_pool(config: LongContextConfig, vllm_config: VllmConfig) -> None:
+    """Raises LongContextError if the pool, where its size is known, has fewer blocks than one request may hold."""
     cache, model, geometry = vllm_config.cache_config, vllm_config.model_config, config.geometry
     in_flight = vllm_config.max_in_flight_tokens
     blocks = max_blocks_per_request(geometry, cache.block_size, in_flight, model.max_model_len)
@@ -202,14 +188,13 @@ def _check_pool(config: LongContextConfig, vllm_config: VllmConfig) -> int:
         pool = cache.kv_cache_memory_bytes // _bytes_per_block(vllm_config)
         given = f"the KV cache of {cache.kv_cache_memory_bytes} bytes (VLLM_CPU_KVCACHE_SPACE, kv_cache_memory_bytes)"
     else:
-        return blocks
+        return
     if pool < blocks + 1:
         raise LongContextError(
             f"{given} gives {pool} blocks, but one request holds up to {blocks} (n_global {geometry.n_global}, n_local "
             f"{geometry.n_local}, {in_flight} tokens in flight, block_size {cache.block_size}) and vLLM keeps one; give "
             f"at least {blocks + 1} blocks, or lower max_num_batched_tokens or attention.n_local"
         )
-    return blocks
 
 
 def _bytes_per_block(vllm_config: VllmConfig) -> int:

@@ -7,6 +7,7 @@ end, with null blocks between, just as vLLM's sliding-window manager does withou
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
@@ -65,6 +66,11 @@ class LambdaManager(SingleTypeKVCacheManager):
 
     kv_cache_spec: LambdaSpec
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._gaps: dict[str, int] = {}  # null blocks in the table of each request that has any
+        self._num_freed_blocks = 0
+
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """None: the callers in the base class take what is skipped to be a prefix."""
         return 0
@@ -74,7 +80,28 @@ class LambdaManager(SingleTypeKVCacheManager):
     ) -> None:
         """Free the blocks between the first tokens and the window of the next query."""
         end = _first_window_block(self.kv_cache_spec, processed_computed_tokens)
+        if end <= self.kv_cache_spec.first_blocks:
+            return
+        free = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, self.kv_cache_spec.first_blocks, end)
+        self._num_freed_blocks += self.block_pool.get_num_free_blocks() - free
+        self._gaps[request_id] = end - self.kv_cache_spec.first_blocks
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self._gaps.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def num_live_blocks(self, request_id: str) -> int:
+        """Blocks a running request holds. O(1): its table may have tens of thousands of null blocks.
+
+        With n_local = 1, the last block of a prefix-cache hit is left out for one step.
+        """
+        return len(self.req_to_blocks[request_id]) - self._gaps.get(request_id, 0)
+
+    def take_num_freed_blocks(self) -> int:
+        """Blocks that went back to the pool from running requests since the last call; shared ones go with the last holder."""
+        freed, self._num_freed_blocks = self._num_freed_blocks, 0
+        return freed
 
     def get_num_blocks_to_allocate(
         self,

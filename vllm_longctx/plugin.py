@@ -1,7 +1,7 @@
 """vLLM's door to this package: the entry point `longctx` in the group `vllm.general_plugins`.
 
-`register` runs in every process of vLLM. It makes the KV spec and MPT known and wraps three methods of EngineArgs; it changes
-nothing for an engine without a `longctx` configuration.
+`register` runs in every process of vLLM. It makes the KV spec and MPT known and wraps three methods of EngineArgs and the
+constructor of StatLoggerManager; it changes nothing for an engine without a `longctx` configuration.
 """
 
 import argparse
@@ -11,9 +11,11 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.v1.metrics.loggers import StatLoggerManager
 
 from vllm_longctx import engine_args, kv_cache
 from vllm_longctx.config import PRESETS, LongContextError, checked_json
+from vllm_longctx.metrics import LongContextStatLogger
 
 
 def register() -> None:
@@ -23,6 +25,7 @@ def register() -> None:
     if not hasattr(EngineArgs.create_engine_config, "__wrapped__"):
         _wrap_create_engine_config()
         _wrap_cli()
+        _wrap_stat_loggers()
 
 
 def _wrap_create_engine_config() -> None:
@@ -63,6 +66,23 @@ def _wrap_cli() -> None:
 
     EngineArgs.add_cli_args = staticmethod(add)
     EngineArgs.from_cli_args = classmethod(from_args)
+
+
+def _wrap_stat_loggers() -> None:
+    """Add our metrics to the engines whose scheduler sends them.
+
+    vLLM's own door, the entry points `vllm.stat_logger_plugins`, would turn statistics on in every AsyncLLM, whatever its
+    configuration, and does not open for LLM. Ours is made last, because vLLM's Prometheus logger unregisters what it finds.
+    """
+    init = StatLoggerManager.__init__
+
+    @functools.wraps(init)
+    def with_ours(self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        init(self, vllm_config, *args, **kwargs)
+        if vllm_config.scheduler_config.scheduler_cls == engine_args.SCHEDULER:
+            self.stat_loggers.insert(0, LongContextStatLogger(vllm_config, self.engine_indexes))
+
+    StatLoggerManager.__init__ = with_ours
 
 
 def _checked_json(text: str) -> dict[str, Any]:

@@ -42,6 +42,13 @@ def _tensor_fields() -> bool:
     return {"size", "layers", "layer_stride", "block_stride"} <= set(inspect.signature(KVCacheTensor).parameters)
 
 
+def _statistics() -> bool:
+    from vllm.v1.metrics.loggers import StatLoggerManager
+    from vllm.v1.metrics.stats import SchedulerStats
+
+    return hasattr(StatLoggerManager, "record") and "kv_connector_stats" in inspect.signature(SchedulerStats).parameters
+
+
 SEAMS = [
     Seam(
         "EngineArgs.create_engine_config, add_cli_args, from_cli_args (wrapped)",
@@ -88,6 +95,13 @@ SEAMS = [
         "seeded requests whose prompt comes in chunks, which kill vLLM's engine on the CPU",
         _has("vllm.v1.worker.cpu_model_runner:CPUModelRunner", "sample_tokens"),
         "0006-seeded-chunked-prefill-on-cpu.diff",
+    ),
+    Seam(
+        "StatLoggerManager.__init__ (wrapped), SchedulerStats.kv_connector_stats (borrowed), an attribute on ModelRunnerOutput",
+        "plugin.py, scheduler.py, worker.py",
+        "metrics of long requests beside vLLM's own, only for engines that run longctx, in LLM too",
+        _statistics,
+        "0008-statistics-of-plugins.diff",
     ),
     Seam(
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",

@@ -36,7 +36,11 @@ class LongContextCPUWorker(CPUWorker):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         with seeds_of_finished_prompts(self.model_runner):
-            return super().sample_tokens(grammar_output)
+            output = super().sample_tokens(grammar_output)
+        seconds = take_selection_seconds(self.model_runner)
+        if output.req_ids:  # else it may be vLLM's one empty output, which all steps share
+            output.longctx_selection_seconds = seconds
+        return output
 
 
 @contextmanager
@@ -53,6 +57,15 @@ def seeds_of_finished_prompts(runner: CPUModelRunner) -> Iterator[None]:
         yield
     finally:
         generators.update(hidden)
+
+
+def take_selection_seconds(runner: CPUModelRunner) -> float:
+    """Seconds spent on tables, scratch blocks and plans, all KV cache groups together, since the last call."""
+    builders = [group.get_metadata_builder() for groups in runner.attn_groups for group in groups]
+    seconds = sum(builder.seconds for builder in builders)
+    for builder in builders:
+        builder.seconds = 0.0
+    return seconds
 
 
 def take_over_attention(model: nn.Module, vllm_config: VllmConfig) -> None:

@@ -5,6 +5,7 @@ take one call of vLLM's own kernel over compact tables (`selection`, `scratch`).
 """
 
 import functools
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +90,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.geometry = active_config(vllm_config).geometry
+        self.seconds = 0.0  # spent in `build` since the worker last took them
         self.layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         self.impl: LambdaImpl = self.layers[0].impl
         self.places = packed_order(self.block_size, self.head_dim, kv_cache_spec.dtype, self.isa)
@@ -114,6 +116,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LambdaMetadata:
+        started = time.perf_counter()
         m = common_attn_metadata
         if self.impl.rotary is not None:
             self.impl.rotary.new_step()
@@ -130,6 +133,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
             tokens = torch.repeat_interleave(rows, query_lens).nonzero().flatten()
             own_starts = torch.cat((starts.new_zeros(1), query_lens[rows].cumsum(0, dtype=torch.int32)))
             kernel = self._kernel_part(tokens, own_starts, table[rows], seq_lens[rows], query_lens[rows])
+        self.seconds += time.perf_counter() - started
         return LambdaMetadata(m.num_actual_tokens, kernel, chunks)
 
     def _needs_tiles(self, seq_lens: NDArray[np.int32], query_lens: NDArray[np.int32]) -> NDArray[np.bool_]:

