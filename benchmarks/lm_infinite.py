@@ -56,7 +56,7 @@ def token_times(engine: "LLMEngine", prompts: Sequence[list[int]], written: int)
     return times
 
 
-def random_tokens(engine: "LLMEngine", length: int, seed: float) -> list[int]:
+def random_tokens(engine: "LLMEngine", length: int, seed: float | str) -> list[int]:
     vocab = engine.vllm_config.model_config.get_vocab_size()
     return random.Random(seed).choices(range(3, vocab), k=length)
 
@@ -115,7 +115,7 @@ def main(
         for number in range(rounds):
             for length, name, engine in plan:
                 progress.update(task, description=f"round {number + 1}: {name} at {length:,}", advance=1)
-                text = random_tokens(engine, length, number if length <= stock_up_to else -length)
+                text = random_tokens(engine, length, f"{length}, {number if length <= stock_up_to else 0}")
                 if number == 0 or length <= stock_up_to:
                     figures.setdefault(("prefill", name, length), []).append(prefill_speed(engine, text))
                 figures.setdefault(("decode", name, length), []).append(decode_speed(engine, text, batch, written))
