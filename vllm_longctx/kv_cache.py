@@ -79,13 +79,13 @@ class LambdaManager(SingleTypeKVCacheManager):
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Free the blocks between the first tokens and the window of the next query."""
-        end = _first_window_block(self.kv_cache_spec, processed_computed_tokens)
-        if end <= self.kv_cache_spec.first_blocks:
+        first, end = self.kv_cache_spec.first_blocks, _first_window_block(self.kv_cache_spec, processed_computed_tokens)
+        if end - first <= self._gaps.get(request_id, 0):  # most steps: the window is still in the same block
             return
         free = self.block_pool.get_num_free_blocks()
-        self._remove_blocks_in_range(request_id, self.kv_cache_spec.first_blocks, end)
+        self._remove_blocks_in_range(request_id, first, end)
         self._num_freed_blocks += self.block_pool.get_num_free_blocks() - free
-        self._gaps[request_id] = end - self.kv_cache_spec.first_blocks
+        self._gaps[request_id] = end - first
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._gaps.pop(request_id, None)

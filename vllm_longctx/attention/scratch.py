@@ -70,7 +70,9 @@ class Scratch:
     ):
         self.layout, self.cache, self.places, self.rotary, self.isa = layout, cache, places, rotary, isa
         _, kv_heads, self.block_size, width = cache.shape
+        self.kernel_cache = as_kernel_cache(cache).chunk(2, dim=2)
         self.layer_base = np.arange(num_layers)[:, None] * (layout.first_block + layout.num_blocks)
+        self.layer_slots = self.layer_base[..., None] * self.block_size
         rows = layout.rows
         self.first_keys = torch.empty(num_layers, rows, n_global, kv_heads, width // 2, dtype=cache.dtype)
         self.first_values = torch.empty_like(self.first_keys)
@@ -99,12 +101,9 @@ class Scratch:
         keys = self.first_keys[:, :rows]
         if self.rotary is not None:
             keys = self.rotary.turn(keys, moves.turn_by[..., None])
-        slots = torch.from_numpy(self.layer_base[..., None] * self.block_size + moves.target_slots)
-        key_cache, value_cache = as_kernel_cache(self.cache).chunk(2, dim=2)
         values = self.first_values[:, :rows]
-        ops.cpu_attn_reshape_and_cache(
-            keys.flatten(0, 2), values.flatten(0, 2), key_cache, value_cache, slots.flatten(), self.isa
-        )
+        slots = torch.from_numpy((self.layer_slots + moves.target_slots).ravel())
+        ops.cpu_attn_reshape_and_cache(keys.flatten(0, 2), values.flatten(0, 2), *self.kernel_cache, slots, self.isa)
 
     def _copy_edges(self, moves: SinkMoves, rows: Ints) -> None:
         source, target = moves.edge_blocks[rows], moves.edge_scratch[rows]

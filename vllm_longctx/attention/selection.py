@@ -127,19 +127,20 @@ def kernel_tables(
         table[past[in_front], column] = (scratch_first + column)[in_front]
 
     start, first, head = start[past], first[past], head[past]
+    # In the text, the copies stand right before the window; where it begins less than G tokens into it, at its beginning.
+    position = np.maximum(start - geometry.n_global, 0)
     sinks = np.arange(geometry.n_global)
-    position = (start - np.minimum(start, geometry.n_global))[:, None] + sinks  # in the text, right before the window
-    target = (scratch_first - first)[:, None] * block_size + position
-    # A first token still inside the window has no copy: it goes where nobody looks, to a scratch block not in the table.
-    target = np.where(position < start[:, None], target, row_scratch[:, None] * block_size)
+    target = ((scratch_first - first) * block_size + position)[:, None] + sinks
+    if position.min() == 0:
+        # A first token still inside the window has no copy: it goes where nobody looks, to a scratch block not in the table.
+        target = np.where(sinks < start[:, None], target, row_scratch[:, None] * block_size)
+    queries = torch.from_numpy(lens[past].astype(np.int64)) - 1
     moves = SinkMoves(
         edge_blocks=blocks[past, head - 1],
         edge_scratch=row_scratch + scratch.blocks_per_row - 1,
         edge_lens=head * block_size - start,
         first_blocks=blocks[past, : cdiv(geometry.n_global, block_size)],
         target_slots=target,
-        turn_by=geometry.unseen_distance(
-            torch.from_numpy(lens[past].astype(np.int64) - 1), torch.from_numpy(sinks), torch.from_numpy(start)
-        ),
+        turn_by=geometry.unseen_distance(queries, torch.from_numpy(sinks), torch.from_numpy(start)),
     )
     return KernelTables(torch.from_numpy(table), compact_lens, moves)
