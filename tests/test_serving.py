@@ -1,6 +1,7 @@
 """What the server refuses, against vLLM's own request models; the routes around the checks, without an engine."""
 
 import json
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,13 +9,16 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from starlette.testclient import TestClient
-from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
+from vllm.inputs import tokens_input
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_longctx import BOOKLM
 from vllm_longctx.plugin import MIDDLEWARE
@@ -89,6 +93,34 @@ def test_a_body_may_fit_any_model_of_its_route() -> None:
     check_body(models, {"messages": [], "add_generation_prompt": False})
     with pytest.raises(RequestError, match=r"promt: unknown key; did you mean 'prompt'"):
         check_body(models, {"promt": "x"})
+
+
+def front_end(additional_config: dict[str, Any], **kwargs: Any) -> Callable[..., Any]:
+    """What `LLM.generate` and the server call with every request."""
+    args = EngineArgs(model=BOOKLM, additional_config=additional_config, **kwargs)
+    processor = InputProcessor(args.create_engine_config())
+    return lambda ids, priority=0, **params: processor.process_inputs(
+        "id", tokens_input(ids), SamplingParams(**params), ("generate",), priority=priority
+    )
+
+
+def test_requests_of_an_engine_are_checked_offline_too() -> None:
+    add = front_end(LM_INFINITE)
+    assert add([5, 6], max_tokens=3, extra_args={"other": 1}).prompt_token_ids == [5, 6]
+    with pytest.raises(ValueError, match=r"extra_args\['longctx'\]: longctx has no options per request"):
+        add([5, 6], extra_args={"longctx": {"attention": {"n_local": 64}}})
+    with pytest.raises(RequestError, match="prompt: Token id 4096 is out of vocabulary"):
+        add([5, 4096])
+    with pytest.raises(RequestError, match="priority = 5, but the scheduling policy is 'fcfs'; leave it out"):
+        add([5, 6], priority=5)
+    assert front_end(LM_INFINITE, scheduling_policy="priority")([5, 6], priority=5).priority == 5
+
+
+def test_requests_of_other_engines_are_vllms_affair() -> None:
+    front_end(LM_INFINITE)
+    for config in ({}, {"longctx": {"attention": {"method": "none"}}}):
+        request = front_end(config)([5, 6], priority=5, extra_args={"longctx": {}})
+        assert request.sampling_params.extra_args == {"longctx": {}}
 
 
 class Handler:
