@@ -174,8 +174,8 @@ def main(
         "--num-gpu-blocks-override",
         str(pool_blocks),
     ]
-    flags += ["--max-num-seqs", str(clients), "--max-num-batched-tokens", "512", "--disable-uvicorn-access-log"]
-    flags += ["--enforce-eager"] if enforce_eager else []
+    flags += ["--kv-cache-memory-bytes", str(1 << 30), "--max-num-seqs", str(clients), "--max-num-batched-tokens", "512"]
+    flags += ["--disable-uvicorn-access-log", *(["--enforce-eager"] if enforce_eager else [])]
     with tempfile.TemporaryDirectory() as directory:
         log = log or Path(directory) / "log"
         with running_server(model, log, *flags) as address:
