@@ -55,6 +55,8 @@ def test_method_none_changes_nothing() -> None:
         ({"attention": {"method": "streaming", "distance_ceiling": 5}}, r"distance_ceiling = 5 has no effect"),
         ({"attention": {"method": "none", "n_local": 5}}, r"method none takes no other keys, but n_local was given"),
         ({"attention": 5}, r"longctx.attention = 5"),
+        ({"serving": {"default_max_tokens": 0}}, r"longctx.serving.default_max_tokens = 0: Input should be greater"),
+        ({"serving": {}, "attention": {"method": "none"}}, r"longctx: serving has no effect with attention.method none"),
         ([], r"longctx: expected a mapping such as \{'preset': 'lm-infinite'\}, got \[\]"),
         ("{", r"longctx: not valid JSON .* at character 1\): \{"),
     ],

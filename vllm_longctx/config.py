@@ -7,6 +7,7 @@ length and checks them against it.
 
 import difflib
 import json
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -35,6 +36,12 @@ class LongContextError(ValueError):
     """A request of the user's that cannot be met; the message names the field, its value and the remedy."""
 
 
+def did_you_mean(key: str, known: Iterable[str]) -> str | None:
+    """A question that names the known key nearest to an unknown one; None if none is near."""
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else None
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -43,9 +50,7 @@ class _Section(BaseModel):
     def _name_the_nearest_key(cls, data: Any) -> Any:
         for key in data if isinstance(data, dict) else ():
             if key not in cls.model_fields:
-                known = list(cls.model_fields)
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+                hint = did_you_mean(str(key), cls.model_fields) or f"known keys: {', '.join(cls.model_fields)}"
                 raise ValueError(f"unknown key {key!r}; {hint}")
         return data
 
@@ -115,12 +120,22 @@ class AttentionSection(_Section):
         )
 
 
+class ServingSection(_Section):
+    """What `vllm serve` does with HTTP requests.
+
+    default_max_tokens: tokens written for a request that sets no limit; vLLM's own default would be all of max_model_len.
+    """
+
+    default_max_tokens: int = Field(default=4096, ge=1)
+
+
 class LongContextConfig(_Section):
     """The value of `additional_config["longctx"]`. Keys given beside a preset override the preset's."""
 
     preset: str | None = None
     attention: AttentionSection = AttentionSection()
     adaptation: dict[str, Any] | None = None
+    serving: ServingSection = ServingSection()
 
     @model_validator(mode="before")
     @classmethod
@@ -141,6 +156,8 @@ class LongContextConfig(_Section):
     def _built(self) -> Self:
         if self.adaptation is not None:
             raise ValueError(f"{NOT_BUILT['adaptation']} is not built yet; leave `adaptation` out")
+        if not self.changes_attention and "serving" in self.model_fields_set:
+            raise ValueError("serving has no effect with attention.method none, which leaves vLLM as it is; leave it out")
         return self
 
     @classmethod

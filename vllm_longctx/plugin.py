@@ -14,8 +14,10 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.metrics.loggers import StatLoggerManager
 
 from vllm_longctx import engine_args, kv_cache
-from vllm_longctx.config import PRESETS, LongContextError, checked_json
+from vllm_longctx.config import KEY, PRESETS, LongContextError, checked_json
 from vllm_longctx.metrics import LongContextStatLogger
+
+MIDDLEWARE = "vllm_longctx.serving.RequestChecks"
 
 
 def register() -> None:
@@ -37,6 +39,9 @@ def _wrap_create_engine_config() -> None:
         vllm_config = create_engine_config(self, *args, **kwargs)
         if config is not None:
             engine_args.complete(config, vllm_config)
+            from vllm_longctx import serving  # the front end's modules, which other processes do not load
+
+            serving.check_engine_requests()
         return vllm_config
 
     EngineArgs.create_engine_config = create
@@ -62,6 +67,9 @@ def _wrap_cli() -> None:
                 args.additional_config, args.plugin, args.longctx, args.longctx_preset
             )
             args.plugin = args.longctx = args.longctx_preset = None
+        middleware = getattr(args, "middleware", None)  # an option of `vllm serve`
+        if middleware is not None and KEY in (args.additional_config or {}) and MIDDLEWARE not in middleware:
+            args.middleware = [*middleware, MIDDLEWARE]
         return from_cli_args.__func__(cls, args)
 
     EngineArgs.add_cli_args = staticmethod(add)

@@ -104,6 +104,20 @@ SEAMS = [
         "0008-statistics-of-plugins.diff",
     ),
     Seam(
+        "InputProcessor.process_inputs (wrapped)",
+        "serving.py",
+        "refuse, in the front end, requests that vLLM would run otherwise than asked for",
+        _has("vllm.v1.engine.input_processor:InputProcessor", "process_inputs"),
+        "0009-request-checks-of-plugins.diff",
+    ),
+    Seam(
+        "APIRoute.app (wrapped) and default_sampling_params of vLLM's handlers (max_tokens set)",
+        "serving.py",
+        "check bodies behind vLLM's authentication, and end open-ended requests without capping the others",
+        _has("vllm.entrypoints.launchers.app:build_app"),
+        "0010-app-hooks-of-plugins.diff",
+    ),
+    Seam(
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
         "attention/branches.py",
         "attention with its log-sum-exp, to merge branches",

@@ -1,88 +1,276 @@
-"""`vllm serve` with a config file, over HTTP."""
+"""`vllm serve` with a config file, through the `openai` client: one server for all tests."""
 
 import json
-import os
 import pydoc_data.topics
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import httpx
+import openai
 import pytest
 import torch
+from openai import OpenAI
 from reference_model import ReferenceLlama
+from server import metrics, running_server
 from transformers import AutoTokenizer
 
 from vllm_longctx import BOOKLM
 from vllm_longctx.geometry import Geometry
 
-CONFIG = """
+LIMIT = 20_000
+DEFAULT_MAX_TOKENS = 24
+CONFIG = f"""
 longctx:
   preset: lm-infinite
   attention:
     n_global: 4
     n_local: 256
+  serving:
+    default_max_tokens: {DEFAULT_MAX_TOKENS}
+served-model-name: booklm
 dtype: float32
 enforce-eager: true
-max-model-len: 20000
+max-model-len: {LIMIT}
 max-num-seqs: 4
 max-num-batched-tokens: 512
 kv-cache-memory-bytes: 100000000
+enable-prompt-tokens-details: true
 """
+# booklm has no chat template.
+TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+GEOMETRY = Geometry(4, 256, 512)
+GREEDY: dict[str, Any] = {"model": "booklm", "temperature": 0}
+EXACT: dict[str, Any] = {"ignore_eos": True, "return_token_ids": True}
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     directory = tmp_path_factory.mktemp("server")
     (directory / "serve.yaml").write_text(CONFIG)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    vllm = Path(sys.executable).parent / "vllm"
-    flags = ["--plugin", "longctx", "--config", directory / "serve.yaml", "--host", "127.0.0.1", "--port", str(port)]
-    with (directory / "log").open("w") as log:
-        server = subprocess.Popen([vllm, "serve", BOOKLM, *flags], stdout=log, stderr=log, env=os.environ)
-        try:
-            for _ in range(180):
-                assert server.poll() is None, (directory / "log").read_text()[-3000:]
-                try:
-                    urllib.request.urlopen(f"{address}/health", timeout=1)
-                    break
-                except OSError:
-                    time.sleep(1)
-            yield address
-        finally:
-            server.terminate()
-            server.wait(60)
+    (directory / "chat.jinja").write_text(TEMPLATE)
+    flags = ["--plugin", "longctx", "--config", str(directory / "serve.yaml"), "--chat-template", str(directory / "chat.jinja")]
+    with running_server(BOOKLM, directory / "log", *flags) as address:
+        yield address
 
 
-def complete(url: str, **body: object) -> dict:
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps({"model": BOOKLM, **body}).encode(), {"Content-Type": "application/json"}
-    )
-    return json.load(urllib.request.urlopen(request, timeout=120))
+@pytest.fixture(scope="module")
+def client(address: str) -> OpenAI:
+    return OpenAI(base_url=f"{address}/v1", api_key="none", timeout=120, max_retries=0)
 
 
-def test_a_completion_far_past_the_trained_length_equals_the_reference(url: str) -> None:
-    text = pydoc_data.topics.topics["exprlists"] + pydoc_data.topics.topics["typesseq"]
-    tokenizer = AutoTokenizer.from_pretrained(BOOKLM)
-    prompt = tokenizer(text)["input_ids"][:900]
-    answer = complete(url, prompt=prompt, max_tokens=12, temperature=0, ignore_eos=True, return_token_ids=True)
-    written = answer["choices"][0]["token_ids"]
-    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (900, 12)
-    rows = ReferenceLlama(BOOKLM).logprobs(prompt + written, Geometry(4, 256, 512))[len(prompt) - 1 : -1]
+@pytest.fixture(scope="module")
+def text() -> str:
+    return "".join(pydoc_data.topics.topics[name] for name in ("exprlists", "typesseq", "formatstrings"))
+
+
+@pytest.fixture(scope="module")
+def ids(text: str) -> list[int]:
+    return AutoTokenizer.from_pretrained(BOOKLM)(text)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def reference() -> ReferenceLlama:
+    return ReferenceLlama(BOOKLM)
+
+
+def margin(reference: ReferenceLlama, prompt: list[int], written: list[int]) -> float:
+    """How far, in log-probability, the tokens written are from the reference's best ones."""
+    rows = reference.logprobs(prompt + written, GEOMETRY)[len(prompt) - 1 : -1]
     chosen = rows.gather(1, torch.tensor(written)[:, None]).squeeze(1)
-    assert (rows.max(-1).values - chosen).max() < 1e-3
+    return float((rows.max(-1).values - chosen).max())
 
 
-def test_a_prompt_beyond_the_limit_is_a_client_error(url: str) -> None:
-    with pytest.raises(urllib.error.HTTPError) as error:
-        complete(url, prompt=[5] * 20_001, max_tokens=1)
-    assert error.value.code == 400
-    assert "20000" in error.value.read().decode()
-    assert complete(url, prompt=[5, 6], max_tokens=1)["usage"]["completion_tokens"] == 1
+def wait_until(holds: Callable[[], bool]) -> None:
+    for _ in range(100):
+        if holds():
+            return
+        time.sleep(0.1)
+    pytest.fail("not within 10 s")
+
+
+def test_a_completion_past_the_trained_length_equals_the_reference(
+    client: OpenAI, ids: list[int], reference: ReferenceLlama
+) -> None:
+    answer = client.completions.create(**GREEDY, prompt=ids[:700], max_tokens=12, extra_body=EXACT)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (700, 12, 712)
+    assert answer.choices[0].finish_reason == "length"
+    assert margin(reference, ids[:700], answer.choices[0].token_ids) < 1e-3
+
+
+def test_a_streamed_completion_longer_than_the_trained_length_equals_the_reference(
+    client: OpenAI, ids: list[int], reference: ReferenceLlama
+) -> None:
+    request = {**GREEDY, "prompt": ids[:20], "max_tokens": 600, "extra_body": EXACT}
+    written, pieces, usage = [], [], None
+    for chunk in client.completions.create(**request, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage
+        for choice in chunk.choices:
+            written += choice.token_ids
+            pieces.append(choice.text)
+    assert (usage.prompt_tokens, usage.completion_tokens, len(written)) == (20, 600, 600)
+    assert margin(reference, ids[:20], written) < 1e-3
+    assert client.completions.create(**request).choices[0].text == "".join(pieces)
+
+
+def test_a_chat_is_the_completion_of_its_tokens(client: OpenAI, text: str) -> None:
+    request = {**GREEDY, "messages": [{"role": "user", "content": text}], "max_tokens": 20, "extra_body": EXACT}
+    answer = client.chat.completions.create(**request)
+    written = answer.choices[0].message.content
+    assert answer.usage.prompt_tokens == len(answer.prompt_token_ids) > 8 * 512
+    completion = client.completions.create(**GREEDY, prompt=answer.prompt_token_ids, max_tokens=20, extra_body=EXACT)
+    assert (completion.choices[0].token_ids, completion.choices[0].text) == (answer.choices[0].token_ids, written)
+    chunks = list(client.chat.completions.create(**request, stream=True))
+    assert "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices) == written
+
+
+def test_an_open_ended_chat_ends_at_the_default_which_is_no_cap(client: OpenAI) -> None:
+    request = {**GREEDY, "messages": [{"role": "user", "content": "x"}], "extra_body": {"ignore_eos": True}}
+    assert client.chat.completions.create(**request).usage.completion_tokens == DEFAULT_MAX_TOKENS
+    more = DEFAULT_MAX_TOKENS + 10
+    assert client.chat.completions.create(**request, max_completion_tokens=more).usage.completion_tokens == more
+    assert client.chat.completions.create(**request, max_tokens=more).usage.completion_tokens == more
+
+
+def test_open_ended_requests_with_little_room_take_what_there_is(client: OpenAI) -> None:
+    answer = client.completions.create(**GREEDY, prompt=[5] * (LIMIT - 3), extra_body={"ignore_eos": True})
+    assert answer.usage.completion_tokens == 3
+
+
+def test_several_choices_and_their_log_probabilities(client: OpenAI, ids: list[int]) -> None:
+    prompt, request = ids[:700], {"model": "booklm", "logprobs": 2, "temperature": 1, "extra_body": EXACT}
+    answer = client.completions.create(**request, prompt=prompt, max_tokens=5, n=3, seed=1)
+    assert sorted(choice.index for choice in answer.choices) == [0, 1, 2]
+    assert len({tuple(choice.token_ids) for choice in answer.choices}) > 1
+    assert answer.usage.completion_tokens == 15
+    for choice in answer.choices:
+        assert all(len(position) >= 2 for position in choice.logprobs.top_logprobs)
+        again = client.completions.create(**request, prompt=prompt + choice.token_ids, max_tokens=1, echo=True).choices[0]
+        assert choice.logprobs.token_logprobs == pytest.approx(again.logprobs.token_logprobs[700:705], abs=1e-3)
+
+
+def test_log_probabilities_of_a_chat(client: OpenAI, text: str) -> None:
+    answer = client.chat.completions.create(
+        **GREEDY, messages=[{"role": "user", "content": text[:4000]}], max_tokens=4, logprobs=True, top_logprobs=3
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == 4 and all(len(position.top_logprobs) == 3 for position in content)
+    assert all(position.logprob == max(top.logprob for top in position.top_logprobs) for position in content)
+
+
+def test_a_stop_string_ends_a_long_completion(client: OpenAI, ids: list[int]) -> None:
+    request = {**GREEDY, "prompt": ids[:600], "max_tokens": 60, "extra_body": EXACT}
+    full = client.completions.create(**request).choices[0].text
+    stop = full[len(full) // 2 :][:5]
+    answer = client.completions.create(**request, stop=[stop]).choices[0]
+    assert answer.finish_reason == "stop" and answer.text == full[: full.index(stop)]
+
+
+def test_a_later_request_finds_the_prefix_of_an_earlier_one(client: OpenAI, ids: list[int]) -> None:
+    prompt = [7, *ids[:1500]]  # of no other test
+    first = client.completions.create(**GREEDY, prompt=prompt, max_tokens=2, extra_body=EXACT)
+    assert not first.usage.prompt_tokens_details.cached_tokens
+    request = {**GREEDY, "prompt": prompt + ids[1500:1510], "max_tokens": 8}
+    hit = client.completions.create(**request, extra_body=EXACT)
+    assert hit.usage.prompt_tokens_details.cached_tokens == 1500 // 32 * 32
+    fresh = client.completions.create(**request, extra_body={**EXACT, "cache_salt": "another"})
+    assert not fresh.usage.prompt_tokens_details.cached_tokens
+    assert hit.choices[0].token_ids == fresh.choices[0].token_ids
+
+
+def test_blocks_of_a_client_that_leaves_come_back(address: str, client: OpenAI) -> None:
+    wait_until(lambda: metrics(address)["num_requests_running"] == 0)
+    stream = client.completions.create(**GREEDY, prompt=[5] * 800, max_tokens=15_000, stream=True, extra_body=EXACT)
+    next(iter(stream))
+    assert metrics(address)["num_requests_running"] == 1 and metrics(address)["kv_cache_usage_perc"] > 0
+    stream.close()
+    wait_until(lambda: metrics(address)["num_requests_running"] == 0)
+    assert metrics(address)["num_requests_waiting"] == 0 and metrics(address)["kv_cache_usage_perc"] == 0
+
+
+BAD: dict[str, Any] = {
+    "max_tokens": [-1, "many", "5", 1.5, True, 10**30, LIMIT + 1, LIMIT - 1, [1]],
+    "n": [0, 10**9, 10**30, "x"],
+    "seed": [2**63, -(10**30), "x", 1.5],
+    "temperature": [-1, 10**30, "hot", float("nan")],
+    "top_p": [0, 7, "x"],
+    "top_k": [-7, 10**30, "x"],
+    "min_p": [7],
+    "min_tokens": [-1, 10**30],
+    "presence_penalty": [9],
+    "repetition_penalty": [0, float("inf")],
+    "priority": [5, 10**30, "x"],
+    "stop": [5, [1]],
+    "stop_token_ids": [[10**30], [-1], [4096], ["x"]],
+    "logit_bias": [{"x": 1}, {"99999": 1}, {str(10**30): 1}, {"5": "x"}],
+    "allowed_token_ids": [[], [10**30]],
+    "prompt_logprobs": [10**6, 10**30, "x"],
+    "truncate_prompt_tokens": [-5, LIMIT + 1, 10**30],
+    "stream_interval": [0, 10**30],
+    "stream_options": [{"include_usage": "x"}, {"include_usge": True}, 5],
+    "routed_experts_prompt_start": [5000],
+    "ignore_eos": ["x", 1],
+    "mx_tokens": [5],
+    "longctx": [{"preset": "streaming"}],
+    "vllm_xargs": [{"longctx": "{}"}, 5],
+}
+BAD_COMPLETION = {
+    "prompt": [5, None, "", [], [10**30], [-1], [4096], ["a", 5], {"a": 1}, [5] * (LIMIT + 1), "a b " * LIMIT],
+    "logprobs": [10**6, 10**30, -3, "x", True],
+    "best_of": [3],
+}
+BAD_CHAT = {
+    "messages": [5, None, [{"role": "user", "content": 5}]],
+    "max_completion_tokens": [10**30, "x", LIMIT - 1],
+    "top_logprobs": [10**30, -3, "x"],
+    "prompt": ["x"],
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("endpoint", ["completions", "chat/completions"])
+def test_bad_input_is_a_400_that_names_the_field(address: str, endpoint: str, stream: bool) -> None:
+    chat = endpoint.startswith("chat")
+    good = {"model": "booklm", "max_tokens": 1, "stream": stream}
+    good |= {"messages": [{"role": "user", "content": "x"}], "logprobs": True} if chat else {"prompt": [5, 6, 7]}
+    url = f"{address}/v1/{endpoint}"
+    wrong = []
+    with httpx.Client(timeout=60) as http:
+        for field, values in {**BAD, **(BAD_CHAT if chat else BAD_COMPLETION)}.items():
+            for value in values:
+                body = json.dumps({**good, **({"stream": True} if field.startswith("stream_") else {}), field: value})
+                answer = http.post(url, content=body, headers={"Content-Type": "application/json"})
+                if answer.status_code != 400 or field not in answer.text:
+                    wrong.append((field, str(value)[:40], answer.status_code, answer.text[:200]))
+        assert not wrong, "\n".join(map(str, wrong))
+        assert http.post(url, json=good).status_code == 200
+        for content in ("", "{", "[]", "null", "[" * 100_000):
+            assert http.post(url, content=content, headers={"Content-Type": "application/json"}).status_code == 400
+
+
+def test_the_client_reads_a_bad_request(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="temprature: unknown key; did you mean 'temperature'"):
+        client.completions.create(**GREEDY, prompt="x", extra_body={"temprature": 1})
+    message = (
+        rf"max_tokens = 100 does not fit behind the prompt of {LIMIT - 50} tokens: max_model_len is {LIMIT}; ask for at most 50"
+    )
+    with pytest.raises(openai.BadRequestError, match=message) as error:
+        client.completions.create(**GREEDY, prompt=[5] * (LIMIT - 50), max_tokens=100)
+    assert error.value.param == "max_tokens"
+    with pytest.raises(openai.BadRequestError, match=f"maximum context length is {LIMIT} tokens"):
+        client.completions.create(**GREEDY, prompt=[5] * (LIMIT + 1), max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"model": "booklm", "prompt": "x"}),
+        ("/detokenize", {"model": "booklm", "tokens": [5]}),
+        ("/v1/responses", {"model": "booklm", "input": "x", "max_output_tokens": 2}),
+        ("/v1/messages", {"model": "booklm", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}),
+    ],
+)
+def test_every_route_with_a_known_body_is_checked(address: str, path: str, body: dict[str, Any]) -> None:
+    assert httpx.post(address + path, json=body, timeout=60).status_code == 200
+    answer = httpx.post(address + path, json={**body, "mdel": 1}, timeout=60)
+    assert answer.status_code == 400 and "mdel: unknown key; did you mean 'model'" in answer.text

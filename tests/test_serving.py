@@ -1,0 +1,197 @@
+"""What the server refuses, against vLLM's own request models; the routes around the checks, without an engine."""
+
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from starlette.testclient import TestClient
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
+from vllm.inputs import tokens_input
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_longctx import BOOKLM
+from vllm_longctx.plugin import MIDDLEWARE
+from vllm_longctx.serving import RequestChecks, RequestError, check_body
+
+LM_INFINITE = {"longctx": {"preset": "lm-infinite", "serving": {"default_max_tokens": 7}}}
+HUGE = 10**30
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "message"),
+    [
+        ({"mx_tokens": 5}, "mx_tokens", r"mx_tokens: unknown key; did you mean 'max_tokens'\?"),
+        ({"zzz": 5}, "zzz", "zzz: unknown key; leave it out"),
+        ({"best_of": 3}, "best_of", "best_of: unknown key"),
+        ({"stream_options": {"include_usge": True}}, "stream_options.include_usge", r"did you mean 'include_usage'\?"),
+        ({"structured_outputs": {"regx": "a"}}, "structured_outputs.regx", r"did you mean 'regex'\?"),
+        ({"longctx": {}}, "longctx", "longctx: longctx has no options per request, .* leave it out"),
+        ({"vllm_xargs": {"longctx": "{}"}}, "vllm_xargs", r"vllm_xargs.longctx: longctx has no options per request"),
+        ({"max_tokens": HUGE}, "max_tokens", f"max_tokens = {HUGE} does not fit into 64 bits"),
+        ({"top_k": -HUGE}, "top_k", "top_k = -1000.* does not fit into 64 bits"),
+        ({"repetition_detection": {"min_count": HUGE}}, "repetition_detection.min_count", "does not fit into 64 bits"),
+        ({"temperature": float("nan")}, "temperature", "temperature = nan is not a finite number"),
+        ({"logit_bias": {"5": float("inf")}}, "logit_bias.5", "logit_bias.5 = inf is not a finite number"),
+        ({"max_tokens": "5"}, "max_tokens", "max_tokens = '5': Input should be a valid integer"),
+        ({"max_tokens": True}, "max_tokens", "max_tokens = True: Input should be a valid integer"),
+        ({"max_tokens": 1.5}, "max_tokens", "max_tokens = 1.5: Input should be a valid integer"),
+        ({"temperature": "0"}, "temperature", "temperature = '0': Input should be a valid number"),
+        ({"stream": "yes"}, "stream", "stream = 'yes': Input should be a valid boolean"),
+        ({"ignore_eos": 1}, "ignore_eos", "ignore_eos = 1: Input should be a valid boolean"),
+        ({"n": None}, "n", "n = None: Input should be a valid integer"),
+        ({"seed": 2**63}, "seed", "seed = 9223372036854775808 does not fit into 64 bits"),
+        ({"request_id": 5}, "request_id", "request_id = 5: Input should be a valid string"),
+    ],
+)
+def test_a_bad_field_is_named(body: dict[str, Any], field: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message) as error:
+        check_body([CompletionRequest], {"prompt": "x", **body})
+    assert error.value.parameter == field
+    assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize("body", [{"messages": None}, {"top_logprobs": "5"}, {"logprobs": 1}, {"max_completion_tokens": "x"}])
+def test_a_bad_field_of_a_chat_is_named(body: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as error:
+        check_body([ChatCompletionRequest], {"messages": [], **body})
+    assert error.value.parameter == next(iter(body))
+
+
+GOOD: list[dict[str, Any]] = [
+    {"prompt": "x", "max_tokens": None, "temperature": 0, "top_p": 1, "stop": None, "seed": -(2**63), "stream": False},
+    {"prompt": [5, 6], "stop": ["a"], "logit_bias": {"5": -100}, "stream": True, "stream_options": {"include_usage": True}},
+    {"prompt": ["a", "b"], "stop": "a", "logprobs": 5, "echo": True, "user": "me", "vllm_xargs": {"other": 1}},
+    {"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}},
+    {"prompt": "x", "structured_outputs": {"choice": ["a", "b"]}, "truncate_prompt_tokens": -1, "thinking_token_budget": -1},
+]
+
+
+@pytest.mark.parametrize("body", GOOD)
+def test_what_vllm_knows_passes(body: dict[str, Any]) -> None:
+    check_body([CompletionRequest], body)
+    del body["prompt"]
+    logprobs = {"logprobs": True, "top_logprobs": 5} if "logprobs" in body else {}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}]
+    chat = {"messages": [{"role": "user", "content": "x"}], "tools": tools, "tool_choice": "auto", "reasoning_effort": "low"}
+    check_body([ChatCompletionRequest], {**body, **logprobs, **chat})
+
+
+def test_a_body_may_fit_any_model_of_its_route() -> None:
+    models = [TokenizeCompletionRequest, TokenizeChatRequest]
+    check_body(models, {"prompt": "x", "return_token_strs": True})
+    check_body(models, {"messages": [], "add_generation_prompt": False})
+    with pytest.raises(RequestError, match=r"promt: unknown key; did you mean 'prompt'"):
+        check_body(models, {"promt": "x"})
+
+
+def front_end(additional_config: dict[str, Any], **kwargs: Any) -> Callable[..., Any]:
+    """What `LLM.generate` and the server call with every request."""
+    args = EngineArgs(model=BOOKLM, additional_config=additional_config, **kwargs)
+    processor = InputProcessor(args.create_engine_config())
+    return lambda ids, priority=0, **params: processor.process_inputs(
+        "id", tokens_input(ids), SamplingParams(**params), ("generate",), priority=priority
+    )
+
+
+def test_requests_of_an_engine_are_checked_offline_too() -> None:
+    add = front_end(LM_INFINITE)
+    assert add([5, 6], max_tokens=3, extra_args={"other": 1}).prompt_token_ids == [5, 6]
+    with pytest.raises(ValueError, match=r"extra_args\['longctx'\]: longctx has no options per request"):
+        add([5, 6], extra_args={"longctx": {"attention": {"n_local": 64}}})
+    with pytest.raises(RequestError, match="prompt: Token id 4096 is out of vocabulary"):
+        add([5, 4096])
+    with pytest.raises(RequestError, match="priority = 5, but the scheduling policy is 'fcfs'; leave it out"):
+        add([5, 6], priority=5)
+    assert front_end(LM_INFINITE, scheduling_policy="priority")([5, 6], priority=5).priority == 5
+
+
+def test_requests_of_other_engines_are_vllms_affair() -> None:
+    front_end(LM_INFINITE)
+    for config in ({}, {"longctx": {"attention": {"method": "none"}}}):
+        request = front_end(config)([5, 6], priority=5, extra_args={"longctx": {}})
+        assert request.sampling_params.extra_args == {"longctx": {}}
+
+
+class Handler:
+    def __init__(self, **defaults: Any) -> None:
+        self.default_sampling_params = defaults
+
+
+def app(additional_config: dict[str, Any]) -> FastAPI:
+    app = FastAPI()
+    app.state.args = SimpleNamespace(log_error_stack=False)
+    app.state.vllm_config = SimpleNamespace(additional_config=additional_config)
+    app.state.unset, app.state.set_by_model = Handler(), Handler(max_tokens=3)
+    init_exception_handler(app)
+
+    @app.post("/echo")
+    async def echo(request: CompletionRequest) -> Any:
+        return {"prompt": request.prompt, "max_tokens": request.max_tokens}
+
+    @app.post("/stream")
+    async def stream(request: CompletionRequest) -> Any:
+        async def events() -> Any:
+            if request.prompt == "bad":
+                yield f"data: {json.dumps({'error': {'message': 'logprobs: too many', 'code': 400}})}\n\n"
+            yield "data: 1\n\n"
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    app.add_middleware(RequestChecks)
+    return app
+
+
+def test_the_checks_stand_in_front_of_the_routes() -> None:
+    served = app(LM_INFINITE)
+    with TestClient(served) as client:
+        assert client.post("/echo", json={"prompt": "x", "max_tokens": 5}).json() == {"prompt": "x", "max_tokens": 5}
+        answer = client.post("/echo", json={"prompt": "x", "max_tokns": 5})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "max_tokns"
+        for body in (b"", b"{", b"[]", b"[" * 100_000, b'{"max_tokens": ' + b"9" * 5000 + b"}"):
+            answer = client.post("/echo", content=body, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 400
+        assert client.get("/echo").status_code == 405
+    assert served.state.unset.default_sampling_params == {"max_tokens": 7}
+    assert served.state.set_by_model.default_sampling_params == {"max_tokens": 3}
+
+
+def test_an_error_in_the_first_event_of_a_stream_is_the_status() -> None:
+    with TestClient(app(LM_INFINITE)) as client:
+        answer = client.post("/stream", json={"prompt": "bad"})
+        assert answer.status_code == 400 and answer.json()["error"]["message"] == "logprobs: too many"
+        answer = client.post("/stream", json={"prompt": "good"})
+        assert answer.status_code == 200 and answer.text == "data: 1\n\ndata: [DONE]\n\n"
+        assert answer.headers["content-type"].startswith("text/event-stream")
+
+
+def test_method_none_leaves_the_server_as_it_is() -> None:
+    served = app({"longctx": {"attention": {"method": "none"}}})
+    with TestClient(served) as client:
+        assert client.post("/echo", json={"prompt": "x", "max_tokns": 5}).status_code == 200
+        assert client.post("/stream", json={"prompt": "bad"}).status_code == 200
+    assert served.state.unset.default_sampling_params == {}
+
+
+def serve(*flags: str) -> Any:
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", BOOKLM, *flags])
+    AsyncEngineArgs.from_cli_args(args)
+    AsyncEngineArgs.from_cli_args(args)  # as with several API servers
+    return args.middleware
+
+
+def test_the_server_is_given_the_middleware() -> None:
+    assert serve("--plugin", "longctx", "--middleware", "mine.Too") == ["mine.Too", MIDDLEWARE]
+    assert serve("--additional-config", '{"longctx": {"preset": "streaming"}}') == [MIDDLEWARE]
+    assert serve() == []
