@@ -1,4 +1,4 @@
-"""Softmax attention over one branch with its log-sum-exp, and the merge of branches into one softmax."""
+"""Softmax attention over one branch with its log-sum-exp, and further keys merged into the same softmax."""
 
 import torch
 from torch import Tensor
@@ -13,22 +13,28 @@ def additive(visible: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """One branch. query [B, heads, T, d]; key, value [B, kv_heads, S, d]; mask additive, broadcastable to
-    [B, heads, T, S].
+    """One branch, of which every query sees a key.
 
-    Returns the output [B, heads, T, d] in the query's dtype and the log-sum-exp [B, heads, T] in float32, -inf where a
-    query sees nothing.
+    query [B, heads, T, d]; key, value [B, kv_heads, S, d]; mask additive, broadcastable to [B, heads, T, S]. Returns the
+    output [B, heads, T, d] in the query's dtype and the log-sum-exp [B, heads, T] in float32.
     """
-    output, lse = _attention_with_lse(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
-    if mask is not None:
-        sees_nothing = torch.isneginf(mask).all(-1)
-        lse = lse.masked_fill(sees_nothing, -torch.inf)
-    return output, lse
+    return _attention_with_lse(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
 
 
-def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The softmax over both branches' keys. Each query must see a key in the first; outputs become float32."""
-    (a, lse_a), (b, lse_b) = first, second
-    lse = torch.logaddexp(lse_a, lse_b)
-    weight_a, weight_b = (lse_a - lse).exp().unsqueeze(-1), (lse_b - lse).exp().unsqueeze(-1)
-    return a.float() * weight_a + b.float() * weight_b, lse
+def scores_of(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """query [T, heads, d], key [S, kv_heads, d] -> float32 [T, heads, S]."""
+    grouped = query.float().unflatten(1, (key.shape[1], -1))
+    return torch.einsum("tkgd,skd->tkgs", grouped, key.float()).flatten(1, 2) * scale
+
+
+def merge(branch: tuple[Tensor, Tensor], scores: Tensor, value: Tensor) -> Tensor:
+    """The softmax over a branch's keys and a few more, whose scores are at hand: float32 [T, heads, d].
+
+    branch: output [T, heads, d] and log-sum-exp [T, heads]. scores [T, heads, S], -inf where a query sees nothing; value
+    [S, kv_heads, d].
+    """
+    output, lse = branch
+    total = torch.logaddexp(lse, scores.logsumexp(-1))
+    weights = (scores - total.unsqueeze(-1)).exp().unflatten(1, (value.shape[1], -1))
+    added = torch.einsum("tkgs,skd->tkgd", weights, value.float()).flatten(1, 2)
+    return torch.addcmul(added, output.float(), (lse - total).exp().unsqueeze(-1))

@@ -1,7 +1,7 @@
 """Λ attention in vLLM's CPU engine: a metadata builder and an implementation around the stock CPU kernel.
 
-A step's requests go one of two ways, decided once per step for all layers. Decodes, and prompts still inside the window,
-take one call of vLLM's own kernel over compact tables (`selection`, `scratch`). Prompts past the window take `tiles`.
+A step's queries go one of two ways, decided once per step for all layers. Decodes, and those of prompts still inside the
+window, take one call of vLLM's own kernel over compact tables (`selection`, `scratch`). Prompts past it take `tiles`.
 """
 
 import functools
@@ -44,13 +44,12 @@ class KernelPart:
 
 @dataclass(frozen=True)
 class ChunkPart:
-    """A request served by tiles. context_blocks cover its context from `context_skip` tokens into the first block on."""
+    """A request's queries past its window. context_blocks cover the window before, from `context_skip` tokens into them on."""
 
     tokens: slice
     plan: ChunkPlan
     context_blocks: Tensor
     context_skip: int
-    context_length: int
     first_blocks: Tensor
 
 
@@ -124,26 +123,37 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         starts, seq_lens, table = m.query_start_loc, m.seq_lens, m.block_table_tensor
         query_lens = starts.diff()
         tiled = self._needs_tiles(seq_lens.numpy(), query_lens.numpy())
+        if not tiled.any():
+            kernel: KernelPart | None = self._kernel_part(None, starts, table, seq_lens, query_lens)
+        else:
+            kernel = self._kernel_part_beside_tiles(tiled, starts, table, seq_lens, query_lens)
         chunks = [self._chunk(r, starts, seq_lens, table) for r in tiled.nonzero()[0].tolist()]
-        kernel = None
-        if not chunks:
-            kernel = self._kernel_part(None, starts, table, seq_lens, query_lens)
-        elif not tiled.all():
-            rows = torch.from_numpy(~tiled)
-            tokens = torch.repeat_interleave(rows, query_lens).nonzero().flatten()
-            own_starts = torch.cat((starts.new_zeros(1), query_lens[rows].cumsum(0, dtype=torch.int32)))
-            kernel = self._kernel_part(tokens, own_starts, table[rows], seq_lens[rows], query_lens[rows])
         self.seconds += time.perf_counter() - started
         return LambdaMetadata(m.num_actual_tokens, kernel, chunks)
 
     def _needs_tiles(self, seq_lens: NDArray[np.int32], query_lens: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """[rows]: requests past their window that one row of a table cannot describe."""
+        """[rows]: requests with queries past their window that one row of a table cannot describe."""
         if self.geometry.n_global == 0:  # the kernel masks everything before the window by itself
             return np.zeros(len(seq_lens), np.bool_)
         assert self.geometry.n_local is not None
         past = seq_lens > self.geometry.n_local
         tiled = past & (query_lens > 1)
         return past if int((past & ~tiled).sum()) > self.scratch.layout.rows else tiled
+
+    def _kernel_part_beside_tiles(
+        self, tiled: NDArray[np.bool_], starts: Tensor, table: Tensor, seq_lens: Tensor, query_lens: Tensor
+    ) -> KernelPart | None:
+        """The other requests, and of the tiled ones the queries that are still inside the window; None if there are none."""
+        context = seq_lens - query_lens
+        inside = torch.minimum((self.geometry.n_local - context).clamp_min(0), query_lens)
+        lens = torch.where(torch.from_numpy(tiled), inside, query_lens)
+        rows = lens.nonzero().flatten()
+        if len(rows) == 0:
+            return None
+        lens = lens[rows]
+        own_starts = torch.cat((starts.new_zeros(1), lens.cumsum(0, dtype=torch.int32)))
+        tokens = torch.repeat_interleave(starts[rows] - own_starts[:-1], lens) + torch.arange(int(own_starts[-1]))
+        return self._kernel_part(tokens, own_starts, table[rows], context[rows] + lens, lens)
 
     def _kernel_part(
         self, tokens: Tensor | None, starts: Tensor, table: Tensor, seq_lens: Tensor, query_lens: Tensor
@@ -168,17 +178,18 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         return KernelPart(tokens, starts, tables, scheduler_metadata)
 
     def _chunk(self, row: int, starts: Tensor, seq_lens: Tensor, table: Tensor) -> ChunkPart:
+        """The queries of a request that are past the window."""
         n_local, bs = self.geometry.n_local, self.block_size
         assert n_local is not None
         begin, end = int(starts[row]), int(starts[row + 1])
-        context = int(seq_lens[row]) - (end - begin)
-        window_start = max(context - n_local + 1, 0)
+        context = max(int(seq_lens[row]) - (end - begin), n_local)
+        begin = end - (int(seq_lens[row]) - context)
+        window_start = context - n_local + 1
         return ChunkPart(
             tokens=slice(begin, end),
             plan=plan_chunk(self.geometry, context, end - begin, self.impl.alibi_slopes),
             context_blocks=table[row, window_start // bs : cdiv(context, bs)].long(),
             context_skip=window_start % bs,
-            context_length=context - window_start,
             first_blocks=table[row, : cdiv(self.geometry.n_global, bs)].long(),
         )
 
@@ -223,7 +234,7 @@ class LambdaImpl(CPUAttentionBackendImpl):
                 query[rows],
                 key[rows],
                 value[rows],
-                context=self._read(kv_cache, chunk.context_blocks, chunk.context_skip, chunk.context_length),
+                context=self._read(kv_cache, chunk.context_blocks, chunk.context_skip, chunk.plan.n_local - 1),
                 first=self._read(kv_cache, chunk.first_blocks, 0, self.geometry.n_global),
                 rotary=self.rotary,
                 scale=self.scale,
