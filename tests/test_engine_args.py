@@ -75,6 +75,7 @@ def test_the_configuration_enters_the_compile_cache_hash() -> None:
         ({"additional_config": {"longctx": {"attention": {"n_local": 1024}}}}, r"n_local = 1024, but .* 512 tokens"),
         ({"num_gpu_blocks_override": 20}, r"num_gpu_blocks_override = 20 gives 20 blocks, but one request holds up to"),
         ({"kv_cache_memory_bytes": 1_000_000}, r"the KV cache of 1000000 bytes .* gives 10 blocks, but one request"),
+        ({"additional_config": '{"longctx": {}}'}, r"additional_config = '.*' is a string; give a dict"),
         ({"worker_cls": "my.Worker"}, r"worker_cls = 'my.Worker', but longctx needs its own; leave worker_cls out"),
         ({"block_size": 48}, r"block_size = 48; give a multiple of 32"),
         ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype = 'fp8'; leave it at 'auto'"),

@@ -44,6 +44,8 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
 
     Raises LongContextError for a bad configuration, another vLLM version, another platform, or a conflicting argument.
     """
+    if isinstance(args.additional_config, str):
+        raise LongContextError(f"additional_config = {args.additional_config!r} is a string; give a dict")
     if KEY not in (args.additional_config or {}):
         return None
     config = LongContextConfig.parse(args.additional_config[KEY])

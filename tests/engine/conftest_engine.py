@@ -40,13 +40,11 @@ def running(model: str | Path, attention: dict[str, Any] | None, **kwargs: Any) 
         llm.llm_engine.engine_core.shutdown()
 
 
-def two_ranks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Settings of an engine with two tensor-parallel ranks, a core for each."""
+def a_core_for_each_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("two ranks need two cores")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
-    return {"tensor_parallel_size": 2}
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_longctx import BOOKLM
 from vllm_longctx.attention.selection import cdiv
 
 COMMAND = Path(sys.executable).parent / "vllm-longctx"
@@ -52,3 +53,16 @@ def test_generate_writes_far_past_the_trained_length(topics: Path, tmp_path: Pat
     done = run("generate", "--prompt-file", str(tmp_path / "prompt.txt"), "--max-tokens", "64", "--seed", "3")
     assert len(done.stdout) > 100
     assert "wrote 64 in" in done.stderr
+
+
+def test_vllm_bench_throughput_takes_the_flags(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    words = ["--model", BOOKLM, "--plugin", "longctx", "--max-num-seqs", "4", "--kv-cache-memory-bytes", "100000000"]
+    words += ["--dataset-name", "random", "--random-input-len", "1500", "--random-output-len", "20", "--num-prompts", "4"]
+    command = [COMMAND.parent / "vllm", "bench", "throughput", *words, *QUICK, "--output-json", str(out)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=400, env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "longctx: lm_infinite, n_global 10, n_local 512" in done.stdout + done.stderr
+    assert json.loads(out.read_text())["total_num_tokens"] > 4 * 1400

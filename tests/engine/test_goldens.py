@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest_engine import generate, logprobs_of, running, two_ranks
+from conftest_engine import a_core_for_each_of_two_ranks, generate, logprobs_of, running
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -20,7 +20,9 @@ def test_lm_infinite(name: str, ranks: int, goldens: Path, monkeypatch: pytest.M
         "n_local": parameters["local_branch"],
         "distance_ceiling": parameters["limit_distance"],
     }
-    with running(goldens / parameters["model"], attention, **(two_ranks(monkeypatch) if ranks == 2 else {})) as llm:
+    if ranks == 2:
+        a_core_for_each_of_two_ranks(monkeypatch)
+    with running(goldens / parameters["model"], attention, tensor_parallel_size=ranks) as llm:
         (scored,) = generate(llm, [ids], max(len(greedy), 1), prompt_logprobs=0)
     ours = logprobs_of(scored)[: len(ids) - 1].numpy()
     assert np.abs(ours - np.load(case / "logprobs.npy").flatten()).max() <= 1e-3

@@ -1,9 +1,13 @@
 """`vllm serve` with a config file, through the `openai` client: one server for all tests."""
 
 import json
+import os
 import pydoc_data.topics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -274,3 +278,15 @@ def test_every_route_with_a_known_body_is_checked(address: str, path: str, body:
     assert httpx.post(address + path, json=body, timeout=60).status_code == 200
     answer = httpx.post(address + path, json={**body, "mdel": 1}, timeout=60)
     assert answer.status_code == 400 and "mdel: unknown key; did you mean 'model'" in answer.text
+
+
+def test_vllms_own_load_generator_runs(address: str, tmp_path: Path) -> None:
+    words = ["--base-url", address, "--model", "booklm", "--tokenizer", BOOKLM, "--num-prompts", "6", "--max-concurrency", "4"]
+    words += ["--dataset-name", "random", "--random-input-len", "1500", "--random-output-len", "20"]
+    words += ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "result.json"]
+    command = [Path(sys.executable).parent / "vllm", "bench", "serve", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (6, 0, 120)
+    assert result["total_input_tokens"] > 6 * 1400
