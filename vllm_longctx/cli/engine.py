@@ -180,6 +180,26 @@ class PeakBlocks:
         return Logger()
 
 
+def parse_lengths(text: str) -> list[int]:
+    """Distinct lengths in ascending order. Raises ValueError for anything but positive numbers."""
+    try:
+        sizes = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        sizes = [0]
+    if sizes[0] < 1:
+        raise ValueError(f"--lengths {text}: give numbers of tokens such as 512,1024")
+    return sizes
+
+
+def parse_methods(text: str) -> dict[str, dict[str, Any] | None]:
+    """Some of METHODS. Raises ValueError for any other name."""
+    names = text.split(",")
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"--methods {text}: unknown method {name!r}; methods: {', '.join(METHODS)}")
+    return {name: METHODS[name] for name in names}
+
+
 def read_text(path: Path) -> str:
     text = path.read_text(encoding="utf-8", errors="replace")
     if not text.strip():

@@ -9,9 +9,9 @@ are compared, and *outside* the window and the first tokens of all of them. Scor
 - exact: the share of trials in which the first number that greedy decoding writes is the key. Models that were not taught
   to follow instructions fail at this for other reasons than their memory.
 - choice: ten random keys, the right one among them, are scored as the answer: log-probability after the text, less that
-  after the same text with filler in place of the key (some numbers are likely anyway). The share in which the right one's
-  score is highest; keys that tie share the point, so that chance is 10 %. It is about what the model knows, not about what
-  it would write, and means the same for every model.
+  after a text of the same length without a key (some numbers are likely anyway). The share in which the right one's score
+  is highest; keys that tie share the point, so that chance is 10 %. It is about what the model knows, not about what it
+  would write, and means the same for every model.
 - gain: the score of the right key less the mean of the nine others, in nats; 0 where nothing is remembered.
 """
 
@@ -43,6 +43,8 @@ from vllm_longctx.cli.engine import (
     longctx_config,
     method_engine,
     model_path,
+    parse_lengths,
+    parse_methods,
     plot,
     run_jobs,
 )
@@ -67,7 +69,7 @@ MAX_NUM_SEQS = 32
 
 @dataclass(frozen=True)
 class Trial:
-    """A prompt, and the tokens key_start .. key_end - 1 of it that tell the key. keyless: filler in their place.
+    """A prompt, and the tokens key_start .. key_end - 1 of it that tell the key. keyless: filler only.
 
     choices: tokens of the answer for each of the keys.
     """
@@ -162,10 +164,10 @@ def cycle(unit: list[int], tokens: int) -> list[int]:
 
 def place_of(key_start: int, key_tokens: int, length: int, geometries: Sequence["Geometry"]) -> str | None:
     """Whether all queries that write the answer see the whole key, none of them any of it, or else None."""
-    windows = [g.n_local for g in geometries if g.n_local is not None]
-    if all(key_start >= length + ANSWER_TOKENS - 1 - window for window in windows):
+    sizes = [g.n_local for g in geometries if g.n_local is not None]
+    if key_start >= length + ANSWER_TOKENS - 1 - min(sizes):
         return "inside"
-    if key_start >= max(g.n_global for g in geometries) and all(key_start + key_tokens <= length - w for w in windows):
+    if key_start >= max(g.n_global for g in geometries) and key_start + key_tokens <= length - max(sizes):
         return "outside"
     return None
 
@@ -246,7 +248,7 @@ def passkey(
     with errors_for_users():
         sizes = parse_lengths(lengths)
         configs = chosen_methods(methods, longctx, preset, baseline)
-        geometries = [visible(model, config) for config in configs.values()]
+        geometries = windows(model, list(configs.values()))
         from transformers import AutoTokenizer
 
         task = Task(AutoTokenizer.from_pretrained(model_path(model), model_max_length=1 << 60))
@@ -267,17 +269,6 @@ def passkey(
         plot(plot_out, curves({name: found for name, (found, _) in result.items()}), "length (tokens)", "right choices (%)")
 
 
-def parse_lengths(text: str) -> list[int]:
-    """Distinct lengths in ascending order. Raises ValueError for anything but positive numbers."""
-    try:
-        sizes = sorted({int(word) for word in text.split(",")})
-    except ValueError:
-        sizes = [0]
-    if sizes[0] < 1:
-        raise ValueError(f"--lengths {text}: give numbers of tokens such as 512,1024")
-    return sizes
-
-
 def chosen_methods(
     methods: str | None, longctx: str | None, preset: str | None, baseline: bool
 ) -> dict[str, dict[str, Any] | None]:
@@ -287,15 +278,11 @@ def chosen_methods(
         return {**ours, "stock vLLM": None} if baseline else ours
     if longctx is not None or preset is not None or baseline:
         raise ValueError("--methods names all that is compared; leave out --longctx, --preset and --baseline")
-    names = methods.split(",")
-    for name in names:
-        if name not in METHODS:
-            raise ValueError(f"--methods: unknown method {name!r}; methods: {', '.join(METHODS)}")
-    return {name: METHODS[name] for name in names}
+    return parse_methods(methods)
 
 
-def visible(model: str, config: dict[str, Any] | None) -> "Geometry":
-    """What a query sees under `config`; for stock vLLM the trained length. Raises LongContextError if it cannot run."""
+def windows(model: str, configs: Sequence[dict[str, Any] | None]) -> list["Geometry"]:
+    """What Λ queries see under `configs`; if none is Λ attention, a window of the trained length. Raises LongContextError."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm.engine.arg_utils import EngineArgs
 
@@ -303,11 +290,13 @@ def visible(model: str, config: dict[str, Any] | None) -> "Geometry":
     from vllm_longctx.engine_args import trained_length
     from vllm_longctx.geometry import Geometry
 
-    additional_config = {} if config is None else {"longctx": config}
-    vllm_config = EngineArgs(model=model_path(model), additional_config=additional_config).create_engine_config()
-    if config is None or not active_config(vllm_config).changes_attention:
-        return Geometry(0, trained_length(vllm_config.model_config))
-    return active_config(vllm_config).geometry
+    result = []
+    for config in configs:
+        additional_config = {} if config is None else {"longctx": config}
+        vllm_config = EngineArgs(model=model_path(model), additional_config=additional_config).create_engine_config()
+        if config is not None and active_config(vllm_config).changes_attention:
+            result.append(active_config(vllm_config).geometry)
+    return result or [Geometry(0, trained_length(vllm_config.model_config))]
 
 
 def evaluate(
@@ -330,7 +319,7 @@ def print_table(result: dict[str, list[Row]]) -> None:
         table.add_row(f"{length:,}", place, *cells)
     Console().print(table)
     Console().print(
-        "inside, outside: whether all methods see the whole key (first tokens and window), or no Λ method any of it. "
+        "inside, outside: whether the key is in the window of every Λ method, or in none's window and first tokens. "
         f"Chance is {1 / CHOICES:.0%} right choices and a gain of 0.",
         highlight=False,
     )
