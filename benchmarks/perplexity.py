@@ -20,18 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from texts import read_all
 
-from vllm_longctx.cli.engine import model_path, plot, running_engine
+from vllm_longctx.cli.engine import METHODS, method_engine, model_path, plot, running_engine
 from vllm_longctx.cli.score import Bucket, Score, score_in, tokenize
-
-
-def configurations(trained: int) -> dict[str, dict[str, Any] | None]:
-    """`attention` sections by name; None for stock vLLM."""
-    return {
-        "lm-infinite": {"method": "lm_infinite"},
-        "streaming": {"method": "streaming"},
-        "window": {"method": "lm_infinite", "n_global": 0, "n_local": trained},
-        "plain": None,
-    }
 
 
 def score_fresh_windows(model: str, texts: dict[str, list[int]], trained: int, **kwargs: Any) -> dict[str, list[float]]:
@@ -76,11 +66,9 @@ def main(
     tokens = {name: tokenize(model, text, max_tokens) for name, text in read_all(texts).items()}
     kwargs: dict[str, Any] = {"dtype": dtype, "max_num_batched_tokens": 2048, "enforce_eager": True}
     nll = {"fresh windows": score_fresh_windows(model, tokens, trained, **kwargs)}
-    for way, attention in configurations(trained).items():
-        config = {} if attention is None else {"longctx": {"attention": attention}}
-        limit = plain_tokens if attention is None else max_tokens
-        extra = {"hf_overrides": {"max_position_embeddings": limit + 2}} if attention is None else {}
-        with running_engine(model, config, limit + 2, **kwargs, **extra) as (engine, meter):
+    for way, config in METHODS.items():
+        limit = plain_tokens if config is None else max_tokens
+        with method_engine(model, config, limit + 2, **kwargs) as (engine, meter):
             nll[way] = {name: score_in(engine, meter, t[:limit], f"{way}: {name}").nll for name, t in tokens.items()}
 
     table = buckets_by_way(nll)

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from vllm_longctx import BOOKLM
 from vllm_longctx.attention.selection import cdiv
+from vllm_longctx.cli.passkey import CHOICES, Task
+from vllm_longctx.geometry import Geometry
 
 COMMAND = Path(sys.executable).parent / "vllm-longctx"
 QUICK = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "512"]
@@ -37,7 +40,7 @@ def test_score_is_flat_where_stock_vllm_falls_apart(topics: Path, tmp_path: Path
     words = ["--max-tokens", "6000", "--bucket-tokens", "1500", "--baseline", "--json", str(out), "--plot", str(figure)]
     done = run("score", "--text", str(topics), *words)
     result = json.loads(out.read_text())
-    assert [(b["start"], b["end"]) for b in result["buckets"]] == [(0, 1500), (1500, 3000), (3000, 4500), (4500, 6000)]
+    assert [(b["start"], b["end"]) for b in result["buckets"]] == [(0, 1500), (1500, 4000), (4000, 4500), (4500, 6000)]
     assert result["tokens"] == 6000 and result["tokens_per_s"] > 0
     assert result["config"]["attention"]["n_local"] == 512
     ours, stock = ([b["nll"] for b in r["buckets"]] for r in (result, result["baseline"]))
@@ -66,3 +69,25 @@ def test_vllm_bench_throughput_takes_the_flags(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "longctx: lm_infinite, n_global 10, n_local 512" in done.stdout + done.stderr
     assert json.loads(out.read_text())["total_num_tokens"] > 4 * 1400
+
+
+def test_passkey_knows_nothing_of_a_key_beyond_all_windows(tmp_path: Path) -> None:
+    """booklm retrieves hardly anything, but a key it sees changes what it says, and one that cannot reach it does not."""
+    out, figure, window, layers = tmp_path / "passkey.json", tmp_path / "passkey.png", 96, 6
+    trials = Task(AutoTokenizer.from_pretrained(BOOKLM)).trials(4000, [Geometry(10, window)], 4, seed=0)
+    reach = layers * window  # what a token was told by those before it, it tells on to the next layer
+    assert all(t.key_end <= 4000 - reach for t in trials if t.place == "outside")
+
+    config = json.dumps({"attention": {"n_local": window}})
+    words = ["--longctx", config, "--lengths", "250,4000", "--trials", "4"]
+    done = run("passkey", *words, "--json", str(out), "--plot", str(figure))
+    result = json.loads(out.read_text())
+    assert (result["trials"], result["seed"], result["choices"]) == (4, 0, CHOICES)
+    assert result["methods"]["longctx"]["config"]["attention"]["n_local"] == window
+    rows = {(r["length"], r["place"]): r for r in result["methods"]["longctx"]["rows"]}
+    assert set(rows) == {(250, "inside"), (250, "outside"), (4000, "inside"), (4000, "outside")}
+    assert all(r["trials"] == 4 and 0 <= r["exact"] <= 1 and 0 <= r["choice"] <= 1 for r in rows.values())
+    beyond = rows[4000, "outside"]
+    assert beyond["choice"] == pytest.approx(1 / CHOICES) and abs(beyond["gain"]) < 1e-3 and beyond["exact"] == 0
+    assert all(rows[length, "inside"]["gain_error"] > 0.01 for length in (250, 4000))
+    assert f"{rows[250, 'inside']['gain']:+.2f}" in done.stdout and figure.stat().st_size > 10_000

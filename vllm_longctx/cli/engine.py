@@ -1,18 +1,24 @@
-"""What the commands share: an engine from the command line's words, its peak KV use, and plots."""
+"""What the commands share: an engine from the command line's words, its peak KV use, requests in batches, and plots."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_longctx import BOOKLM
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
+
+T = TypeVar("T")
+Job = Generator[list[tuple[list[int], "SamplingParams"]], list["RequestOutput"], T]
 
 console = Console(stderr=True)
 
@@ -22,6 +28,14 @@ Preset = Annotated[str | None, typer.Option(help="Preset: lm-infinite (the defau
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 BatchedTokens = Annotated[int, typer.Option(help="Tokens computed in one step (a chunk of a long prompt).")]
 EnforceEager = Annotated[bool, typer.Option(help="Skip compilation: starts sooner, runs slower.")]
+
+# The ways to attend that the evaluations compare, as `additional_config["longctx"]`; None is stock vLLM.
+METHODS: dict[str, dict[str, Any] | None] = {
+    "lm-infinite": {"preset": "lm-infinite"},
+    "streaming": {"preset": "streaming"},
+    "window": {"attention": {"method": "lm_infinite", "n_global": 0}},
+    "plain": None,
+}
 
 
 @contextmanager
@@ -59,12 +73,8 @@ def running_engine(
     from vllm.v1.engine.llm_engine import LLMEngine
 
     meter = PeakBlocks()
-    engine_kwargs = {
-        "kv_cache_memory_bytes": 1 << 30,
-        "max_num_seqs": 1,
-        "enable_prefix_caching": False,
-        **engine_kwargs,
-    }
+    defaults = {"kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 1, "enable_prefix_caching": False}
+    engine_kwargs = {**defaults, **engine_kwargs}
     args = EngineArgs(
         model=model_path(model),
         additional_config=dict(additional_config),
@@ -78,6 +88,64 @@ def running_engine(
         yield engine, meter
     finally:
         engine.engine_core.shutdown()
+
+
+def method_engine(
+    model: str, config: dict[str, Any] | None, max_model_len: int, **engine_kwargs: Any
+) -> AbstractContextManager[tuple["LLMEngine", "PeakBlocks"]]:
+    """`running_engine` for a value of METHODS.
+
+    Stock vLLM's RoPE table is enlarged, or it could not read past the trained length at all.
+    """
+    if config is None:
+        overrides = {"max_position_embeddings": max_model_len}
+        return running_engine(model, {}, max_model_len, hf_overrides=overrides, **engine_kwargs)
+    return running_engine(model, {"longctx": config}, max_model_len, **engine_kwargs)
+
+
+def run_jobs(engine: "LLMEngine", jobs: Sequence[Job[T]], label: str, at_once: int) -> list[T]:
+    """Runs at most `at_once` jobs at a time in one batched engine; what they return, in their order.
+
+    A job yields requests, each (prompt, sampling parameters), and is sent their outputs when all of them are finished.
+    With prefix caching on, a job's later requests find what its earlier ones have computed.
+    """
+    from vllm.inputs import tokens_input
+
+    results: dict[int, T] = {}
+    running: dict[int, dict[str, RequestOutput | None]] = {}  # a job's requests and the outputs there are
+    waiting = iter(range(len(jobs)))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+
+    def advance(number: int | None, outputs: list["RequestOutput"] | None) -> None:
+        """Go on with a job; when it is done start the next one."""
+        while number is not None:
+            try:
+                requests = next(jobs[number]) if outputs is None else jobs[number].send(outputs)
+            except StopIteration as done:
+                results[number] = done.value
+                running.pop(number, None)
+                number, outputs = next(waiting, None), None
+                continue
+            running[number] = {f"{number}/{k}": None for k in range(len(requests))}
+            for request_id, (prompt, params) in zip(running[number], requests, strict=True):
+                engine.add_request(request_id, tokens_input(prompt), params)
+            return
+
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=len(jobs))
+        for _ in range(at_once):
+            advance(next(waiting, None), None)
+        while running:
+            for output in engine.step():
+                if not output.finished:
+                    continue
+                number = int(output.request_id.partition("/")[0])
+                running[number][output.request_id] = output
+                outputs = [o for o in running[number].values() if o is not None]
+                if len(outputs) == len(running[number]):
+                    advance(number, outputs)
+            progress.update(task, completed=len(results))
+    return [results[number] for number in range(len(jobs))]
 
 
 class PeakBlocks:
@@ -113,6 +181,26 @@ class PeakBlocks:
                     meter.peak_usage = max(meter.peak_usage, scheduler_stats.kv_cache_usage)
 
         return Logger()
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Distinct lengths in ascending order. Raises ValueError for anything but positive numbers."""
+    try:
+        sizes = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        sizes = [0]
+    if sizes[0] < 1:
+        raise ValueError(f"--lengths {text}: give numbers of tokens such as 512,1024")
+    return sizes
+
+
+def parse_methods(text: str) -> dict[str, dict[str, Any] | None]:
+    """Some of METHODS. Raises ValueError for any other name."""
+    names = text.split(",")
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"--methods {text}: unknown method {name!r}; methods: {', '.join(METHODS)}")
+    return {name: METHODS[name] for name in names}
 
 
 def read_text(path: Path) -> str:

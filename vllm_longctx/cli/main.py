@@ -4,6 +4,7 @@ import typer
 
 from vllm_longctx.cli.doctor import doctor
 from vllm_longctx.cli.generate import generate
+from vllm_longctx.cli.passkey import passkey
 from vllm_longctx.cli.score import score
 
 app = typer.Typer(
@@ -15,6 +16,7 @@ app = typer.Typer(
 app.command()(doctor)
 app.command()(score)
 app.command()(generate)
+app.command()(passkey)
 
 if __name__ == "__main__":
     app()
