@@ -140,6 +140,10 @@ def app(additional_config: dict[str, Any]) -> FastAPI:
     async def echo(request: CompletionRequest) -> Any:
         return {"prompt": request.prompt, "max_tokens": request.max_tokens}
 
+    @app.post("/v1/anything")
+    async def anything(request: dict[str, Any]) -> Any:
+        return request
+
     @app.post("/v1/stream")
     async def stream(request: CompletionRequest) -> Any:
         async def events() -> Any:
@@ -169,6 +173,7 @@ def test_the_checks_stand_in_front_of_the_routes() -> None:
             answer = client.post("/v1/echo", content=body, headers={"Content-Type": "application/json"})
             assert answer.status_code == 400
         assert client.get("/v1/echo").status_code == 405
+        assert client.post("/v1/anything", json={"of": "any"}).json() == {"of": "any"}
     assert served.state.unset.default_sampling_params == {"max_tokens": 7}
     assert served.state.set_by_model.default_sampling_params == {"max_tokens": 3}
 
