@@ -15,6 +15,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
 from vllm.inputs import tokens_input
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -135,11 +136,15 @@ def app(additional_config: dict[str, Any]) -> FastAPI:
     app.state.unset, app.state.set_by_model = Handler(), Handler(max_tokens=3)
     init_exception_handler(app)
 
-    @app.post("/echo")
+    @app.post("/v1/echo")
     async def echo(request: CompletionRequest) -> Any:
         return {"prompt": request.prompt, "max_tokens": request.max_tokens}
 
-    @app.post("/stream")
+    @app.post("/v1/anything")
+    async def anything(request: dict[str, Any]) -> Any:
+        return request
+
+    @app.post("/v1/stream")
     async def stream(request: CompletionRequest) -> Any:
         async def events() -> Any:
             if request.prompt == "bad":
@@ -149,38 +154,49 @@ def app(additional_config: dict[str, Any]) -> FastAPI:
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    app.add_middleware(RequestChecks)
+    app.add_middleware(AuthenticationMiddleware, tokens=["key"])
+    app.add_middleware(RequestChecks)  # vLLM adds those of --middleware last
     return app
+
+
+def http(served: FastAPI, key: str = "key") -> TestClient:
+    return TestClient(served, headers={"Authorization": f"Bearer {key}"})
 
 
 def test_the_checks_stand_in_front_of_the_routes() -> None:
     served = app(LM_INFINITE)
-    with TestClient(served) as client:
-        assert client.post("/echo", json={"prompt": "x", "max_tokens": 5}).json() == {"prompt": "x", "max_tokens": 5}
-        answer = client.post("/echo", json={"prompt": "x", "max_tokns": 5})
+    with http(served) as client:
+        assert client.post("/v1/echo", json={"prompt": "x", "max_tokens": 5}).json() == {"prompt": "x", "max_tokens": 5}
+        answer = client.post("/v1/echo", json={"prompt": "x", "max_tokns": 5})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "max_tokns"
         for body in (b"", b"{", b"[]", b"[" * 100_000, b'{"max_tokens": ' + b"9" * 5000 + b"}"):
-            answer = client.post("/echo", content=body, headers={"Content-Type": "application/json"})
+            answer = client.post("/v1/echo", content=body, headers={"Content-Type": "application/json"})
             assert answer.status_code == 400
-        assert client.get("/echo").status_code == 405
+        assert client.get("/v1/echo").status_code == 405
+        assert client.post("/v1/anything", json={"of": "any"}).json() == {"of": "any"}
     assert served.state.unset.default_sampling_params == {"max_tokens": 7}
     assert served.state.set_by_model.default_sampling_params == {"max_tokens": 3}
 
 
+def test_who_may_not_ask_learns_nothing_about_the_body() -> None:
+    with http(app(LM_INFINITE), key="wrong") as client:
+        assert client.post("/v1/echo", json={"prompt": "x", "max_tokns": 5}).status_code == 401
+
+
 def test_an_error_in_the_first_event_of_a_stream_is_the_status() -> None:
-    with TestClient(app(LM_INFINITE)) as client:
-        answer = client.post("/stream", json={"prompt": "bad"})
+    with http(app(LM_INFINITE)) as client:
+        answer = client.post("/v1/stream", json={"prompt": "bad"})
         assert answer.status_code == 400 and answer.json()["error"]["message"] == "logprobs: too many"
-        answer = client.post("/stream", json={"prompt": "good"})
+        answer = client.post("/v1/stream", json={"prompt": "good"})
         assert answer.status_code == 200 and answer.text == "data: 1\n\ndata: [DONE]\n\n"
         assert answer.headers["content-type"].startswith("text/event-stream")
 
 
 def test_method_none_leaves_the_server_as_it_is() -> None:
     served = app({"longctx": {"attention": {"method": "none"}}})
-    with TestClient(served) as client:
-        assert client.post("/echo", json={"prompt": "x", "max_tokns": 5}).status_code == 200
-        assert client.post("/stream", json={"prompt": "bad"}).status_code == 200
+    with http(served) as client:
+        assert client.post("/v1/echo", json={"prompt": "x", "max_tokns": 5}).status_code == 200
+        assert client.post("/v1/stream", json={"prompt": "bad"}).status_code == 200
     assert served.state.unset.default_sampling_params == {}
 
 

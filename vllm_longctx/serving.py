@@ -72,7 +72,8 @@ def prepare(app: FastAPI) -> None:
     for route in app.routes:
         if isinstance(route, APIRoute) and route.body_field is not None:
             models = list(_models(route.body_field.field_info.annotation))
-            route.app = functools.partial(_checked, route.app, models)
+            if models:
+                route.app = functools.partial(_checked, route.app, models)
 
 
 async def _checked(app: ASGIApp, models: list[type], scope: Scope, receive: Receive, send: Send) -> None:

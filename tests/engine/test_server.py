@@ -134,6 +134,8 @@ def test_an_open_ended_chat_ends_at_the_default_which_is_no_cap(client: OpenAI) 
     more = DEFAULT_MAX_TOKENS + 10
     assert client.chat.completions.create(**request, max_completion_tokens=more).usage.completion_tokens == more
     assert client.chat.completions.create(**request, max_tokens=more).usage.completion_tokens == more
+    answer = client.responses.create(**GREEDY, input="x", extra_body={"ignore_eos": True})
+    assert answer.usage.output_tokens == DEFAULT_MAX_TOKENS
 
 
 def test_open_ended_requests_with_little_room_take_what_there_is(client: OpenAI) -> None:
