@@ -30,6 +30,7 @@ from vllm_longctx.cli.engine import console, model_path
 
 NAME = "soaked"
 NEAR_TIE = 1e-3
+ENDLESS = 500_000
 
 
 @dataclass
@@ -40,11 +41,11 @@ class Case:
     max_tokens: int
     outputs: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
-    def request(self, **extra: Any) -> dict[str, Any]:
+    def request(self, max_tokens: int | None = None, **extra: Any) -> dict[str, Any]:
         return {
             "model": NAME,
             "prompt": self.prompt,
-            "max_tokens": self.max_tokens,
+            "max_tokens": max_tokens or self.max_tokens,
             "temperature": 0,
             "extra_body": {"ignore_eos": True, "return_token_ids": True, **extra},
         }
@@ -74,11 +75,11 @@ def cases_from(model: str, number: int, longest: int, most_written: int) -> list
     return cases
 
 
-async def write(client: AsyncOpenAI, case: Case) -> tuple[int, ...]:
+async def write(client: AsyncOpenAI, request: dict[str, Any]) -> tuple[int, ...]:
     if random.random() < 0.5:
-        return tuple((await client.completions.create(**case.request())).choices[0].token_ids)
+        return tuple((await client.completions.create(**request)).choices[0].token_ids)
     written: list[int] = []
-    async for chunk in await client.completions.create(**case.request(), stream=True):
+    async for chunk in await client.completions.create(**request, stream=True):
         for choice in chunk.choices:
             written += choice.token_ids or []
     return tuple(written)
@@ -89,9 +90,11 @@ async def one_client(
 ) -> None:
     while time.monotonic() < deadline:
         case = random.choice(cases)
-        patience = random.uniform(0, stay_s) if random.random() < leaving else None
+        leaves = random.random() < leaving
+        # Who leaves has asked for more than can be written before.
+        request, patience = (case.request(ENDLESS), random.uniform(0, stay_s)) if leaves else (case.request(), None)
         try:
-            written = await asyncio.wait_for(write(client, case), patience)
+            written = await asyncio.wait_for(write(client, request), patience)
         except TimeoutError:
             load.left += 1
         except openai.OpenAIError as e:
