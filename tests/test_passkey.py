@@ -2,10 +2,13 @@
 
 import math
 import random
+import re
 from collections.abc import Generator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import passkey_texts
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -194,3 +197,12 @@ def test_lists_on_the_command_line() -> None:
     for words in ("", "512,", "1k", "0", "-5,512"):
         with pytest.raises(ValueError, match=f"--lengths {words}: give numbers of tokens such as 512,1024"):
             parse_lengths(words)
+
+
+def test_texts_that_teach_the_task_fit_the_trained_length(task: Task, tmp_path: Path) -> None:
+    passkey_texts.main(tmp_path, prompts=50)
+    prompts = (tmp_path / "train" / "passkey.txt").read_text().split("\n")
+    assert len(prompts) == 50 and (tmp_path / "validation" / "passkey.txt").exists()
+    for prompt in prompts:
+        key = re.search(r"pass key is (\d{5})\.$", prompt)
+        assert key is not None and prompt.count(key[1]) == 3 and len(task.tokens(prompt)) < 512
