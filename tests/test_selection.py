@@ -4,7 +4,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vllm_longctx.attention.selection import ScratchLayout, cdiv, kernel_tables
+from vllm_longctx.attention.selection import ScratchLayout, cdiv, kernel_tables, next_tables
 from vllm_longctx.geometry import Geometry, branches
 
 BS = 8
@@ -54,6 +54,37 @@ def test_a_decode_sees_exactly_its_keys(step: tuple[Geometry, list[int]]) -> Non
             for j in branch.visible[0].nonzero().flatten()
         }
         assert seen == expected and visible == len(expected)
+
+
+@settings(deadline=None, max_examples=100)
+@given(steps(), st.integers(0, 40))
+def test_shifted_tables_are_those_made_anew(step: tuple[Geometry, list[int]], change_at: int) -> None:
+    """Requests go on by one token a step; at some step they change places, which keeps the lengths of equal ones."""
+    geometry, lengths = step
+    lengths = [*lengths, lengths[0]]
+    width = max(cdiv(n + 41, BS) for n in lengths)
+    num_blocks = 1 + len(lengths) * width
+    scratch = ScratchLayout.plan(geometry, BS, num_blocks, max_num_seqs=len(lengths))
+    assume(scratch.rows == len(lengths))
+    table = torch.arange(1, num_blocks).view(len(lengths), width).int()
+    ones, last, shifts = torch.ones(len(lengths), dtype=torch.int32), None, 0
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    for number in range(41):
+        if number == change_at:
+            table = table.flip(0)
+        expected = kernel_tables(geometry, BS, scratch, table, seq_lens, ones)
+        shifted = last and next_tables(last, table, seq_lens, ones)
+        if shifted is not None:
+            shifts += 1
+            assert torch.equal(shifted.block_table, expected.block_table)
+            assert torch.equal(shifted.seq_lens, expected.seq_lens)
+            for ours, theirs in zip(vars(shifted.moves).values(), vars(expected.moves).values(), strict=True):
+                assert (torch.as_tensor(ours) == torch.as_tensor(theirs)).all()
+        assert number != change_at or shifted is None
+        last = shifted or expected
+        seq_lens += 1  # in place, as vLLM does
+    far = min(lengths) > geometry.n_local + geometry.n_global + (geometry.distance_ceiling or 0)
+    assert shifts > 0 or not far or (geometry.distances == "relative" and geometry.distance_ceiling is None)
 
 
 @given(st.integers(1, 60), st.integers(1, 200), st.integers(1, 50))

@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from vllm_longctx.attention.scratch import Scratch, as_kernel_cache, extend, packed_order, unpack
-from vllm_longctx.attention.selection import KernelTables, ScratchLayout, cdiv, kernel_tables
+from vllm_longctx.attention.selection import KernelTables, ScratchLayout, cdiv, kernel_tables, next_tables
 from vllm_longctx.attention.tiles import ChunkPlan, attend_chunk, plan_chunk
 from vllm_longctx.config import active_config
 from vllm_longctx.geometry import Geometry
@@ -89,6 +89,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.geometry = active_config(vllm_config).geometry
+        self._last_tables: KernelTables | None = None
         self.seconds = 0.0  # spent in `build` since the worker last took them
         self.layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         self.impl: LambdaImpl = self.layers[0].impl
@@ -158,7 +159,10 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
     def _kernel_part(
         self, tokens: Tensor | None, starts: Tensor, table: Tensor, seq_lens: Tensor, query_lens: Tensor
     ) -> KernelPart:
-        tables = kernel_tables(self.geometry, self.block_size, self.scratch.layout, table, seq_lens, query_lens)
+        tables = self._last_tables and next_tables(self._last_tables, table, seq_lens, query_lens)
+        if tables is None:
+            tables = kernel_tables(self.geometry, self.block_size, self.scratch.layout, table, seq_lens, query_lens)
+        self._last_tables = tables
         if tables.moves is not None:
             self.scratch.fill(tables.moves)
         scheduler_metadata = ops.cpu_attn_get_scheduler_metadata(
