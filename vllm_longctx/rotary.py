@@ -134,9 +134,14 @@ class Rotary(nn.Module):
         return self._rotate(x.unflatten(-1, (-1, self.head_size)), cos, sin).view(x.shape)
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 [*positions, rotary_dim / 2] each, from float64 angles."""
-        angles = positions.unsqueeze(-1) * self.inverse_frequencies
-        return angles.cos().float(), angles.sin().float()
+        """float32 [*positions, rotary_dim / 2] each, from float64 angles.
+
+        Whole turns are taken off in float64; what is left is at most half a turn, whose float32 sines cost a fraction of
+        float64 ones. It matters because torch.compile computes them again for every head of every layer.
+        """
+        turns = positions.unsqueeze(-1) * (self.inverse_frequencies / (2 * math.pi))
+        angles = ((turns - turns.round()) * (2 * math.pi)).float()
+        return angles.cos(), angles.sin()
 
     def turn(self, x: Tensor, by: Tensor) -> Tensor:
         """x [..., head_size] turned on by `by` positions (int, may be negative), broadcastable to x.shape[:-1].
