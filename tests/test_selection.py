@@ -67,7 +67,7 @@ def test_shifted_tables_are_those_made_anew(step: tuple[Geometry, list[int]], ch
     scratch = ScratchLayout.plan(geometry, BS, num_blocks, max_num_seqs=len(lengths))
     assume(scratch.rows == len(lengths))
     table = torch.arange(1, num_blocks).view(len(lengths), width).int()
-    ones, last, shifts = torch.ones(len(lengths), dtype=torch.int32), None, 0
+    ones, last = torch.ones(len(lengths), dtype=torch.int32), None
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     for number in range(41):
         if number == change_at:
@@ -75,7 +75,6 @@ def test_shifted_tables_are_those_made_anew(step: tuple[Geometry, list[int]], ch
         expected = kernel_tables(geometry, BS, scratch, table, seq_lens, ones)
         shifted = last and next_tables(last, table, seq_lens, ones)
         if shifted is not None:
-            shifts += 1
             assert torch.equal(shifted.block_table, expected.block_table)
             assert torch.equal(shifted.seq_lens, expected.seq_lens)
             for ours, theirs in zip(vars(shifted.moves).values(), vars(expected.moves).values(), strict=True):
@@ -83,8 +82,18 @@ def test_shifted_tables_are_those_made_anew(step: tuple[Geometry, list[int]], ch
         assert number != change_at or shifted is None
         last = shifted or expected
         seq_lens += 1  # in place, as vLLM does
-    far = min(lengths) > geometry.n_local + geometry.n_global + (geometry.distance_ceiling or 0)
-    assert shifts > 0 or not far or (geometry.distances == "relative" and geometry.distance_ceiling is None)
+
+
+def test_a_lone_request_is_shifted_but_where_it_enters_another_block() -> None:
+    geometry, scratch = Geometry(4, 4 * BS, 4 * BS), ScratchLayout(100, 2, 1)
+    table, one = torch.arange(1, 41).int()[None], torch.ones(1, dtype=torch.int32)
+    last, shifts = None, 0
+    for length in range(100, 164):
+        seq_lens = torch.tensor([length], dtype=torch.int32)
+        shifted = last and next_tables(last, table, seq_lens, one)
+        shifts += shifted is not None
+        last = shifted or kernel_tables(geometry, BS, scratch, table, seq_lens, one)
+    assert shifts >= 64 - 2 * 64 // BS
 
 
 @given(st.integers(1, 60), st.integers(1, 200), st.integers(1, 50))
