@@ -21,7 +21,7 @@ from vllm_longctx.cli.engine import running_engine
 PARTS = {
     "attention kernels": ["cpu_attention_with_kv_cache"],
     "matrix products": ["onednn_mm"],
-    "compact tables": ["kernel_tables"],
+    "compact tables": ["kernel_tables", "next_tables"],
     "scratch blocks": ["fill", "forget_written"],
     "rotary": ["_rotate", "cos_sin"],
     "the model's forward": ["_model_forward"],
