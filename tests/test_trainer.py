@@ -1,0 +1,323 @@
+import json
+import random
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from vllm_longctx.adaptation.messages import Recipe
+from vllm_longctx.adaptation.trainer import NotFinite, Trainer
+
+FAST = {"rank": 4, "alpha": 4, "dropout": 0.0, "learning_rate": 1e-2, "warmup_blocks": 0}
+POISON = 511  # its embedding is NaN in `poisoned`
+
+
+def load(path: Path, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **kwargs)
+
+
+def blocks(seed: int, number: int, context: int = 24, targets: int = 16) -> list[list[int]]:
+    """Examples of a text with a simple rule, which an adapter can learn; the last `targets` are targets."""
+    rng = random.Random(seed)
+    return [[rng.randrange(20) + 100 * (seed % 4) for _ in range(context + targets)] for _ in range(number)]
+
+
+def plain_loop(path: Path, recipe: Recipe, examples: list[list[int]], num_targets: int, skip: tuple[int, ...] = ()):
+    """The same training with nothing but peft and torch: (losses of each block, weights of each version)."""
+    model = load(path)
+    torch.manual_seed(recipe.adapter_seed)
+    config = peft.LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(model, config)
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=recipe.learning_rate, betas=(0.9, 0.999), eps=recipe.adam_eps, weight_decay=recipe.weight_decay
+    )
+    losses, versions = [], []
+    for number, tokens in enumerate(examples, 1):
+        if number in skip:
+            continue
+        warm = min(1, (number - 1) / recipe.warmup_blocks) if recipe.warmup_blocks else 1
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate * warm
+        ids = torch.tensor([tokens])
+        labels = ids.clone()
+        labels[:, :-num_targets] = -100
+        losses.append([])
+        for _ in range(recipe.epochs):
+            loss = model(input_ids=ids, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            if recipe.grad_clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, recipe.grad_clip)
+            optimizer.step()
+            losses[-1].append(loss.item())
+        versions.append({k: v.detach().clone() for k, v in peft.get_peft_model_state_dict(model).items()})
+    return losses, versions
+
+
+def assert_same(weights, version, scaling: float = 1.0) -> None:
+    assert len(version) == 2 * len(weights)
+    for name, (a, b) in weights.items():
+        torch.testing.assert_close(a, version[f"base_model.model.{name}.lora_A.weight"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(b, version[f"base_model.model.{name}.lora_B.weight"] * scaling, rtol=1e-5, atol=1e-6)
+
+
+def copied(weights):
+    return {name: (a.clone(), b.clone()) for name, (a, b) in weights.items()}
+
+
+def equal(one, other) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(x, y) for name in one for x, y in zip(one[name], other[name], strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_llama: Path) -> Trainer:
+    return Trainer(load(tiny_llama))
+
+
+@pytest.fixture(scope="module")
+def poisoned(tiny_llama: Path) -> Trainer:
+    model = load(tiny_llama)
+    model.model.embed_tokens.weight.data[POISON] = float("nan")
+    return Trainer(model)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Each operation here is smaller than the cost of sharing it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _forget_adapters(request: pytest.FixtureRequest):
+    yield
+    for name in {"trainer", "poisoned"} & set(request.fixturenames):
+        request.getfixturevalue(name).drop_all()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(**FAST),
+        Recipe(**{**FAST, "dropout": 0.2, "adapter_seed": 3}),
+        Recipe(**{**FAST, "warmup_blocks": 2, "alpha": 10, "epochs": 3}),
+        Recipe(**{**FAST, "weight_decay": 0.1, "grad_clip": 0.05}),
+    ],
+    ids=["plain", "dropout", "warmup-alpha", "decay-clip"],
+)
+def test_training_is_a_plain_peft_loop(trainer: Trainer, tiny_llama: Path, recipe: Recipe):
+    examples = blocks(1, 4)
+    losses, versions = plain_loop(tiny_llama, recipe, examples, 16)
+    assert losses[-1][-1] < losses[0][0] - 0.1, "the loop must learn, or this test shows nothing"
+    trainer.begin(1, recipe)
+    for number, tokens in enumerate(examples, 1):
+        assert trainer.train(1, number, tokens, 16) == pytest.approx(losses[number - 1], abs=1e-5)
+        assert_same(trainer.weights(1), versions[number - 1], recipe.alpha / recipe.rank)
+
+
+def test_first_block_of_a_warm_up_changes_nothing_but_the_moments(trainer: Trainer):
+    trainer.begin(1, Recipe(**{**FAST, "warmup_blocks": 2}))
+    before = copied(trainer.weights(1))
+    assert not any(b.any() for _, b in before.values())
+    trainer.train(1, 1, blocks(1, 1)[0], 16)
+    assert equal(trainer.weights(1), before)
+    trainer.train(1, 2, blocks(1, 1)[0], 16)
+    assert not equal(trainer.weights(1), before)
+
+
+def test_modules_are_all_linear_layers_but_the_head(trainer: Trainer):
+    assert len(trainer.modules) == 3 * 7
+    assert trainer.modules["model.layers.0.self_attn.k_proj"] == (128, 64)
+    assert trainer.modules["model.layers.2.mlp.down_proj"] == (256, 128)
+    assert "lm_head" not in trainer.modules
+
+
+def test_the_base_model_is_untouched(tiny_llama: Path):
+    model, ids = load(tiny_llama), torch.arange(40)[None]
+    weights, logits = {k: v.clone() for k, v in model.state_dict().items()}, model(ids).logits
+    trainer = Trainer(model)
+    trainer.begin(1, Recipe(**FAST))
+    trainer.train(1, 1, blocks(1, 1)[0], 16)
+    assert not torch.equal(model(ids).logits, logits)
+    trainer.drop(1)
+    assert torch.equal(model(ids).logits, logits)
+    after = {k.replace("base_layer.", ""): v for k, v in model.state_dict().items() if "lora_" not in k}
+    assert after.keys() == weights.keys() and all(torch.equal(after[k], weights[k]) for k in weights)
+
+
+def test_global_random_numbers_are_neither_used_nor_moved(trainer: Trainer):
+    def run() -> dict:
+        trainer.begin(1, Recipe(**{**FAST, "dropout": 0.3}))
+        trainer.train(1, 1, blocks(1, 1)[0], 16)
+        weights = copied(trainer.weights(1))
+        trainer.drop(1)
+        return weights
+
+    torch.manual_seed(1)
+    state, first = torch.get_rng_state(), run()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert equal(run(), first)
+
+
+def test_owners_do_not_disturb_each_other(trainer: Trainer):
+    recipes = {1: Recipe(**{**FAST, "dropout": 0.2}), 12: Recipe(**{**FAST, "rank": 7, "alpha": 3, "adapter_seed": 9})}
+    texts = {owner: blocks(owner, 3) for owner in recipes}
+    alone = {}
+    for owner, recipe in recipes.items():
+        trainer.begin(owner, recipe)
+        for number, tokens in enumerate(texts[owner], 1):
+            trainer.train(owner, number, tokens, 16)
+        alone[owner] = copied(trainer.weights(owner))
+        trainer.drop(owner)
+    for owner, recipe in recipes.items():
+        trainer.begin(owner, recipe)
+    for number in (1, 2, 3):
+        for owner in recipes:
+            trainer.train(owner, number, texts[owner][number - 1], 16)
+        if number == 2:  # one comes and goes
+            trainer.begin(7, Recipe(**FAST))
+            trainer.train(7, 1, texts[1][0], 16)
+            trainer.drop(7)
+    for owner in recipes:
+        assert equal(trainer.weights(owner), alone[owner])
+        assert trainer.weights(owner)["model.layers.0.mlp.up_proj"][0].shape == (recipes[owner].rank, 128)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_state(poisoned: Trainer, tiny_llama: Path):
+    recipe = Recipe(**{**FAST, "dropout": 0.2})
+    examples = blocks(1, 4)
+    bad = [POISON, *examples[1][1:]]
+    poisoned.begin(1, recipe)
+    poisoned.train(1, 1, examples[0], 16)
+    before = copied(poisoned.weights(1))
+    with pytest.raises(NotFinite, match="loss is nan"):
+        poisoned.train(1, 2, bad, 16)
+    assert equal(poisoned.weights(1), before)
+    for number in (3, 4):
+        poisoned.train(1, number, examples[number - 1], 16)
+    _, versions = plain_loop(tiny_llama, recipe, examples, 16, skip=(2,))
+    assert_same(poisoned.weights(1), versions[-1])
+
+
+def test_weights_that_overflow_are_not_kept(trainer: Trainer):
+    trainer.begin(1, Recipe(**{**FAST, "learning_rate": 1e38, "warmup_blocks": 2}))
+    trainer.train(1, 1, blocks(1, 1)[0], 16)
+    before = copied(trainer.weights(1))
+    with pytest.raises(NotFinite):
+        trainer.train(1, 2, blocks(1, 1)[0], 16)
+    assert equal(trainer.weights(1), before)
+
+
+@pytest.mark.parametrize("num_targets", [0, 40, 41])
+def test_targets_must_lie_inside_the_example(trainer: Trainer, num_targets: int):
+    trainer.begin(1, Recipe(**FAST))
+    with pytest.raises(ValueError, match="targets in 40 tokens"):
+        trainer.train(1, 1, blocks(1, 1)[0], num_targets)
+
+
+def test_owners_must_exist_once(trainer: Trainer):
+    trainer.begin(1, Recipe(**FAST))
+    with pytest.raises(ValueError, match="already"):
+        trainer.begin(1, Recipe(**FAST))
+    with pytest.raises(ValueError, match="owner 2 has no adapter"):
+        trainer.train(2, 1, blocks(1, 1)[0], 16)
+    trainer.drop(2)
+
+
+@pytest.fixture
+def saved(trainer: Trainer, tmp_path: Path) -> Path:
+    """The adapter of owner 1, saved."""
+    trainer.begin(1, Recipe(**{**FAST, "alpha": 10}))
+    trainer.train(1, 1, blocks(1, 1)[0], 16)
+    trainer.save(1, tmp_path / "a1", position=41)
+    return tmp_path / "a1"
+
+
+def test_peft_reads_a_saved_adapter(trainer: Trainer, saved: Path, tiny_llama: Path):
+    ids = torch.tensor([blocks(2, 1)[0]])
+    loaded = peft.PeftModel.from_pretrained(load(tiny_llama), str(saved))
+    trainer._model.set_adapter("owner-1")
+    with torch.no_grad():
+        ours = load(tiny_llama)(ids).logits, trainer._base(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, ours[1], rtol=1e-5, atol=1e-5)
+    assert (ours[0] - ours[1]).abs().max() > 0.1
+    about = json.loads((saved / "longctx.json").read_text())
+    assert about["position"] == 41 and about["recipe"]["alpha"] == 10
+    assert about["model"] == {"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 3, "vocab_size": 512}
+    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_llama)
+    assert [p.name for p in saved.parent.iterdir()] == ["a1"]
+
+
+def test_a_saved_adapter_is_a_start(trainer: Trainer, saved: Path):
+    trainer.begin(2, Recipe(**{**FAST, "alpha": 20}))  # another scale: the same effect is kept
+    trainer.load_directory(2, saved)
+    for name, (a, b) in trainer.weights(1).items():
+        torch.testing.assert_close(trainer.weights(2)[name], (a, b), rtol=1e-6, atol=0)
+    trainer.begin(3, Recipe(**{**FAST, "alpha": 10}))
+    trainer.load(3, copied(trainer.weights(1)))
+    assert_close = torch.testing.assert_close
+    for name, pair in trainer.weights(1).items():
+        assert_close(trainer.weights(3)[name], pair, rtol=1e-6, atol=0)
+
+
+def test_saving_again_replaces_but_only_what_was_saved_here(trainer: Trainer, saved: Path):
+    trainer.train(1, 2, blocks(1, 2)[1], 16)
+    trainer.save(1, saved, position=57)
+    assert json.loads((saved / "longctx.json").read_text())["position"] == 57
+    assert [p.name for p in saved.parent.iterdir()] == ["a1"]
+    other = saved.parent / "other"
+    other.mkdir()
+    with pytest.raises(ValueError, match="was not saved by longctx"):
+        trainer.save(1, other, position=57)
+
+
+def test_a_save_that_fails_leaves_the_old_one(trainer: Trainer, saved: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("vllm_longctx.adaptation.trainer.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        trainer.save(1, saved, position=57)
+    assert json.loads((saved / "longctx.json").read_text())["position"] == 41
+    assert [p.name for p in saved.parent.iterdir()] == ["a1"]
+
+
+def test_adapters_that_do_not_fit_are_refused(trainer: Trainer, saved: Path):
+    trainer.begin(2, Recipe(**{**FAST, "rank": 8}))
+    with pytest.raises(ValueError, match=r"'a1' has rank 4: ask for that rank"):
+        trainer.load_directory(2, saved)
+    with pytest.raises(ValueError, match=r"no adapter 'nothing'"):
+        trainer.load_directory(2, saved.parent / "nothing")
+    with pytest.raises(ValueError, match=r"shape \(4, 128\); this model and rank need \(8, 128\)"):
+        trainer.load(2, trainer.weights(1))
+    about = json.loads((saved / "longctx.json").read_text())
+    about["model"]["hidden_size"] = 64
+    (saved / "longctx.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="was made for"):
+        trainer.load_directory(2, saved)
+    nan = copied(trainer.weights(1))
+    nan["model.layers.0.mlp.up_proj"][0][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        trainer.load(1, nan)
+
+
+def test_bfloat16_models_get_float32_adapters(tiny_llama: Path):
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16))
+    trainer.begin(1, Recipe(**FAST))
+    losses = [trainer.train(1, number, blocks(1, 1)[0], 16) for number in range(1, 5)]
+    assert losses[-1][-1] < losses[0][0] - 0.1
+    assert {x.dtype for pair in trainer.weights(1).values() for x in pair} == {torch.float32}
