@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from vllm_longctx.adaptation.messages import Recipe
 from vllm_longctx.adaptation.trainer import NotFinite, Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAST = {"rank": 4, "alpha": 4, "dropout": 0.0, "learning_rate": 1e-2, "warmup_blocks": 0}
 POISON = 511  # its embedding is NaN in `poisoned`
 
@@ -90,15 +92,6 @@ def poisoned(tiny_llama: Path) -> Trainer:
     model = load(tiny_llama)
     model.model.embed_tokens.weight.data[POISON] = float("nan")
     return Trainer(model)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Each operation here is smaller than the cost of sharing it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

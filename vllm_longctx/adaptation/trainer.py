@@ -67,7 +67,7 @@ class Trainer:
                 name,
                 LoraConfig(
                     r=recipe.rank,
-                    lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # only divided by the rank
+                    lora_alpha=recipe.alpha,
                     lora_dropout=recipe.dropout,
                     target_modules="all-linear",
                     task_type="CAUSAL_LM",

@@ -1,0 +1,355 @@
+import gc
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import zmq
+from transformers import AutoModelForCausalLM
+
+from vllm_longctx.adaptation import messages as m
+from vllm_longctx.adaptation.client import TrainerClient
+from vllm_longctx.adaptation.sidecar import Sidecar
+from vllm_longctx.adaptation.slots import Slots, StaleSlot
+from vllm_longctx.adaptation.trainer import Trainer
+from vllm_longctx.config import LongContextError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RECIPE = m.Recipe(rank=4, alpha=8, dropout=0.1, learning_rate=1e-2, warmup_blocks=0)
+POISON = 511  # its embedding is NaN
+SLOTS = {"max_rank": 8, "num_slots": 3}
+TIMEOUT_S = 120  # a start takes a few seconds on an idle machine
+
+
+def tokens(seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(20) for _ in range(40)]
+
+
+def hear(client: TrainerClient, *kinds: type) -> list:
+    """All reports up to the first of one of the kinds."""
+    reports, end = [], time.monotonic() + TIMEOUT_S
+    while time.monotonic() < end:
+        client.wait(0.05)
+        for report in client.poll():
+            reports.append(report)
+            if isinstance(report, kinds):
+                return reports
+    raise AssertionError(f"none of {kinds} in {reports}")
+
+
+def ask(client: TrainerClient, job):
+    client.send(job)
+    return hear(client, *m.ANSWERS, m.Dead)[-1]
+
+
+def read(client: TrainerClient, slot: int, bank: int, owner: int, version: int) -> dict:
+    with client.slots.read(slot, bank, owner, version) as views:
+        return {name: (a.clone(), b.clone()) for name, (a, b) in views.items()}
+
+
+def assert_equal(one, other) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
+
+
+def is_gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("poisoned")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.model.embed_tokens.weight.data[POISON] = float("nan")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def started(checkpoint: Path, adapters: Path):
+    client = TrainerClient(str(checkpoint), "float32", adapters_root=str(adapters), train_timeout_s=60, **SLOTS)
+    client.start()
+    client.send(m.Begin(1, 0, RECIPE))  # held until the model is loaded
+    client.send(m.Train(1, 0, 1, 1, tokens(1), 16))
+    assert client.slots is None
+    reports = hear(client, m.Trained, m.Failed)
+    assert [type(report) for report in reports] == [m.Ready, m.Began, m.Started, m.Trained]
+    client.send(m.Drop(1))
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def client(started: TrainerClient):
+    yield started
+    for owner in range(1, 10):
+        started.send(m.Drop(owner))
+    for slot in range(3):
+        started.slots.clear(slot)
+
+
+def test_versions_in_the_slots_are_the_trainers(client: TrainerClient, tiny_llama: Path):
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32))
+    client.send(m.Begin(1, 2, RECIPE))
+    trainer.begin(1, RECIPE)
+    for version in (1, 2, 3):
+        client.send(m.Train(1, 2, version % 2, version, tokens(version), 16))
+        trained = hear(client, m.Trained)[-1]
+        assert trained.losses == pytest.approx(trainer.train(1, version, tokens(version), 16), abs=1e-5)
+        assert (trained.owner, trained.slot, trained.bank, trained.version) == (1, 2, version % 2, version)
+        assert 0 < trained.seconds < TIMEOUT_S
+        assert_equal(read(client, 2, version % 2, 1, version), trainer.weights(1))
+    with pytest.raises(StaleSlot):
+        read(client, 2, 1, 1, 1)
+
+
+def test_a_failed_block_is_answered_and_the_next_one_trains(client: TrainerClient):
+    client.send(m.Begin(1, 0, RECIPE))
+    client.send(m.Train(1, 0, 1, 1, tokens(1), 16))
+    hear(client, m.Trained)
+    version_1 = read(client, 0, 1, 1, 1)
+    failed = ask(client, m.Train(1, 0, 0, 2, [POISON, *tokens(2)], 16))
+    assert failed == m.Failed(1, 2, "NotFinite: the loss is nan")
+    assert_equal(read(client, 0, 1, 1, 1), version_1)
+    assert isinstance(ask(client, m.Train(1, 0, 0, 3, tokens(3), 16)), m.Trained)
+    read(client, 0, 0, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("job", "version", "reason"),
+    [
+        (m.Begin(5, 0, RECIPE, start_from="nothing"), 0, "there is no adapter 'nothing'"),
+        (m.Begin(5, 0, RECIPE, start_from="../etc"), 0, "adapter name '../etc'"),
+        (m.Begin(5, 0, m.Recipe(rank=9)), 0, "rank 9 is more than the server's slots hold (8)"),
+        (m.Begin(5, 7, RECIPE), None, ""),
+        (m.Resume(5, 0, 1, 3, RECIPE), 3, "StaleSlot"),
+        (m.Train(6, 0, 1, 1, [1, 2, 3], 1), 1, "owner 6 has no adapter"),
+        (m.Train(6, 0, 1, 1, [1, 2, 999], 1), 1, "owner 6 has no adapter"),
+    ],
+)
+def test_jobs_that_cannot_be_done_are_answered(client: TrainerClient, job, version: int | None, reason: str):
+    answer = ask(client, job)
+    if version is None:
+        assert answer == m.Began(job.owner)
+        answer = ask(client, m.Train(job.owner, 7, 1, 1, tokens(1), 16))
+        assert answer == m.Failed(job.owner, 1, "IndexError: slot 7 bank 1 of 3 slots of 2 banks")
+        return
+    assert isinstance(answer, m.Failed) and (answer.owner, answer.version) == (job.owner, version)
+    assert reason in answer.reason
+    assert ask(client, m.Begin(5, 0, RECIPE)) == m.Began(5), "nothing of the failed one must be left"
+
+
+def test_tokens_outside_the_vocabulary_are_answered(client: TrainerClient):
+    client.send(m.Begin(1, 0, RECIPE))
+    client.send(m.Train(1, 0, 1, 1, [1, 2, 9999, 4], 2))
+    assert "out of range" in hear(client, m.Failed)[-1].reason
+
+
+def test_a_saved_adapter_is_another_requests_start(client: TrainerClient, adapters: Path):
+    client.send(m.Begin(1, 0, RECIPE))
+    client.send(m.Train(1, 0, 1, 1, tokens(1), 16))
+    client.send(m.Save(1, "mine", 41))
+    assert hear(client, m.Saved, m.SaveFailed)[-1] == m.Saved(1, "mine")
+    assert json.loads((adapters / "mine" / "longctx.json").read_text())["position"] == 41
+    assert ask(client, m.Begin(2, 1, RECIPE, start_from="mine")) == m.Began(2)
+    assert_equal(read(client, 1, 0, 2, 0), read(client, 0, 1, 1, 1))
+    client.send(m.Save(9, "none", 1))
+    assert hear(client, m.SaveFailed)[-1] == m.SaveFailed(9, "none", "ValueError: owner 9 has no adapter")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "/etc", "a/b", ".hidden", "-x", "a\n", "a\0", "ü", "x" * 129])
+def test_names_of_adapters_are_no_paths(tmp_path: Path, name: str):
+    with pytest.raises(ValueError, match="adapter name"):
+        m.adapter_path(str(tmp_path), name)
+
+
+def test_names_of_adapters():
+    assert m.adapter_path("/root", "War-and_Peace.2") == Path("/root/War-and_Peace.2")
+    with pytest.raises(ValueError, match="has no adapters_root; set it"):
+        m.adapter_path(None, "x")
+
+
+def test_dropped_training_is_not_done(client: TrainerClient):
+    client.send(m.Begin(1, 0, RECIPE))
+    client.send(m.Begin(2, 1, RECIPE))
+    for version in range(1, 9):
+        client.send(m.Train(1, 0, version % 2, version, tokens(version), 16))
+    client.send(m.Drop(1))
+    client.send(m.Train(2, 1, 1, 1, tokens(1), 16))
+    reports = hear(client, m.Trained)
+    while reports[-1].owner == 1:  # those that were done before the Drop came
+        reports += hear(client, m.Trained)
+    dropped = [r for r in reports if isinstance(r, m.Failed)]
+    assert dropped and {(r.owner, r.reason) for r in dropped} == {(1, "ValueError: owner 1 was dropped")}
+    assert len([r for r in reports if isinstance(r, m.ANSWERS) and r.owner == 1]) == 1 + 8
+
+
+class ExhaustedTrainer(Trainer):
+    def train(self, *args):
+        raise MemoryError
+
+
+def test_running_out_of_memory_is_answered(tiny_llama: Path):
+    trainer = ExhaustedTrainer(AutoModelForCausalLM.from_pretrained(tiny_llama))
+    slots = Slots.create(trainer.modules, 8, 1)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as engine:
+        router.bind("inproc://trainer")
+        engine.connect("inproc://trainer")
+        sidecar = Sidecar(trainer, router, None)
+        for job in [m.Join(), m.OpenSlots(slots.path, 8, 1), m.Begin(1, 0, RECIPE), m.Train(1, 0, 1, 1, tokens(1), 16)]:
+            engine.send(m.encode(job))
+            sidecar.serve_one()
+        reports = [m.decode_report(engine.recv()) for _ in range(4)]
+        assert reports[1:] == [m.Began(1), m.Started(1, 1), m.Failed(1, 1, "MemoryError: ")]
+        engine.send(b"\xc1")
+        engine.send(m.encode(m.Drop(1)))
+        sidecar.serve_one()
+        assert "does not understand this engine" in m.decode_report(engine.recv()).reason
+    slots.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
+def test_a_trainer_that_fails_while_training_is_replaced(
+    client: TrainerClient, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+):
+    client.send(m.Begin(1, 0, RECIPE))
+    client.send(m.Train(1, 0, 1, 1, tokens(1), 16))
+    hear(client, m.Trained)
+    version_1, old = read(client, 0, 1, 1, 1), client.process_id
+    client.send(m.Train(1, 0, 0, 2, tokens(2) * 100, 2000))
+    hear(client, m.Started)
+    os.kill(old, number)
+    if number == signal.SIGSTOP:
+        monkeypatch.setattr(client, "_train_timeout_s", 0.5)
+    assert hear(client, m.Restarted) == [m.Restarted()]
+    monkeypatch.undo()
+    assert is_gone(old)
+    assert_equal(read(client, 0, 1, 1, 1), version_1)
+    client.send(m.Resume(1, 0, 1, 1, RECIPE))
+    client.send(m.Train(1, 0, 0, 2, tokens(2), 16))
+    assert [type(r) for r in hear(client, m.Trained)] == [m.Ready, m.Began, m.Started, m.Trained]
+    assert client.process_id != old
+    moved = read(client, 0, 0, 1, 2)["model.layers.0.mlp.up_proj"][1] - version_1["model.layers.0.mlp.up_proj"][1]
+    assert 0 < moved.abs().max() < 0.1, "training goes on from version 1"
+
+
+def test_too_many_restarts_are_the_end(checkpoint: Path):
+    client = TrainerClient(str(checkpoint), "float32", max_restarts=1, **SLOTS)
+    client.start()
+    os.kill(client.process_id, signal.SIGKILL)
+    assert hear(client, m.Restarted, m.Dead) == [m.Restarted()]
+    client.send(m.Begin(1, 0, RECIPE))
+    wait_until(lambda: client.poll() == [] and client.process_id is not None)
+    os.kill(client.process_id, signal.SIGKILL)
+    assert hear(client, m.Restarted, m.Dead) == [m.Dead("the trainer ended with code -9")]
+    client.send(m.Drop(1))
+    assert client.poll() == []
+    client.close()
+
+
+def test_a_start_that_takes_too_long_is_the_end(checkpoint: Path):
+    client = TrainerClient(str(checkpoint), "float32", start_timeout_s=0.1, **SLOTS)
+    client.start()
+    pid = client.process_id
+    (dead,) = hear(client, m.Dead)
+    assert "was not ready after 0.1 s; if its model takes longer to load, allow it more" in dead.reason
+    assert is_gone(pid)
+    client.close()
+
+
+def run_engine(checkpoint: Path, connection) -> None:
+    client = TrainerClient(str(checkpoint), "float32", **SLOTS)
+    client.start()
+    hear(client, m.Ready)
+    connection.send((client.process_id, client._directory))
+    signal.pause()
+
+
+def test_the_trainer_ends_with_its_engine(checkpoint: Path):
+    context = multiprocessing.get_context("fork")  # what is imported need not be imported again
+    ours, theirs = context.Pipe()
+    engine = context.Process(target=run_engine, args=(checkpoint, theirs))
+    engine.start()
+    assert ours.poll(TIMEOUT_S)
+    trainer, directory = ours.recv()
+    assert os.listdir(directory) == ["1"] and os.stat(directory).st_mode & 0o777 == 0o700
+    engine.kill()
+    engine.join()
+    wait_until(lambda: is_gone(trainer) and not os.path.exists(directory))
+
+
+def test_close_leaves_nothing(checkpoint: Path):
+    gc.collect()
+    files = len(os.listdir("/proc/self/fd"))
+    client = TrainerClient(str(checkpoint), "float32", **SLOTS)
+    client.start()
+    hear(client, m.Ready)
+    pid, directory = client.process_id, client._directory
+    client.close()
+    client.close()
+    gc.collect()
+    assert is_gone(pid) and not os.path.exists(directory)
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert client.poll() == []
+
+
+def test_engines_can_join_a_running_trainer(checkpoint: Path, tmp_path: Path):
+    address = f"ipc://{tmp_path}/trainer"
+    options = json.dumps({"address": address, "model": str(checkpoint), "dtype": "float32"})
+    trainer = subprocess.Popen([sys.executable, "-m", "vllm_longctx.adaptation.sidecar", options])
+    first, second = (TrainerClient(str(checkpoint), "float32", address=address, train_timeout_s=5, **SLOTS) for _ in range(2))
+    first.start()
+    first.send(m.Begin(1, 0, RECIPE))
+    assert [type(r) for r in hear(first, m.Began)] == [m.Ready, m.Began]
+
+    second.start()  # takes over; the same owner's number is another adapter
+    second.send(m.Begin(1, 0, RECIPE))
+    assert hear(first, m.Dead) == [m.Dead("the trainer works for another engine now, which has joined it")]
+    second.send(m.Train(1, 0, 1, 1, tokens(1), 16))
+    assert [type(r) for r in hear(second, m.Trained)] == [m.Ready, m.Began, m.Started, m.Trained]
+    first.close()
+
+    second.close()
+    third = TrainerClient(str(checkpoint), "float32", address=address, train_timeout_s=1, **SLOTS)
+    third.start()
+    hear(third, m.Ready)
+    trainer.send_signal(signal.SIGSTOP)
+    third.send(m.Begin(1, 0, RECIPE))
+    assert hear(third, m.Dead) == [m.Dead("the trainer took more than 1 s for one job")]
+    third.close()
+    trainer.send_signal(signal.SIGCONT)
+    trainer.terminate()
+    assert trainer.wait(TIMEOUT_S) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_memory_is_an_error_before_the_start(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**20})())
+    client = TrainerClient(str(checkpoint), "float32", **SLOTS)
+    with pytest.raises(LongContextError, match=r"needs 0\.00 GiB .*float32 .* use a smaller model"):
+        client.start()
+    assert client.process_id is None
+    client.close()

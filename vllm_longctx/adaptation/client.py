@@ -1,0 +1,249 @@
+"""The engine's end of the trainer process: starts it, watches over it, never waits for it unless told to."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+import zmq
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from vllm.logger import init_logger
+
+from vllm_longctx.adaptation import messages as m
+from vllm_longctx.adaptation.slots import Slots
+from vllm_longctx.config import LongContextError
+
+logger = init_logger("vllm.longctx")
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class TrainerClient:
+    """model, dtype, threads, cpus, nice, adapters_root: see `messages.Options`.
+
+    max_rank, num_slots: of the shared memory. start_timeout_s: for the model to be loaded. train_timeout_s: for any one job;
+    a trainer that takes longer is killed. max_restarts: in a row, without a block trained in between. address: of a trainer
+    that runs already; it is joined and not watched over, and the arguments about the process mean nothing.
+
+    slots: None until the trainer is ready; the caller may clear slots. process_id: None while there is no process of our own.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        *,
+        max_rank: int,
+        num_slots: int,
+        adapters_root: str | None = None,
+        threads: int = 1,
+        cpus: list[int] | None = None,
+        nice: int = 0,
+        start_timeout_s: float = 600.0,
+        train_timeout_s: float = 600.0,
+        max_restarts: int = 3,
+        address: str | None = None,
+    ):
+        self.slots: Slots | None = None
+        self._options = m.Options(
+            address=address or "",
+            model=model,
+            dtype=dtype,
+            threads=threads,
+            cpus=cpus,
+            nice=nice,
+            adapters_root=adapters_root,
+            parent=os.getpid(),
+        )
+        self._joins = address is not None
+        self._max_rank, self._num_slots = max_rank, num_slots
+        self._start_timeout_s, self._train_timeout_s, self._max_restarts = start_timeout_s, train_timeout_s, max_restarts
+        self._context = zmq.Context()
+        self._socket: zmq.Socket | None = None
+        self._process: subprocess.Popen | None = None
+        self._directory: str | None = None
+        self._reports: list[m.Report] = []
+        self._held: list[m.Job] = []  # until the trainer is ready
+        self._ready = self._ended = False
+        self._unanswered = 0
+        self._since = 0.0  # the trainer's last sign of life, or when it got something to do
+        self._starts = self._failures = 0
+        self._start_at: float | None = None
+
+    @property
+    def process_id(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Returns at once; the model is loaded meanwhile. Raises LongContextError if memory is too small for it."""
+        if self._joins:
+            self._connect(self._options.address)
+        else:
+            check_memory(self._options.model, self._options.dtype)
+            self._directory = tempfile.mkdtemp(prefix="longctx-")
+            self._spawn()
+
+    def send(self, job: m.Job) -> None:
+        """Never blocks. What is sent before the trainer is ready is held; what is sent after m.Dead is dropped."""
+        if self._ended:
+            return
+        if self._socket is None or not self._ready:
+            self._held.append(job)
+            return
+        if isinstance(job, m.ANSWERED):
+            if not self._unanswered:
+                self._since = time.monotonic()
+            self._unanswered += 1
+        self._socket.send(m.encode(job), zmq.NOBLOCK)
+
+    def poll(self) -> list[m.Report]:
+        """Never blocks. All reports since the last call, in order; call it often, since it is what notices a dead trainer.
+
+        On m.Restarted: send m.Resume, or m.Begin before the first version, for every adapter that is still needed, and the
+        training and saving not yet answered. m.Dead is the last there will be.
+        """
+        self._receive()
+        self._supervise()
+        reports, self._reports = self._reports, []
+        return reports
+
+    def wait(self, seconds: float) -> None:
+        """Block until `poll` has a message of the trainer's, but not longer than this."""
+        if self._reports:
+            return
+        if self._socket is None:
+            time.sleep(seconds)
+        else:
+            self._socket.poll(math.ceil(1000 * seconds))
+
+    def close(self) -> None:
+        """End the trainer, or leave it if it was joined. Nothing is left of it: no process, file or memory."""
+        if self._joins and self._socket is not None:
+            self._socket.send(m.encode(m.Leave()), zmq.NOBLOCK)
+        self._end_process(grace_s=5.0)
+        self._disconnect(linger_ms=1000 if self._joins else 0)
+        self._context.term()
+        self._ended = True
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+        if self.slots is not None:
+            self.slots.close()
+
+    def _spawn(self) -> None:
+        """Each process has its own socket, so that nothing a dead one said can be heard after m.Restarted."""
+        self._starts += 1
+        options = msgspec.structs.replace(self._options, address=f"ipc://{self._directory}/{self._starts}")
+        command = [sys.executable, "-m", "vllm_longctx.adaptation.sidecar", msgspec.json.encode(options).decode()]
+        # a session of its own: Ctrl-C at a terminal is the engine's to handle
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._connect(options.address)
+
+    def _connect(self, address: str) -> None:
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set_hwm(0)
+        self._socket.linger = 0
+        self._socket.connect(address)
+        self._socket.send(m.encode(m.Join()))
+        self._ready, self._unanswered, self._start_at = False, 0, None
+        self._since = time.monotonic()
+
+    def _disconnect(self, linger_ms: int = 0) -> None:
+        if self._socket is not None:
+            self._socket.close(linger_ms)
+            self._socket = None
+
+    def _end_process(self, grace_s: float = 0.0) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(grace_s)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def _receive(self) -> None:
+        while self._socket is not None:
+            try:
+                report = m.decode_report(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            if isinstance(report, m.Lost):
+                self._die(report.reason)
+                return
+            self._since = time.monotonic()
+            if isinstance(report, m.ANSWERS):
+                self._unanswered -= 1
+                if isinstance(report, m.Trained):
+                    self._failures = 0
+            elif isinstance(report, m.Ready):
+                self._open(report)
+            self._reports.append(report)
+
+    def _open(self, ready: m.Ready) -> None:
+        if self.slots is None:
+            self.slots = Slots.create(ready.modules, self._max_rank, self._num_slots)
+        self._ready = True
+        self.send(m.OpenSlots(self.slots.path, self._max_rank, self._num_slots))
+        held, self._held = self._held, []
+        for job in held:
+            self.send(job)
+
+    def _supervise(self) -> None:
+        now = time.monotonic()
+        if self._start_at is not None and now >= self._start_at:
+            self._spawn()
+        if self._socket is None:
+            return
+        code = None if self._process is None else self._process.poll()
+        if code is not None:
+            self._restart(f"ended with code {code}")
+        elif not self._ready and now - self._since > self._start_timeout_s:
+            self._die(f"was not ready after {self._start_timeout_s:g} s; if its model takes longer to load, allow it more")
+        elif self._unanswered and now - self._since > self._train_timeout_s:
+            self._restart(f"took more than {self._train_timeout_s:g} s for one job")
+
+    def _restart(self, reason: str) -> None:
+        if self._joins or self._failures >= self._max_restarts:
+            self._die(reason)
+            return
+        self._stop()
+        delay = 0.5 * 2**self._failures
+        self._failures += 1
+        self._start_at = time.monotonic() + delay
+        logger.warning("longctx: the trainer %s; restart %d of %d", reason, self._failures, self._max_restarts)
+        self._reports.append(m.Restarted())
+
+    def _die(self, reason: str) -> None:
+        self._stop()
+        self._ended = True
+        logger.error("longctx: the trainer %s; there is no trainer any more", reason)
+        self._reports.append(m.Dead(f"the trainer {reason}"))
+
+    def _stop(self) -> None:
+        self._end_process()
+        self._disconnect()
+        self._held.clear()
+        self._ready, self._unanswered = False, 0
+
+
+def check_memory(model: str, dtype: str) -> None:
+    """Raises LongContextError if the free memory does not hold a second copy of the checkpoint's weights."""
+    directory = Path(model if os.path.isdir(model) else snapshot_download(model, local_files_only=True))
+    values = 0
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            values += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    need, free = values * ITEM_BYTES[dtype], psutil.virtual_memory().available
+    if need > free:
+        raise LongContextError(
+            f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB for its own copy of the {dtype} weights of {model}, "
+            f"but only {free / 2**30:.2f} GiB of memory are free; use a smaller model, dtype bfloat16 or a smaller "
+            "VLLM_CPU_KVCACHE_SPACE, or leave adaptation out"
+        )

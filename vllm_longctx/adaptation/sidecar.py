@@ -1,0 +1,187 @@
+"""The trainer process: `python -m vllm_longctx.adaptation.sidecar '{"address": "ipc:///tmp/trainer", "model": ..., ...}'`.
+
+It has a copy of the model of its own, since an engine packs its weights for inference. It works for one engine at a time,
+one job after the other; a job that fails is answered, whatever the reason, and does not end the process.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+import msgspec
+import torch
+import zmq
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from vllm_longctx.adaptation import messages as m
+from vllm_longctx.adaptation.slots import Slots
+from vllm_longctx.adaptation.trainer import Trainer
+
+
+class Sidecar:
+    """socket: a bound ROUTER socket, on which each engine has an identity."""
+
+    def __init__(self, trainer: Trainer, socket: zmq.Socket, adapters_root: str | None):
+        self._trainer, self._socket, self._adapters_root = trainer, socket, adapters_root
+        self._slots: Slots | None = None
+        self._engine: bytes | None = None
+        self._jobs: deque[tuple[bytes, m.Job]] = deque()
+
+    def serve(self) -> None:
+        while True:
+            self.serve_one()
+
+    def serve_one(self) -> None:
+        """Wait for a message and do what it says."""
+        self._receive(wait=not self._jobs)
+        engine, job = self._jobs.popleft()
+        if isinstance(job, m.Join):
+            self._change_engine(engine)
+        elif engine != self._engine:
+            self._send(m.Lost("was restarted or works for another engine"), engine)
+        else:
+            try:
+                self._do(job)
+            except Exception as e:
+                self._send(failure(job, f"{type(e).__name__}: {e}"))
+
+    def _receive(self, wait: bool = False) -> None:
+        """Take in everything sent so far; with wait, at least one message."""
+        while True:
+            try:
+                engine, payload = self._socket.recv_multipart(0 if wait and not self._jobs else zmq.NOBLOCK)
+                job = m.decode_job(payload)
+            except zmq.Again:
+                return
+            except msgspec.MsgspecError as e:
+                self._send(m.Lost(f"does not understand this engine: {e}"), engine)
+                continue
+            if isinstance(job, m.Join):
+                self._jobs.clear()
+            self._jobs.append((engine, job))
+
+    def _change_engine(self, engine: bytes | None) -> None:
+        if engine is not None and self._engine not in (None, engine):
+            self._send(m.Lost("works for another engine now, which has joined it"))
+        self._trainer.drop_all()
+        self._close_slots()
+        self._engine = engine
+        if engine is not None:
+            self._send(m.Ready(self._trainer.modules))
+
+    def _do(self, job: m.Job) -> None:
+        trainer = self._trainer
+        match job:
+            case m.OpenSlots():
+                self._close_slots()
+                self._slots = Slots.open(job.path, trainer.modules, job.max_rank, job.num_slots)
+            case m.Begin() | m.Resume():
+                slots = self._open_slots()
+                if job.recipe.rank > slots.max_rank:
+                    raise ValueError(f"rank {job.recipe.rank} is more than the server's slots hold ({slots.max_rank})")
+                trainer.begin(job.owner, job.recipe)
+                try:
+                    if isinstance(job, m.Resume):
+                        with slots.read(job.slot, job.bank, job.owner, job.version) as weights:
+                            trainer.load(job.owner, weights)
+                    elif job.start_from is not None:
+                        trainer.load_directory(job.owner, m.adapter_path(self._adapters_root, job.start_from))
+                        slots.write(job.slot, 0, job.owner, 0, trainer.weights(job.owner))
+                except BaseException:
+                    trainer.drop(job.owner)
+                    raise
+                self._send(m.Began(job.owner))
+            case m.Train():
+                self._train(job, self._open_slots())
+            case m.Save():
+                trainer.save(job.owner, m.adapter_path(self._adapters_root, job.name), job.position)
+                self._send(m.Saved(job.owner, job.name))
+            case m.Drop():
+                trainer.drop(job.owner)
+            case m.Leave():
+                self._change_engine(None)
+
+    def _train(self, job: m.Train, slots: Slots) -> None:
+        begin = time.perf_counter()
+        losses = []
+        if not self._is_dropped(job.owner):
+            self._send(m.Started(job.owner, job.version))
+            losses = self._trainer.train(job.owner, job.version, job.tokens, job.num_targets)
+        if self._is_dropped(job.owner):  # its slot may be cleared, or another's, by now
+            raise ValueError(f"owner {job.owner} was dropped")
+        slots.write(job.slot, job.bank, job.owner, job.version, self._trainer.weights(job.owner))
+        seconds = time.perf_counter() - begin
+        self._send(m.Trained(job.owner, job.slot, job.bank, job.version, losses, seconds))
+
+    def _is_dropped(self, owner: int) -> bool:
+        """Whether nothing will come of the owner's training any more; what it wants saved comes first."""
+        self._receive()
+        for _, job in self._jobs:
+            if isinstance(job, m.Join | m.Leave) or (isinstance(job, m.Save | m.Drop) and job.owner == owner):
+                return not isinstance(job, m.Save)
+        return False
+
+    def _open_slots(self) -> Slots:
+        if self._slots is None:
+            raise RuntimeError("the slots are not open")
+        return self._slots
+
+    def _close_slots(self) -> None:
+        if self._slots is not None:
+            self._slots.close()
+            self._slots = None
+
+    def _send(self, report: m.Report, engine: bytes | None = None) -> None:
+        self._socket.send_multipart([engine or self._engine or b"", m.encode(report)])
+
+
+def failure(job: m.Job, reason: str) -> m.Report:
+    match job:
+        case m.Save():
+            return m.SaveFailed(job.owner, job.name, reason)
+        case m.Train() | m.Resume():
+            return m.Failed(job.owner, job.version, reason)
+        case m.Begin():
+            return m.Failed(job.owner, 0, reason)
+    return m.Lost(f"failed: {reason}")
+
+
+def end_with(parent: int, directory: Path) -> None:
+    """Watched, not signalled by the kernel: its signal comes at the end of the thread that started us."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    shutil.rmtree(directory, ignore_errors=True)
+    os._exit(0)
+
+
+def main() -> None:
+    options = msgspec.json.decode(sys.argv[1], type=m.Options)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit())  # its files are removed, an adapter half saved too
+    path = Path(options.address.removeprefix("ipc://"))
+    if options.parent is not None:
+        threading.Thread(target=end_with, args=(options.parent, path.parent), daemon=True).start()
+    if options.cpus is not None:
+        os.sched_setaffinity(0, options.cpus)
+    os.nice(options.nice)
+    torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
+    try:
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+            socket.set_hwm(0)
+            socket.linger = 0
+            socket.bind(options.address)
+            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+            Sidecar(Trainer(model), socket, options.adapters_root).serve()
+    finally:
+        path.unlink(missing_ok=True)  # ZeroMQ leaves it
+
+
+if __name__ == "__main__":
+    main()
