@@ -73,7 +73,7 @@ class TrainerClient:
         self._ready = self._ended = False
         self._unanswered = 0
         self._since = 0.0  # the trainer's last sign of life, or when it got something to do
-        self._starts = self._failures = 0
+        self._failures = 0
         self._start_at: float | None = None
 
     @property
@@ -86,7 +86,6 @@ class TrainerClient:
             self._connect(self._options.address)
         else:
             check_memory(self._options.model, self._options.dtype)
-            self._directory = tempfile.mkdtemp(prefix="longctx-")
             self._spawn()
 
     def send(self, job: m.Job) -> None:
@@ -130,15 +129,13 @@ class TrainerClient:
         self._disconnect(linger_ms=1000 if self._joins else 0)
         self._context.term()
         self._ended = True
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
         if self.slots is not None:
             self.slots.close()
 
     def _spawn(self) -> None:
         """Each process has its own socket, so that nothing a dead one said can be heard after m.Restarted."""
-        self._starts += 1
-        options = msgspec.structs.replace(self._options, address=f"ipc://{self._directory}/{self._starts}")
+        self._directory = tempfile.mkdtemp(prefix="longctx-")
+        options = msgspec.structs.replace(self._options, address=f"ipc://{self._directory}/trainer")
         command = [sys.executable, "-m", "vllm_longctx.adaptation.sidecar", msgspec.json.encode(options).decode()]
         # a session of its own: Ctrl-C at a terminal is the engine's to handle
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -157,6 +154,12 @@ class TrainerClient:
         if self._socket is not None:
             self._socket.close(linger_ms)
             self._socket = None
+        self._remove_directory()
+
+    def _remove_directory(self) -> None:
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
 
     def _end_process(self, grace_s: float = 0.0) -> None:
         if self._process is not None:
@@ -187,6 +190,7 @@ class TrainerClient:
             self._reports.append(report)
 
     def _open(self, ready: m.Ready) -> None:
+        self._remove_directory()  # connected: its name is not needed any more, so nothing is left even if all is killed now
         if self.slots is None:
             self.slots = Slots.create(ready.modules, self._max_rank, self._num_slots)
         self._ready = True
