@@ -41,7 +41,8 @@ def token_logprobs(model: PreTrainedModel, ids: list[int], cache: DynamicCache |
 
 
 def close(values: list[float]):
-    return pytest.approx(values, abs=1e-5)
+    """Float32 rounds differently when the same positions are computed in other pieces."""
+    return pytest.approx(values, abs=5e-5)
 
 
 def test_without_training_inside_the_window_it_is_generate(tiny_llama: Path) -> None:
