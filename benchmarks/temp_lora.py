@@ -246,17 +246,15 @@ def main(
                 figures[name] = bystander_speed(engine, prompts[:half], prompts[half:], tokens, options)
             for name, speed in figures.items() if number else ():
                 speeds.setdefault(name, []).append(speed)
-    with running_engine(model, longctx(preset, {**chosen, "rank": swap_rank, "alpha": swap_rank}), max_model_len, **kwargs) as (
-        engine,
-        _,
-    ):
+    wide = longctx(preset, {**chosen, "rank": swap_rank})
+    with running_engine(model, wide, max_model_len, **kwargs) as (engine, _):
         prompts = [random_tokens(engine, prompt_tokens, k) for k in range(2)]
         engine_speed(engine, prompts, writing(4 * recipe["block_tokens"], learning), 2)
         engine_metrics = swaps_and_holds(engine)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     result = {
         "preset": preset,
-        "adaptation": recipe,
+        "adaptation": {**recipe, "adapters_root": None},
         "streams": streams,
         "written": written,
         "rounds": rounds,
