@@ -194,13 +194,13 @@ def bystander_speed(
 
 
 def swaps_and_holds(engine: "LLMEngine") -> dict[str, float]:
-    """Milliseconds of a swap of all modules, and empty steps per second with every request held; from the engine's metrics."""
+    """Milliseconds of a swap of all modules, and empty steps per second with every request held; from the engine's metrics.
+
+    Of an engine that has only ever run one request at a time: when it is held, every request is.
+    """
     metrics = {m.name: m for m in engine.get_metrics()}
-    swaps, steps, held = (metrics[f"vllm:longctx_{name}"] for name in SWAPS_STEPS_HELD)
-    return {"swap_ms": 1000 * swaps.sum / swaps.count, "empty_steps_per_s": steps.value / held.value}
-
-
-SWAPS_STEPS_HELD = "swap_time_seconds", "empty_steps", "all_held_seconds"
+    swaps, idle, holds = (metrics[f"vllm:longctx_{n}"] for n in ("swap_time_seconds", "idle_steps", "hold_time_seconds"))
+    return {"swap_ms": 1000 * swaps.sum / swaps.count, "empty_steps_per_s": idle.value / holds.sum}
 
 
 def main(
@@ -248,8 +248,7 @@ def main(
                 speeds.setdefault(name, []).append(speed)
     wide = longctx(preset, {**chosen, "rank": swap_rank})
     with running_engine(model, wide, max_model_len, **kwargs) as (engine, _):
-        prompts = [random_tokens(engine, prompt_tokens, k) for k in range(2)]
-        engine_speed(engine, prompts, writing(4 * recipe["block_tokens"], learning), 2)
+        engine_speed(engine, [random_tokens(engine, prompt_tokens, 0)], writing(8 * recipe["block_tokens"], learning), 1)
         engine_metrics = swaps_and_holds(engine)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     result = {
