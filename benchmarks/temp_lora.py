@@ -119,7 +119,7 @@ def official_loop(model: str, recipe: dict[str, Any], threads: int) -> Callable[
     base = AutoModelForCausalLM.from_pretrained(model_path(model), dtype=torch.float32)
     config = LoraConfig(
         r=recipe["rank"],
-        lora_alpha=recipe["alpha"] or recipe["rank"],
+        lora_alpha=recipe.get("alpha") or recipe["rank"],
         lora_dropout=recipe["dropout"],
         target_modules="all-linear",
         task_type="CAUSAL_LM",

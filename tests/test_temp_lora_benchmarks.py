@@ -28,7 +28,7 @@ def test_flops_of_the_presets_have_the_papers_sign_and_size() -> None:
 
 
 def test_the_official_loop_writes_whole_blocks_and_leaves_the_model_as_it_was(tiny_llama: Path) -> None:
-    recipe = {"rank": 4, "alpha": None, "dropout": 0.0, "block_tokens": 8, "epochs": 2, "learning_rate": 1e-2, "adam_eps": 1e-7}
+    recipe = {"rank": 4, "dropout": 0.0, "block_tokens": 8, "epochs": 2, "learning_rate": 1e-2, "adam_eps": 1e-7}
     recipe |= {"weight_decay": 0.0, "train_context_tokens": 8, "context_tokens": 16}
     write = temp_lora.official_loop(str(tiny_llama), recipe, threads=1)
     first = write(list(range(3, 20)), 24)
