@@ -8,11 +8,13 @@ length and checks them against it.
 import difflib
 import json
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from vllm.config import VllmConfig
 
+from vllm_longctx.adaptation.blocks import KVPolicy, UpdateMode
 from vllm_longctx.geometry import Distances, Geometry
 
 KEY = "longctx"
@@ -20,16 +22,26 @@ KEY = "longctx"
 PRESETS: dict[str, dict[str, Any]] = {
     "lm-infinite": {"attention": {"method": "lm_infinite"}},
     "streaming": {"attention": {"method": "streaming"}},
+    "temp-lora-economic": {"attention": {"method": "none"}, "adaptation": {"method": "temp_lora"}},
+    "temp-lora-quality": {"attention": {"method": "none"}, "adaptation": {"method": "temp_lora"}},
 }
+# How many blocks fill the window by default: in the paper (arXiv 2401.11504, section 4) the economic setting has blocks of half
+# the window; the official code's own sizes are a quarter.
+BLOCKS_PER_WINDOW = {"temp-lora-economic": 2}
+DEFAULT_BLOCKS_PER_WINDOW = 4
 DEFAULT_PRESET = "lm-infinite"
+MAX_RANK = 512  # vLLM's largest `max_lora_rank`
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"  # a directory's name, never a path
 # Papers' choices: LM-Infinite section 4.1 (10 to 100 first tokens), StreamingLLM section 3.2 (4).
 DEFAULT_N_GLOBAL = {"lm_infinite": 10, "streaming": 4}
 
 NOT_BUILT = {
-    "adaptation": "Temp-LoRA (adaptation)",
     "focused": "Focused Transformer (attention.method focused)",
     "top_k": "the top-k branch (attention.top_k*)",
 }
+
+
+S = TypeVar("S", bound="_Section")
 
 
 class LongContextError(ValueError):
@@ -77,7 +89,9 @@ class AttentionSection(_Section):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} = {getattr(self, name)}: {NOT_BUILT['top_k']} is not built yet; leave it out")
         if self.method == "none":
-            given = self.model_fields_set - {"method"}
+            given = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default} - {
+                "method"
+            }
             if given:
                 raise ValueError(f"method none takes no other keys, but {', '.join(sorted(given))} was given")
         if self.method == "streaming" and self.distances == "relative":
@@ -120,6 +134,194 @@ class AttentionSection(_Section):
         )
 
 
+class TrainerSection(_Section):
+    """The sidecar process that trains adapters.
+
+    threads: of its own, beside vLLM's. cpus: which it may run on; None leaves that to the operating system. address: of a
+    sidecar that is running already (`ipc://...`), instead of one that the engine starts. timeout_s: a block that trains for
+    longer counts as a hang. max_restarts: in a row, without a trained block between.
+    """
+
+    threads: int = Field(default=1, ge=1)
+    cpus: list[int] | None = None
+    address: str | None = None
+    timeout_s: float = Field(default=600.0, gt=0)
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    max_restarts: int = Field(default=3, ge=0)
+
+
+class AdaptationSection(_Section):
+    """Temp-LoRA (arXiv 2401.11504): what is trained, when, and what happens to the KV cache; the recipe is the official code's.
+
+    Sizes in tokens; None takes the value from the window. alpha: None for the request's rank (scaling 1). max_rank, max_epochs,
+    min_block_tokens: limits to what a request may ask for. adapters_root: directory of saved adapters; None for none.
+    """
+
+    method: Literal["temp_lora"] = "temp_lora"
+    block_tokens: int | None = Field(default=None, ge=1)
+    context_tokens: int | None = Field(default=None, ge=1)
+    window_tokens: int | None = Field(default=None, ge=1)
+    train_context_tokens: int | None = Field(default=None, ge=0)
+    rank: int = Field(default=64, ge=1, le=MAX_RANK)
+    alpha: float | None = Field(default=None, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    learning_rate: float = Field(default=5e-5, gt=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_eps: float = Field(default=1e-7, gt=0)
+    grad_clip: float | None = Field(default=None, gt=0)
+    warmup_blocks: int = Field(default=2, ge=0)
+    epochs: int = Field(default=2, ge=0)
+    adapter_seed: int = Field(default=0, ge=0, lt=2**63)
+    train_on_prompt: bool = True
+    kv_policy: KVPolicy | None = None
+    update_mode: UpdateMode = "cascaded"
+    keep_first: int = Field(default=1, ge=0)
+    on_failure: Literal["continue", "fail"] = "continue"
+    slots: int | None = Field(default=None, ge=1)
+    requests: Literal["opt_in", "all"] = "opt_in"
+    adapters_root: str | None = None
+    max_rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
+    max_epochs: int = Field(default=8, ge=0)
+    min_block_tokens: int = Field(default=16, ge=1)
+    trainer: TrainerSection = TrainerSection()
+
+    @property
+    def rank_limit(self) -> int:
+        return self.rank if self.max_rank is None else self.max_rank
+
+    def for_model(self, trained_length: int, attention: AttentionSection, kv_block: int, preset: str | None) -> Self:
+        """Every size filled in and checked. trained_length, kv_block: tokens. attention: filled in, too."""
+        sliding = attention.method != "none"
+        policy = self.kv_policy or ("keep" if sliding else "reuse")
+        window = self.window_tokens or attention.n_local or trained_length
+        block = self.block_tokens or max(window // BLOCKS_PER_WINDOW.get(preset or "", DEFAULT_BLOCKS_PER_WINDOW), 1)
+        context = self.context_tokens or max(window - block - kv_block, 1)
+        train_context = self.train_context_tokens
+        filled = self.model_copy(
+            update={
+                "kv_policy": policy,
+                "window_tokens": window,
+                "block_tokens": block,
+                "context_tokens": context,
+                "train_context_tokens": max(trained_length - block - 1, 0) if train_context is None else train_context,
+                "max_rank": self.rank_limit,
+                "min_block_tokens": min(self.min_block_tokens, block),
+                "max_epochs": max(self.max_epochs, self.epochs),
+            }
+        )
+        if sliding:
+            for name in ("window_tokens", "context_tokens"):
+                if name in self.model_fields_set and getattr(self, name) != getattr(filled, name):
+                    raise LongContextError(
+                        f"adaptation.{name} has no effect beside attention.method {attention.method}, whose "
+                        "window slides; leave it out, or set attention.method none"
+                    )
+        if window > trained_length:
+            raise LongContextError(
+                f"adaptation.window_tokens = {window}, but the model was trained on {trained_length} tokens; lower it"
+            )
+        if self.keep_first > kv_block:
+            raise LongContextError(
+                f"adaptation.keep_first = {self.keep_first} is more than a KV block of {kv_block} tokens; lower it"
+            )
+        if self.rank > filled.rank_limit:
+            raise LongContextError(
+                f"adaptation.rank = {self.rank} is above adaptation.max_rank = {filled.rank_limit}; raise max_rank"
+            )
+        filled.check(trained_length, sliding, kv_block)
+        return filled
+
+    def check(self, trained_length: int, sliding: bool, kv_block: int) -> None:
+        """Raises LongContextError unless filled-in sizes go together. sliding: the window slides (Λ attention)."""
+        assert self.window_tokens and self.block_tokens and self.context_tokens and self.train_context_tokens is not None
+        if (self.kv_policy == "keep") != sliding:
+            other = "reuse or recompute; Λ attention (attention.method lm_infinite or streaming) goes with keep"
+            raise LongContextError(f"adaptation.kv_policy = {self.kv_policy!r}, but attention.method none takes {other}")
+        example = self.train_context_tokens + self.block_tokens + 1
+        if example > trained_length:
+            raise LongContextError(
+                f"adaptation.train_context_tokens + adaptation.block_tokens + 1 = {example}, but the model was trained on "
+                f"{trained_length} tokens; lower one of them"
+            )
+        if not sliding and self.context_tokens + kv_block + self.keep_first > self.window_tokens:
+            raise LongContextError(
+                f"adaptation.context_tokens = {self.context_tokens} leaves no room in adaptation.window_tokens = "
+                f"{self.window_tokens}: a new pass keeps them, up to {kv_block - 1} more and {self.keep_first} first ones; "
+                f"give at most {self.window_tokens - kv_block - self.keep_first}"
+            )
+
+    def for_request(self, options: "RequestOptions", trained_length: int, kv_block: int) -> Self | None:
+        """The settings of one request, or None if it does not adapt. On sections that `for_model` has filled in.
+
+        Raises LongContextError for an option beyond the server's limits.
+        """
+        given = options.model_dump(exclude_none=True)
+        wanted = given.pop("temp_lora", self.requests == "all")
+        if not wanted:
+            if given:
+                raise LongContextError(
+                    f"{next(iter(given))} has no effect without temp_lora; set temp_lora true, or leave it out"
+                )
+            return None
+        for name in ("save_as", "start_from"):
+            if given.pop(name, None) is not None and self.adapters_root is None:
+                raise LongContextError(f"{name}: this server keeps no adapters; start it with adaptation.adapters_root")
+        if options.start_from is not None:
+            given.setdefault("rank", self._saved_rank(options.start_from))
+        assert self.block_tokens is not None
+        limits = {
+            "rank": (given.get("rank", 1) <= self.rank_limit, f"at most {self.rank_limit} (adaptation.max_rank)"),
+            "epochs": (given.get("epochs", 0) <= self.max_epochs, f"at most {self.max_epochs} (adaptation.max_epochs)"),
+            "block_tokens": (
+                given.get("block_tokens", self.block_tokens) >= self.min_block_tokens,
+                f"at least {self.min_block_tokens} (adaptation.min_block_tokens)",
+            ),
+        }
+        for name, (holds, allowed) in limits.items():
+            if not holds:
+                raise LongContextError(f"{name} = {given[name]} is beyond this server's limit; give {allowed}")
+        if "block_tokens" in given and "train_context_tokens" not in given:
+            assert self.train_context_tokens is not None
+            room = max(trained_length - given["block_tokens"] - 1, 0)
+            given["train_context_tokens"] = min(self.train_context_tokens, room)
+        own = self.model_copy(update=given)
+        own.check(trained_length, self.kv_policy == "keep", kv_block)
+        return own
+
+    def _saved_rank(self, name: str) -> int:
+        assert self.adapters_root is not None
+        path = Path(self.adapters_root, name, "adapter_config.json")
+        if not path.is_file():
+            raise LongContextError(f"start_from = {name!r}: there is no such adapter in adaptation.adapters_root")
+        return json.loads(path.read_text())["r"]
+
+
+class RequestOptions(_Section):
+    """What one request may set: `SamplingParams.extra_args["longctx"]`, `vllm_xargs.longctx` (a JSON string) over HTTP.
+
+    save_as, start_from: names of adapters under `adaptation.adapters_root`. The others: as in `AdaptationSection`.
+    """
+
+    temp_lora: bool | None = None
+    block_tokens: int | None = Field(default=None, ge=1)
+    context_tokens: int | None = Field(default=None, ge=1)
+    train_context_tokens: int | None = Field(default=None, ge=0)
+    rank: int | None = Field(default=None, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0, le=1)
+    epochs: int | None = Field(default=None, ge=0)
+    train_on_prompt: bool | None = None
+    kv_policy: KVPolicy | None = None
+    update_mode: UpdateMode | None = None
+    adapter_seed: int | None = Field(default=None, ge=0, lt=2**63)
+    save_as: str | None = Field(default=None, pattern=ADAPTER_NAME)
+    start_from: str | None = Field(default=None, pattern=ADAPTER_NAME)
+
+    @classmethod
+    def parse(cls, value: Any) -> "RequestOptions":
+        """From a dict or a JSON string. Raises LongContextError naming each bad field, its value and what is allowed."""
+        return _parse(cls, value)
+
+
 class ServingSection(_Section):
     """What `vllm serve` does with HTTP requests.
 
@@ -134,7 +336,7 @@ class LongContextConfig(_Section):
 
     preset: str | None = None
     attention: AttentionSection = AttentionSection()
-    adaptation: dict[str, Any] | None = None
+    adaptation: AdaptationSection | None = None
     serving: ServingSection = ServingSection()
 
     @model_validator(mode="before")
@@ -147,46 +349,45 @@ class LongContextConfig(_Section):
             return data
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")
-        own = data.get("attention", {})
-        if not isinstance(own, dict):
-            return data
-        return {**data, "attention": {**PRESETS[name]["attention"], **own}}
+        merged = dict(data)
+        for section, defaults in PRESETS[name].items():
+            own = data.get(section, {})
+            if isinstance(own, dict):
+                merged[section] = {**defaults, **own}
+        return merged
 
     @model_validator(mode="after")
     def _built(self) -> Self:
-        if self.adaptation is not None:
-            raise ValueError(f"{NOT_BUILT['adaptation']} is not built yet; leave `adaptation` out")
-        if not self.changes_attention and "serving" in self.model_fields_set:
+        if not self.changes_engine and "serving" in self.model_fields_set:
             raise ValueError("serving has no effect with attention.method none, which leaves vLLM as it is; leave it out")
         return self
 
     @classmethod
     def parse(cls, value: Any) -> "LongContextConfig":
         """From a dict or a JSON string. Raises LongContextError naming each bad field, its value and what is allowed."""
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError as e:
-                raise LongContextError(f"longctx: not valid JSON ({e.msg} at character {e.pos}): {value}") from None
-        try:
-            return cls.model_validate(value)
-        except ValidationError as e:
-            raise LongContextError("; ".join(_describe(error) for error in e.errors())) from None
+        return _parse(cls, value)
 
-    def for_model(self, trained_length: int) -> "LongContextConfig":
-        """Every length filled in. trained_length: tokens."""
-        if not self.changes_attention:
-            return self
-        return self.model_copy(update={"attention": self.attention.for_model(trained_length)})
+    def for_model(self, trained_length: int, kv_block: int) -> "LongContextConfig":
+        """Every length filled in. trained_length, kv_block: tokens."""
+        attention = self.attention.for_model(trained_length) if self.changes_attention else self.attention
+        adaptation = self.adaptation and self.adaptation.for_model(trained_length, attention, kv_block, self.preset)
+        return self.model_copy(update={"attention": attention, "adaptation": adaptation})
 
     @property
     def changes_attention(self) -> bool:
         return self.attention.method != "none"
 
     @property
+    def changes_engine(self) -> bool:
+        """False for a configuration that leaves vLLM as it is."""
+        return self.changes_attention or self.adaptation is not None
+
+    @property
     def geometry(self) -> Geometry:
         """The geometry of a configuration that `for_model` has filled in."""
         a = self.attention
+        if not self.changes_attention:
+            return Geometry()
         if a.n_global is None or a.n_local is None or a.distances is None:
             raise RuntimeError("LongContextConfig.for_model has not been called")
         return Geometry(a.n_global, a.n_local, a.distance_ceiling, a.distances)
@@ -200,6 +401,20 @@ def checked_json(text: str) -> dict[str, Any]:
     """The value of a `--longctx` flag, as the user wrote it. Raises LongContextError if it is not a configuration."""
     LongContextConfig.parse(text)
     return json.loads(text)
+
+
+def _parse(section: type[S], value: Any) -> S:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as e:
+            raise LongContextError(f"longctx: not valid JSON ({e.msg} at character {e.pos}): {value[:200]}") from None
+        except RecursionError:
+            raise LongContextError(f"longctx: nested too deeply: {value[:200]}") from None
+    try:
+        return section.model_validate(value)
+    except ValidationError as e:
+        raise LongContextError("; ".join(_describe(error) for error in e.errors())) from None
 
 
 def _describe(error: Any) -> str:

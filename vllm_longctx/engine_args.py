@@ -6,22 +6,25 @@ Two steps around vLLM's own `create_engine_config`: `prepare` parses the configu
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import vllm
 from transformers import PretrainedConfig
 from vllm.config import ModelConfig, VllmConfig
+from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from vllm_longctx.config import DEFAULT_PRESET, KEY, LongContextConfig, LongContextError
+from vllm_longctx.attention.selection import cdiv
+from vllm_longctx.config import DEFAULT_PRESET, KEY, AdaptationSection, LongContextConfig, LongContextError
 from vllm_longctx.kv_cache import max_blocks_per_request
 from vllm_longctx.rotary import SCALINGS
 
 VLLM_VERSION = "0.32.0"
 WORKER = "vllm_longctx.worker.LongContextCPUWorker"
 SCHEDULER = "vllm_longctx.scheduler.LongContextScheduler"
+ADAPTING_SCHEDULER = "vllm_longctx.adaptation.scheduler.TempLoraScheduler"
 # vLLM keeps max_num_seqs * max_model_len token ids of 4 bytes in the worker: 1 GiB at 256 sequences.
 DEFAULT_MAX_MODEL_LEN = 1 << 20
 DEFAULT_BLOCK_SIZE = 32
@@ -35,6 +38,11 @@ ARCHITECTURES = (
     "MptForCausalLM",
     "MPTForCausalLM",
 )
+SCHEDULERS = (SCHEDULER, ADAPTING_SCHEDULER)
+# Those whose linear layers vLLM adapts, under Hugging Face's names for them.
+ADAPTABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DEFAULT_SLOTS = 8
 # The entries of a Hugging Face config that may hold the trained length: Llama's and GPT-J's, MPT's, BLOOM's.
 LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "seq_length")
 
@@ -49,21 +57,38 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     if KEY not in (args.additional_config or {}):
         return None
     config = LongContextConfig.parse(args.additional_config[KEY])
-    if not config.changes_attention:
+    if not config.changes_engine:
         return config
     check_vllm_version()
     if not current_platform.is_cpu():
         raise LongContextError(f"longctx runs on vLLM's CPU platform so far, but this is {current_platform.device_name}")
     if args.worker_cls not in ("auto", WORKER):
         raise LongContextError(f"worker_cls = {args.worker_cls!r}, but longctx needs its own; leave worker_cls out")
-    if args.scheduler_cls not in (None, SCHEDULER):
+    scheduler = SCHEDULER if config.adaptation is None else ADAPTING_SCHEDULER
+    if args.scheduler_cls not in (None, scheduler):
         raise LongContextError(f"scheduler_cls = {args.scheduler_cls!r}, but longctx needs its own; leave scheduler_cls out")
-    args.worker_cls, args.scheduler_cls = WORKER, SCHEDULER
+    args.worker_cls, args.scheduler_cls = WORKER, scheduler
+    if config.adaptation is not None:
+        config = _with_slots(args, config, config.adaptation)
     args.block_size = args.block_size or DEFAULT_BLOCK_SIZE
     if args.max_model_len in (None, -1):
         args.max_model_len = DEFAULT_MAX_MODEL_LEN
     args.hf_overrides = _with_max_length(args.hf_overrides, args.max_model_len)
     return config
+
+
+def _with_slots(args: EngineArgs, config: LongContextConfig, adaptation: AdaptationSection) -> LongContextConfig:
+    """LoRA of vLLM's with room for our slots, beside the adapters that the user asks for."""
+    slots = adaptation.slots or min(DEFAULT_SLOTS, args.max_num_seqs or DEFAULT_SLOTS)
+    static = args.max_loras if args.enable_lora else 0
+    rank = max(adaptation.rank_limit, args.max_lora_rank if args.enable_lora else 1)
+    if not args.enable_lora:
+        args.lora_target_modules = list(LINEAR_MODULES)  # or vLLM wraps embeddings and the output layer, too
+    args.enable_lora = True
+    args.max_loras = static + slots
+    args.max_cpu_loras = max(args.max_cpu_loras or 0, args.max_loras)
+    args.max_lora_rank = next(allowed for allowed in get_args(MaxLoRARanks) if allowed >= rank)
+    return config.model_copy(update={"adaptation": adaptation.model_copy(update={"slots": slots})})
 
 
 def check_vllm_version() -> None:
@@ -93,11 +118,13 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig) -> None:
 
     Raises LongContextError for a model or a setting that cannot work.
     """
-    if not config.changes_attention:
+    if not config.changes_engine:
         return
     check_model(vllm_config.model_config)
     check_settings(vllm_config)
-    config = config.for_model(trained_length(vllm_config.model_config))
+    if config.adaptation is not None:
+        check_adaptation(config.adaptation, vllm_config)
+    config = config.for_model(trained_length(vllm_config.model_config), vllm_config.cache_config.block_size)
     _check_pool(config, vllm_config)
     vllm_config.additional_config = {**vllm_config.additional_config, KEY: config.dump()}
 
@@ -179,11 +206,41 @@ def check_settings(vllm_config: VllmConfig) -> None:
             raise LongContextError(f"longctx does not run with this setting: {setting}")
 
 
+def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> None:
+    """Raises LongContextError for a model or a setting with which Temp-LoRA cannot work."""
+    model, scheduler, parallel = vllm_config.model_config, vllm_config.scheduler_config, vllm_config.parallel_config
+    name = f"model {model.model} ({', '.join(model.architectures)})"
+    most = scheduler.max_num_seqs
+    refused = {
+        f"{name} is quantized ({model.quantization}), and the trainer loads unquantized weights only; give the unquantized "
+        "checkpoint": model.quantization is not None,
+        f"{name} has no LoRA support for its linear layers; Temp-LoRA runs {', '.join(ADAPTABLE)}": (
+            not set(model.architectures) & set(ADAPTABLE)
+        ),
+        f"adaptation.slots = {adaptation.slots}, but max_num_seqs = {most} requests run at once; lower slots, or raise "
+        "max_num_seqs": adaptation.slots is not None and adaptation.slots > most,
+        f"scheduling_policy = {scheduler.policy!r} may preempt a request that adapts; leave it at 'fcfs'": (
+            scheduler.policy != "fcfs"
+        ),
+        f"pipeline_parallel_size = {parallel.pipeline_parallel_size}; set it to 1": parallel.pipeline_parallel_size > 1,
+    }
+    for reason, holds in refused.items():
+        if holds:
+            raise LongContextError(f"longctx cannot adapt here: {reason}")
+
+
 def _check_pool(config: LongContextConfig, vllm_config: VllmConfig) -> None:
     """Raises LongContextError if the pool, where its size is known, has fewer blocks than one request may hold."""
     cache, model, geometry = vllm_config.cache_config, vllm_config.model_config, config.geometry
     in_flight = vllm_config.max_in_flight_tokens
-    blocks = max_blocks_per_request(geometry, cache.block_size, in_flight, model.max_model_len)
+    if config.changes_attention:
+        blocks = max_blocks_per_request(geometry, cache.block_size, in_flight, model.max_model_len)
+        why = f"n_global {geometry.n_global}, n_local {geometry.n_local}, {in_flight} tokens in flight"
+        remedy = "max_num_batched_tokens or attention.n_local"
+    else:
+        assert config.adaptation is not None and config.adaptation.window_tokens is not None
+        blocks = cdiv(trained_length(model), cache.block_size) + 1
+        why, remedy = f"the trained length of {trained_length(model)} tokens", "block_size"
     if cache.num_gpu_blocks_override is not None:
         pool, given = cache.num_gpu_blocks_override, f"num_gpu_blocks_override = {cache.num_gpu_blocks_override}"
     elif cache.kv_cache_memory_bytes is not None:
@@ -193,9 +250,8 @@ def _check_pool(config: LongContextConfig, vllm_config: VllmConfig) -> None:
         return
     if pool < blocks + 1:
         raise LongContextError(
-            f"{given} gives {pool} blocks, but one request holds up to {blocks} (n_global {geometry.n_global}, n_local "
-            f"{geometry.n_local}, {in_flight} tokens in flight, block_size {cache.block_size}) and vLLM keeps one; give "
-            f"at least {blocks + 1} blocks, or lower max_num_batched_tokens or attention.n_local"
+            f"{given} gives {pool} blocks, but one request holds up to {blocks} ({why}, block_size {cache.block_size}) and "
+            f"vLLM keeps one; give at least {blocks + 1} blocks, or lower {remedy}"
         )
 
 

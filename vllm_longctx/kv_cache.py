@@ -1,19 +1,24 @@
-"""KV cache of Λ attention: which blocks live, which are freed, what prefix caching may reuse.
+"""KV cache of Λ attention and of stepped windows: which blocks live, which are freed, what prefix caching may reuse.
 
 A request keeps the blocks of its first tokens and of its window; the blocks between are freed, their places in the block
 table taken by the null block. A prefix-cache hit therefore needs the first tokens' blocks and one window of blocks at its
 end, with null blocks between, just as vLLM's sliding-window manager does without the first tokens.
+
+Under stepped windows (Temp-LoRA without Λ attention) requests that adapt live in passes: a new pass gives all blocks back and
+starts with null blocks up to its window. The KV of a request that adapts is its own: prefix caching never sees it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
-from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
 
 from vllm_longctx.attention.selection import cdiv
 from vllm_longctx.geometry import Geometry
@@ -61,7 +66,25 @@ def max_blocks_per_request(geometry: Geometry, block_size: int, max_in_flight_to
     return min(cdiv(geometry.n_global, block_size) + recent, cdiv(max_model_len, block_size))
 
 
-class LambdaManager(SingleTypeKVCacheManager):
+class PrivateRequests(SingleTypeKVCacheManager):
+    """Requests that adapt: their blocks are never published, and `most_blocks` is what each holds at once."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.most_blocks: dict[str, int] = {}
+
+    def make_private(self, request_id: str, most_blocks: int) -> None:
+        self.most_blocks[request_id] = most_blocks
+
+    def forget(self, request_id: str) -> None:
+        self.most_blocks.pop(request_id, None)
+
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        if request.request_id not in self.most_blocks:
+            super().cache_blocks(request, *args, **kwargs)
+
+
+class LambdaManager(PrivateRequests):
     """Frees the middle of every request in its group."""
 
     kv_cache_spec: LambdaSpec
@@ -195,7 +218,52 @@ def _first_window_block(spec: LambdaSpec, computed_tokens: int) -> int:
     return max(computed_tokens - spec.sliding_window + 1 - spec.extra_retained_tokens, 0) // spec.block_size
 
 
+@dataclass(frozen=True, kw_only=True)
+class SteppedSpec(FullAttentionSpec):
+    """KV of one layer under stepped windows. most_tokens: the longest live context of any request, in tokens."""
+
+    most_tokens: int
+
+    @classmethod
+    def from_attention_spec(cls, spec: AttentionSpec, most_tokens: int) -> "SteppedSpec":
+        """The spec of the same layer. Raises TypeError for a layer with a window of its own."""
+        if not isinstance(spec, FullAttentionSpec) or spec.sliding_window is not None:
+            raise TypeError(f"cannot give {spec} stepped windows")
+        return cls(**{f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}, most_tokens=most_tokens)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        return cdiv(self.most_tokens, self.block_size) * self.page_size_bytes
+
+    @classmethod
+    def merge(cls, specs: list["SteppedSpec"]) -> "SteppedSpec":
+        if any(spec != specs[0] for spec in specs):
+            raise TypeError(f"stepped windows need the same KV in all layers, not {set(specs)}")
+        return specs[0]
+
+
+class SteppedManager(PrivateRequests, FullAttentionManager):
+    """Full attention, but for requests whose window steps."""
+
+    def roll_back(self, request_id: str, position: int) -> None:
+        """Give back all blocks; `position` is what the request computes next, null blocks stand before it."""
+        self.free(request_id)
+        empty = position // self.block_size
+        self.req_to_blocks[request_id] = [self._null_block] * empty
+        self.num_cached_block[request_id] = empty
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
+    ) -> int:
+        if apply_admission_cap and (most := self.most_blocks.get(request_id)) is not None:
+            null = sum(block.is_null for block in self.req_to_blocks.get(request_id, ()))
+            num_tokens = min(num_tokens, (null + most) * self.block_size)
+        return super().get_num_blocks_to_allocate(
+            request_id, num_tokens, *args, apply_admission_cap=apply_admission_cap, **kwargs
+        )
+
+
 def register() -> None:
-    """Make the spec known to vLLM; also needed where it is only unpickled. Built-in specs must be there first."""
+    """Make the specs known to vLLM; also needed where it is only unpickled. Built-in specs must be there first."""
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(LambdaSpec, LambdaManager, uniform_type_base_spec=LambdaSpec)
+    KVCacheSpecRegistry.register(SteppedSpec, SteppedManager, uniform_type_base_spec=SteppedSpec)

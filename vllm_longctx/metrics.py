@@ -1,6 +1,7 @@
 """Prometheus metrics of long requests beside vLLM's own, under the same labels; README, "Watching a server"."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -14,6 +15,8 @@ from vllm_longctx.engine_args import trained_length
 
 PREFIX = "vllm:longctx_"  # vLLM's own prefix: `LLM.get_metrics` shows, and a new engine unregisters, no other
 SELECTION_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0)
+TRAIN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+LOSS_BUCKETS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0, 12.0)
 
 
 @dataclass
@@ -30,6 +33,22 @@ class StepStats:
     tokens_past_trained: int = 0
     requests_past_trained: int = 0
     selection_seconds: float | None = None
+
+    # Requests that adapt: slots in use, requests held, blocks at the trainer, versions that are not trained yet, steps in which
+    # all were held, tokens computed; each swap of a slot, hold, and trained block in seconds, its loss before and after.
+    slots_in_use: int = 0
+    held_requests: int = 0
+    train_queue: int = 0
+    versions_behind: int = 0
+    idle_steps: int = 0
+    adapted_tokens: int = 0
+    blocks_trained: int = 0
+    train_failures: int = 0
+    trainer_restarts: int = 0
+    swap_seconds: list[float] = field(default_factory=list)
+    hold_seconds: list[float] = field(default_factory=list)
+    train_seconds: list[float] = field(default_factory=list)
+    losses: list[tuple[float, float]] = field(default_factory=list)
 
 
 class LongContextStatLogger(AggregateStatLoggerBase):
@@ -67,6 +86,50 @@ class LongContextStatLogger(AggregateStatLoggerBase):
             buckets=SELECTION_BUCKETS,
         )
 
+        self.adapts = active_config(vllm_config).adaptation is not None
+        if self.adapts:
+            self._adaptation_metrics(per_engine)
+
+    def _adaptation_metrics(self, per_engine: Callable[..., dict[int, Any]]) -> None:
+        gauges = {
+            "slots_in_use": ("adapter_slots_in_use", "Slots of requests that adapt."),
+            "held_requests": ("num_requests_held", "Requests that wait for a version of their adapter."),
+            "train_queue": ("train_queue_blocks", "Blocks that are being trained or wait for it."),
+            "versions_behind": ("versions_behind", "Blocks read or written that no version has been trained on yet."),
+        }
+        counters = {
+            "idle_steps": ("idle_steps", "Engine steps in which every request was held."),
+            "adapted_tokens": ("adapted_tokens", "Tokens computed for requests that adapt, those of new passes too."),
+            "blocks_trained": ("blocks_trained", "Blocks that became a version of an adapter."),
+            "train_failures": ("train_failures", "Blocks that could not be trained."),
+            "trainer_restarts": ("trainer_restarts", "Times the trainer process was started again."),
+        }
+        histograms = {
+            "swap_seconds": ("swap_time_seconds", "Histogram of the time to put a version into all layers.", SELECTION_BUCKETS),
+            "hold_seconds": ("hold_time_seconds", "Histogram of the time a request waits for a version.", TRAIN_BUCKETS),
+            "train_seconds": ("train_time_seconds", "Histogram of the time to train a block.", TRAIN_BUCKETS),
+        }
+        self.gauges = {f: per_engine(Gauge, *texts, multiprocess_mode="mostrecent") for f, texts in gauges.items()}
+        self.counters = {f: per_engine(Counter, *texts) for f, texts in counters.items()}
+        self.histograms = {f: per_engine(Histogram, n, text, buckets=b) for f, (n, text, b) in histograms.items()}
+        about = "Histogram of a block's loss in nats per token, {} it was trained on."
+        self.losses = [
+            per_engine(Histogram, f"block_loss_{when}", about.format(when), buckets=LOSS_BUCKETS)
+            for when in ("before", "after")
+        ]
+
+    def _record_adaptation(self, step: StepStats, engine_idx: int) -> None:
+        for name, gauge in self.gauges.items():
+            gauge[engine_idx].set(getattr(step, name))
+        for name, counter in self.counters.items():
+            counter[engine_idx].inc(getattr(step, name))
+        for name, histogram in self.histograms.items():
+            for value in getattr(step, name):
+                histogram[engine_idx].observe(value)
+        for pair in step.losses:
+            for metric, loss in zip(self.losses, pair, strict=True):
+                metric[engine_idx].observe(loss)
+
     def log_engine_initialized(self) -> None:
         config = active_config(self.vllm_config)
         info = {
@@ -100,3 +163,5 @@ class LongContextStatLogger(AggregateStatLoggerBase):
         self.tokens_past_trained[engine_idx].inc(step.tokens_past_trained)
         if step.selection_seconds is not None:
             self.selection_seconds[engine_idx].observe(step.selection_seconds)
+        if self.adapts:
+            self._record_adaptation(step, engine_idx)

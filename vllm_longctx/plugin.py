@@ -87,7 +87,7 @@ def _wrap_stat_loggers() -> None:
     @functools.wraps(init)
     def with_ours(self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         init(self, vllm_config, *args, **kwargs)
-        if vllm_config.scheduler_config.scheduler_cls == engine_args.SCHEDULER:
+        if vllm_config.scheduler_config.scheduler_cls in engine_args.SCHEDULERS:
             self.stat_loggers.insert(0, LongContextStatLogger(vllm_config, self.engine_indexes))
 
     StatLoggerManager.__init__ = with_ours

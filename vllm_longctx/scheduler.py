@@ -23,7 +23,8 @@ class LongContextScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.trained_length = trained_length(self.vllm_config.model_config)
-        self.n_local = active_config(self.vllm_config).geometry.n_local
+        config = active_config(self.vllm_config)
+        self.window = config.geometry.n_local or self.trained_length
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.lambda_managers = [m for m in managers if isinstance(m, LambdaManager)]
         self.step_stats = StepStats()
@@ -32,17 +33,20 @@ class LongContextScheduler(Scheduler):
     def _log_start(self) -> None:
         """Here, because there is one scheduler per engine; the engine's arguments are read in every API server."""
         config, model = active_config(self.vllm_config), self.vllm_config.model_config
-        logger.info(
-            "longctx: %s, n_global %d, n_local %d, distance_ceiling %s, distances %s, trained length %d; max_model_len %d, "
-            "block_size %d, at most %s KV blocks per request, worker %s",
-            config.attention.method,
-            *vars(config.geometry).values(),
-            self.trained_length,
-            model.max_model_len,
-            self.vllm_config.cache_config.block_size,
-            sum(m.max_admission_blocks_per_request for m in self.lambda_managers),
-            self.vllm_config.parallel_config.worker_cls,
-        )
+        parts = [str(config.attention.method)]
+        if config.changes_attention:
+            parts += [f"{name} {value}" for name, value in vars(config.geometry).items()]
+        if config.adaptation is not None:
+            a = config.adaptation
+            parts += [f"Temp-LoRA rank {a.rank}, blocks of {a.block_tokens} tokens, kv_policy {a.kv_policy}, {a.slots} slots"]
+        parts += [
+            f"trained length {self.trained_length}",
+            f"max_model_len {model.max_model_len}",
+            f"block_size {self.vllm_config.cache_config.block_size}",
+            f"at most {sum(m.max_admission_blocks_per_request for m in self.lambda_managers)} KV blocks per request",
+            f"worker {self.vllm_config.parallel_config.worker_cls}",
+        ]
+        logger.info("longctx: %s", ", ".join(parts))
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
@@ -61,12 +65,12 @@ class LongContextScheduler(Scheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """As vLLM's, with ours in the open dict that is there for KV connectors; longctx runs with none."""
         stats = super().make_stats(*args, **kwargs)
+        ours, self.step_stats = self.step_stats, StepStats()
         if stats is None:
             return None
-        ours, self.step_stats = self.step_stats, StepStats()
         for request in self.running:
             ours.requests_past_trained += request.num_computed_tokens > self.trained_length
-            if request.num_computed_tokens > self.n_local:
+            if request.num_computed_tokens > self.window:
                 ours.live_blocks += sum(m.num_live_blocks(request.request_id) for m in self.lambda_managers)
         for manager in self.lambda_managers:
             ours.freed_blocks += manager.take_num_freed_blocks()

@@ -21,13 +21,17 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_longctx.config import KEY, LongContextConfig, LongContextError, active_config, did_you_mean
+from vllm_longctx.config import KEY, LongContextConfig, LongContextError, RequestOptions, active_config, did_you_mean
+from vllm_longctx.engine_args import trained_length
 
-NOT_PER_REQUEST = "longctx has no options per request, attention is chosen when the engine starts; leave it out"
+NOT_PER_REQUEST = "this engine has no options per request (it was started without adaptation); leave it out"
+EXAMPLE = """{"vllm_xargs": {"longctx": "{\\"temp_lora\\": true}"}}"""
 # Requests travel to the engine as msgpack, whose integers end here; beyond, vLLM answers 500.
 INT64 = range(-(2**63), 2**63)
 # In vLLM's order of precedence.
@@ -35,6 +39,7 @@ OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
 
 # The field with which the HTTP request being served limits its output, and its value.
 _output_limit: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar("output_limit", default=None)
+_over_http: contextvars.ContextVar[bool] = contextvars.ContextVar("over_http", default=False)
 
 
 class RequestError(VLLMValidationError, LongContextError):
@@ -62,7 +67,7 @@ class RequestChecks:
 def prepare(app: FastAPI) -> None:
     """Check the bodies of the app's routes, and limit open-ended requests, if its engine runs a longctx configuration."""
     config = LongContextConfig.parse(app.state.vllm_config.additional_config[KEY])
-    if not config.changes_attention:
+    if not config.changes_engine:
         return
     for name in app.state:
         # What vLLM takes from the model's generation_config.json, where that says anything.
@@ -87,6 +92,7 @@ async def _checked(app: ASGIApp, models: list[type], scope: Scope, receive: Rece
         parsed = None
     if isinstance(parsed, dict):  # vLLM answers anything else with a 400
         check_body(models, parsed)
+        _over_http.set(True)
         given = [(name, parsed[name]) for name in OUTPUT_LIMITS if parsed.get(name) is not None]
         # Beam search sends its prompts again for every token.
         _output_limit.set(given[0] if given and not parsed.get("use_beam_search") else None)
@@ -134,10 +140,10 @@ def check_body(models: list[type], body: dict[str, Any]) -> None:
     models: the pydantic models of which the body is to fit one.
     """
     if KEY in body:
-        raise RequestError(f"{KEY}: {NOT_PER_REQUEST}", KEY)
+        raise RequestError(f"{KEY}: options of ours stand in vllm_xargs, as a JSON string: {EXAMPLE}", KEY)
     extra_args = body.get("vllm_xargs")
-    if isinstance(extra_args, dict) and KEY in extra_args:
-        raise RequestError(f"vllm_xargs.{KEY}: {NOT_PER_REQUEST}", "vllm_xargs")
+    if isinstance(extra_args, dict) and not isinstance(extra_args.get(KEY, ""), str):
+        raise RequestError(f"vllm_xargs.{KEY} = {_short(extra_args[KEY])}: give a JSON string, {EXAMPLE}", "vllm_xargs")
     _check_keys(models, body)
     _check_numbers(body)
     for name, value in body.items():
@@ -219,8 +225,8 @@ def _short(value: Any, characters: int = 100) -> str:
 def check_engine_requests() -> None:
     """Check every request that enters a longctx engine of this process, over HTTP or offline.
 
-    Afterwards such an engine refuses, with RequestError, options of ours in `SamplingParams.extra_args`, an output limit over
-    HTTP that does not fit behind the prompt, and a priority that its scheduler does not look at.
+    Afterwards such an engine refuses, with RequestError, bad options of ours in `SamplingParams.extra_args`, an output
+    limit over HTTP that does not fit behind the prompt, and a priority that its scheduler does not look at.
     """
     process_inputs = InputProcessor.process_inputs
     if hasattr(process_inputs, "__wrapped__"):
@@ -228,17 +234,23 @@ def check_engine_requests() -> None:
 
     @functools.wraps(process_inputs)
     def process(self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        if KEY not in (self.vllm_config.additional_config or {}) or not active_config(self.vllm_config).changes_attention:
+        if KEY not in (self.vllm_config.additional_config or {}):
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        if KEY in (getattr(params, "extra_args", None) or {}):
-            raise RequestError(f"extra_args[{KEY!r}]: {NOT_PER_REQUEST}", "extra_args")
+        config = active_config(self.vllm_config)
+        if not config.changes_engine:
+            return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        options, adapts = _adaptation(config, self.vllm_config, params)
         try:
             request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         except VLLMValidationError as e:
             if str(e).startswith("Token id"):  # the one message of vLLM's that does not say where
                 raise RequestError(f"prompt: {e}", "prompt") from None
             raise
+        if adapts:
+            _check_adapting(request, options)
         _check_room(request, self.model_config.max_model_len)
+        if not adapts and not config.changes_attention:
+            _limit_to_trained(request, params, trained_length(self.model_config))
         policy = self.scheduler_config.policy
         if request.priority and policy != "priority":
             raise RequestError(
@@ -249,6 +261,51 @@ def check_engine_requests() -> None:
         return request
 
     InputProcessor.process_inputs = process
+
+
+def _adaptation(config: LongContextConfig, vllm_config: VllmConfig, params: Any) -> tuple[RequestOptions, bool]:
+    """A request's options, and whether it adapts. Raises RequestError naming what is wrong with them."""
+    given = getattr(params, "extra_args", None) or {}
+    if config.adaptation is None or not isinstance(params, SamplingParams):
+        if KEY in given:
+            raise RequestError(f"{KEY}: {NOT_PER_REQUEST}", KEY)
+        return RequestOptions(), False
+    try:
+        options = RequestOptions.parse(given.get(KEY, {}))
+        trained, kv_block = trained_length(vllm_config.model_config), vllm_config.cache_config.block_size
+        adapts = config.adaptation.for_request(options, trained, kv_block) is not None
+    except LongContextError as e:
+        raise RequestError(str(e) if str(e).startswith(KEY) else f"{KEY}.{e}", KEY) from None
+    if options.save_as is not None and params.n > 1:
+        raise RequestError(
+            f"{KEY}.save_as = {options.save_as!r} with n = {params.n}: samples would overwrite it; set n to 1", KEY
+        )
+    return options, adapts
+
+
+def _check_adapting(request: EngineCoreRequest, options: RequestOptions) -> None:
+    if request.lora_request is not None:
+        raise RequestError(
+            f"{KEY}.temp_lora beside the adapter {request.lora_request.lora_name!r}: a request has one; leave one of them out",
+            KEY,
+        )
+    if request.prompt_token_ids is None or request.resumable:
+        raise RequestError(f"{KEY}.temp_lora needs a prompt of tokens, given at once; leave it out", KEY)
+
+
+def _limit_to_trained(request: EngineCoreRequest, params: Any, trained: int) -> None:
+    """Requests that do not adapt see all they read, so they end where the model was trained to end."""
+    if request.sampling_params is None or request.prompt_token_ids is None:
+        return
+    prompt, asked = len(request.prompt_token_ids), request.sampling_params.max_tokens
+    explicit = _output_limit.get() is not None if _over_http.get() else params.max_tokens is not None
+    if prompt >= trained or (explicit and prompt + asked > trained):
+        raise RequestError(
+            f"prompt of {prompt} tokens and max_tokens = {asked}: this request does not adapt, and the model was trained on "
+            f"{trained} tokens; shorten it, or ask for {EXAMPLE}",
+            "prompt" if prompt >= trained else "max_tokens",
+        )
+    request.sampling_params.max_tokens = min(asked, trained - prompt)
 
 
 def _check_room(request: EngineCoreRequest, max_model_len: int) -> None:

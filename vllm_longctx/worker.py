@@ -16,13 +16,16 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, scratch_layout
+from vllm_longctx.adaptation.worker import AdaptingRunner
+from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, LambdaMetadataBuilder, scratch_layout
+from vllm_longctx.attention.stepped import SteppedBackend
 from vllm_longctx.config import active_config
-from vllm_longctx.engine_args import rope_parameters
+from vllm_longctx.engine_args import rope_parameters, trained_length
 from vllm_longctx.rotary import Rotary, attention_factor, inverse_frequencies
 
 
@@ -34,12 +37,24 @@ class LongContextCPUWorker(CPUWorker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(with_scratch_room(kv_cache_config, self.vllm_config))
 
+    def init_device(self) -> None:
+        super().init_device()
+        if active_config(self.vllm_config).adaptation is not None:
+            self.model_runner.__class__ = AdaptingRunner  # vLLM names its class in the code; see seams
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        if isinstance(self.model_runner, AdaptingRunner):
+            self.model_runner.begin_step(scheduler_output)
+        return super().execute_model(scheduler_output)
+
     def sample_tokens(self, grammar_output: Any) -> Any:
         with seeds_of_finished_prompts(self.model_runner):
             output = super().sample_tokens(grammar_output)
         seconds = take_selection_seconds(self.model_runner)
         if output.req_ids:  # else it may be vLLM's one empty output, which all steps share
             output.longctx_selection_seconds = seconds
+            if isinstance(self.model_runner, AdaptingRunner):
+                output.longctx_swap_seconds = self.model_runner.take_swap_seconds()
         return output
 
 
@@ -62,6 +77,7 @@ def seeds_of_finished_prompts(runner: CPUModelRunner) -> Iterator[None]:
 def take_selection_seconds(runner: CPUModelRunner) -> float:
     """Seconds spent on tables, scratch blocks and plans, all KV cache groups together, since the last call."""
     builders = [group.get_metadata_builder() for groups in runner.attn_groups for group in groups]
+    builders = [builder for builder in builders if isinstance(builder, LambdaMetadataBuilder)]
     seconds = sum(builder.seconds for builder in builders)
     for builder in builders:
         builder.seconds = 0.0
@@ -69,7 +85,7 @@ def take_selection_seconds(runner: CPUModelRunner) -> float:
 
 
 def take_over_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
-    """Give every attention layer of a loaded model Λ attention and, if the model has RoPE, exact rotary angles.
+    """Give every attention layer of a loaded model Λ attention or stepped windows and, if it has RoPE, exact rotary angles.
 
     Must come before the first forward, which compiles the model. Raises RuntimeError for a layer that is not a plain
     decoder layer with ALiBi slopes or with the model's one rotary module beside it (vLLM's `get_rope` gives all layers the
@@ -92,13 +108,18 @@ def take_over_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
         ):
             raise RuntimeError(f"longctx cannot take over {name} ({type(layer).__name__}, {type(stock_rotary).__name__})")
 
-    geometry = active_config(vllm_config).geometry
+    config = active_config(vllm_config)
     rotary = None if stock_rotary is None else exact_rotary(stock_rotary, vllm_config)
-    backend = LambdaBackend.for_geometry(geometry)
+    backend: type[LambdaBackend | SteppedBackend]
+    if config.changes_attention:
+        backend = LambdaBackend.for_geometry(config.geometry)
+    else:
+        backend = SteppedBackend.for_tokens(trained_length(vllm_config.model_config))
     for name, layer in layers.items():
         if rotary is not None:
             parents[name].rotary_emb = rotary
-        layer.impl = LambdaImpl(layer.impl, geometry, rotary)
+        if config.changes_attention:
+            layer.impl = LambdaImpl(layer.impl, config.geometry, rotary)
         layer.attn_backend = backend
 
 
@@ -118,7 +139,7 @@ def exact_rotary(stock: RotaryEmbedding, vllm_config: VllmConfig) -> Rotary:
 
 def with_scratch_room(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> KVCacheConfig:
     """The same pool, with room for scratch blocks behind each layer's blocks; the scheduler never hears of them."""
-    if not kv_cache_config.kv_cache_tensors:
+    if not kv_cache_config.kv_cache_tensors or not active_config(vllm_config).changes_attention:
         return kv_cache_config
     (tensor,) = kv_cache_config.kv_cache_tensors
     num_blocks = kv_cache_config.num_blocks

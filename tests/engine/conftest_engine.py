@@ -17,8 +17,10 @@ VOCAB = 512
 
 
 @contextmanager
-def running(model: str | Path, attention: dict[str, Any] | None, **kwargs: Any) -> Iterator[LLM]:
-    """An engine with this `attention` section, or stock vLLM for None."""
+def running(
+    model: str | Path, attention: dict[str, Any] | None, adaptation: dict[str, Any] | None = None, **kwargs: Any
+) -> Iterator[LLM]:
+    """An engine with these sections of the configuration, or stock vLLM without `attention`."""
     settings: dict[str, Any] = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -32,7 +34,8 @@ def running(model: str | Path, attention: dict[str, Any] | None, **kwargs: Any) 
         **kwargs,
     }
     if attention is not None:
-        settings["additional_config"] = {"longctx": {"attention": attention}}
+        config = {"attention": attention} if adaptation is None else {"attention": attention, "adaptation": adaptation}
+        settings["additional_config"] = {"longctx": config}
     llm = LLM(str(model), **settings)
     try:
         yield llm

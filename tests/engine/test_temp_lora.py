@@ -1,0 +1,258 @@
+"""Temp-LoRA through the engine, against the independent replay of `temp_lora_replay`: greedy, float32, no dropout."""
+
+import gc
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest_engine import generate, logprobs_of, metric, prompt, running, tokens_of
+from safetensors.torch import load_file
+from vllm import LLM, SamplingParams
+from vllm.inputs import tokens_input
+from vllm.outputs import RequestOutput
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from temp_lora_replay import Lambda, Options, Replay, replay
+
+RECIPE = {"rank": 8, "dropout": 0.0, "learning_rate": 2e-3, "block_tokens": 32, "train_context_tokens": 64}
+STEPPED = {**RECIPE, "window_tokens": 128, "context_tokens": 64}
+SLOTS = 4
+
+# (prompt tokens, tokens written, options): prompts inside and past the window, blocks on and off KV blocks and chunk ends.
+STEPPED_CASES: list[tuple[int, int, dict[str, Any]]] = [
+    (50, 120, {}),
+    (300, 60, {}),
+    (40, 200, {"kv_policy": "recompute"}),
+    (200, 90, {"update_mode": "parallel"}),
+    (33, 150, {"train_on_prompt": False}),
+    (90, 100, {"block_tokens": 48, "kv_policy": "recompute", "update_mode": "parallel"}),
+    (10, 100, {"block_tokens": 20, "rank": 4, "adapter_seed": 3}),
+    (1, 80, {"epochs": 3, "learning_rate": 1e-3}),
+    (129, 1, {"context_tokens": 95}),
+    (260, 33, {"epochs": 0}),
+]
+KEEP_CASES: list[tuple[int, int, dict[str, Any]]] = [
+    (50, 90, {}),
+    (300, 40, {}),
+    (200, 60, {"update_mode": "parallel"}),
+    (33, 70, {"train_on_prompt": False}),
+    (1, 40, {"rank": 4}),
+]
+
+
+def asked(options: dict[str, Any] | None) -> dict[str, Any]:
+    return {} if options is None else {"extra_args": {"longctx": {"temp_lora": True, **options}}}
+
+
+def written_together(llm: LLM, cases: list[tuple[int, int, dict[str, Any] | None]]) -> list[RequestOutput]:
+    """All at once; prompts are scored where the request adapts."""
+    params = [
+        SamplingParams(
+            max_tokens=tokens,
+            temperature=0,
+            logprobs=0,
+            prompt_logprobs=None if options is None else 0,
+            ignore_eos=True,
+            detokenize=False,
+            **asked(options),
+        )
+        for _, tokens, options in cases
+    ]
+    prompts = [{"prompt_token_ids": prompt(length, seed)} for seed, (length, _, _) in enumerate(cases)]
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def replayed(model: Path, seed: int, case: tuple[int, int, dict[str, Any]], base: dict[str, Any]) -> Replay:
+    length, tokens, options = case
+    given = {key: value for key, value in {**base, **options}.items() if key != "dropout"}
+    return replay(model, prompt(length, seed), tokens, Options(**given))
+
+
+def assert_equal(output: RequestOutput, expected: Replay) -> None:
+    """Every log-probability, and every token up to the first that the replay itself nearly decides otherwise."""
+    want = torch.tensor(expected.prompt_logprobs + expected.logprobs, dtype=torch.float64)
+    assert min(expected.margins) > 1e-4
+    assert list(output.outputs[0].token_ids) == expected.tokens
+    assert output.outputs[0].finish_reason == "length"
+    torch.testing.assert_close(logprobs_of(output), want, rtol=0, atol=1e-4)
+
+
+def sidecars() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [p for p in children if "vllm_longctx.adaptation.sidecar" in " ".join(p.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def stepped(tiny_llama: Path, adapters: Path) -> Iterator[LLM]:
+    adaptation = {**STEPPED, "slots": SLOTS, "adapters_root": str(adapters), "trainer": {"timeout_s": 20.0}}
+    with running(tiny_llama, {"method": "none"}, adaptation=adaptation) as llm:
+        yield llm
+
+
+def test_a_crowd_writes_what_the_replay_writes(stepped: LLM, tiny_llama: Path) -> None:
+    """More requests than slots, beside some that do not adapt; then each of these alone, and others alone."""
+    others: list[tuple[int, int, dict[str, Any] | None]] = [(30, 60, None), (77, 50, None)]
+    outputs = written_together(stepped, [*STEPPED_CASES, *others])
+    assert metric(stepped, "vllm:longctx_trainer_restarts") == 0
+    for seed, (case, output) in enumerate(zip(STEPPED_CASES, outputs, strict=False)):
+        assert_equal(output, replayed(tiny_llama, seed, case, STEPPED))
+    plain = {"epochs": 0, "kv_policy": "reuse"}  # no adapter, all inside the window: the model as it is
+    for seed, (case, output) in enumerate(zip(others, outputs[len(STEPPED_CASES) :], strict=True), len(STEPPED_CASES)):
+        expected = replayed(tiny_llama, seed, (case[0], case[1], plain), STEPPED)
+        assert list(output.outputs[0].token_ids) == expected.tokens
+    alone = generate(stepped, [prompt(50, 0)], 120, **asked({}))[0]
+    assert tokens_of(alone) == tokens_of(outputs[0])
+    assert metric(stepped, "vllm:longctx_adapter_slots_in_use") == 0
+    assert metric(stepped, "vllm:longctx_blocks_trained") > 40
+
+
+def test_blocks_and_slots_come_back(stepped: LLM) -> None:
+    generate(stepped, [prompt(200)], 40, **asked({}))
+    assert metric(stepped, "vllm:kv_cache_usage_perc") == 0
+    assert metric(stepped, "vllm:longctx_versions_behind") == 0
+
+
+def test_no_kv_of_an_adapter_is_ever_shared(stepped: LLM) -> None:
+    """The same prompt again, adapting and not, finds nothing of what an adapter computed in the prefix cache."""
+    first = generate(stepped, [prompt(96, 5)], 20)[0]
+    generate(stepped, [prompt(96, 5)], 40, **asked({}))
+    again = generate(stepped, [prompt(96, 5)], 20)[0]
+    adapting = generate(stepped, [prompt(96, 5)], 40, **asked({}))[0]
+    assert tokens_of(first) == tokens_of(again)
+    assert adapting.num_cached_tokens == 0
+
+
+def test_seeds_penalties_and_samples_do_not_depend_on_the_crowd(stepped: LLM) -> None:
+    kwargs = {"temperature": 1.0, "seed": 11, "repetition_penalty": 1.2, "presence_penalty": 0.3, "n": 2, **asked({})}
+    alone = generate(stepped, [prompt(70, 3)], 110, **kwargs)[0]
+    crowd = generate(stepped, [prompt(70, 3), prompt(150, 4), prompt(20, 5)], 110, **kwargs)[0]
+    assert [list(o.token_ids) for o in alone.outputs] == [list(o.token_ids) for o in crowd.outputs]
+    assert len({tuple(o.token_ids) for o in alone.outputs}) == 2
+    assert all(len(o.token_ids) == 110 for o in alone.outputs)
+
+
+def test_an_adapter_is_saved_and_gone_on_with(stepped: LLM, tiny_llama: Path, adapters: Path) -> None:
+    output = generate(stepped, [prompt(100, 8)], 60, **asked({"save_as": "book"}))[0]
+    deadline = time.monotonic() + 20
+    while not (adapters / "book").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    expected = replay(tiny_llama, prompt(100, 8), 60, Options(**{k: v for k, v in STEPPED.items() if k != "dropout"}))
+    assert list(output.outputs[0].token_ids) == expected.tokens
+    saved = load_file(adapters / "book" / "adapter_model.safetensors")
+    for module, (a, b) in expected.adapter.items():
+        torch.testing.assert_close(saved[f"base_model.model.{module}.lora_A.weight"], a, rtol=0, atol=1e-5)
+        torch.testing.assert_close(saved[f"base_model.model.{module}.lora_B.weight"], b, rtol=0, atol=1e-5)
+    later = generate(stepped, [prompt(80, 9)], 60, **asked({"start_from": "book"}))[0]
+    options = Options(**{k: v for k, v in STEPPED.items() if k != "dropout"}, start_from=adapters / "book")
+    assert list(later.outputs[0].token_ids) == replay(tiny_llama, prompt(80, 9), 60, options).tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 9}, r"longctx.rank = 9 is beyond this server's limit; give at most 8 \(adaptation.max_rank\)"),
+        ({"epochs": 99}, r"longctx.epochs = 99 is beyond this server's limit"),
+        ({"block_tokens": 4}, r"longctx.block_tokens = 4 .* at least 16 \(adaptation.min_block_tokens\)"),
+        ({"context_tokens": 120}, r"adaptation.context_tokens = 120 leaves no room .* give at most 95"),
+        ({"train_context_tokens": 100}, r"train_context_tokens \+ .* = 133, but the model was trained on 128 tokens"),
+        ({"kv_policy": "keep"}, r"kv_policy = 'keep', but attention.method none takes reuse or recompute"),
+        ({"save_as": "../book"}, r"longctx.save_as = '../book'"),
+        ({"start_from": "nobody"}, r"start_from = 'nobody': there is no such adapter"),
+        ({"blocks": 3}, r"unknown key 'blocks'; did you mean 'block_tokens'\?"),
+        ({"rank": "8"}, r"longctx.rank = '8'"),
+    ],
+)
+def test_a_bad_option_is_refused_by_name(stepped: LLM, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(stepped, [prompt(20)], 5, **asked(options))
+
+
+def test_what_does_not_adapt_ends_where_the_model_was_trained_to_end(stepped: LLM) -> None:
+    with pytest.raises(ValueError, match=r"prompt of 100 tokens and max_tokens = 40: this request does not adapt.*128"):
+        generate(stepped, [prompt(100)], 40)
+    assert len(generate(stepped, [prompt(100)], 28)[0].outputs[0].token_ids) == 28
+
+
+def steps_until(llm: LLM, done: Callable[[], bool], seconds: float = 60) -> list[RequestOutput]:
+    outputs, deadline = [], time.monotonic() + seconds
+    while llm.llm_engine.has_unfinished_requests() and not done():
+        outputs += llm.llm_engine.step()
+        assert time.monotonic() < deadline
+    return outputs
+
+
+def add(llm: LLM, name: str, length: int, tokens: int, **options: Any) -> None:
+    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, **asked(options))
+    llm.llm_engine.add_request(name, tokens_input(prompt(length, 1)), params)
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_trainer_that_dies_or_hangs_costs_no_token(stepped: LLM, fault: signal.Signals) -> None:
+    restarts = metric(stepped, "vllm:longctx_trainer_restarts")
+    seen: list[RequestOutput] = []
+    for number in range(SLOTS + 1):
+        add(stepped, f"{fault}-{number}", 40, 150)
+    trained = metric(stepped, "vllm:longctx_blocks_trained")
+    seen += steps_until(stepped, lambda: metric(stepped, "vllm:longctx_blocks_trained") > trained + 2)
+    (sidecar,) = sidecars()
+    sidecar.send_signal(fault)
+    seen += steps_until(stepped, lambda: False, 120)
+    finished = [o for o in seen if o.finished]
+    assert len(finished) == SLOTS + 1
+    assert all(len(o.outputs[0].token_ids) == 150 and o.outputs[0].finish_reason == "length" for o in finished)
+    assert metric(stepped, "vllm:longctx_trainer_restarts") == restarts + 1
+    assert metric(stepped, "vllm:longctx_adapter_slots_in_use") == 0
+    assert metric(stepped, "vllm:kv_cache_usage_perc") == 0
+
+
+def test_a_request_that_leaves_while_it_is_held_gives_everything_back(stepped: LLM) -> None:
+    (sidecar,) = sidecars()
+    sidecar.suspend()
+    add(stepped, "leaves", 40, 100)
+    add(stepped, "stays", 20, 40)
+    steps_until(stepped, lambda: metric(stepped, "vllm:longctx_num_requests_held") == 2)
+    idle, started = metric(stepped, "vllm:longctx_idle_steps"), time.monotonic()
+    while time.monotonic() < started + 1:
+        stepped.llm_engine.step()
+    assert metric(stepped, "vllm:longctx_idle_steps") - idle <= 20 * (time.monotonic() - started)
+    stepped.llm_engine.abort_request(["leaves"])
+    sidecar.resume()
+    (output,) = (o for o in steps_until(stepped, lambda: False) if o.finished)
+    assert len(output.outputs[0].token_ids) == 40
+    assert metric(stepped, "vllm:longctx_adapter_slots_in_use") == 0
+    assert metric(stepped, "vllm:kv_cache_usage_perc") == 0
+
+
+def test_a_recipe_that_diverges_never_reaches_a_slot(stepped: LLM) -> None:
+    output = generate(stepped, [prompt(60)], 100, **asked({"learning_rate": 1.0, "epochs": 8}))[0]
+    assert len(output.outputs[0].token_ids) == 100
+    assert logprobs_of(output).isfinite().all()
+
+
+def test_shutting_down_leaves_no_process(tiny_llama: Path) -> None:
+    """With requests held, under Λ attention, where the requests before equal the replay as well."""
+    attention = {"method": "lm_infinite", "n_global": 10, "n_local": 64, "distance_ceiling": 64}
+    with running(tiny_llama, attention, adaptation={**RECIPE, "slots": 2, "requests": "all"}) as llm:
+        for seed, (case, output) in enumerate(zip(KEEP_CASES, written_together(llm, list(KEEP_CASES)), strict=True)):
+            base = {**RECIPE, "kv_policy": "keep", "attention": Lambda(10, 64, 64)}
+            assert_equal(output, replayed(tiny_llama, seed, case, base))
+        (sidecar,) = sidecars()
+        sidecar.suspend()
+        add(llm, "held", 40, 100)
+        steps_until(llm, lambda: metric(llm, "vllm:longctx_num_requests_held") == 1)
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while sidecar.is_running() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not sidecar.is_running()

@@ -1,0 +1,88 @@
+"""Blocks, versions and passes of Temp-LoRA: pure functions of positions.
+
+Symbols: o = first position that belongs to a block, D = `block_tokens`, s = window start, W = `window_tokens`,
+X = `context_tokens`, k = `keep_first`. Block b covers the input positions o + (b-1)·D .. o + b·D - 1; its targets are the
+tokens one position further on. Version v is what training on blocks 1..v produced; version 0 is the untrained adapter.
+
+Source: Temp-LoRA (arXiv 2401.11504, sections 3.1 and 3.2).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+KVPolicy = Literal["reuse", "recompute", "keep"]
+UpdateMode = Literal["cascaded", "parallel"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where a request's blocks lie and which version computes each. origin (o), block_tokens (D): tokens."""
+
+    origin: int
+    block_tokens: int
+    update_mode: UpdateMode
+
+    @classmethod
+    def of_prompt(cls, prompt_tokens: int, block_tokens: int, update_mode: UpdateMode, train_on_prompt: bool) -> "Blocks":
+        return cls(0 if train_on_prompt else prompt_tokens - 1, block_tokens, update_mode)
+
+    def block_of(self, position: int) -> int:
+        """The block, from 1 on, to which an input position belongs; 0 before the first."""
+        return 0 if position < self.origin else (position - self.origin) // self.block_tokens + 1
+
+    def version_of(self, position: int) -> int:
+        """The version whose weights compute this position: the one before its block, one older still in `parallel`."""
+        return max(self.block_of(position) - (1 if self.update_mode == "cascaded" else 2), 0)
+
+    def starts_block(self, position: int) -> bool:
+        return position >= self.origin and (position - self.origin) % self.block_tokens == 0
+
+    def end_of_block(self, position: int) -> int:
+        """First position behind the block of `position`; the origin for one before the first block."""
+        return self.origin + self.block_of(position) * self.block_tokens
+
+    def targets(self, block: int) -> range:
+        """Indices into the text of the tokens on which `block` is trained."""
+        first = self.origin + (block - 1) * self.block_tokens + 1
+        return range(first, first + self.block_tokens)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stepped window under a KV policy. All in tokens: window_tokens (W) is the live context at most."""
+
+    policy: KVPolicy
+    window_tokens: int
+    context_tokens: int
+    keep_first: int
+    kv_block: int
+
+    def live_tokens(self, start: int, position: int) -> int:
+        """Keys that the query at `position` would see before itself, in a pass that began at `start`."""
+        return position - start + (self.keep_first if start else 0)
+
+    def next_start(self, start: int, position: int, blocks: Blocks) -> int | None:
+        """The start of the new pass that must begin before `position` is computed; None to go on with this one."""
+        full = self.live_tokens(start, position) >= self.window_tokens
+        renew = self.policy == "recompute" and blocks.block_of(position) > 1 and blocks.starts_block(position)
+        if self.policy == "keep" or not (full or renew):
+            return None
+        return max(position - self.context_tokens, 0) // self.kv_block * self.kv_block
+
+    def last_position(self, start: int) -> int:
+        """First position that does not fit into the pass any more."""
+        return start + self.window_tokens - (self.keep_first if start else 0)
+
+    def first_computed(self, start: int) -> int:
+        """Where a pass begins to compute: its kept tokens stand right before its start."""
+        return start - self.keep_first if start else 0
+
+
+def example(text: list[int], targets: range, train_context_tokens: int, bos: int | None) -> list[int]:
+    """What a block is trained on: [BOS | the tokens before the first target | the targets].
+
+    BOS only where the text began with it and the context does not reach back to it. The loss is on the last len(targets).
+    """
+    begin = max(targets.start - train_context_tokens, 0)
+    head = [bos] if bos is not None and begin > 0 and text[0] == bos else []
+    return head + text[begin : targets.stop]

@@ -1,0 +1,493 @@
+"""vLLM's scheduler for requests that adapt: slots, blocks, versions, holds and passes.
+
+A request's life here: it waits for a slot and for room for its live context; it is computed up to the end of a block; the
+block goes to the trainer as soon as its tokens are known; the next block is computed once the version it needs is trained; a
+full window starts a new pass, which is a roll-back of `num_computed_tokens`. Nothing else of vLLM's scheduling changes: a
+held request is one that may compute no token in this step.
+"""
+
+import itertools
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.config import ModelConfig
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_longctx.adaptation import messages
+from vllm_longctx.adaptation.blocks import Blocks, Window, example
+from vllm_longctx.adaptation.client import TrainerClient
+from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, AdaptationStep, Pass, SlotsMemory, SlotUse, Weights
+from vllm_longctx.attention.selection import cdiv
+from vllm_longctx.config import KEY, AdaptationSection, RequestOptions, active_config
+from vllm_longctx.kv_cache import LambdaManager, PrivateRequests, SteppedManager
+from vllm_longctx.scheduler import LongContextScheduler
+
+logger = init_logger("vllm.longctx")
+
+# While every request is held the engine loop would spin; it waits this long for the trainer, in seconds.
+IDLE_WAIT = 0.05
+TRAINER_NICE = 10  # where it shares cores with the engine, decoding goes first
+ATTEMPTS = 2  # at a block, when the trainer dies over it
+
+
+@dataclass
+class Adapted:
+    """A request that adapts. Positions in tokens.
+
+    owner: names this request to the trainer, never used again. most_blocks: KV blocks reserved for it. frontier: first
+    position never computed so far; what is computed before it again belongs to a new pass. start: of the window. first: what
+    the pass computed first. passed_at: the frontier when it began. Versions: `approved` is computed with, `trained` is there,
+    `sent` is at the trainer; a block that failed leaves the weights of the version before.
+    """
+
+    settings: AdaptationSection
+    save_as: str | None
+    start_from: str | None
+    blocks: Blocks
+    window: Window | None
+    most_blocks: int
+    owner: int
+    slot: int | None = None
+    admitted: bool = False
+    ready: bool = True
+    frontier: int = 0
+    start: int = 0
+    first: int = 0
+    passed_at: int = 0
+    new_table: bool = False
+    approved: int = 0
+    trained: int = 0
+    sent: int = 0
+    attempts: int = 0
+    weights: Weights = field(default_factory=Weights)
+    trained_weights: Weights = field(default_factory=Weights)
+    held_since: float | None = None
+
+    @property
+    def trains(self) -> bool:
+        return self.settings.epochs > 0
+
+    @property
+    def needs_slot(self) -> bool:
+        return self.trains or self.start_from is not None
+
+    def needed_version(self) -> int:
+        return self.blocks.version_of(self.frontier) if self.trains else 0
+
+    def allowance(self, computed: int) -> int:
+        """Tokens that may be computed from `computed` on: to the end of the block and of the window; 0 while it is held."""
+        if not self.ready or self.needed_version() > self.approved:
+            return 0
+        ends = [self.blocks.end_of_block(max(self.frontier, self.blocks.origin))] if self.trains else []
+        if self.window is not None and self.window.policy != "keep":
+            ends.append(self.window.last_position(self.start))
+        return max(min(ends) - computed, 0) if ends else 1 << 62
+
+
+class TempLoraScheduler(LongContextScheduler):
+    """Also a mixin: `class X(TempLoraScheduler, AsyncScheduler)` decides the same over vLLM's other scheduler."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        config = active_config(self.vllm_config)
+        assert config.adaptation is not None and config.adaptation.slots is not None
+        self.settings = config.adaptation
+        self.bos = self.vllm_config.model_config.hf_text_config.bos_token_id
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self.private_managers = [m for m in managers if isinstance(m, PrivateRequests)]
+        self.adapted: dict[str, Adapted] = {}
+        self.by_owner: dict[int, str] = {}
+        self.owners = itertools.count(1)
+        self.free_slots = deque(range(config.adaptation.slots))
+        self.freed_slots: list[int] = []
+        self.reserved_blocks = 0
+        self.failed: dict[str, str] = {}  # requests to end, with the reason
+        self.trainer_lost: str | None = None
+        self.trainer = trainer_client(self.vllm_config.model_config, config.adaptation)
+        self.trainer.start()
+
+    # --- a request's life -----------------------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        if request.request_id not in self.requests and request.sampling_params is not None:
+            self._adapt(request)
+        super().add_request(request)
+
+    def _adapt(self, request: Request) -> None:
+        assert request.sampling_params is not None
+        options = RequestOptions.parse((request.sampling_params.extra_args or {}).get(KEY) or {})
+        settings = self.settings.for_request(options, self.trained_length, self.block_size)
+        if settings is None:
+            return
+        assert settings.block_tokens and settings.window_tokens and settings.context_tokens and settings.kv_policy
+        sizes = settings.window_tokens, settings.context_tokens, settings.keep_first
+        window = Window(settings.kv_policy, *sizes, self.block_size)
+        manager = self.private_managers[0]
+        if isinstance(manager, LambdaManager):
+            assert manager.max_admission_blocks_per_request is not None
+            most_blocks = manager.max_admission_blocks_per_request
+        else:
+            most_blocks = cdiv(settings.window_tokens, self.block_size) + 1
+        request.skip_reading_prefix_cache = True
+        self.adapted[request.request_id] = adapted = Adapted(
+            settings,
+            options.save_as,
+            options.start_from,
+            Blocks.of_prompt(request.num_prompt_tokens, settings.block_tokens, settings.update_mode, settings.train_on_prompt),
+            window,
+            most_blocks,
+            owner=next(self.owners),
+            ready=options.start_from is None,
+        )
+        self.by_owner[adapted.owner] = request.request_id
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        adapted = self.adapted.get(request.request_id)
+        if adapted is not None:
+            if not adapted.admitted and not self._admit(request, adapted):
+                return False
+            if not self._approve(request, adapted):
+                return False
+        return super()._handle_blocked_waiting_request(request)
+
+    def _admit(self, request: Request, adapted: Adapted) -> bool:
+        """Give a request its slot and reserve its blocks, which it keeps to its end; False if it must wait."""
+        room = self.kv_cache_manager.block_pool.num_gpu_blocks - 1 - self.reserved_blocks
+        if adapted.most_blocks > room or (adapted.needs_slot and not self.free_slots):
+            return False
+        self.reserved_blocks += adapted.most_blocks
+        for manager in self.private_managers:
+            manager.make_private(request.request_id, adapted.most_blocks)
+        adapted.admitted = True
+        if adapted.needs_slot:
+            adapted.slot = self.free_slots.popleft()
+            request.lora_request = LoRARequest(f"longctx-slot-{adapted.slot}", FIRST_LORA_ID + adapted.slot, "longctx://slot")
+            self._begin(adapted)
+            self._train(request, adapted)
+        return True
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        adapted = self.adapted.pop(request.request_id, None)
+        if adapted is not None:
+            self._let_go(request, adapted)
+        return super()._free_request(request, *args, **kwargs)
+
+    def _let_go(self, request: Request, adapted: Adapted) -> None:
+        self.by_owner.pop(adapted.owner)
+        self.failed.pop(request.request_id, None)
+        if not adapted.admitted:
+            return
+        self.reserved_blocks -= adapted.most_blocks
+        for manager in self.private_managers:
+            manager.forget(request.request_id)
+        if adapted.slot is None:
+            return
+        if adapted.save_as is not None and request.status in (
+            RequestStatus.FINISHED_STOPPED,
+            RequestStatus.FINISHED_LENGTH_CAPPED,
+        ):
+            while self._send_block(request, adapted):
+                pass
+            self.trainer.send(messages.Save(adapted.owner, adapted.save_as, request.num_tokens))
+        self.trainer.send(messages.Drop(adapted.owner))
+        self.free_slots.append(adapted.slot)
+        self.freed_slots.append(adapted.slot)
+
+    # --- a step ---------------------------------------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        for message in self.trainer.poll():
+            self._hear(message)
+        for request in self.running:
+            adapted = self.adapted.get(request.request_id)
+            if adapted is not None and request.num_in_flight_tokens == 0:
+                self._prepare(request, adapted)
+        # vLLM preempts the last: those that adapt cannot be replayed and have their blocks reserved, so they go first.
+        self.running.sort(key=lambda request: request.request_id not in self.adapted)
+        output = super().schedule(*args, **kwargs)
+        if output.total_num_scheduled_tokens == 0 and any(a.admitted for a in self.adapted.values()):
+            self.step_stats.idle_steps += 1
+            self.trainer.wait(IDLE_WAIT)
+        return output
+
+    def _prepare(self, request: Request, adapted: Adapted) -> None:
+        """Before a request's next new position: the version it needs, and a new pass if one is due."""
+        if request.num_computed_tokens == adapted.frontier and self._approve(request, adapted):
+            self._begin_pass(request, adapted)
+
+    def _approve(self, request: Request, adapted: Adapted) -> bool:
+        """Let the request compute with the version that its next new position needs; False while that is not trained."""
+        needed = adapted.needed_version()
+        if not adapted.ready or needed > adapted.trained:
+            adapted.held_since = adapted.held_since or time.monotonic()
+            return False
+        if needed > adapted.approved:
+            adapted.approved, adapted.weights = needed, adapted.trained_weights
+            self._train(request, adapted)
+        if adapted.held_since is not None:
+            self.step_stats.hold_seconds.append(time.monotonic() - adapted.held_since)
+            adapted.held_since = None
+        return True
+
+    def _begin_pass(self, request: Request, adapted: Adapted) -> None:
+        window, frontier = adapted.window, adapted.frontier
+        if window is None:
+            return
+        start = window.next_start(adapted.start, frontier, adapted.blocks)
+        if start is None or (
+            frontier == adapted.passed_at and window.live_tokens(adapted.start, frontier) < window.window_tokens
+        ):
+            return
+        adapted.start, adapted.first, adapted.passed_at = start, window.first_computed(start), frontier
+        self._roll_back(request, adapted)
+        adapted.new_table = True
+
+    def _roll_back(self, request: Request, adapted: Adapted) -> None:
+        for manager in self.private_managers:
+            assert isinstance(manager, SteppedManager)
+            manager.roll_back(request.request_id, adapted.first)
+        request.num_computed_tokens = adapted.first
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        allowed = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        adapted = self.adapted.get(request.request_id)
+        return allowed if adapted is None else min(allowed, adapted.allowance(num_computed_tokens))
+
+    def _make_cached_request_data(self, *args: Any, **kwargs: Any) -> CachedRequestData:
+        data = super()._make_cached_request_data(*args, **kwargs)
+        for row, request_id in enumerate(data.req_ids):
+            adapted = self.adapted.get(request_id)
+            if adapted is not None and adapted.new_table:
+                # The worker replaces the block table of a resumed request and keeps all the rest.
+                data.resumed_req_ids.add(request_id)
+                data.new_block_ids[row] = self.kv_cache_manager.get_block_ids(request_id)
+                data.all_token_ids.setdefault(request_id, self.requests[request_id].all_token_ids.copy())
+                adapted.new_table = False
+        return data
+
+    @property
+    def memory(self) -> SlotsMemory | None:
+        slots = self.trainer.slots
+        return slots and SlotsMemory(slots.path, slots.modules, slots.max_rank, slots.num_slots)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        setattr(scheduler_output, ATTRIBUTE, self._step(scheduler_output))
+        for request_id in scheduler_output.num_scheduled_tokens:
+            adapted = self.adapted.get(request_id)
+            if adapted is not None:
+                adapted.frontier = max(adapted.frontier, self.requests[request_id].num_computed_tokens)
+
+    def _step(self, output: SchedulerOutput) -> AdaptationStep:
+        step = AdaptationStep(self.memory, [], {}, self.freed_slots)
+        self.freed_slots = []
+        for request_id, new in output.num_scheduled_tokens.items():
+            adapted = self.adapted.get(request_id)
+            if adapted is None:
+                continue
+            if adapted.slot is not None:
+                step.slots.append(SlotUse(adapted.slot, adapted.owner, adapted.weights))
+            again = self.requests[request_id].num_computed_tokens - new < adapted.frontier
+            if adapted.start or again:
+                step.passes[request_id] = Pass(adapted.first, adapted.start, adapted.frontier)
+        return step
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Only `reset_prefix_cache` with running requests comes here for one that adapts: it computes its pass again."""
+        super()._preempt_request(request, *args, **kwargs)
+        adapted = self.adapted.get(request.request_id)
+        if adapted is None:
+            return
+        logger.warning(
+            "longctx: %s adapts and was preempted; its window is computed again with version %d",
+            request.request_id,
+            adapted.weights.version,
+        )
+        adapted.new_table = False
+        if adapted.first:
+            self._roll_back(request, adapted)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        for request_id in scheduler_output.num_scheduled_tokens:
+            if request_id in self.adapted:
+                self.step_stats.adapted_tokens += scheduler_output.num_scheduled_tokens[request_id]
+        self.step_stats.swap_seconds = getattr(model_runner_output, "longctx_swap_seconds", [])
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            adapted = self.adapted.get(request_id)
+            if adapted is not None:
+                self._train(self.requests[request_id], adapted)
+        if self.failed:
+            self._end_failed(outputs)
+        return outputs
+
+    def _end_failed(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        reasons, self.failed = self.failed, {}
+        for request in self.finish_requests(list(reasons), RequestStatus.FINISHED_ERROR):
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                    stop_reason=reasons[request.request_id],
+                    events=request.take_events(),
+                    trace_headers=request.trace_headers,
+                )
+            )
+
+    # --- the trainer ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, adapted: Adapted) -> None:
+        assert adapted.slot is not None
+        if self.trainer_lost is not None:
+            self._lose(adapted, self.trainer_lost)
+            return
+        self.trainer.send(messages.Begin(adapted.owner, adapted.slot, recipe(adapted.settings), adapted.start_from))
+
+    def _train(self, request: Request, adapted: Adapted) -> None:
+        """Send the next block if its tokens are known, the version before it is there, and a bank of the slot is free."""
+        if adapted.ready and adapted.sent == adapted.trained and adapted.sent <= adapted.approved:
+            self._send_block(request, adapted)
+
+    def _send_block(self, request: Request, adapted: Adapted) -> bool:
+        targets = adapted.blocks.targets(adapted.sent + 1)
+        if not adapted.trains or adapted.slot is None or targets.stop > request.num_tokens:
+            return False
+        adapted.sent += 1
+        if self.trainer_lost is not None:
+            self._lose(adapted, self.trainer_lost)
+            return True
+        assert adapted.settings.train_context_tokens is not None
+        tokens = example(request.all_token_ids, targets, adapted.settings.train_context_tokens, self.bos)
+        bank = 0 if adapted.weights.bank is None else 1 - adapted.weights.bank
+        self.trainer.send(messages.Train(adapted.owner, adapted.slot, bank, adapted.sent, tokens, len(targets)))
+        return True
+
+    def _hear(self, message: messages.Report) -> None:
+        if isinstance(message, messages.Restarted):
+            self._trainer_restarted()
+            return
+        if isinstance(message, messages.Dead):
+            self._trainer_died(message.reason)
+            return
+        request_id = self.by_owner.get(getattr(message, "owner", -1))
+        if isinstance(message, messages.SaveFailed):
+            logger.error("longctx: adapter %s was not saved: %s", message.name, message.reason)
+        if request_id is None:
+            return
+        adapted = self.adapted[request_id]
+        match message:
+            case messages.Began():
+                adapted.ready = True
+                if adapted.start_from is not None:
+                    adapted.weights = adapted.trained_weights = Weights(0, 0)
+                self._train(self.requests[request_id], adapted)
+            case messages.Trained() if message.version == adapted.sent:
+                self.step_stats.blocks_trained += 1
+                self.step_stats.train_seconds.append(message.seconds)
+                self.step_stats.losses.append((message.losses[0], message.losses[-1]))
+                adapted.trained, adapted.attempts = message.version, 0
+                adapted.trained_weights = Weights(message.version, message.bank)
+                self._train(self.requests[request_id], adapted)
+            case messages.Failed() if message.version == adapted.sent:
+                self._lose(adapted, message.reason)
+
+    def _lose(self, adapted: Adapted, reason: str) -> None:
+        """A block (or what the request was to start from) is lost: go on with the last good version, or end the request."""
+        request_id = self.by_owner[adapted.owner]
+        self.step_stats.train_failures += 1
+        fail = self.settings.on_failure == "fail" or not adapted.ready
+        logger.error(
+            "longctx: training of %s failed at block %d: %s; %s",
+            request_id,
+            adapted.sent,
+            reason,
+            "the request ends" if fail else f"it goes on with version {adapted.trained_weights.version}",
+        )
+        adapted.trained, adapted.attempts = adapted.sent, 0
+        if fail:
+            self.failed[request_id] = f"Temp-LoRA: {reason}"
+
+    def _trainer_restarted(self) -> None:
+        """Weights come back from the slots; the optimizer's state is lost. A block in training is tried once more."""
+        self.step_stats.trainer_restarts += 1
+        logger.warning("longctx: the trainer was restarted; the optimizer states of %d requests are lost", len(self.by_owner))
+        for request_id, adapted in self.adapted.items():
+            if adapted.slot is None:
+                continue
+            known = adapted.trained_weights
+            if known.bank is None or not adapted.ready:
+                self._begin(adapted)
+            else:
+                settings = recipe(adapted.settings)
+                self.trainer.send(messages.Resume(adapted.owner, adapted.slot, known.bank, known.version, settings))
+            if adapted.sent > adapted.trained:
+                adapted.attempts += 1
+                if adapted.attempts < ATTEMPTS:
+                    adapted.sent -= 1
+                    self._send_block(self.requests[request_id], adapted)
+                else:
+                    self._lose(adapted, "the trainer died over it again")
+
+    def _trainer_died(self, reason: str) -> None:
+        self.trainer_lost = reason
+        for adapted in self.adapted.values():
+            if adapted.sent > adapted.trained or not adapted.ready:
+                self._lose(adapted, reason)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = self.step_stats
+        admitted = [a for a in self.adapted.values() if a.slot is not None]
+        stats.slots_in_use = len(admitted)
+        stats.held_requests = sum(a.held_since is not None for a in admitted)
+        stats.train_queue = sum(a.sent > a.trained for a in admitted)
+        stats.versions_behind = sum(max(a.blocks.block_of(a.frontier) - 1 - a.trained, 0) for a in admitted)
+        return super().make_stats(*args, **kwargs)
+
+    def shutdown(self) -> None:
+        self.trainer.close()
+        super().shutdown()
+
+
+def trainer_client(model: ModelConfig, settings: AdaptationSection) -> TrainerClient:
+    assert settings.slots is not None
+    trainer = settings.trainer
+    return TrainerClient(
+        model.model,
+        str(model.dtype).removeprefix("torch."),
+        max_rank=settings.rank_limit,
+        num_slots=settings.slots,
+        adapters_root=settings.adapters_root,
+        threads=trainer.threads,
+        cpus=trainer.cpus,
+        nice=TRAINER_NICE,
+        start_timeout_s=trainer.start_timeout_s,
+        train_timeout_s=trainer.timeout_s,
+        max_restarts=trainer.max_restarts,
+        address=trainer.address,
+    )
+
+
+def recipe(settings: AdaptationSection) -> messages.Recipe:
+    return messages.Recipe(
+        rank=settings.rank,
+        alpha=settings.rank if settings.alpha is None else settings.alpha,
+        dropout=settings.dropout,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_eps=settings.adam_eps,
+        grad_clip=settings.grad_clip,
+        warmup_blocks=settings.warmup_blocks,
+        epochs=settings.epochs,
+        adapter_seed=settings.adapter_seed,
+    )
