@@ -216,7 +216,7 @@ def parse_settings(policies: str, blocks: str) -> list[Setting]:
 def curves(rows: list[dict[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
     """Change against the end of each segment, by text; and the paper's, where its segments end or begin."""
     by_text = {r["text"]: ([s["end"] for s in r["segments"]], [100 * change(s) for s in r["segments"]]) for r in rows}
-    return {**by_text, "paper, PG19, a 7B model": ([100_000, 500_000], [100 * x for x in PAPER.values()])}
+    return {**by_text, "paper, PG19": ([100_000, 500_000], [100 * x for x in PAPER.values()])}
 
 
 def print_texts(setting: Setting, rows: list[dict[str, Any]]) -> None:
