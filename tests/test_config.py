@@ -2,14 +2,15 @@
 
 import pytest
 
-from vllm_longctx.config import LongContextConfig, LongContextError
+from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError, RequestOptions
 from vllm_longctx.geometry import Geometry
 
 TRAINED = 4096
+KV_BLOCK = 32
 
 
 def geometry(value: object) -> Geometry:
-    return LongContextConfig.parse(value).for_model(TRAINED).geometry
+    return LongContextConfig.parse(value).for_model(TRAINED, KV_BLOCK).geometry
 
 
 @pytest.mark.parametrize("value", [{}, {"preset": "lm-infinite"}, '{"attention": {"method": "lm_infinite"}}'])
@@ -28,7 +29,7 @@ def test_keys_override_the_preset() -> None:
 
 def test_a_filled_in_configuration_survives_the_way_to_another_process() -> None:
     for value in ({}, {"preset": "streaming"}, {"attention": {"n_local": 64, "n_global": 0}}):
-        filled = LongContextConfig.parse(value).for_model(TRAINED)
+        filled = LongContextConfig.parse(value).for_model(TRAINED, KV_BLOCK)
         assert LongContextConfig.parse(filled.dump()).geometry == filled.geometry
 
 
@@ -50,7 +51,12 @@ def test_method_none_changes_nothing() -> None:
         ({"attention": {"n_global": 9, "n_local": 8}}, r"n_global = 9 is more than n_local = 8; lower n_global"),
         ({"attention": {"method": "focused"}}, r"longctx.attention: Focused Transformer .* is not built yet"),
         ({"attention": {"top_k": 5}}, r"longctx.attention: top_k = 5: the top-k branch .* is not built yet"),
-        ({"adaptation": {"method": "temp_lora"}}, r"longctx: Temp-LoRA \(adaptation\) is not built yet"),
+        ({"adaptation": {"rnk": 8}}, r"longctx.adaptation: unknown key 'rnk'; did you mean 'rank'\?"),
+        ({"adaptation": {"rank": 0}}, r"longctx.adaptation.rank = 0: Input should be greater"),
+        (
+            {"adaptation": {"trainer": {"threads": "2"}}},
+            r"longctx.adaptation.trainer.threads = '2': Input should be",
+        ),
         ({"attention": {"method": "streaming", "distances": "relative"}}, r"for relative distances use lm_infinite"),
         ({"attention": {"method": "streaming", "distance_ceiling": 5}}, r"distance_ceiling = 5 has no effect"),
         ({"attention": {"method": "none", "n_local": 5}}, r"method none takes no other keys, but n_local was given"),
@@ -83,3 +89,58 @@ def test_lengths_beyond_the_trained_length_need_an_explicit_override(attention: 
 def test_the_explicit_override() -> None:
     attention = {"n_local": 8192, "distance_ceiling": 6000, "allow_beyond_trained": True}
     assert geometry({"attention": attention}) == Geometry(10, 8192, 6000)
+
+
+def adaptation(value: dict) -> AdaptationSection:
+    section = LongContextConfig.parse(value).for_model(TRAINED, KV_BLOCK).adaptation
+    assert section is not None
+    return section
+
+
+def test_temp_lora_takes_its_sizes_from_the_window() -> None:
+    quality, economic = adaptation({"preset": "temp-lora-quality"}), adaptation({"preset": "temp-lora-economic"})
+    assert (quality.block_tokens, quality.context_tokens, quality.window_tokens, quality.kv_policy) == (
+        1024,
+        2048,
+        4096,
+        "reuse",
+    )
+    assert (economic.block_tokens, economic.context_tokens, economic.window_tokens) == (2048, 2016, 4096)
+    assert (quality.rank, quality.learning_rate, quality.warmup_blocks, quality.epochs) == (64, 5e-5, 2, 2)
+    sliding = adaptation({"attention": {"n_local": 512}, "adaptation": {}})
+    assert (sliding.kv_policy, sliding.block_tokens, sliding.train_context_tokens) == ("keep", 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("attention", "section", "message"),
+    [
+        (
+            "none",
+            {"window_tokens": 8192},
+            r"adaptation.window_tokens = 8192, but the model was trained on 4096 tokens; lower it",
+        ),
+        ("none", {"context_tokens": 4090}, r"context_tokens = 4090 leaves no room in adaptation.window_tokens = 4096"),
+        ("none", {"kv_policy": "keep"}, r"kv_policy = 'keep', but attention.method none takes reuse or recompute"),
+        ("lm_infinite", {"kv_policy": "reuse"}, r"Λ attention \(attention.method lm_infinite or streaming\) goes with keep"),
+        ("lm_infinite", {"context_tokens": 64}, r"context_tokens has no effect beside attention.method lm_infinite"),
+        (
+            "none",
+            {"block_tokens": 4096},
+            r"train_context_tokens \+ adaptation.block_tokens \+ 1 = 4097, but",
+        ),
+        ("none", {"rank": 64, "max_rank": 8}, r"adaptation.rank = 64 is above adaptation.max_rank = 8; raise max_rank"),
+        ("none", {"keep_first": 40}, r"adaptation.keep_first = 40 is more than a KV block of 32 tokens; lower it"),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_named(attention: str, section: dict, message: str) -> None:
+    with pytest.raises(LongContextError, match=message):
+        adaptation({"attention": {"method": attention}, "adaptation": section})
+
+
+def test_requests_adapt_when_they_ask_or_when_all_do() -> None:
+    asks, silent, declines = RequestOptions(temp_lora=True), RequestOptions(), RequestOptions(temp_lora=False)
+    opt_in, everyone = (adaptation({"preset": "temp-lora-quality", "adaptation": {"requests": r}}) for r in ("opt_in", "all"))
+    adapting = [s.for_request(o, TRAINED, KV_BLOCK) is not None for s in (opt_in, everyone) for o in (asks, silent, declines)]
+    assert adapting == [True, False, False, True, True, False]
+    with pytest.raises(LongContextError, match="rank has no effect without temp_lora; set temp_lora true, or leave it out"):
+        opt_in.for_request(RequestOptions(rank=8), TRAINED, KV_BLOCK)

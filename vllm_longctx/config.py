@@ -195,7 +195,7 @@ class AdaptationSection(_Section):
         policy = self.kv_policy or ("keep" if sliding else "reuse")
         window = self.window_tokens or attention.n_local or trained_length
         block = self.block_tokens or max(window // BLOCKS_PER_WINDOW.get(preset or "", DEFAULT_BLOCKS_PER_WINDOW), 1)
-        context = self.context_tokens or max(window - block - kv_block, 1)
+        context = self.context_tokens or max(min(window // 2, window - block - kv_block), 1)
         train_context = self.train_context_tokens
         filled = self.model_copy(
             update={
@@ -203,7 +203,9 @@ class AdaptationSection(_Section):
                 "window_tokens": window,
                 "block_tokens": block,
                 "context_tokens": context,
-                "train_context_tokens": max(trained_length - block - 1, 0) if train_context is None else train_context,
+                "train_context_tokens": min(block, max(trained_length - block - 1, 0))
+                if train_context is None
+                else train_context,
                 "max_rank": self.rank_limit,
                 "min_block_tokens": min(self.min_block_tokens, block),
                 "max_epochs": max(self.max_epochs, self.epochs),
@@ -211,7 +213,7 @@ class AdaptationSection(_Section):
         )
         if sliding:
             for name in ("window_tokens", "context_tokens"):
-                if name in self.model_fields_set and getattr(self, name) != getattr(filled, name):
+                if getattr(self, name) is not None:
                     raise LongContextError(
                         f"adaptation.{name} has no effect beside attention.method {attention.method}, whose "
                         "window slides; leave it out, or set attention.method none"

@@ -22,7 +22,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_longctx.adaptation.worker import AdaptingRunner
-from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, LambdaMetadataBuilder, scratch_layout
+from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, scratch_layout
 from vllm_longctx.attention.stepped import SteppedBackend
 from vllm_longctx.config import active_config
 from vllm_longctx.engine_args import rope_parameters, trained_length
@@ -77,7 +77,6 @@ def seeds_of_finished_prompts(runner: CPUModelRunner) -> Iterator[None]:
 def take_selection_seconds(runner: CPUModelRunner) -> float:
     """Seconds spent on tables, scratch blocks and plans, all KV cache groups together, since the last call."""
     builders = [group.get_metadata_builder() for groups in runner.attn_groups for group in groups]
-    builders = [builder for builder in builders if isinstance(builder, LambdaMetadataBuilder)]
     seconds = sum(builder.seconds for builder in builders)
     for builder in builders:
         builder.seconds = 0.0

@@ -276,7 +276,7 @@ class TempLoraScheduler(LongContextScheduler):
     @property
     def memory(self) -> SlotsMemory | None:
         slots = self.trainer.slots
-        return slots and SlotsMemory(slots.path, slots.modules, slots.max_rank, slots.num_slots)
+        return None if slots is None else SlotsMemory(slots.path, slots.modules, slots.max_rank, slots.num_slots)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)

@@ -45,7 +45,8 @@ class Pass:
 class AdaptationStep:
     """For one step. memory: where the slots are, None while nothing is trained. slots: of the requests computed.
 
-    passes: of requests whose window does not start at 0, or that compute a part of their text again. freed: slots given back since the last step.
+    passes: of requests whose window does not start at 0, or that compute a part of their text again. freed: slots given back
+    since the last step.
     """
 
     memory: SlotsMemory | None

@@ -44,6 +44,7 @@ class SteppedBackend(CPUAttentionBackend):
 
 class SteppedMetadataBuilder(CPUAttentionMetadataBuilder):
     passes: tuple[PassRow, ...] = ()  # of the step to come, set by the worker
+    seconds = 0.0  # as `LambdaMetadataBuilder`'s; nothing is selected here
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
