@@ -6,6 +6,7 @@ Two steps around vLLM's own `create_engine_config`: `prepare` parses the configu
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 import vllm
@@ -43,6 +44,7 @@ SCHEDULERS = (SCHEDULER, ADAPTING_SCHEDULER)
 ADAPTABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEFAULT_SLOTS = 8
+RECOMMENDED = "longctx.json"  # in the model's directory: an `adaptation` section
 # The entries of a Hugging Face config that may hold the trained length: Llama's and GPT-J's, MPT's, BLOOM's.
 LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "seq_length")
 
@@ -69,7 +71,8 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
         raise LongContextError(f"scheduler_cls = {args.scheduler_cls!r}, but longctx needs its own; leave scheduler_cls out")
     args.worker_cls, args.scheduler_cls = WORKER, scheduler
     if config.adaptation is not None:
-        config = _with_slots(args, config, config.adaptation)
+        adaptation = _with_slots(args, _with_recommended(config.adaptation, args.model))
+        config = config.model_copy(update={"adaptation": adaptation})
     args.block_size = args.block_size or DEFAULT_BLOCK_SIZE
     if args.max_model_len in (None, -1):
         args.max_model_len = DEFAULT_MAX_MODEL_LEN
@@ -77,7 +80,18 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     return config
 
 
-def _with_slots(args: EngineArgs, config: LongContextConfig, adaptation: AdaptationSection) -> LongContextConfig:
+def _with_recommended(adaptation: AdaptationSection, model: str) -> AdaptationSection:
+    """What the checkpoint recommends in RECOMMENDED, where the user says nothing; a small model wants another recipe."""
+    path = Path(model, RECOMMENDED)
+    if not path.is_file():
+        return adaptation
+    recommended = LongContextConfig.parse(path.read_text()).adaptation
+    assert recommended is not None
+    missing = recommended.model_fields_set - adaptation.model_fields_set
+    return adaptation.model_copy(update={name: getattr(recommended, name) for name in missing})
+
+
+def _with_slots(args: EngineArgs, adaptation: AdaptationSection) -> AdaptationSection:
     """LoRA of vLLM's with room for our slots, beside the adapters that the user asks for."""
     slots = adaptation.slots or min(DEFAULT_SLOTS, args.max_num_seqs or DEFAULT_SLOTS)
     static = args.max_loras if args.enable_lora else 0
@@ -88,7 +102,7 @@ def _with_slots(args: EngineArgs, config: LongContextConfig, adaptation: Adaptat
     args.max_loras = static + slots
     args.max_cpu_loras = max(args.max_cpu_loras or 0, args.max_loras)
     args.max_lora_rank = next(allowed for allowed in get_args(MaxLoRARanks) if allowed >= rank)
-    return config.model_copy(update={"adaptation": adaptation.model_copy(update={"slots": slots})})
+    return adaptation.model_copy(update={"slots": slots})
 
 
 def check_vllm_version() -> None:

@@ -1,6 +1,10 @@
-"""`vllm-longctx score`: teacher-forced log-probabilities of a text, by position, through the real engine."""
+"""`vllm-longctx score`: teacher-forced log-probabilities of a text, by position, through the real engine.
+
+With a configuration that adapts, the text is scored twice in one engine: learning nothing, then with Temp-LoRA.
+"""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,6 +33,7 @@ from vllm_longctx.cli.engine import (
     read_text,
     running_engine,
 )
+from vllm_longctx.config import ADAPTING_PRESETS, KEY
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -53,7 +58,9 @@ class Score:
     config: dict[str, Any]
 
     def buckets(self, bucket_tokens: int | None) -> list[Bucket]:
-        edges = bucket_edges(len(self.nll) + 1, bucket_tokens)
+        return self.means(bucket_edges(len(self.nll) + 1, bucket_tokens))
+
+    def means(self, edges: list[int]) -> list[Bucket]:
         return [Bucket(a, b, sum(part) / len(part)) for a, b in pairwise(edges) if (part := self.nll[max(a, 1) - 1 : b - 1])]
 
 
@@ -64,6 +71,30 @@ def bucket_edges(tokens: int, bucket_tokens: int | None) -> list[int]:
     else:
         inner = [256 << k for k in range(64) if 256 << k < tokens]
     return [0, *inner, tokens]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Perplexity of the tokens at positions start .. end - 1, with Temp-LoRA and without."""
+
+    start: int
+    end: int
+    ppl: float
+    ppl_base: float
+
+
+SEGMENTS = 5
+# What one request asks for, so that the same engine scores without learning: no epoch, the same windows.
+LEARNS: dict[str, Any] = {"temp_lora": True}
+BASE: dict[str, Any] = {"temp_lora": True, "epochs": 0}
+
+
+def segments(score: Score, base: Score, bucket_tokens: int | None) -> list[Segment]:
+    """Of `bucket_tokens` each, by default fifths of the text."""
+    tokens = len(score.nll) + 1
+    edges = bucket_edges(tokens, bucket_tokens or math.ceil(tokens / SEGMENTS))
+    pairs = zip(score.means(edges), base.means(edges), strict=True)
+    return [Segment(own.start, own.end, math.exp(own.nll), math.exp(other.nll)) for own, other in pairs]
 
 
 def score_tokens(model: str, tokens: list[int], additional_config: dict[str, Any], label: str, **engine_kwargs: Any) -> Score:
@@ -78,20 +109,32 @@ def score_in(
     tokens: list[int],
     label: str,
     each_step: Callable[[int], None] | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Score:
-    """The same in an engine that runs already; `each_step` is told how many tokens have been read."""
+    """The same in an engine that runs already.
+
+    each_step is told how many tokens have been read. options: of the request, `config.RequestOptions`.
+    """
     from vllm import SamplingParams
     from vllm.inputs import tokens_input
 
     # Two tokens are generated so that the blocks held after the last chunk are seen too.
-    params = SamplingParams(max_tokens=2, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0)
+    params = SamplingParams(
+        max_tokens=2,
+        prompt_logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        temperature=0,
+        extra_args=None if options is None else {"longctx": options},
+    )
     engine.add_request("score", tokens_input(tokens), params)
     chunk = engine.vllm_config.scheduler_config.max_num_batched_tokens
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     start, output = time.perf_counter(), None
     meter.reset()
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(label, total=len(tokens))
+        # With an adapter the steps are as long as its blocks allow, and tokens of a new pass are computed again.
+        task = progress.add_task(label, total=len(tokens) if options is None else None)
         while engine.has_unfinished_requests():
             output = next(iter(engine.step()), output)
             read = min(meter.steps * chunk, len(tokens))
@@ -131,14 +174,25 @@ def score(
         additional_config = longctx_config(longctx, preset)
         tokens = tokenize(model, read_text(text), max_tokens)
         kwargs = {"dtype": dtype, "max_num_batched_tokens": max_num_batched_tokens, "enforce_eager": enforce_eager}
-        ours = score_tokens(model, tokens, additional_config, "longctx", **kwargs)
-        stock = score_baseline(model, tokens, **kwargs) if baseline else None
-    scores = {"longctx": ours} if stock is None else {"longctx": ours, "stock vLLM": stock}
+        if "adaptation" in additional_config[KEY] or preset in ADAPTING_PRESETS:
+            with running_engine(model, additional_config, len(tokens) + 2, **kwargs) as (engine, meter):
+                base = score_in(engine, meter, tokens, "base", options=BASE)
+                ours = score_in(engine, meter, tokens, "Temp-LoRA", options=LEARNS)
+            scores = {"base": base, "Temp-LoRA": ours}
+        else:
+            ours = score_tokens(model, tokens, additional_config, "longctx", **kwargs)
+            scores = {"longctx": ours}
+        if baseline:
+            scores["stock vLLM"] = score_baseline(model, tokens, **kwargs)
     print_table(scores, bucket_tokens)
+    result = {"model": model, "text": str(text), "tokens": len(tokens), **as_json(ours, bucket_tokens)}
+    if "base" in scores:
+        parts = segments(ours, scores["base"], bucket_tokens)
+        print_segments([*parts, *segments(ours, scores["base"], len(tokens))])
+        result["segments"] = [asdict(part) for part in parts]
+    if "stock vLLM" in scores:
+        result["baseline"] = as_json(scores["stock vLLM"], bucket_tokens)
     if json_out is not None:
-        result = {"model": model, "text": str(text), "tokens": len(tokens), **as_json(ours, bucket_tokens)}
-        if stock is not None:
-            result["baseline"] = as_json(stock, bucket_tokens)
         json_out.write_text(json.dumps(result, indent=1) + "\n")
     if plot_out is not None:
         plot(plot_out, {name: curve(s, bucket_tokens) for name, s in scores.items()}, "position", "NLL (nats per token)")
@@ -166,6 +220,13 @@ def as_json(score: Score, bucket_tokens: int | None) -> dict[str, Any]:
         "kv_blocks_peak": score.kv_blocks_peak,
         "config": score.config,
     }
+
+
+def print_segments(parts: list[Segment]) -> None:
+    table = Table("positions", "base", "Temp-LoRA", "change", title="perplexity")
+    for p in parts:
+        table.add_row(f"{p.start:,} – {p.end:,}", f"{p.ppl_base:.2f}", f"{p.ppl:.2f}", f"{p.ppl / p.ppl_base - 1:+.1%}")
+    Console().print(table)
 
 
 def print_table(scores: dict[str, Score], bucket_tokens: int | None) -> None:
