@@ -295,7 +295,10 @@ class AdaptationSection(_Section):
         path = Path(self.adapters_root, name, "adapter_config.json")
         if not path.is_file():
             raise LongContextError(f"start_from = {name!r}: there is no such adapter in adaptation.adapters_root")
-        return json.loads(path.read_text())["r"]
+        try:
+            return int(json.loads(path.read_text())["r"])
+        except (OSError, ValueError, KeyError) as e:
+            raise LongContextError(f"start_from = {name!r}: its adapter_config.json cannot be read: {e!r}") from None
 
 
 class RequestOptions(_Section):

@@ -1,6 +1,5 @@
 """Temp-LoRA through the engine, against the independent replay of `temp_lora_replay`: greedy, float32, no dropout."""
 
-import gc
 import signal
 import sys
 import time
@@ -240,19 +239,20 @@ def test_a_recipe_that_diverges_never_reaches_a_slot(stepped: LLM) -> None:
     assert logprobs_of(output).isfinite().all()
 
 
-def test_shutting_down_leaves_no_process(tiny_llama: Path) -> None:
-    """With requests held, under Λ attention, where the requests before equal the replay as well."""
+def test_over_lambda_attention_in_a_full_pool_and_shut_down_while_held(tiny_llama: Path) -> None:
+    """24 blocks, of which a request may hold 8: those that do not adapt are preempted, those that adapt are not."""
     attention = {"method": "lm_infinite", "n_global": 10, "n_local": 64, "distance_ceiling": 64}
-    with running(tiny_llama, attention, adaptation={**RECIPE, "slots": 2, "requests": "all"}) as llm:
-        for seed, (case, output) in enumerate(zip(KEEP_CASES, written_together(llm, list(KEEP_CASES)), strict=True)):
-            base = {**RECIPE, "kv_policy": "keep", "attention": Lambda(10, 64, 64)}
+    with running(tiny_llama, attention, {**RECIPE, "slots": 2}, num_gpu_blocks_override=24) as llm:
+        others: list[tuple[int, int, dict[str, Any] | None]] = [(10, 200, None)] * 6
+        outputs = written_together(llm, [*others, *KEEP_CASES])
+        assert metric(llm, "vllm:num_preemptions") > 0
+        base = {**RECIPE, "kv_policy": "keep", "attention": Lambda(10, 64, 64)}
+        for seed, (case, output) in enumerate(zip(KEEP_CASES, outputs[len(others) :], strict=True), len(others)):
             assert_equal(output, replayed(tiny_llama, seed, case, base))
+        for seed, output in enumerate(outputs[: len(others)]):
+            assert tokens_of(generate(llm, [prompt(10, seed)], 200)[0]) == tokens_of(output)
         (sidecar,) = sidecars()
         sidecar.suspend()
         add(llm, "held", 40, 100)
         steps_until(llm, lambda: metric(llm, "vllm:longctx_num_requests_held") == 1)
-    gc.collect()
-    deadline = time.monotonic() + 20
-    while sidecar.is_running() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not sidecar.is_running()
+    assert not psutil.wait_procs([sidecar], timeout=20)[1]

@@ -26,7 +26,7 @@ from vllm_longctx.adaptation.blocks import Blocks, Window, example
 from vllm_longctx.adaptation.client import TrainerClient
 from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, AdaptationStep, Pass, SlotsMemory, SlotUse, Weights
 from vllm_longctx.attention.selection import cdiv
-from vllm_longctx.config import KEY, AdaptationSection, RequestOptions, active_config
+from vllm_longctx.config import KEY, AdaptationSection, LongContextError, RequestOptions, active_config
 from vllm_longctx.kv_cache import LambdaManager, PrivateRequests, SteppedManager
 from vllm_longctx.scheduler import LongContextScheduler
 
@@ -52,7 +52,7 @@ class Adapted:
     save_as: str | None
     start_from: str | None
     blocks: Blocks
-    window: Window | None
+    window: Window
     most_blocks: int
     owner: int
     slot: int | None = None
@@ -87,7 +87,7 @@ class Adapted:
         if not self.ready or self.needed_version() > self.approved:
             return 0
         ends = [self.blocks.end_of_block(max(self.frontier, self.blocks.origin))] if self.trains else []
-        if self.window is not None and self.window.policy != "keep":
+        if self.window.policy != "keep":
             ends.append(self.window.last_position(self.start))
         return max(min(ends) - computed, 0) if ends else 1 << 62
 
@@ -123,8 +123,12 @@ class TempLoraScheduler(LongContextScheduler):
 
     def _adapt(self, request: Request) -> None:
         assert request.sampling_params is not None
-        options = RequestOptions.parse((request.sampling_params.extra_args or {}).get(KEY) or {})
-        settings = self.settings.for_request(options, self.trained_length, self.block_size)
+        try:
+            options = RequestOptions.parse((request.sampling_params.extra_args or {}).get(KEY) or {})
+            settings = self.settings.for_request(options, self.trained_length, self.block_size)
+        except LongContextError as e:  # the front end has checked this, but an adapter may be gone since
+            self.failed[request.request_id] = str(e)
+            return
         if settings is None:
             return
         assert settings.block_tokens and settings.window_tokens and settings.context_tokens and settings.kv_policy
@@ -241,8 +245,6 @@ class TempLoraScheduler(LongContextScheduler):
 
     def _begin_pass(self, request: Request, adapted: Adapted) -> None:
         window, frontier = adapted.window, adapted.frontier
-        if window is None:
-            return
         start = window.next_start(adapted.start, frontier, adapted.blocks)
         if start is None or (
             frontier == adapted.passed_at and window.live_tokens(adapted.start, frontier) < window.window_tokens
