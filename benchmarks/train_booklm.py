@@ -117,7 +117,7 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Peak rate of AdamW; Muon takes 10/3 of it.")] = 3e-3,
     sink_weight: Annotated[float, typer.Option(help="Weight of the sink loss at the end of its ramp.")] = 0.05,
     bf16: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
-    threads: int = 2,
+    threads: Annotated[int, typer.Option(help="No more than there are free cores, or all wait for the slowest.")] = 2,
     seed: int = 1234,
 ) -> None:
     torch.set_num_threads(threads)
