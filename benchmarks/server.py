@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def running_server(model: str, log: Path, *flags: str, patience_s: int = 300) ->
     address = f"http://127.0.0.1:{port}"
     command = [Path(sys.executable).parent / "vllm", "serve", model, "--host", "127.0.0.1", "--port", str(port), *flags]
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ)
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ, start_new_session=True)
         try:
             deadline = time.monotonic() + patience_s
             while not _answers(address):
@@ -32,7 +33,11 @@ def running_server(model: str, log: Path, *flags: str, patience_s: int = 300) ->
             yield address
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:  # as when others spin on its core; its engine must not outlive it
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def _answers(address: str) -> bool:
