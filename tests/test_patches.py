@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,15 @@ def patched(patches: list[Path], directory: Path) -> list[str]:
 
 @pytest.mark.parametrize("patches", [*([p] for p in PATCHES), PATCHES], ids=[*(p.stem for p in PATCHES), "all"])
 def test_they_apply(patches: list[Path], tmp_path: Path) -> None:
-    for file in patched(patches, tmp_path):
+    files = patched(patches, tmp_path)
+    for file in files:
         text = (tmp_path / file).read_text()
         assert text != (SITE_PACKAGES / file).read_text()
         ast.parse(text)
+    # F: names that are not defined, imports that are not used
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F", *files]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_each_has_its_row() -> None:
