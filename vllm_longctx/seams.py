@@ -1,16 +1,19 @@
 """The private seams of vLLM that longctx leans on, each with its reason, and whether this vLLM has it.
 
-Each is touched in one place (named below). `vllm-longctx doctor` shows them; on another vLLM version longctx refuses to start.
+Each is touched where it says, nowhere else. `vllm-longctx doctor` shows them; on another vLLM version longctx refuses to start.
 """
 
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Seam:
-    """what: the thing touched. where: our one place. why: what it is needed for. present: looks for it in this vLLM.
+    """what: the thing touched. where: our place. why: what it is needed for. present: looks for it in this vLLM.
 
     patch: the diff in patches/ that would make it public; None for what is not vLLM's.
     """
@@ -22,31 +25,35 @@ class Seam:
     patch: str | None
 
 
+def _found(path: str) -> Any:
+    """What "module:name.of.attribute" names, None if it is not there."""
+    module, _, name = path.partition(":")
+    try:
+        return attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError):
+        return None
+
+
 def _has(path: str, *attributes: str) -> Callable[[], bool]:
-    def present() -> bool:
-        import importlib
-
-        module, _, name = path.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
-            return False
-        return all(hasattr(found, a) for a in attributes)
-
-    return present
+    return lambda: (found := _found(path)) is not None and all(hasattr(found, a) for a in attributes)
 
 
-def _tensor_fields() -> bool:
-    from vllm.v1.kv_cache_interface import KVCacheTensor
+def _sets(path: str, *attributes: str) -> Callable[[], bool]:
+    """As `_has`, for attributes that objects of a class get when they are made."""
+    return lambda: (init := _found(f"{path}.__init__.__code__")) is not None and set(attributes) <= set(init.co_names)
 
-    return {"size", "layers", "layer_stride", "block_stride"} <= set(inspect.signature(KVCacheTensor).parameters)
+
+def _takes(path: str, *parameters: str) -> Callable[[], bool]:
+    return lambda: (found := _found(path)) is not None and set(parameters) <= set(inspect.signature(found).parameters)
 
 
-def _statistics() -> bool:
-    from vllm.v1.metrics.loggers import StatLoggerManager
-    from vllm.v1.metrics.stats import SchedulerStats
+def _open(path: str) -> Callable[[], bool]:
+    """Whether objects of a class take attributes that it does not name."""
+    return lambda: (found := _found(path)) is not None and not hasattr(found, "__slots__")
 
-    return hasattr(StatLoggerManager, "record") and "kv_connector_stats" in inspect.signature(SchedulerStats).parameters
+
+def _all(*checks: Callable[[], bool]) -> Callable[[], bool]:
+    return lambda: all(check() for check in checks)
 
 
 SEAMS = [
@@ -68,7 +75,7 @@ SEAMS = [
         "KVCacheTensor.layer_stride, size (enlarged before allocation)",
         "worker.py",
         "scratch blocks behind each layer's blocks that the scheduler never hands out",
-        _tensor_fields,
+        _takes("vllm.v1.kv_cache_interface:KVCacheTensor", "size", "layers", "layer_stride", "block_stride"),
         "0003-scratch-blocks.diff",
     ),
     Seam(
@@ -100,7 +107,11 @@ SEAMS = [
         "StatLoggerManager.__init__ (wrapped), SchedulerStats.kv_connector_stats (borrowed), an attribute on ModelRunnerOutput",
         "plugin.py, scheduler.py, worker.py",
         "metrics of long requests beside vLLM's own, only for engines that run longctx, in LLM too",
-        _statistics,
+        _all(
+            _has("vllm.v1.metrics.loggers:StatLoggerManager", "record"),
+            _takes("vllm.v1.metrics.stats:SchedulerStats", "kv_connector_stats"),
+            _open("vllm.v1.outputs:ModelRunnerOutput"),
+        ),
         "0008-statistics-of-plugins.diff",
     ),
     Seam(
@@ -116,6 +127,96 @@ SEAMS = [
         "check bodies behind vLLM's authentication, and end open-ended requests without capping the others",
         _has("vllm.entrypoints.launchers.app:build_app"),
         "0010-app-hooks-of-plugins.diff",
+    ),
+    Seam(
+        "Scheduler._reserve_prefill_lookahead, _handle_blocked_waiting_request, _update_after_schedule, _preempt_request, "
+        "_free_request (overridden), running (reordered)",
+        "adaptation/scheduler.py",
+        "let a request that adapts compute to the end of its block and no further, hold it until the block is trained, "
+        "admit it when a slot is free, preempt it last",
+        _all(
+            _has(
+                "vllm.v1.core.sched.scheduler:Scheduler",
+                "_reserve_prefill_lookahead",
+                "_handle_blocked_waiting_request",
+                "_update_after_schedule",
+                "_preempt_request",
+                "_free_request",
+            ),
+            _sets("vllm.v1.core.sched.scheduler:Scheduler", "running"),
+        ),
+        "0011-scheduler-hooks-of-plugins.diff",
+    ),
+    Seam(
+        "Scheduler._make_cached_request_data (overridden), resumed_req_ids of requests that run on; "
+        "SingleTypeKVCacheManager.req_to_blocks, num_cached_block, _null_block",
+        "adaptation/scheduler.py, kv_cache.py",
+        "begin a new pass: give a running request's KV back and compute its window again, never shared with others",
+        _all(
+            _has("vllm.v1.core.sched.scheduler:Scheduler", "_make_cached_request_data"),
+            _sets(
+                "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
+                "req_to_blocks",
+                "num_cached_block",
+                "_null_block",
+            ),
+        ),
+        "0012-roll-back-of-a-request.diff",
+    ),
+    Seam(
+        "SchedulerOutput (an attribute added)",
+        "adaptation/scheduler.py, adaptation/worker.py",
+        "tell the workers which weights and which window each request of the step has",
+        _open("vllm.v1.core.sched.output:SchedulerOutput"),
+        "0013-plugin-data-of-a-step.diff",
+    ),
+    Seam(
+        "CPUWorker.model_runner (its class replaced); GPUModelRunner.load_lora_model, _prepare_inputs, "
+        "_get_prompt_logprobs_dict (overridden), input_batch.token_ids_cpu (changed while ids are gathered)",
+        "worker.py, adaptation/worker.py",
+        "put the first tokens before a window, keep prompt log-probabilities of the first pass, manage adapters in memory",
+        _all(
+            _has(
+                "vllm.v1.worker.cpu_model_runner:CPUModelRunner",
+                "load_lora_model",
+                "_prepare_inputs",
+                "_get_prompt_logprobs_dict",
+            ),
+            _sets("vllm.v1.worker.gpu_input_batch:InputBatch", "token_ids_cpu"),
+        ),
+        "0014-model-runner-of-plugins.diff",
+    ),
+    Seam(
+        "LRUCacheWorkerLoRAManager._load_adapter (overridden), _adapter_manager: its lora_index_to_id, modules, packed_modules",
+        "adaptation/worker.py",
+        "swap the weights of a trained adapter in place, from memory",
+        _all(
+            _has("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager", "_load_adapter", "set_active_adapters"),
+            _has("vllm.lora.layers:BaseLayerWithLoRA", "set_lora", "reset_lora"),
+            _has("vllm.lora.model_manager:LRUCacheLoRAModelManager", "create_dummy_lora", "pin_adapter"),
+            _sets("vllm.lora.model_manager:LoRAModelManager", "lora_index_to_id", "modules", "packed_modules"),
+        ),
+        "0015-adapters-from-memory.diff",
+    ),
+    Seam(
+        "LoRAModelManager.punica_wrapper_mapping, PunicaWrapperCPU (its class replaced)",
+        "adaptation/worker.py",
+        "no adapter for tokens that have none, where vLLM applies the last one, and weights not gathered for every token",
+        _all(
+            _has("vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU", "update_metadata", "add_lora_linear"),
+            _has("vllm.lora.model_manager:LoRAModelManager", "_init_punica_wrapper"),
+        ),
+        "0016-lora-per-segment-on-cpu.diff",
+    ),
+    Seam(
+        "CommonAttentionMetadata.slot_mapping (changed in place)",
+        "attention/stepped.py",
+        "store the keys and values of a pass from its own first block on",
+        _all(
+            _takes("vllm.v1.attention.backend:CommonAttentionMetadata", "slot_mapping"),
+            _takes("vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update", "slot_mapping"),
+        ),
+        "0017-slots-written-by-builders.diff",
     ),
     Seam(
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
