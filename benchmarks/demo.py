@@ -1,4 +1,5 @@
-"""`make demo`: a model trained on 512 tokens reads 131,072 and writes 2,000, beside stock vLLM on the same text.
+"""`make demo`: a model trained on 512 tokens reads 131,072 and writes 2,000, beside stock vLLM on the same text; then it learns
+while it reads.
 
 The text is the Python language reference (the pydoc topics on every machine). Everything runs in the real vLLM engine, in
 float32; stock vLLM is given an enlarged RoPE table, or it could not run past the trained length at all.
@@ -13,8 +14,8 @@ from rich.progress import Progress
 from rich.table import Table
 from texts import python_topics
 
-from vllm_longctx.cli.engine import console, plot, running_engine
-from vllm_longctx.cli.score import curve, print_table, score_in, tokenize
+from vllm_longctx.cli.engine import LEARNS, console, plot, running_engine
+from vllm_longctx.cli.score import BASE, curve, print_segments, print_table, score_in, segments, tokenize
 
 out = Console()
 STEP = 500
@@ -48,6 +49,7 @@ def main(
     stock_tokens: Annotated[int, typer.Option(help="Stock vLLM is quadratic: it reads only so many.")] = 8192,
     prompt_tokens: int = 2048,
     write_tokens: int = 2000,
+    learn_tokens: Annotated[int, typer.Option(help="Tokens read with Temp-LoRA.")] = 16_384,
     plot_out: Annotated[Path, typer.Option("--plot")] = Path("demo.png"),
 ) -> None:
     tokens = tokenize("booklm", python_topics(), read_tokens)
@@ -76,6 +78,13 @@ def main(
     for name, (text, _) in written.items():
         out.print(f"\n[bold]{name}[/], the last 300 characters:")
         out.print(text[-300:], markup=False, highlight=False)
+
+    out.rule(f"Temp-LoRA: the model learns from {learn_tokens:,} tokens of the text while it reads them")
+    config = {"longctx": {"preset": "temp-lora-quality"}}
+    with running_engine("booklm", config, learn_tokens + 2, **kwargs) as (engine, meter):
+        base = score_in(engine, meter, tokens[:learn_tokens], "base", options=BASE)
+        learned = score_in(engine, meter, tokens[:learn_tokens], "Temp-LoRA", options=LEARNS)
+    print_segments(segments(learned, base, None))
 
 
 if __name__ == "__main__":

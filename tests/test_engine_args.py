@@ -175,6 +175,48 @@ def test_the_trained_length_is_read_from_every_family(config: Any, architecture:
     assert resolved.model_config.max_model_len == 1 << 20
 
 
+QUALITY = {"longctx": {"preset": "temp-lora-quality"}}
+
+
+def test_temp_lora_asks_vllm_for_its_slots() -> None:
+    config = create(additional_config=QUALITY, max_num_seqs=4)
+    adaptation = active_config(config).adaptation
+    assert adaptation is not None and adaptation.slots == 4
+    assert (adaptation.rank, adaptation.learning_rate) == (8, 5e-4)  # what booklm recommends
+    assert (config.lora_config.max_loras, config.lora_config.max_lora_rank) == (4, 8)
+    assert config.scheduler_config.get_scheduler_cls().__name__ == "TempLoraScheduler"
+    both = create(additional_config=QUALITY, max_num_seqs=4, enable_lora=True, max_loras=3, max_lora_rank=64)
+    assert (both.lora_config.max_loras, both.lora_config.max_lora_rank) == (7, 64)
+
+
+def test_what_the_user_says_goes_before_what_a_checkpoint_recommends() -> None:
+    value = {"longctx": {"preset": "temp-lora-quality", "adaptation": {"rank": 4, "slots": 2}}}
+    adaptation = active_config(create(additional_config=value)).adaptation
+    assert adaptation is not None
+    assert (adaptation.rank, adaptation.learning_rate, adaptation.slots) == (4, 5e-4, 2)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"max_num_seqs": 2, "slots": 3}, "adaptation.slots = 3, but max_num_seqs = 2 requests run at once; lower slots"),
+        ({"scheduling_policy": "priority"}, "scheduling_policy = 'priority' may preempt a request that adapts"),
+        ({"num_gpu_blocks_override": 17}, "17 blocks, but one request holds up to 17 .* give at least 18 blocks"),
+    ],
+)
+def test_settings_that_do_not_go_with_temp_lora_are_refused(kwargs: dict[str, Any], message: str) -> None:
+    slots = {"slots": kwargs.pop("slots")} if "slots" in kwargs else {}
+    value = {"longctx": {"preset": "temp-lora-quality", "adaptation": slots}}
+    with pytest.raises(LongContextError, match=message):
+        create(additional_config=value, **kwargs)
+
+
+def test_a_model_whose_layers_take_no_lora_is_refused(tmp_path: Path) -> None:
+    config = GPTJConfig(n_embd=64, n_layer=2, n_head=2, n_positions=96, vocab_size=64, rotary_dim=16)
+    with pytest.raises(LongContextError, match="has no LoRA support for its linear layers; Temp-LoRA runs LlamaForCausalLM"):
+        create(save(tmp_path, config, "GPTJForCausalLM"), QUALITY)
+
+
 def test_another_vllm_version_is_refused_but_only_with_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "__version__", "0.31.0")
     create(additional_config={})

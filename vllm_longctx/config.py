@@ -25,7 +25,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "temp-lora-economic": {"attention": {"method": "none"}, "adaptation": {"method": "temp_lora"}},
     "temp-lora-quality": {"attention": {"method": "none"}, "adaptation": {"method": "temp_lora"}},
 }
-ADAPTING_PRESETS = [name for name, sections in PRESETS.items() if "adaptation" in sections]
 # How many blocks fill the window by default: in the paper (arXiv 2401.11504, section 4) the economic setting has blocks of half
 # the window; the official code's own sizes are a quarter.
 BLOCKS_PER_WINDOW = {"temp-lora-economic": 2}

@@ -125,7 +125,7 @@ class TrainerClient:
         """End the trainer, or leave it if it was joined. Nothing is left of it: no process, file or memory."""
         if self._joins and self._socket is not None:
             self._socket.send(m.encode(m.Leave()), zmq.NOBLOCK)
-        self._end_process(grace_s=5.0)
+        self._end_process(grace_s=5.0 if self._unanswered else 0.0)  # an adapter may be being saved
         self._disconnect(linger_ms=1000 if self._joins else 0)
         self._context.term()
         self._ended = True

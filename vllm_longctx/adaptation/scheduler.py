@@ -195,6 +195,8 @@ class TempLoraScheduler(LongContextScheduler):
                 pass
             self.trainer.send(messages.Save(adapted.owner, adapted.save_as, request.num_tokens))
         self.trainer.send(messages.Drop(adapted.owner))
+        if self.trainer.slots is not None:
+            self.trainer.slots.clear(adapted.slot)
         self.free_slots.append(adapted.slot)
         self.freed_slots.append(adapted.slot)
 
@@ -404,13 +406,14 @@ class TempLoraScheduler(LongContextScheduler):
         request_id = self.by_owner[adapted.owner]
         self.step_stats.train_failures += 1
         fail = self.settings.on_failure == "fail" or not adapted.ready
-        logger.error(
-            "longctx: training of %s failed at block %d: %s; %s",
-            request_id,
-            adapted.sent,
-            reason,
-            "the request ends" if fail else f"it goes on with version {adapted.trained_weights.version}",
-        )
+        if self.trainer_lost is None:  # else the log has said so, and it would say it for every block
+            logger.error(
+                "longctx: training of %s failed at block %d: %s; %s",
+                request_id,
+                adapted.sent,
+                reason,
+                "the request ends" if fail else f"it goes on with version {adapted.trained_weights.version}",
+            )
         adapted.trained, adapted.attempts = adapted.sent, 0
         if fail:
             self.failed[request_id] = f"Temp-LoRA: {reason}"
@@ -437,10 +440,10 @@ class TempLoraScheduler(LongContextScheduler):
                     self._lose(adapted, "the trainer died over it again")
 
     def _trainer_died(self, reason: str) -> None:
-        self.trainer_lost = reason
         for adapted in self.adapted.values():
             if adapted.sent > adapted.trained or not adapted.ready:
                 self._lose(adapted, reason)
+        self.trainer_lost = reason
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = self.step_stats

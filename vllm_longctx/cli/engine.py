@@ -24,7 +24,7 @@ console = Console(stderr=True)
 
 Model = Annotated[str, typer.Option(help="Model directory or name; `booklm` is the small one that ships with longctx.")]
 Longctx = Annotated[str | None, typer.Option(help="Configuration as JSON.")]
-Preset = Annotated[str | None, typer.Option(help="Preset: lm-infinite (the default) or streaming.")]
+Preset = Annotated[str | None, typer.Option(help="lm-infinite (the default), streaming, temp-lora-quality or -economic.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 BatchedTokens = Annotated[int, typer.Option(help="Tokens computed in one step (a chunk of a long prompt).")]
 EnforceEager = Annotated[bool, typer.Option(help="Skip compilation: starts sooner, runs slower.")]
@@ -36,6 +36,10 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "window": {"attention": {"method": "lm_infinite", "n_global": 0}},
     "plain": None,
 }
+
+
+# The options of a request that does.
+LEARNS: dict[str, Any] = {"temp_lora": True}
 
 
 @contextmanager
@@ -61,6 +65,13 @@ def longctx_config(longctx: str | None, preset: str | None) -> dict[str, Any]:
     config = additional_config_from_flags(None, "longctx", value, preset)
     LongContextConfig.parse(config[KEY])
     return config
+
+
+def adapts(additional_config: Mapping[str, Any]) -> bool:
+    """Whether requests of this configuration can learn."""
+    from vllm_longctx.config import KEY, LongContextConfig
+
+    return LongContextConfig.parse(additional_config[KEY]).adaptation is not None
 
 
 @contextmanager

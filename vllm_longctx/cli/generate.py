@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from vllm_longctx.cli.engine import (
+    LEARNS,
     BatchedTokens,
     Dtype,
     EnforceEager,
     Longctx,
     Model,
     Preset,
+    adapts,
     console,
     errors_for_users,
     longctx_config,
@@ -57,6 +59,7 @@ def generate(
             seed=seed,
             ignore_eos=ignore_eos,
             output_kind=RequestOutputKind.DELTA,
+            extra_args={"longctx": LEARNS} if adapts(additional_config) else None,
         )
         kwargs = {"dtype": dtype, "max_num_batched_tokens": max_num_batched_tokens, "enforce_eager": enforce_eager}
         with running_engine(model, additional_config, len(tokens) + max_tokens, **kwargs) as (engine, meter):

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vllm_longctx.cli.engine import (
+    LEARNS,
     BatchedTokens,
     Dtype,
     EnforceEager,
@@ -25,6 +26,7 @@ from vllm_longctx.cli.engine import (
     Model,
     PeakBlocks,
     Preset,
+    adapts,
     console,
     errors_for_users,
     longctx_config,
@@ -33,7 +35,6 @@ from vllm_longctx.cli.engine import (
     read_text,
     running_engine,
 )
-from vllm_longctx.config import ADAPTING_PRESETS, KEY
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -84,9 +85,7 @@ class Segment:
 
 
 SEGMENTS = 5
-# What one request asks for, so that the same engine scores without learning: no epoch, the same windows.
-LEARNS: dict[str, Any] = {"temp_lora": True}
-BASE: dict[str, Any] = {"temp_lora": True, "epochs": 0}
+BASE: dict[str, Any] = {**LEARNS, "epochs": 0}  # the same engine without learning, in the same windows
 
 
 def segments(score: Score, base: Score, bucket_tokens: int | None) -> list[Segment]:
@@ -174,7 +173,7 @@ def score(
         additional_config = longctx_config(longctx, preset)
         tokens = tokenize(model, read_text(text), max_tokens)
         kwargs = {"dtype": dtype, "max_num_batched_tokens": max_num_batched_tokens, "enforce_eager": enforce_eager}
-        if "adaptation" in additional_config[KEY] or preset in ADAPTING_PRESETS:
+        if adapts(additional_config):
             with running_engine(model, additional_config, len(tokens) + 2, **kwargs) as (engine, meter):
                 base = score_in(engine, meter, tokens, "base", options=BASE)
                 ours = score_in(engine, meter, tokens, "Temp-LoRA", options=LEARNS)
