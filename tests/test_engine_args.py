@@ -187,6 +187,7 @@ def test_temp_lora_asks_vllm_for_its_slots() -> None:
     assert config.scheduler_config.get_scheduler_cls().__name__ == "TempLoraScheduler"
     both = create(additional_config=QUALITY, max_num_seqs=4, enable_lora=True, max_loras=3, max_lora_rank=64)
     assert (both.lora_config.max_loras, both.lora_config.max_lora_rank) == (7, 64)
+    assert both.lora_config.target_modules == config.lora_config.target_modules == list(engine_args.LINEAR_MODULES)
 
 
 def test_what_the_user_says_goes_before_what_a_checkpoint_recommends() -> None:
@@ -201,6 +202,10 @@ def test_what_the_user_says_goes_before_what_a_checkpoint_recommends() -> None:
     [
         ({"max_num_seqs": 2, "slots": 3}, "adaptation.slots = 3, but max_num_seqs = 2 requests run at once; lower slots"),
         ({"scheduling_policy": "priority"}, "scheduling_policy = 'priority' may preempt a request that adapts"),
+        (
+            {"enable_lora": True, "lora_target_modules": ["q_proj"]},
+            r"lora_target_modules = \['q_proj'\], but Temp-LoRA adapts q_proj, k_proj, .*; leave it out",
+        ),
         ({"num_gpu_blocks_override": 17}, "17 blocks, but one request holds up to 17 .* give at least 18 blocks"),
     ],
 )

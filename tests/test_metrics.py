@@ -18,6 +18,7 @@ from vllm_longctx.metrics import StepStats
 from vllm_longctx.worker import take_selection_seconds
 
 STREAMING = {"longctx": {"preset": "streaming"}}
+TEMP_LORA = {"longctx": {"preset": "temp-lora-quality"}}
 
 
 def create(additional_config: dict[str, Any], **kwargs: Any) -> VllmConfig:
@@ -30,12 +31,11 @@ def config() -> VllmConfig:
     return create(STREAMING)
 
 
-@pytest.fixture
-def exported(config: VllmConfig) -> str:
-    """/metrics after a few steps of engine 1 of two, with the logger that would fail on our part of the statistics."""
+def exported_by(config: VllmConfig, steps: list[StepStats]) -> str:
+    """/metrics after these steps of engine 1 of two, with the logger that would fail on our part of the statistics."""
     manager = StatLoggerManager(config, [0, 1], custom_stat_loggers=[LoggingStatLogger])
     manager.log_engine_initialized()
-    for step in (StepStats(7, 5, 100, 2, 0.25), StepStats(8, 1, 2, 2, 0.5), StepStats(0, 0, 0, 0, None)):
+    for step in steps:
         stats = SchedulerStats(num_running_reqs=3, kv_connector_stats={"longctx": vars(step)})
         manager.record(stats, None, engine_idx=1)
         assert stats.kv_connector_stats is None
@@ -46,9 +46,50 @@ def exported(config: VllmConfig) -> str:
     return text
 
 
+@pytest.fixture
+def exported(config: VllmConfig) -> str:
+    return exported_by(config, [StepStats(7, 5, 100, 2, 0.25), StepStats(8, 1, 2, 2, 0.5), StepStats(0, 0, 0, 0, None)])
+
+
+@pytest.fixture
+def adapting() -> str:
+    steps = [
+        StepStats(
+            slots_in_use=2,
+            held_requests=1,
+            train_queue=2,
+            versions_behind=3,
+            idle_steps=1,
+            adapted_tokens=40,
+            blocks_trained=2,
+            train_failures=1,
+            trainer_restarts=1,
+            swap_seconds=[0.002, 0.004],
+            hold_seconds=[0.5],
+            train_seconds=[0.25, 0.75],
+            losses=[(4.0, 3.0), (2.0, 1.5)],
+        ),
+        StepStats(
+            slots_in_use=4,
+            held_requests=3,
+            train_queue=3,
+            versions_behind=5,
+            adapted_tokens=2,
+            blocks_trained=1,
+            train_seconds=[2.0],
+            losses=[(6.0, 3.0)],
+        ),
+    ]
+    return exported_by(create(TEMP_LORA), steps)
+
+
+def samples(text: str) -> dict[str, str]:
+    """Those of ours but buckets, by name and labels."""
+    lines = [line for line in text.splitlines() if line.startswith("vllm:longctx_")]
+    return dict(line.rsplit(" ", 1) for line in lines if "_bucket" not in line and "_created" not in line)
+
+
 def test_each_engine_has_its_own_sums_and_last_values(exported: str) -> None:
-    lines = [line for line in exported.splitlines() if line.startswith("vllm:longctx_")]
-    found = dict(line.rsplit(" ", 1) for line in lines if "_bucket" not in line and "_created" not in line)
     names = {
         "live_kv_blocks": 0,
         "num_requests_past_trained": 0,
@@ -65,7 +106,37 @@ def test_each_engine_has_its_own_sums_and_last_values(exported: str) -> None:
     for engine in (0, 1):
         labels = f'distances="in_cache",engine="{engine}",method="streaming",n_global="4",n_local="508",trained_length="512"'
         expected[f'vllm:longctx_config_info{{distance_ceiling="None",{labels}}}'] = "1.0"
-    assert found == expected
+    assert samples(exported) == expected
+
+
+def test_what_adapts_is_counted_beside_it(adapting: str) -> None:
+    expected = {
+        "adapter_slots_in_use": 4,
+        "num_requests_held": 3,
+        "train_queue_blocks": 3,
+        "versions_behind": 5,
+        "idle_steps_total": 1,
+        "adapted_tokens_total": 42,
+        "blocks_trained_total": 3,
+        "train_failures_total": 1,
+        "trainer_restarts_total": 1,
+        "swap_time_seconds_count": 2,
+        "swap_time_seconds_sum": 0.006,
+        "hold_time_seconds_count": 1,
+        "hold_time_seconds_sum": 0.5,
+        "train_time_seconds_count": 3,
+        "train_time_seconds_sum": 3.0,
+        "block_loss_before_count": 3,
+        "block_loss_before_sum": 12.0,
+        "block_loss_after_count": 3,
+        "block_loss_after_sum": 7.5,
+    }
+    found = samples(adapting)
+    for name, value in expected.items():
+        assert float(found[f'vllm:longctx_{name}{{engine="1",model_name="books"}}']) == pytest.approx(value), name
+        assert float(found[f'vllm:longctx_{name}{{engine="0",model_name="books"}}']) == 0, name
+    for bound, count in {"0.25": 1, "0.5": 1, "1.0": 2, "2.5": 3}.items():
+        assert f'vllm:longctx_train_time_seconds_bucket{{engine="1",le="{bound}",model_name="books"}} {count}.0\n' in adapting
 
 
 @pytest.mark.parametrize("additional_config", [{}, {"longctx": {"attention": {"method": "none"}}}])
@@ -103,6 +174,24 @@ def test_doctor_shows_the_engines_of_a_server_beside_each_other(exported: str) -
     assert rows["KV blocks freed so far"] == ["0", "6"]
     assert rows["tokens past the trained length so far"] == ["0", "102"]
     assert rows["selection time per step"] == ["no step yet", "375.00 ms"]
+
+
+def test_doctor_shows_what_adapts(adapting: str, exported: str) -> None:
+    rows = {label: values for label, *values in shown("http://host:1", adapting)}
+    assert rows["method"] == ["none", "none"]
+    assert rows["adapter slots in use"] == ["0", "4"]
+    assert rows["requests held"] == ["0", "3"]
+    assert rows["blocks in training or waiting for it"] == ["0", "3"]
+    assert rows["blocks read or written but not trained yet"] == ["0", "5"]
+    assert rows["blocks trained so far"] == ["0", "3"]
+    assert rows["blocks that could not be trained so far"] == ["0", "1"]
+    assert rows["restarts of the trainer so far"] == ["0", "1"]
+    assert rows["time per swap"] == ["no swap yet", "3.00 ms"]
+    assert rows["time per hold"] == ["no hold yet", "500.00 ms"]
+    assert rows["training time per block"] == ["no block yet", "1000.00 ms"]
+    assert rows["loss per token before training"] == ["no block yet", "4.000"]
+    assert rows["loss per token after training"] == ["no block yet", "2.500"]
+    assert "adapter slots in use" not in {label for label, *_ in shown("http://host:1", exported)}
 
 
 def test_doctor_says_what_is_not_there(exported: str) -> None:

@@ -96,8 +96,11 @@ def _with_slots(args: EngineArgs, adaptation: AdaptationSection) -> AdaptationSe
     slots = adaptation.slots or min(DEFAULT_SLOTS, args.max_num_seqs or DEFAULT_SLOTS)
     static = args.max_loras if args.enable_lora else 0
     rank = max(adaptation.rank_limit, args.max_lora_rank if args.enable_lora else 1)
-    if not args.enable_lora:
-        args.lora_target_modules = list(LINEAR_MODULES)  # or vLLM wraps embeddings and the output layer, too
+    if args.lora_target_modules is not None and set(args.lora_target_modules) != set(LINEAR_MODULES):
+        raise LongContextError(
+            f"lora_target_modules = {args.lora_target_modules}, but Temp-LoRA adapts {', '.join(LINEAR_MODULES)}; leave it out"
+        )
+    args.lora_target_modules = list(LINEAR_MODULES)  # or vLLM wraps embeddings and the output layer, too
     args.enable_lora = True
     args.max_loras = static + slots
     args.max_cpu_loras = max(args.max_cpu_loras or 0, args.max_loras)

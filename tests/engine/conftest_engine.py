@@ -1,19 +1,23 @@
 """Real vLLM engines on the CPU: real processes, one start shared by the tests of a module."""
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+import psutil
 import pytest
 import torch
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
 VOCAB = 512
+# For the tests' models, which have none of their own.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 
 
 @contextmanager
@@ -78,3 +82,17 @@ def logprobs_of(output: RequestOutput) -> torch.Tensor:
 
 def metric(llm: LLM, name: str) -> float:
     return sum(m.value for m in llm.get_metrics() if m.name == name and hasattr(m, "value"))
+
+
+def sidecars() -> list[psutil.Process]:
+    """The trainers below this process."""
+    children = psutil.Process().children(recursive=True)
+    return [p for p in children if "vllm_longctx.adaptation.sidecar" in " ".join(p.cmdline())]
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {seconds:g} s")
+        time.sleep(0.1)

@@ -1,15 +1,18 @@
 """Two ranks on the CPU: tensor-parallel ones have heads, pools and scratch blocks of their own, data-parallel ones all."""
 
+import json
 import pydoc_data.topics
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
-from conftest_engine import a_core_for_each_of_two_ranks, generate, logprobs_of, prompt, running, tokens_of
+from conftest_engine import a_core_for_each_of_two_ranks, generate, logprobs_of, prompt, running, sidecars, tokens_of
 from reference_model import ReferenceLlama
 from server import running_server
+from test_temp_lora import STEPPED, assert_equal, replayed, written_together
 from transformers import AutoTokenizer
 
 from vllm_longctx import BOOKLM
@@ -31,20 +34,43 @@ def test_two_ranks_equal_the_reference(tiny_llama: Path) -> None:
         assert (logprobs_of(output) - expected).abs().max() <= 1e-4
 
 
+def test_requests_that_adapt_on_two_ranks_equal_the_replay(tiny_llama: Path) -> None:
+    """Each rank takes its shard of a slot: more requests than slots, so that slots change hands on both."""
+    cases = [(50, 120, {}), (200, 60, {"update_mode": "parallel"}), (90, 80, {"kv_policy": "recompute", "rank": 4})]
+    with running(tiny_llama, {"method": "none"}, adaptation={**STEPPED, "slots": 2}, tensor_parallel_size=2) as llm:
+        outputs = written_together(llm, [*cases, (60, 40, None)])
+        alone = generate(llm, [prompt(60, 3)], 40)[0]
+    for seed, (case, output) in enumerate(zip(cases, outputs, strict=False)):
+        assert_equal(output, replayed(tiny_llama, seed, case, STEPPED))
+    assert tokens_of(outputs[-1]) == tokens_of(alone)
+
+
 def test_a_data_parallel_server_writes_the_same_on_every_rank(tmp_path: Path) -> None:
+    """Requests that adapt, too: each engine has a trainer of its own."""
     prompt = AutoTokenizer.from_pretrained(BOOKLM)(pydoc_data.topics.topics["exprlists"])["input_ids"][:200]
-    flags = ["--longctx", '{"attention": {"n_global": 4, "n_local": 64}}', "--data-parallel-size", "2", "--max-num-seqs", "4"]
+    adaptation = {"slots": 1, "block_tokens": 64, "learning_rate": 1e-3}
+    longctx = json.dumps({"attention": {"n_global": 4, "n_local": 64}, "adaptation": adaptation})
+    flags = ["--longctx", longctx, "--data-parallel-size", "2", "--max-num-seqs", "4"]
     flags += ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", "100000000"]
     body = {"prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     with running_server(BOOKLM, tmp_path / "log", *flags) as address, httpx.Client(base_url=address, timeout=120) as http:
-        written = []
-        for rank in ("0", "1"):
-            answer = http.post("/v1/completions", json=body, headers={"X-data-parallel-rank": rank})
-            written.append(answer.json()["choices"][0]["token_ids"])
+
+        def written_by_both(body: dict[str, Any]) -> list[list[int]]:
+            answers = [http.post("/v1/completions", json=body, headers={"X-data-parallel-rank": rank}) for rank in "01"]
+            return [answer.json()["choices"][0]["token_ids"] for answer in answers]
+
+        written = written_by_both(body)
+        adapted = written_by_both({**body, "vllm_xargs": {"longctx": '{"temp_lora": true}'}})
+        assert len(sidecars()) == 2
         # Each rank has an API server of its own, which take turns.
         unknown = [http.post("/v1/completions", json={**body, "sed": 1}).status_code for _ in range(4)]
-        counted = re.findall(r'vllm:prompt_tokens_total\{engine="(\d)",.*\} (\S+)', http.get("/metrics").text)
+        exported = http.get("/metrics").text
+
+    def counted(name: str) -> list[float]:
+        return [float(value) for _, value in sorted(re.findall(rf'vllm:{name}_total\{{engine="(\d)",.*\}} (\S+)', exported))]
+
     assert written[0] == written[1] and unknown == [400] * 4
-    assert sorted((rank, float(tokens)) for rank, tokens in counted) == [("0", 200), ("1", 200)]
+    assert adapted[0] == adapted[1] != written[0]
+    assert counted("prompt_tokens") == [400, 400] and counted("longctx_blocks_trained") == [3, 3]
     rows = ReferenceLlama(BOOKLM).logprobs(prompt + written[0], Geometry(4, 64, 512))[len(prompt) - 1 : -1]
     assert (rows.max(-1).values - rows.gather(1, torch.tensor(written[0])[:, None]).squeeze(1)).max() < 1e-3

@@ -5,8 +5,7 @@ import os
 import pydoc_data.topics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import httpx
 import openai
 import pytest
 import torch
+from conftest_engine import CHAT_TEMPLATE, wait_until
 from openai import OpenAI
 from reference_model import ReferenceLlama
 from server import metrics, running_server
@@ -41,8 +41,6 @@ max-num-batched-tokens: 512
 kv-cache-memory-bytes: 100000000
 enable-prompt-tokens-details: true
 """
-# booklm has no chat template.
-TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 GEOMETRY = Geometry(4, 256, 512)
 GREEDY: dict[str, Any] = {"model": "booklm", "temperature": 0}
 EXACT: dict[str, Any] = {"ignore_eos": True, "return_token_ids": True}
@@ -52,7 +50,7 @@ EXACT: dict[str, Any] = {"ignore_eos": True, "return_token_ids": True}
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     directory = tmp_path_factory.mktemp("server")
     (directory / "serve.yaml").write_text(CONFIG)
-    (directory / "chat.jinja").write_text(TEMPLATE)
+    (directory / "chat.jinja").write_text(CHAT_TEMPLATE)
     flags = ["--plugin", "longctx", "--config", str(directory / "serve.yaml"), "--chat-template", str(directory / "chat.jinja")]
     with running_server(BOOKLM, directory / "log", *flags) as address:
         yield address
@@ -83,14 +81,6 @@ def margin(reference: ReferenceLlama, prompt: list[int], written: list[int]) -> 
     rows = reference.logprobs(prompt + written, GEOMETRY)[len(prompt) - 1 : -1]
     chosen = rows.gather(1, torch.tensor(written)[:, None]).squeeze(1)
     return float((rows.max(-1).values - chosen).max())
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    for _ in range(100):
-        if holds():
-            return
-        time.sleep(0.1)
-    pytest.fail("not within 10 s")
 
 
 def test_a_completion_past_the_trained_length_equals_the_reference(

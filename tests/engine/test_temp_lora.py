@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from conftest_engine import generate, logprobs_of, metric, prompt, running, tokens_of
+from conftest_engine import generate, logprobs_of, metric, prompt, running, sidecars, tokens_of
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
 from vllm.inputs import tokens_input
@@ -80,11 +79,6 @@ def assert_equal(output: RequestOutput, expected: Replay) -> None:
     assert list(output.outputs[0].token_ids) == expected.tokens
     assert output.outputs[0].finish_reason == "length"
     torch.testing.assert_close(logprobs_of(output), want, rtol=0, atol=1e-4)
-
-
-def sidecars() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [p for p in children if "vllm_longctx.adaptation.sidecar" in " ".join(p.cmdline())]
 
 
 @pytest.fixture(scope="module")

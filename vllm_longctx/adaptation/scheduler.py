@@ -194,10 +194,7 @@ class TempLoraScheduler(LongContextScheduler):
             manager.forget(request.request_id)
         if adapted.slot is None:
             return
-        if adapted.save_as is not None and request.status in (
-            RequestStatus.FINISHED_STOPPED,
-            RequestStatus.FINISHED_LENGTH_CAPPED,
-        ):
+        if adapted.save_as is not None and ends_by_itself(request):
             while self._send_block(request, adapted):
                 pass
             self.trainer.send(messages.Save(adapted.owner, adapted.save_as, request.num_tokens))
@@ -462,6 +459,19 @@ class TempLoraScheduler(LongContextScheduler):
     def shutdown(self) -> None:
         self.trainer.close()
         super().shutdown()
+
+
+def ends_by_itself(request: Request) -> bool:
+    """False where a client left or the request failed. A stop string is found by the front end, which then aborts as clients
+    do, so what has stop strings counts as ended by one."""
+    assert request.sampling_params is not None
+    if request.status == RequestStatus.FINISHED_ABORTED:
+        return bool(request.sampling_params.stop)
+    return request.status in (
+        RequestStatus.FINISHED_STOPPED,
+        RequestStatus.FINISHED_LENGTH_CAPPED,
+        RequestStatus.FINISHED_REPETITION,
+    )
 
 
 def trainer_client(model: ModelConfig, settings: AdaptationSection) -> TrainerClient:

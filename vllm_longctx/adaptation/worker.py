@@ -20,6 +20,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm_longctx.adaptation.slots import Slots
 from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, AdaptationStep, SlotUse, Weights
 from vllm_longctx.attention.stepped import PassRow, SteppedMetadataBuilder
+from vllm_longctx.engine_args import LINEAR_MODULES
 
 EMPTY = AdaptationStep(None, [], {}, [])
 
@@ -93,7 +94,14 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         if lora_request.lora_int_id < FIRST_LORA_ID:
-            return super()._load_adapter(lora_request)
+            adapter = super()._load_adapter(lora_request)
+            others = {name.rpartition(".")[2] for name in adapter.loras} - set(LINEAR_MODULES)
+            if others:  # vLLM would leave them out and say nothing
+                raise ValueError(
+                    f"the adapter {lora_request.lora_name!r} has weights of {', '.join(sorted(others))}; beside Temp-LoRA an "
+                    f"adapter may have those of {', '.join(LINEAR_MODULES)} only"
+                )
+            return adapter
         return self._adapter_manager.create_dummy_lora(lora_request.lora_int_id, 1, self.embedding_modules)
 
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:

@@ -19,9 +19,22 @@ ROWS: dict[str, Callable[[dict[str, float]], str]] = {
     "KV blocks freed so far": lambda m: f"{m['longctx_freed_kv_blocks_total']:,.0f}",
     "tokens past the trained length so far": lambda m: f"{m['longctx_tokens_past_trained_total']:,.0f}",
     "tokens read and written so far": lambda m: f"{m['prompt_tokens_total'] + m['generation_tokens_total']:,.0f}",
-    "selection time per step": lambda m: _milliseconds(
-        m["longctx_selection_time_seconds_sum"], m["longctx_selection_time_seconds_count"]
-    ),
+    "selection time per step": lambda m: _mean(m, "selection_time_seconds", _milliseconds, "no step yet"),
+}
+# Those of a server whose requests can adapt.
+ADAPTATION_ROWS: dict[str, Callable[[dict[str, float]], str]] = {
+    "adapter slots in use": lambda m: f"{m['longctx_adapter_slots_in_use']:.0f}",
+    "requests held": lambda m: f"{m['longctx_num_requests_held']:.0f}",
+    "blocks in training or waiting for it": lambda m: f"{m['longctx_train_queue_blocks']:.0f}",
+    "blocks read or written but not trained yet": lambda m: f"{m['longctx_versions_behind']:,.0f}",
+    "blocks trained so far": lambda m: f"{m['longctx_blocks_trained_total']:,.0f}",
+    "blocks that could not be trained so far": lambda m: f"{m['longctx_train_failures_total']:,.0f}",
+    "restarts of the trainer so far": lambda m: f"{m['longctx_trainer_restarts_total']:,.0f}",
+    "time per swap": lambda m: _mean(m, "swap_time_seconds", _milliseconds, "no swap yet"),
+    "time per hold": lambda m: _mean(m, "hold_time_seconds", _milliseconds, "no hold yet"),
+    "training time per block": lambda m: _mean(m, "train_time_seconds", _milliseconds, "no block yet"),
+    "loss per token before training": lambda m: _mean(m, "block_loss_before", "{:.3f}".format, "no block yet"),
+    "loss per token after training": lambda m: _mean(m, "block_loss_after", "{:.3f}".format, "no block yet"),
 }
 
 
@@ -65,10 +78,18 @@ def state_table(url: str, text: str) -> Table:
     for key in (k for k in info[order[0]] if k != "engine"):
         table.add_row(key, *(info[e][key] for e in order))
     table.add_section()
-    for label, value in ROWS.items():
-        table.add_row(label, *(value(engines[e]) for e in order))
+    adapts = "longctx_adapter_slots_in_use" in engines[order[0]]
+    for rows in (ROWS, ADAPTATION_ROWS) if adapts else (ROWS,):
+        for label, value in rows.items():
+            table.add_row(label, *(value(engines[e]) for e in order))
+        table.add_section()
     return table
 
 
-def _milliseconds(seconds: float, steps: float) -> str:
-    return f"{1000 * seconds / steps:.2f} ms" if steps else "no step yet"
+def _mean(samples: dict[str, float], histogram: str, shown: Callable[[float], str], none: str) -> str:
+    total, count = samples[f"longctx_{histogram}_sum"], samples[f"longctx_{histogram}_count"]
+    return shown(total / count) if count else none
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.2f} ms"
