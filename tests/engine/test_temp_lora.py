@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest_engine import generate, logprobs_of, metric, prompt, running, sidecars, tokens_of
