@@ -34,7 +34,6 @@ logger = init_logger("vllm.longctx")
 
 # While every request is held the engine loop would spin; it waits this long for the trainer, in seconds.
 IDLE_WAIT = 0.05
-TRAINER_NICE = 10  # where it shares cores with the engine, decoding goes first
 ATTEMPTS = 2  # at a block, when the trainer dies over it
 
 
@@ -485,7 +484,7 @@ def trainer_client(model: ModelConfig, settings: AdaptationSection) -> TrainerCl
         adapters_root=settings.adapters_root,
         threads=trainer.threads,
         cpus=trainer.cpus,
-        nice=TRAINER_NICE,
+        nice=0,  # vLLM's workers spin while they wait for a step: a nicer trainer on their cores would starve behind them
         start_timeout_s=trainer.start_timeout_s,
         train_timeout_s=trainer.timeout_s,
         max_restarts=trainer.max_restarts,
