@@ -1,6 +1,7 @@
 """Two ranks on the CPU: tensor-parallel ones have heads, pools and scratch blocks of their own, data-parallel ones all."""
 
 import json
+import os
 import pydoc_data.topics
 import re
 from pathlib import Path
@@ -34,7 +35,14 @@ def test_two_ranks_equal_the_reference(tiny_llama: Path) -> None:
         assert (logprobs_of(output) - expected).abs().max() <= 1e-4
 
 
-def test_requests_that_adapt_on_two_ranks_equal_the_replay(tiny_llama: Path) -> None:
+def _ranks_that_leave_a_core_to_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting ranks spin: on two cores of two, one each, a trainer gets too little of either to end within minutes."""
+    last = max(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{last}|{last}")
+
+
+def test_requests_that_adapt_on_two_ranks_equal_the_replay(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _ranks_that_leave_a_core_to_trainers(monkeypatch)
     """Each rank takes its shard of a slot: more requests than slots, so that slots change hands on both."""
     cases = [(50, 120, {}), (200, 60, {"update_mode": "parallel"}), (90, 80, {"kv_policy": "recompute", "rank": 4})]
     with running(tiny_llama, {"method": "none"}, adaptation={**STEPPED, "slots": 2}, tensor_parallel_size=2) as llm:
@@ -45,7 +53,8 @@ def test_requests_that_adapt_on_two_ranks_equal_the_replay(tiny_llama: Path) -> 
     assert tokens_of(outputs[-1]) == tokens_of(alone)
 
 
-def test_a_data_parallel_server_writes_the_same_on_every_rank(tmp_path: Path) -> None:
+def test_a_data_parallel_server_writes_the_same_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _ranks_that_leave_a_core_to_trainers(monkeypatch)
     """Requests that adapt, too: each engine has a trainer of its own."""
     prompt = AutoTokenizer.from_pretrained(BOOKLM)(pydoc_data.topics.topics["exprlists"])["input_ids"][:200]
     adaptation = {"slots": 1, "block_tokens": 64, "learning_rate": 1e-3}
