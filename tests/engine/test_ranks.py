@@ -42,8 +42,8 @@ def _ranks_that_leave_a_core_to_trainers(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_requests_that_adapt_on_two_ranks_equal_the_replay(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _ranks_that_leave_a_core_to_trainers(monkeypatch)
     """Each rank takes its shard of a slot: more requests than slots, so that slots change hands on both."""
+    _ranks_that_leave_a_core_to_trainers(monkeypatch)
     cases = [(50, 120, {}), (200, 60, {"update_mode": "parallel"}), (90, 80, {"kv_policy": "recompute", "rank": 4})]
     with running(tiny_llama, {"method": "none"}, adaptation={**STEPPED, "slots": 2}, tensor_parallel_size=2) as llm:
         outputs = written_together(llm, [*cases, (60, 40, None)])
@@ -54,8 +54,8 @@ def test_requests_that_adapt_on_two_ranks_equal_the_replay(tiny_llama: Path, mon
 
 
 def test_a_data_parallel_server_writes_the_same_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _ranks_that_leave_a_core_to_trainers(monkeypatch)
     """Requests that adapt, too: each engine has a trainer of its own."""
+    _ranks_that_leave_a_core_to_trainers(monkeypatch)
     prompt = AutoTokenizer.from_pretrained(BOOKLM)(pydoc_data.topics.topics["exprlists"])["input_ids"][:200]
     adaptation = {"slots": 1, "block_tokens": 64, "learning_rate": 1e-3}
     longctx = json.dumps({"attention": {"n_global": 4, "n_local": 64}, "adaptation": adaptation})
