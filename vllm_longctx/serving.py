@@ -268,7 +268,8 @@ def _adaptation(config: LongContextConfig, vllm_config: VllmConfig, params: Any)
     given = getattr(params, "extra_args", None) or {}
     if config.adaptation is None or not isinstance(params, SamplingParams):
         if KEY in given:
-            raise RequestError(f"{KEY}: {NOT_PER_REQUEST}", KEY)
+            name = f"vllm_xargs.{KEY}" if _over_http.get() else KEY
+            raise RequestError(f"{name}: {NOT_PER_REQUEST}", KEY)
         return RequestOptions(), False
     try:
         options = RequestOptions.parse(given.get(KEY, {}))

@@ -86,8 +86,12 @@ def metric(llm: LLM, name: str) -> float:
 
 def sidecars() -> list[psutil.Process]:
     """The trainers below this process."""
-    children = psutil.Process().children(recursive=True)
-    return [p for p in children if "vllm_longctx.adaptation.sidecar" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended since, or a zombie
+            if "vllm_longctx.adaptation.sidecar" in process.cmdline():
+                found.append(process)
+    return found
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 10) -> None:
