@@ -1,5 +1,6 @@
 """Real vLLM engines on the CPU: real processes, one start shared by the tests of a module."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
