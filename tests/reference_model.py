@@ -10,11 +10,53 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, silu
 
 from vllm_longctx.attention.reference import attention
-from vllm_longctx.geometry import Geometry, alibi_slopes, branches
+from vllm_longctx.geometry import (
+    Branch,
+    Geometry,
+    SteppedWindows,
+    alibi_slopes,
+    branches,
+    local_branch,
+    memory_branch,
+    middle_branch,
+)
 from vllm_longctx.rotary import Rotary, attention_factor, inverse_frequencies
 
 PLAIN = Geometry()
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# What a layer sees at positions [tokens], by its number, and whether its queries and keys are rotated.
+Layers = Callable[[int, Tensor], tuple[list[Branch], bool]]
+
+
+def alike(geometry: Geometry) -> Layers:
+    return lambda _, positions: (branches(geometry, positions, positions), True)
+
+
+def focused(
+    windows: SteppedWindows,
+    prompt_length: int,
+    mem_layers: list[int],
+    mem_positionals: bool = True,
+    best: int | None = None,
+) -> Layers:
+    def seen(layer: int, positions: Tensor) -> tuple[list[Branch], bool]:
+        start = torch.tensor([windows.start(i, prompt_length) for i in positions.tolist()])
+        local = local_branch(positions, positions, start)
+        if layer not in mem_layers:
+            return [local], True
+        return [local, memory_branch(positions, positions, start, best)], mem_positionals
+
+    return seen
+
+
+def with_top_k(geometry: Geometry, prompt_length: int, layers: range, top_k: int, insert_at: int) -> Layers:
+    def seen(layer: int, positions: Tensor) -> tuple[list[Branch], bool]:
+        by_position = branches(geometry, positions, positions)
+        if layer in layers:
+            by_position.append(middle_branch(geometry, positions, positions, top_k, insert_at, prompt_length - 1))
+        return by_position, True
+
+    return seen
 
 
 class Reference:
@@ -29,23 +71,24 @@ class Reference:
         self.weights = {k: v.double() for k, v in load_file(path / "model.safetensors").items()}
         self.set_up()
 
-    def logprobs(self, ids: list[int], geometry: Geometry = PLAIN) -> Tensor:
+    def logprobs(self, ids: list[int], seen: Geometry | Layers = PLAIN) -> Tensor:
         """float64 [tokens, vocab]: log-probabilities of the token after each position."""
-        positions = torch.arange(len(ids))
-        visible = branches(geometry, positions, positions)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-            return attention(q, k, v, visible, self.head_dim**-0.5, self.rotary, self.slopes).flatten(1)
-
+        layers = alike(seen) if isinstance(seen, Geometry) else seen
         x = self.embed(torch.tensor(ids))
         for number in range(self.layers):
+            by_position, rotates = layers(number, torch.arange(len(ids)))
+
+            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+                rotary = self.rotary if rotates else None  # noqa: B023
+                return attention(q, k, v, by_position, self.head_dim**-0.5, rotary, self.slopes).flatten(1)  # noqa: B023
+
             x = self.layer(x, number, attend)
         return self.head(x).log_softmax(-1)
 
-    def token_logprobs(self, ids: list[int], geometry: Geometry = PLAIN) -> Tensor:
+    def token_logprobs(self, ids: list[int], seen: Geometry | Layers = PLAIN) -> Tensor:
         """float64 [tokens - 1]: log-probability of each token after the first."""
-        return self.logprobs(ids, geometry)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+        return self.logprobs(ids, seen)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         y = x @ self.weights[f"{name}.weight"].T

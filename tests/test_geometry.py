@@ -1,10 +1,13 @@
 """The geometry against the table of the papers, evaluated pair by pair in plain Python."""
 
+import itertools
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_longctx.geometry import Geometry, alibi_slopes, branches
+from vllm_longctx.geometry import Geometry, SteppedWindows, alibi_slopes, branches, memory_branch
 
 geometries = st.builds(
     Geometry,
@@ -68,3 +71,29 @@ def test_alibi_slopes_are_those_of_the_paper() -> None:
     between = alibi_slopes(12)
     assert between[:8].tolist() == alibi_slopes(8).tolist()
     assert between[8:].tolist() == alibi_slopes(16)[0:8:2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompt_length", "total", "expected"),
+    [  # of LongLLaMA's own code, window 128, last window 64
+        (1000, 1000, [0, 128, 256, 384, 512, 640, 768, 896, 936]),
+        (700, 899, [0, 128, 256, 384, 512, 636, 764, 892]),
+        (64, 200, [0, 128]),
+        (100, 200, [0, 36, 164]),
+        (1, 130, [0, 128]),
+    ],
+)
+def test_stepped_windows(prompt_length: int, total: int, expected: list[int]) -> None:
+    windows = SteppedWindows(128, 64)
+    starts = [windows.start(i, prompt_length) for i in range(total)]
+    assert sorted(set(starts)) == expected
+    ends = [windows.end(i, prompt_length) for i in range(total)]
+    following = dict(itertools.pairwise(expected))
+    assert all(end == following.get(start, end) > i for i, (start, end) in enumerate(zip(starts, ends, strict=True)))
+
+
+def test_memory_looks_as_if_first_in_the_window() -> None:
+    start = torch.tensor([0, 4, 4])
+    branch = memory_branch(torch.tensor([2, 4, 7]), torch.arange(8), start)
+    assert branch.visible.sum(1).tolist() == [0, 4, 4]
+    assert branch.distance[:, 0].tolist() == [2, 0, 3]

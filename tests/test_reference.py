@@ -1,11 +1,16 @@
 """The float64 reference against attention written out for one pair at a time."""
 
+import json
 import math
+from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+from reference_model import ReferenceLlama, focused, with_top_k
 
 from vllm_longctx.attention.reference import attention
-from vllm_longctx.geometry import Geometry, alibi_slopes, branches
+from vllm_longctx.geometry import Geometry, SteppedWindows, alibi_slopes, branches
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 
 
@@ -42,3 +47,24 @@ def test_rope_and_alibi_attend_as_the_geometry_says() -> None:
                     float(slopes[head]) if "alibi_slopes" in kwargs else 0.0,
                 )
                 assert torch.allclose(out[i, head], expected, atol=1e-6)
+
+
+def test_the_reference_is_longllama(goldens: Path) -> None:
+    case = goldens / "longllama_a"
+    ids = np.load(case / "input_ids.npy").flatten().tolist()
+    reference = ReferenceLlama(goldens / "models" / "longllama")
+    ours = reference.token_logprobs(ids, focused(SteppedWindows(128, 64), len(ids), [2, 4]))
+    assert np.abs(ours.numpy() - np.load(case / "logprobs.npy").flatten()).max() < 5e-5
+
+
+@pytest.mark.parametrize("row", [2, 5])  # 143 tokens: one query, of the last layers, has just enough keys between
+def test_the_reference_is_lm_infinite_with_top_k(goldens: Path, row: int) -> None:
+    case = goldens / "lminf_topk"
+    p = json.loads((case / "case.json").read_text())
+    length = int(np.load(case / "prefix_lengths.npy")[row])
+    ids = np.load(case / "input_ids.npy").flatten().tolist()[:length]
+    geometry = Geometry(p["global_branch"], p["local_branch"], p["limit_distance"])
+    layers = range(p["top_k_from_layer"], p["top_k_to_layer"])
+    seen = with_top_k(geometry, length, layers, p["top_k_attention"], p["top_k_insert_at"])
+    ours = ReferenceLlama(goldens / "models" / "llama").logprobs(ids, seen)[-1]
+    assert np.abs(ours.numpy() - np.load(case / "logprobs.npy")[row]).max() < 1e-4

@@ -1,11 +1,12 @@
 """Which keys a query sees, and at which distance: pure functions of positions.
 
-Symbols of the papers, named once: G = `n_global`, N = `n_local`, L = `distance_ceiling`, s = window start. A method is a
-set of branches; a branch says which keys it covers and at which distance the position encoding sees them. Branches never
-overlap, and attention over them is one softmax.
+Symbols of the papers, named once: G = `n_global`, N = `n_local`, L = `distance_ceiling`, s = window start; LongLLaMA's C =
+`SteppedWindows.tokens`, R = `SteppedWindows.last_tokens`. A method is a set of branches; a branch says which keys it covers
+and at which distance the position encoding sees them. Branches never overlap, and attention over them is one softmax.
 
 Sources: LM-Infinite (arXiv 2308.16137, section 3) for the Λ mask and the ceiling min(i - j, L); StreamingLLM
-(arXiv 2309.17453, section 3.2) for distances counted in the cache.
+(arXiv 2309.17453, section 3.2) for distances counted in the cache; Focused Transformer (arXiv 2307.03170, section 3.1) and
+LongLLaMA's code for stepped windows and the memory before them.
 """
 
 from dataclasses import dataclass
@@ -52,11 +53,38 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class SteppedWindows:
+    """LongLLaMA's windows: a query sees the keys since its window began, and memory layers all before it. Lengths in tokens.
+
+    tokens: of a whole window. last_tokens: a window begins so far before the end of the prompt, whatever stands before it.
+    """
+
+    tokens: int
+    last_tokens: int
+
+    def start(self, position: int, prompt_length: int) -> int:
+        """Where the window of the query at `position` begins, in a request whose prompt has `prompt_length` tokens."""
+        last = max(prompt_length - self.last_tokens, 0)
+        origin = 0 if position < last else last
+        return position - (position - origin) % self.tokens
+
+    def end(self, position: int, prompt_length: int) -> int:
+        """Where the next window begins."""
+        last = max(prompt_length - self.last_tokens, 0)
+        end = self.start(position, prompt_length) + self.tokens
+        return min(end, last) if position < last else end
+
+
+@dataclass(frozen=True)
 class Branch:
-    """visible: bool [queries, keys]; distance: int64 [queries, keys], meaningful where visible."""
+    """visible: bool [queries, keys]; distance: int64 [queries, keys], meaningful where visible.
+
+    best: of its visible keys each query head sees only so many, those with the highest scores; None for all.
+    """
 
     visible: Tensor
     distance: Tensor
+    best: int | None = None
 
 
 def local_branch(queries: Tensor, keys: Tensor, window_start: Tensor) -> Branch:
@@ -74,6 +102,24 @@ def global_branch(geometry: Geometry, queries: Tensor, keys: Tensor, window_star
     i, j, start = queries[:, None], keys[None, :], window_start[:, None]
     visible = (j < geometry.n_global) & (j < start) & (j <= i)
     return Branch(visible, i - j - geometry.unseen_distance(queries, keys, window_start))
+
+
+def memory_branch(queries: Tensor, keys: Tensor, window_start: Tensor, best: int | None = None) -> Branch:
+    """The keys before the query's stepped window, seen as if they were the first in it. Arguments as in `local_branch`."""
+    distance = (queries - window_start)[:, None].expand(-1, len(keys))
+    return Branch(keys[None, :] < window_start[:, None], distance, best)
+
+
+def middle_branch(geometry: Geometry, queries: Tensor, keys: Tensor, top_k: int, insert_at: int, first_query: int) -> Branch:
+    """LM-Infinite's top-k branch (its official code): the best keys between the first tokens and the window, at `insert_at`.
+
+    Only queries from `first_query` on, the prompt's last, have it, and only once there are top_k such keys.
+    """
+    assert geometry.n_local is not None
+    end = (queries + 1 - geometry.n_local)[:, None]
+    active = (queries[:, None] >= first_query) & (end >= geometry.n_global + top_k)
+    visible = active & (keys >= geometry.n_global) & (keys < end)
+    return Branch(visible, torch.full_like(visible, insert_at, dtype=torch.int64), top_k)
 
 
 def branches(geometry: Geometry, queries: Tensor, keys: Tensor, window_start: Tensor | None = None) -> list[Branch]:

@@ -32,7 +32,11 @@ def attention(
         pair_scores = _scores_at(query, key, branch.distance, rotary) * scale
         if alibi_slopes is not None:
             pair_scores = pair_scores - alibi_slopes.double()[:, None, None] * branch.distance
-        scores = torch.where(branch.visible, pair_scores, scores)
+        seen = branch.visible
+        if branch.best is not None and branch.best < len(key):
+            best = pair_scores.masked_fill(~seen, -torch.inf).topk(branch.best, -1).indices
+            seen = seen & torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, best, True)
+        scores = torch.where(seen, pair_scores, scores)
     return torch.einsum("hts,shd->thd", scores.softmax(-1), value)
 
 
