@@ -7,10 +7,11 @@ from vllm_longctx.geometry import Geometry
 
 TRAINED = 4096
 KV_BLOCK = 32
+NUM_LAYERS = 6
 
 
 def geometry(value: object) -> Geometry:
-    return LongContextConfig.parse(value).for_model(TRAINED, KV_BLOCK).geometry
+    return LongContextConfig.parse(value).for_model(TRAINED, KV_BLOCK, NUM_LAYERS, {}).geometry
 
 
 @pytest.mark.parametrize("value", [{}, {"preset": "lm-infinite"}, '{"attention": {"method": "lm_infinite"}}'])
@@ -29,7 +30,7 @@ def test_keys_override_the_preset() -> None:
 
 def test_a_filled_in_configuration_survives_the_way_to_another_process() -> None:
     for value in ({}, {"preset": "streaming"}, {"attention": {"n_local": 64, "n_global": 0}}):
-        filled = LongContextConfig.parse(value).for_model(TRAINED, KV_BLOCK)
+        filled = LongContextConfig.parse(value).for_model(TRAINED, KV_BLOCK, NUM_LAYERS, {})
         assert LongContextConfig.parse(filled.dump()).geometry == filled.geometry
 
 
@@ -49,8 +50,12 @@ def test_method_none_changes_nothing() -> None:
         ({"attention": {"n_local": "4096"}}, r"longctx.attention.n_local = '4096': Input should be a valid integer"),
         ({"attention": {"n_global": -1}}, r"longctx.attention.n_global = -1: Input should be greater"),
         ({"attention": {"n_global": 9, "n_local": 8}}, r"n_global = 9 is more than n_local = 8; lower n_global"),
-        ({"attention": {"method": "focused"}}, r"longctx.attention: Focused Transformer .* is not built yet"),
-        ({"attention": {"top_k": 5}}, r"longctx.attention: top_k = 5: the top-k branch .* is not built yet"),
+        ({"attention": {"method": "focused", "n_global": 4}}, r"n_global has no effect with method focused; leave it out"),
+        ({"attention": {"mem_layers": [1]}}, r"mem_layers has no effect with method lm_infinite; leave it out"),
+        ({"attention": {"method": "focused", "lookup": "top_k"}}, r"lookup = 'top_k' needs top_k; give both"),
+        ({"attention": {"method": "focused", "top_k": 8}}, r"top_k = 8 needs lookup top_k or blocks; give both"),
+        ({"attention": {"method": "focused", "top_k": 0}}, r"longctx.attention.top_k = 0: Input should be greater"),
+        ({"attention": {"method": "focused"}, "adaptation": {}}, r"adaptation does not go with attention.method focused"),
         ({"adaptation": {"rnk": 8}}, r"longctx.adaptation: unknown key 'rnk'; did you mean 'rank'\?"),
         ({"adaptation": {"rank": 0}}, r"longctx.adaptation.rank = 0: Input should be greater"),
         (
@@ -92,7 +97,7 @@ def test_the_explicit_override() -> None:
 
 
 def adaptation(value: dict) -> AdaptationSection:
-    section = LongContextConfig.parse(value).for_model(TRAINED, KV_BLOCK).adaptation
+    section = LongContextConfig.parse(value).for_model(TRAINED, KV_BLOCK, NUM_LAYERS, {}).adaptation
     assert section is not None
     return section
 

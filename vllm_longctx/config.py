@@ -7,7 +7,7 @@ length and checks them against it.
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vllm.config import VllmConfig
 
 from vllm_longctx.adaptation.blocks import KVPolicy, UpdateMode
-from vllm_longctx.geometry import Distances, Geometry
+from vllm_longctx.geometry import Distances, Geometry, SteppedWindows
 
 KEY = "longctx"
 
@@ -35,11 +35,10 @@ ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"  # a directory's name, neve
 # Papers' choices: LM-Infinite section 4.1 (10 to 100 first tokens), StreamingLLM section 3.2 (4).
 DEFAULT_N_GLOBAL = {"lm_infinite": 10, "streaming": 4}
 
-NOT_BUILT = {
-    "focused": "Focused Transformer (attention.method focused)",
-    "top_k": "the top-k branch (attention.top_k*)",
-}
-
+# LongLLaMA's own defaults (its configuration_longllama.py), where neither the checkpoint nor the user says anything.
+LONGLLAMA_DEFAULTS: dict[str, Any] = {"mem_positionals": True, "mem_dtype": "bfloat16", "last_context_length": 1024}
+FOCUSED_KEYS = ("mem_layers", "mem_positionals", "mem_dtype", "last_context_length", "lookup", "memory_limit_gib")
+SLIDING_KEYS = ("n_global", "distance_ceiling", "distances", "top_k_from_layer", "top_k_to_layer", "top_k_insert_at")
 
 S = TypeVar("S", bound="_Section")
 
@@ -68,7 +67,13 @@ class _Section(BaseModel):
 
 
 class AttentionSection(_Section):
-    """What a query sees. Lengths in tokens; None takes the value from the model's trained length."""
+    """What a query sees. Lengths in tokens; None takes the value from the model.
+
+    n_local: of the window, which slides with lm_infinite and streaming and steps with focused. focused (LongLLaMA) has the
+    names of its checkpoints: mem_layers see all keys before the window, of which `lookup` says how many they attend to
+    (all; the best top_k for each query head; the best top_k in the best blocks). memory_limit_gib: host memory for the
+    memory layers' KV, apart from vLLM's pool.
+    """
 
     method: Literal["lm_infinite", "streaming", "focused", "none"] = "lm_infinite"
     n_global: int | None = Field(default=None, ge=0)
@@ -76,24 +81,24 @@ class AttentionSection(_Section):
     distance_ceiling: int | None = Field(default=None, ge=1)
     distances: Distances | None = None
     allow_beyond_trained: bool = False
-    top_k: int | None = None
-    top_k_from_layer: int | None = None
-    top_k_to_layer: int | None = None
-    top_k_insert_at: int | None = None
+    top_k: int | None = Field(default=None, ge=1)
+    top_k_from_layer: int | None = Field(default=None, ge=0)
+    top_k_to_layer: int | None = Field(default=None, ge=0)
+    top_k_insert_at: int | None = Field(default=None, ge=0)
+    mem_layers: list[int] | None = None
+    mem_positionals: bool | None = None
+    mem_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    last_context_length: int | None = Field(default=None, ge=1)
+    lookup: Literal["all", "top_k", "blocks"] | None = None
+    memory_limit_gib: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.method == "focused":
-            raise ValueError(f"{NOT_BUILT['focused']} is not built yet; use lm_infinite or streaming")
-        for name in ("top_k", "top_k_from_layer", "top_k_to_layer", "top_k_insert_at"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name} = {getattr(self, name)}: {NOT_BUILT['top_k']} is not built yet; leave it out")
         if self.method == "none":
-            given = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default} - {
-                "method"
-            }
+            given = self._given() - {"method"}
             if given:
                 raise ValueError(f"method none takes no other keys, but {', '.join(sorted(given))} was given")
+        self._consistent_focused()
         if self.method == "streaming" and self.distances == "relative":
             raise ValueError("method streaming counts distances in_cache; for relative distances use lm_infinite")
         if self.in_cache and self.distance_ceiling is not None:
@@ -102,12 +107,27 @@ class AttentionSection(_Section):
             raise ValueError(f"n_global = {self.n_global} is more than n_local = {self.n_local}; lower n_global")
         return self
 
+    def _given(self) -> set[str]:
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+
+    def _consistent_focused(self) -> None:
+        foreign = sorted(self._given() & set(SLIDING_KEYS if self.method == "focused" else FOCUSED_KEYS))
+        if foreign:
+            raise ValueError(f"{', '.join(foreign)} has no effect with method {self.method}; leave it out")
+        if self.method == "focused" and (self.top_k is None) != (self.lookup in (None, "all")):
+            needs = (
+                f"lookup = {self.lookup!r} needs top_k" if self.top_k is None else f"top_k = {self.top_k} needs lookup top_k"
+            )
+            raise ValueError(f"{needs}; give both (lookup top_k or blocks), or neither for all keys")
+
     @property
     def in_cache(self) -> bool:
         return self.method == "streaming" or self.distances == "in_cache"
 
-    def for_model(self, trained_length: int) -> "AttentionSection":
-        """Every length filled in and checked against the model's trained length (tokens)."""
+    def for_model(self, trained_length: int, num_layers: int, checkpoint: Mapping[str, Any]) -> "AttentionSection":
+        """Every value filled in and checked against the model's trained length (tokens), layers and own configuration."""
+        if self.method == "focused":
+            return self._focused_for_model(trained_length, num_layers, checkpoint)
         n_global = DEFAULT_N_GLOBAL[self.method] if self.n_global is None else self.n_global
         room = trained_length - n_global if self.in_cache else trained_length
         n_local = max(room, 1) if self.n_local is None else self.n_local
@@ -132,6 +152,40 @@ class AttentionSection(_Section):
                 "distances": "in_cache" if self.in_cache else "relative",
             }
         )
+
+    def _focused_for_model(self, trained_length: int, num_layers: int, checkpoint: Mapping[str, Any]) -> "AttentionSection":
+        n_local = self.n_local or trained_length
+        if n_local > trained_length and not self.allow_beyond_trained:
+            raise LongContextError(
+                f"attention.n_local = {n_local}, but the model was trained on {trained_length} tokens; lower it, or set "
+                "attention.allow_beyond_trained"
+            )
+        known = {**LONGLLAMA_DEFAULTS, **{k: v for k, v in checkpoint.items() if k in FOCUSED_KEYS}}
+        filled: dict[str, Any] = {"n_local": n_local, "lookup": self.lookup or "all"}
+        for name in ("mem_layers", "mem_positionals", "mem_dtype", "last_context_length"):
+            given = getattr(self, name)
+            filled[name] = known.get(name) if given is None else given
+        if self.last_context_length is None:
+            filled["last_context_length"] = min(filled["last_context_length"], n_local)
+        # Validated again: what the checkpoint says is as much somebody's input as what the user says.
+        section = _parse(AttentionSection, {**self.model_dump(exclude_none=True), **filled}, "attention")
+        assert section.last_context_length is not None
+        if not section.mem_layers:
+            raise LongContextError(
+                "attention.method focused needs memory layers, but neither attention.mem_layers nor the checkpoint's "
+                "mem_layers names one; give for example attention.mem_layers [8, 16, 24]"
+            )
+        wrong = [layer for layer in section.mem_layers if not 0 <= layer < num_layers]
+        if wrong or len(set(section.mem_layers)) < len(section.mem_layers):
+            raise LongContextError(
+                f"attention.mem_layers = {section.mem_layers}, but the model has layers 0 to {num_layers - 1}; give each once"
+            )
+        if section.last_context_length > n_local:
+            raise LongContextError(
+                f"attention.last_context_length = {section.last_context_length} is more than the window, attention.n_local = "
+                f"{n_local}; lower it"
+            )
+        return section
 
 
 class TrainerSection(_Section):
@@ -362,7 +416,9 @@ class LongContextConfig(_Section):
         return merged
 
     @model_validator(mode="after")
-    def _built(self) -> Self:
+    def _together(self) -> Self:
+        if self.attention.method == "focused" and self.adaptation is not None:
+            raise ValueError("adaptation does not go with attention.method focused yet; leave one of them out")
         if not self.changes_engine and "serving" in self.model_fields_set:
             raise ValueError("serving has no effect with attention.method none, which leaves vLLM as it is; leave it out")
         return self
@@ -372,9 +428,13 @@ class LongContextConfig(_Section):
         """From a dict or a JSON string. Raises LongContextError naming each bad field, its value and what is allowed."""
         return _parse(cls, value)
 
-    def for_model(self, trained_length: int, kv_block: int) -> "LongContextConfig":
-        """Every length filled in. trained_length, kv_block: tokens."""
-        attention = self.attention.for_model(trained_length) if self.changes_attention else self.attention
+    def for_model(
+        self, trained_length: int, kv_block: int, num_layers: int, checkpoint: Mapping[str, Any]
+    ) -> "LongContextConfig":
+        """Every value filled in. trained_length, kv_block: tokens. checkpoint: the model's own configuration."""
+        attention = self.attention
+        if self.changes_attention:
+            attention = attention.for_model(trained_length, num_layers, checkpoint)
         adaptation = self.adaptation and self.adaptation.for_model(trained_length, attention, kv_block, self.preset)
         return self.model_copy(update={"attention": attention, "adaptation": adaptation})
 
@@ -388,10 +448,25 @@ class LongContextConfig(_Section):
         return self.changes_attention or self.adaptation is not None
 
     @property
-    def geometry(self) -> Geometry:
-        """The geometry of a configuration that `for_model` has filled in."""
+    def slides(self) -> bool:
+        """Λ attention, whose window slides."""
+        return self.attention.method in DEFAULT_N_GLOBAL
+
+    @property
+    def windows(self) -> SteppedWindows | None:
+        """Those of method focused, of a configuration that `for_model` has filled in; None for other methods."""
         a = self.attention
-        if not self.changes_attention:
+        if a.method != "focused":
+            return None
+        if a.n_local is None or a.last_context_length is None:
+            raise RuntimeError("LongContextConfig.for_model has not been called")
+        return SteppedWindows(a.n_local, a.last_context_length)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sliding geometry of a configuration that `for_model` has filled in; that of plain attention for other methods."""
+        a = self.attention
+        if not self.slides:
             return Geometry()
         if a.n_global is None or a.n_local is None or a.distances is None:
             raise RuntimeError("LongContextConfig.for_model has not been called")
@@ -408,7 +483,7 @@ def checked_json(text: str) -> dict[str, Any]:
     return json.loads(text)
 
 
-def _parse(section: type[S], value: Any) -> S:
+def _parse(section: type[S], value: Any, name: str = "longctx") -> S:
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -419,11 +494,11 @@ def _parse(section: type[S], value: Any) -> S:
     try:
         return section.model_validate(value)
     except ValidationError as e:
-        raise LongContextError("; ".join(_describe(error) for error in e.errors())) from None
+        raise LongContextError("; ".join(_describe(error, name) for error in e.errors())) from None
 
 
-def _describe(error: Any) -> str:
-    where = ".".join(["longctx", *(str(part) for part in error["loc"])])
+def _describe(error: Any, name: str) -> str:
+    where = ".".join([name, *(str(part) for part in error["loc"])])
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}"

@@ -18,14 +18,16 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_longctx.attention.selection import cdiv
-from vllm_longctx.config import DEFAULT_PRESET, KEY, AdaptationSection, LongContextConfig, LongContextError
+from vllm_longctx.config import KEY, AdaptationSection, LongContextConfig, LongContextError
 from vllm_longctx.kv_cache import max_blocks_per_request
+from vllm_longctx.models import longllama
 from vllm_longctx.rotary import SCALINGS
 
 VLLM_VERSION = "0.32.0"
 WORKER = "vllm_longctx.worker.LongContextCPUWorker"
 SCHEDULER = "vllm_longctx.scheduler.LongContextScheduler"
 ADAPTING_SCHEDULER = "vllm_longctx.adaptation.scheduler.TempLoraScheduler"
+FOCUSED_SCHEDULER = "vllm_longctx.focused.scheduler.FocusedScheduler"
 # vLLM keeps max_num_seqs * max_model_len token ids of 4 bytes in the worker: 1 GiB at 256 sequences.
 DEFAULT_MAX_MODEL_LEN = 1 << 20
 DEFAULT_BLOCK_SIZE = 32
@@ -38,8 +40,11 @@ ARCHITECTURES = (
     "BloomForCausalLM",
     "MptForCausalLM",
     "MPTForCausalLM",
+    longllama.ARCHITECTURE,
 )
-SCHEDULERS = (SCHEDULER, ADAPTING_SCHEDULER)
+SCHEDULERS = (SCHEDULER, ADAPTING_SCHEDULER, FOCUSED_SCHEDULER)
+# Those whose layers can be given a memory: each has its rotary module beside its attention, and nothing else is positional.
+FOCUSABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", longllama.ARCHITECTURE)
 # Those whose linear layers vLLM adapts, under Hugging Face's names for them.
 ADAPTABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -56,9 +61,15 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     """
     if isinstance(args.additional_config, str):
         raise LongContextError(f"additional_config = {args.additional_config!r} is a string; give a dict")
+    is_longllama = longllama.is_checkpoint(args.model)
     if KEY not in (args.additional_config or {}):
-        return None
+        if not is_longllama:
+            return None
+        args.additional_config = {**(args.additional_config or {}), KEY: {}}
     config = LongContextConfig.parse(args.additional_config[KEY])
+    if is_longllama and config.attention.method == "lm_infinite" and "method" not in config.attention.model_fields_set:
+        attention = {**config.attention.model_dump(exclude_unset=True), "method": "focused"}
+        config = LongContextConfig.parse({**config.model_dump(exclude_unset=True), "attention": attention})
     if not config.changes_engine:
         return config
     check_vllm_version()
@@ -66,7 +77,8 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
         raise LongContextError(f"longctx runs on vLLM's CPU platform so far, but this is {current_platform.device_name}")
     if args.worker_cls not in ("auto", WORKER):
         raise LongContextError(f"worker_cls = {args.worker_cls!r}, but longctx needs its own; leave worker_cls out")
-    scheduler = SCHEDULER if config.adaptation is None else ADAPTING_SCHEDULER
+    focused = config.attention.method == "focused"
+    scheduler = FOCUSED_SCHEDULER if focused else SCHEDULER if config.adaptation is None else ADAPTING_SCHEDULER
     if args.scheduler_cls not in (None, scheduler):
         raise LongContextError(f"scheduler_cls = {args.scheduler_cls!r}, but longctx needs its own; leave scheduler_cls out")
     args.worker_cls, args.scheduler_cls = WORKER, scheduler
@@ -75,8 +87,10 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
         config = config.model_copy(update={"adaptation": adaptation})
     args.block_size = args.block_size or DEFAULT_BLOCK_SIZE
     if args.max_model_len in (None, -1):
-        args.max_model_len = DEFAULT_MAX_MODEL_LEN
-    args.hf_overrides = _with_max_length(args.hf_overrides, args.max_model_len)
+        # A memory grows with the text: vLLM finds out what fits into its pool.
+        args.max_model_len = -1 if focused else DEFAULT_MAX_MODEL_LEN
+    longest = DEFAULT_MAX_MODEL_LEN if args.max_model_len == -1 else args.max_model_len
+    args.hf_overrides = _with_max_length(args.hf_overrides, longest)
     return config
 
 
@@ -141,7 +155,15 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig) -> None:
     check_settings(vllm_config)
     if config.adaptation is not None:
         check_adaptation(config.adaptation, vllm_config)
-    config = config.for_model(trained_length(vllm_config.model_config), vllm_config.cache_config.block_size)
+    model = vllm_config.model_config
+    if config.attention.method == "focused":
+        check_focused(vllm_config)
+    config = config.for_model(
+        trained_length(model),
+        vllm_config.cache_config.block_size,
+        model.get_total_num_hidden_layers(),
+        model.hf_text_config.to_dict(),
+    )
     _check_pool(config, vllm_config)
     vllm_config.additional_config = {**vllm_config.additional_config, KEY: config.dump()}
 
@@ -246,11 +268,33 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
             raise LongContextError(f"longctx cannot adapt here: {reason}")
 
 
+def check_focused(vllm_config: VllmConfig) -> None:
+    """Raises LongContextError for a model or a setting with which memory layers cannot work."""
+    model = vllm_config.model_config
+    name = f"model {model.model} ({', '.join(model.architectures)})"
+    refused = {
+        f"{name} is none of those whose layers can have a memory: {', '.join(FOCUSABLE)}": (
+            not set(model.architectures) & set(FOCUSABLE)
+        ),
+        "disable_hybrid_kv_cache_manager is set, and memory layers keep what the others free; leave it out": bool(
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+        ),
+        f"pipeline_parallel_size = {vllm_config.parallel_config.pipeline_parallel_size}; set it to 1": (
+            vllm_config.parallel_config.pipeline_parallel_size > 1
+        ),
+    }
+    for reason, holds in refused.items():
+        if holds:
+            raise LongContextError(f"longctx cannot run attention.method focused here: {reason}")
+
+
 def _check_pool(config: LongContextConfig, vllm_config: VllmConfig) -> None:
     """Raises LongContextError if the pool, where its size is known, has fewer blocks than one request may hold."""
     cache, model, geometry = vllm_config.cache_config, vllm_config.model_config, config.geometry
     in_flight = vllm_config.max_in_flight_tokens
-    if config.changes_attention:
+    if config.windows is not None:  # vLLM fits max_model_len to the pool, or says that it does not fit
+        return
+    if config.slides:
         blocks = max_blocks_per_request(geometry, cache.block_size, in_flight, model.max_model_len)
         why = f"n_global {geometry.n_global}, n_local {geometry.n_local}, {in_flight} tokens in flight"
         remedy = "max_num_batched_tokens or attention.n_local"
@@ -302,5 +346,5 @@ def additional_config_from_flags(
         if value.get("preset", preset) != preset:
             raise LongContextError(f"--longctx-preset {preset} contradicts preset {value['preset']} in --longctx")
         value["preset"] = preset
-    merged[KEY] = value or {"preset": DEFAULT_PRESET}
+    merged[KEY] = value
     return merged

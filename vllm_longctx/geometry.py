@@ -62,15 +62,19 @@ class SteppedWindows:
     tokens: int
     last_tokens: int
 
+    def last_start(self, prompt_length: int) -> int:
+        """Where the window of the prompt's last tokens begins; windows before it do not depend on the prompt's length."""
+        return max(prompt_length - self.last_tokens, 0)
+
     def start(self, position: int, prompt_length: int) -> int:
         """Where the window of the query at `position` begins, in a request whose prompt has `prompt_length` tokens."""
-        last = max(prompt_length - self.last_tokens, 0)
+        last = self.last_start(prompt_length)
         origin = 0 if position < last else last
         return position - (position - origin) % self.tokens
 
     def end(self, position: int, prompt_length: int) -> int:
         """Where the next window begins."""
-        last = max(prompt_length - self.last_tokens, 0)
+        last = self.last_start(prompt_length)
         end = self.start(position, prompt_length) + self.tokens
         return min(end, last) if position < last else end
 

@@ -1,4 +1,4 @@
-"""KV cache of Λ attention and of stepped windows: which blocks live, which are freed, what prefix caching may reuse.
+"""KV cache of Λ attention, of stepped windows and of memory: which blocks live, which are freed, what prefix caching may reuse.
 
 A request keeps the blocks of its first tokens and of its window; the blocks between are freed, their places in the block
 table taken by the null block. A prefix-cache hit therefore needs the first tokens' blocks and one window of blocks at its
@@ -6,8 +6,12 @@ end, with null blocks between, just as vLLM's sliding-window manager does withou
 
 Under stepped windows (Temp-LoRA without Λ attention) requests that adapt live in passes: a new pass gives all blocks back and
 starts with null blocks up to its window. The KV of a request that adapts is its own: prefix caching never sees it.
+
+In Focused Transformers memory layers keep all blocks, the others those of the window. How a prompt is cut into windows
+depends on its length near its end only, so a prefix-cache hit ends where a window begins that both requests have.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -21,7 +25,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from vllm_longctx.attention.selection import cdiv
-from vllm_longctx.geometry import Geometry
+from vllm_longctx.geometry import Geometry, SteppedWindows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +106,17 @@ class LambdaManager(PrivateRequests):
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Free the blocks between the first tokens and the window of the next query."""
-        first, end = self.kv_cache_spec.first_blocks, _first_window_block(self.kv_cache_spec, processed_computed_tokens)
+        first, end = self._unseen_blocks(processed_computed_tokens, num_prompt_tokens)
         if end - first <= self._gaps.get(request_id, 0):  # most steps: the window is still in the same block
             return
         free = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, first, end)
         self._num_freed_blocks += self.block_pool.get_num_free_blocks() - free
         self._gaps[request_id] = end - first
+
+    def _unseen_blocks(self, computed_tokens: int, num_prompt_tokens: int | None) -> tuple[int, int]:
+        """(first, end): the blocks that the query at position `computed_tokens` and all later ones do not see."""
+        return self.kv_cache_spec.first_blocks, _first_window_block(self.kv_cache_spec, computed_tokens)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._gaps.pop(request_id, None)
@@ -262,8 +270,112 @@ class SteppedManager(PrivateRequests, FullAttentionManager):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class WindowSpec(LambdaSpec):
+    """KV of a Focused Transformer's layer without memory: that of the window; `sliding_window` is a whole window's tokens."""
+
+    windows: SteppedWindows
+
+    @classmethod
+    def of(cls, spec: AttentionSpec, windows: SteppedWindows) -> "WindowSpec":
+        common = LambdaSpec.from_attention_spec(spec, Geometry(0, windows.tokens))
+        return cls(**{f.name: getattr(common, f.name) for f in fields(LambdaSpec) if f.init}, windows=windows)
+
+    def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
+        """A window's blocks, the first of them ragged: no step goes past a window's end."""
+        return min(cdiv(self.sliding_window, self.block_size) + 1, cdiv(max_model_len, self.block_size))
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        return all(isinstance(s, WindowSpec) and s.windows == self.windows for s in kv_cache_specs.values())
+
+
+class WindowManager(LambdaManager):
+    """Frees what stands before the window. Nothing of it is ever shared: where a hit ends, a window begins, empty."""
+
+    kv_cache_spec: WindowSpec
+
+    def _unseen_blocks(self, computed_tokens: int, num_prompt_tokens: int | None) -> tuple[int, int]:
+        assert num_prompt_tokens is not None
+        return 0, self.kv_cache_spec.windows.start(computed_tokens, num_prompt_tokens) // self.block_size
+
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Publishes nothing."""
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        assert isinstance(kv_cache_spec, WindowSpec)
+        hit = _window_starts_before(max_length, kv_cache_spec)
+        nothing = [block_pool.null_block] * (hit // kv_cache_spec.block_size)
+        return tuple(list(nothing) for _ in kv_cache_group_ids), hit
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySpec(FullAttentionSpec):
+    """KV of a Focused Transformer's memory layer: all of it."""
+
+    windows: SteppedWindows
+
+    @classmethod
+    def of(cls, spec: AttentionSpec, windows: SteppedWindows) -> "MemorySpec":
+        """The spec of the same layer. Raises TypeError for a layer with a window of its own."""
+        if not isinstance(spec, FullAttentionSpec) or spec.sliding_window is not None:
+            raise TypeError(f"cannot give {spec} a memory")
+        return cls(**{f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}, windows=windows)
+
+    @classmethod
+    def merge(cls, specs: list["MemorySpec"]) -> "MemorySpec":
+        # vLLM takes an AssertionError to mean that layers belong to different groups.
+        assert all(spec == specs[0] for spec in specs), "memory layers beside others"
+        return specs[0]
+
+
+class MemoryManager(FullAttentionManager):
+    """Publishes closed windows, whose keys are un-rotated, where another prompt would have been cut into the same windows."""
+
+    kv_cache_spec: MemorySpec
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        windows, prompt = self.kv_cache_spec.windows, request.num_prompt_tokens
+        closed = windows.start(max(num_tokens - 1, 0), prompt)
+        super().cache_blocks(request, min(closed, windows.last_start(prompt)), *args, **kwargs)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        assert isinstance(kv_cache_spec, MemorySpec)
+        blocks, hit = super().find_longest_cache_hit(
+            block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
+        )
+        hit = _window_starts_before(hit, kv_cache_spec)
+        return tuple(group[: hit // kv_cache_spec.block_size] for group in blocks), hit
+
+
+def _window_starts_before(num_tokens: int, spec: WindowSpec | MemorySpec) -> int:
+    """The last place up to `num_tokens` where a window and a block begin, in a prompt that goes on for long."""
+    return num_tokens // (common := math.lcm(spec.windows.tokens, spec.block_size)) * common
+
+
 def register() -> None:
     """Make the specs known to vLLM; also needed where it is only unpickled. Built-in specs must be there first."""
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(LambdaSpec, LambdaManager, uniform_type_base_spec=LambdaSpec)
     KVCacheSpecRegistry.register(SteppedSpec, SteppedManager, uniform_type_base_spec=SteppedSpec)
+    KVCacheSpecRegistry.register(WindowSpec, WindowManager, uniform_type_base_spec=WindowSpec)
+    KVCacheSpecRegistry.register(MemorySpec, MemoryManager, uniform_type_base_spec=MemorySpec)

@@ -1,7 +1,7 @@
 """vLLM's door to this package: the entry point `longctx` in the group `vllm.general_plugins`.
 
-`register` runs in every process of vLLM. It makes the KV spec and MPT known and wraps three methods of EngineArgs and the
-constructor of StatLoggerManager; it changes nothing for an engine without a `longctx` configuration.
+`register` runs in every process of vLLM. It makes the KV specs, MPT and LongLLaMA known and wraps three methods of EngineArgs
+and the constructor of StatLoggerManager; it changes nothing for an engine without a `longctx` configuration.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm_longctx import engine_args, kv_cache
 from vllm_longctx.config import KEY, PRESETS, LongContextError, checked_json
 from vllm_longctx.metrics import LongContextStatLogger
+from vllm_longctx.models import longllama
 
 MIDDLEWARE = "vllm_longctx.serving.RequestChecks"
 
@@ -24,6 +25,7 @@ def register() -> None:
     kv_cache.register()
     for architecture in ("MptForCausalLM", "MPTForCausalLM"):
         ModelRegistry.register_model(architecture, "vllm_longctx.models.mpt:MptForCausalLM")
+    longllama.register()
     if not hasattr(EngineArgs.create_engine_config, "__wrapped__"):
         _wrap_create_engine_config()
         _wrap_cli()

@@ -160,3 +160,10 @@ class Rotary(nn.Module):
         if self.rotary_dim == x.shape[-1]:
             return rotated.to(x.dtype)
         return torch.cat((rotated.to(x.dtype), x[..., self.rotary_dim :]), -1)
+
+
+class NoRotation(nn.Module):
+    """Takes the place of a rotary module in layers without positions."""
+
+    def forward(self, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return query, key

@@ -24,7 +24,7 @@ class LongContextScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.trained_length = trained_length(self.vllm_config.model_config)
         config = active_config(self.vllm_config)
-        self.window = config.geometry.n_local or self.trained_length
+        self.window = config.attention.n_local or self.trained_length
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.lambda_managers = [m for m in managers if isinstance(m, LambdaManager)]
         self.step_stats = StepStats()
@@ -34,8 +34,11 @@ class LongContextScheduler(Scheduler):
         """Here, because there is one scheduler per engine; the engine's arguments are read in every API server."""
         config, model = active_config(self.vllm_config), self.vllm_config.model_config
         parts = [str(config.attention.method)]
-        if config.changes_attention:
+        if config.slides:
             parts += [f"{name} {value}" for name, value in vars(config.geometry).items()]
+        if config.windows is not None:
+            keys = ("n_local", "last_context_length", "mem_layers", "mem_positionals", "mem_dtype", "lookup", "top_k")
+            parts += [f"{key} {value}" for key in keys if (value := getattr(config.attention, key)) is not None]
         if config.adaptation is not None:
             a = config.adaptation
             parts += [f"Temp-LoRA rank {a.rank}, blocks of {a.block_tokens} tokens, kv_policy {a.kv_policy}, {a.slots} slots"]

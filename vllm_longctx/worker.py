@@ -5,7 +5,7 @@ is process-wide and cached, so a second engine in the process would inherit the 
 rotary module that rotated its queries.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -15,18 +15,23 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_longctx.adaptation.worker import AdaptingRunner
 from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, scratch_layout
+from vllm_longctx.attention.focused import MemoryBackend
 from vllm_longctx.attention.stepped import SteppedBackend
-from vllm_longctx.config import active_config
+from vllm_longctx.config import LongContextConfig, active_config
 from vllm_longctx.engine_args import rope_parameters, trained_length
-from vllm_longctx.rotary import Rotary, attention_factor, inverse_frequencies
+from vllm_longctx.focused.worker import FocusedRunner
+from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, SteppedSpec, WindowSpec
+from vllm_longctx.rotary import NoRotation, Rotary, attention_factor, inverse_frequencies
 
 
 class LongContextCPUWorker(CPUWorker):
@@ -39,11 +44,14 @@ class LongContextCPUWorker(CPUWorker):
 
     def init_device(self) -> None:
         super().init_device()
-        if active_config(self.vllm_config).adaptation is not None:
+        config = active_config(self.vllm_config)
+        if config.adaptation is not None:
             self.model_runner.__class__ = AdaptingRunner  # vLLM names its class in the code; see seams
+        elif config.windows is not None:
+            self.model_runner.__class__ = FocusedRunner
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        if isinstance(self.model_runner, AdaptingRunner):
+        if isinstance(self.model_runner, AdaptingRunner | FocusedRunner):
             self.model_runner.begin_step(scheduler_output)
         return super().execute_model(scheduler_output)
 
@@ -107,19 +115,42 @@ def take_over_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
         ):
             raise RuntimeError(f"longctx cannot take over {name} ({type(layer).__name__}, {type(stock_rotary).__name__})")
 
-    config = active_config(vllm_config)
     rotary = None if stock_rotary is None else exact_rotary(stock_rotary, vllm_config)
-    backend: type[LambdaBackend | SteppedBackend]
-    if config.changes_attention:
-        backend = LambdaBackend.for_geometry(config.geometry)
+    if rotary is not None:
+        for parent in parents.values():
+            parent.rotary_emb = rotary
+    config = active_config(vllm_config)
+    if config.windows is not None:
+        take_over_focused(layers, parents, config)
+    elif config.slides:
+        backend = with_spec(LambdaBackend, lambda spec: LambdaSpec.from_attention_spec(spec, config.geometry))
+        for layer in layers.values():
+            layer.impl, layer.attn_backend = LambdaImpl(layer.impl, config.geometry, rotary), backend
     else:
-        backend = SteppedBackend.for_tokens(trained_length(vllm_config.model_config))
+        most_tokens = trained_length(vllm_config.model_config)
+        backend = with_spec(SteppedBackend, lambda spec: SteppedSpec.from_attention_spec(spec, most_tokens))
+        for layer in layers.values():
+            layer.attn_backend = backend
+
+
+def take_over_focused(layers: dict[str, Attention], parents: dict[str, nn.Module], config: LongContextConfig) -> None:
+    """Memory layers keep vLLM's own attention over all blocks: positions counted from the window make it what it must be."""
+    windows, attention = config.windows, config.attention
+    assert windows is not None and attention.mem_layers is not None
+    window = with_spec(SteppedBackend, lambda spec: WindowSpec.of(spec, windows))
+    memory = with_spec(MemoryBackend, lambda spec: MemorySpec.of(spec, windows))
     for name, layer in layers.items():
-        if rotary is not None:
-            parents[name].rotary_emb = rotary
-        if config.changes_attention:
-            layer.impl = LambdaImpl(layer.impl, config.geometry, rotary)
-        layer.attn_backend = backend
+        if extract_layer_index(name) not in attention.mem_layers:
+            layer.attn_backend = window
+            continue
+        layer.attn_backend = memory
+        if not attention.mem_positionals:
+            parents[name].rotary_emb = NoRotation()
+
+
+def with_spec(backend: type[AttentionBackend], make: Callable[[AttentionSpec], KVCacheSpec]) -> type[AttentionBackend]:
+    """The backend with a KV spec of our own: it says what the pool must keep of its layers."""
+    return type(backend.__name__, (backend,), {"customize_spec": classmethod(lambda cls, spec: make(spec))})
 
 
 def exact_rotary(stock: RotaryEmbedding, vllm_config: VllmConfig) -> Rotary:
@@ -138,7 +169,7 @@ def exact_rotary(stock: RotaryEmbedding, vllm_config: VllmConfig) -> Rotary:
 
 def with_scratch_room(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> KVCacheConfig:
     """The same pool, with room for scratch blocks behind each layer's blocks; the scheduler never hears of them."""
-    if not kv_cache_config.kv_cache_tensors or not active_config(vllm_config).changes_attention:
+    if not kv_cache_config.kv_cache_tensors or not active_config(vllm_config).slides:
         return kv_cache_config
     (tensor,) = kv_cache_config.kv_cache_tensors
     num_blocks = kv_cache_config.num_blocks

@@ -27,3 +27,22 @@ def test_lm_infinite(name: str, ranks: int, goldens: Path, monkeypatch: pytest.M
     ours = logprobs_of(scored)[: len(ids) - 1].numpy()
     assert np.abs(ours - np.load(case / "logprobs.npy").flatten()).max() <= 1e-3
     assert not greedy or list(scored.outputs[0].token_ids) == greedy
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_longllama(ranks: int, goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests at once, in chunks that end elsewhere than the windows do; no configuration but the checkpoint's own."""
+    cases = [goldens / "longllama_a", goldens / "longllama_generate"]
+    if ranks == 2:
+        a_core_for_each_of_two_ranks(monkeypatch)
+    prompts = [np.load(case / "input_ids.npy").flatten().tolist() for case in cases]
+    greedy = np.load(cases[1] / "greedy_tokens.npy").flatten().tolist()
+    settings = {"tensor_parallel_size": ranks, "max_num_batched_tokens": 200}
+    with running(goldens / "models" / "longllama", None, **settings) as llm:
+        scored = generate(llm, prompts, len(greedy), prompt_logprobs=0)
+    for case, ids, output in zip(cases, prompts, scored, strict=True):
+        ours = logprobs_of(output)[: len(ids) - 1].numpy()
+        assert np.abs(ours - np.load(case / "logprobs.npy").flatten()).max() <= 1e-3
+    assert list(scored[1].outputs[0].token_ids) == greedy
+    written = logprobs_of(scored[1])[len(prompts[1]) - 1 :].numpy()
+    assert np.abs(written - np.load(cases[1] / "greedy_logprobs.npy").flatten()).max() <= 1e-3

@@ -21,14 +21,13 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_longctx.attention.scratch import Scratch, as_kernel_cache, extend, packed_order, unpack
 from vllm_longctx.attention.selection import KernelTables, ScratchLayout, cdiv, kernel_tables, next_tables
 from vllm_longctx.attention.tiles import ChunkPlan, attend_chunk, plan_chunk
 from vllm_longctx.config import active_config
 from vllm_longctx.geometry import Geometry
-from vllm_longctx.kv_cache import LambdaSpec
 from vllm_longctx.rotary import Rotary
 
 
@@ -61,7 +60,7 @@ class LambdaMetadata:
 
 
 class LambdaBackend(CPUAttentionBackend):
-    """vLLM's CPU backend with Λ geometry. Chosen per layer by `vllm_longctx.worker`, not in vLLM's registry."""
+    """vLLM's CPU backend with Λ geometry. Chosen per layer by `vllm_longctx.worker`, with a spec of its own."""
 
     @staticmethod
     def get_impl_cls() -> type["LambdaImpl"]:
@@ -70,19 +69,6 @@ class LambdaBackend(CPUAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type["LambdaMetadataBuilder"]:
         return LambdaMetadataBuilder
-
-    @classmethod
-    def customize_spec(cls, spec: KVCacheSpec) -> KVCacheSpec:
-        raise TypeError("use the backend that `for_geometry` returns")
-
-    @classmethod
-    def for_geometry(cls, geometry: Geometry) -> type["LambdaBackend"]:
-        """The backend of layers with this geometry: their KV spec says what the pool must keep."""
-
-        def customize_spec(cls: type, spec: AttentionSpec) -> AttentionSpec:
-            return LambdaSpec.from_attention_spec(spec, geometry)
-
-        return type("LambdaBackend", (cls,), {"customize_spec": classmethod(customize_spec)})
 
 
 class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):

@@ -14,9 +14,6 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec
-
-from vllm_longctx.kv_cache import SteppedSpec
 
 
 @dataclass(frozen=True)
@@ -28,18 +25,11 @@ class PassRow:
 
 
 class SteppedBackend(CPUAttentionBackend):
+    """vLLM's CPU backend with stepped windows. Chosen per layer by `vllm_longctx.worker`, with a spec of its own."""
+
     @staticmethod
     def get_builder_cls() -> type["SteppedMetadataBuilder"]:
         return SteppedMetadataBuilder
-
-    @classmethod
-    def for_tokens(cls, most_tokens: int) -> type["SteppedBackend"]:
-        """The backend of layers whose requests have at most `most_tokens` live tokens each."""
-
-        def customize_spec(cls: type, spec: AttentionSpec) -> AttentionSpec:
-            return SteppedSpec.from_attention_spec(spec, most_tokens)
-
-        return type("SteppedBackend", (cls,), {"customize_spec": classmethod(customize_spec)})
 
 
 class SteppedMetadataBuilder(CPUAttentionMetadataBuilder):

@@ -3,10 +3,13 @@
 The model is vLLM's and transformers' own Llama; the memory is the engine's (`attention/focused`).
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
+from vllm.model_executor.models.registry import ModelRegistry
 
 MODEL_TYPE = "longllama"
 ARCHITECTURE = "LongLlamaForCausalLM"
@@ -35,3 +38,17 @@ class LongLlamaConfig(LlamaConfig):
         self.mem_dtype = mem_dtype
         self.last_context_length = last_context_length
         super().__init__(**kwargs)
+
+
+def is_checkpoint(model: str) -> bool:
+    """Whether a local directory holds a LongLLaMA checkpoint."""
+    path = Path(model, "config.json")
+    try:
+        return json.loads(path.read_text()).get("model_type") == MODEL_TYPE
+    except (OSError, ValueError, AttributeError):  # not a directory, or one that vLLM complains of better than we could
+        return False
+
+
+def register() -> None:
+    AutoConfig.register(MODEL_TYPE, LongLlamaConfig, exist_ok=True)
+    ModelRegistry.register_model(ARCHITECTURE, "vllm.model_executor.models.llama:LlamaForCausalLM")

@@ -1,0 +1,53 @@
+"""vLLM's scheduler for Focused Transformers: no step of a request goes past the end of its window."""
+
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
+
+from vllm_longctx.config import active_config
+from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow
+from vllm_longctx.scheduler import LongContextScheduler
+
+
+class FocusedScheduler(LongContextScheduler):
+    """Also a mixin: `class X(FocusedScheduler, AsyncScheduler)` cuts the same over vLLM's other scheduler."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        windows = active_config(self.vllm_config).windows
+        assert windows is not None
+        self.windows = windows
+        self.open: dict[str, int] = {}  # where the window of each request's last step began
+
+    def add_request(self, request: Request) -> None:
+        """Prefix caching sees the prompt up to where its last window begins: what comes then is cut as no other prompt is."""
+        request._block_hasher = None
+        del request.block_hashes[self.windows.last_start(request.num_prompt_tokens) // self.block_size :]
+        super().add_request(request)
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        allowed = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        end = self.windows.end(num_computed_tokens, request.num_prompt_tokens)
+        return min(allowed, end - num_computed_tokens)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)
+        setattr(output, ATTRIBUTE, {name: self._window(name, new) for name, new in output.num_scheduled_tokens.items()})
+        return output
+
+    def _window(self, request_id: str, num_new_tokens: int) -> RequestWindow:
+        request = self.requests[request_id]
+        first = request.num_computed_tokens - num_new_tokens  # already counted as computed
+        start = self.windows.start(first, request.num_prompt_tokens)
+        before = self.open.get(request_id, start)
+        self.open[request_id] = start
+        return RequestWindow(start, None if before == start else before)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self.open.pop(request.request_id, None)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self.open.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)

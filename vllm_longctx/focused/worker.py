@@ -1,0 +1,58 @@
+"""The worker's side of Focused Transformers: positions counted from each request's window, and windows that become memory."""
+
+from typing import Any
+
+import torch
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_longctx.attention.focused import ClosedWindow, MemoryMetadataBuilder, covering, remember
+from vllm_longctx.attention.stepped import PassRow, SteppedMetadataBuilder
+from vllm_longctx.config import active_config
+from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow
+from vllm_longctx.rotary import Rotary
+
+
+class FocusedRunner(CPUModelRunner):
+    """vLLM's model runner. Private methods of its that are overridden here: see `vllm_longctx.seams`."""
+
+    windows: dict[str, RequestWindow]
+
+    def begin_step(self, scheduler_output: SchedulerOutput) -> None:
+        self.windows = getattr(scheduler_output, ATTRIBUTE)
+
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, *args, **kwargs)
+        request_ids = self.input_batch.req_ids
+        starts = torch.tensor([self.windows[request_id].start for request_id in request_ids])
+        lengths = torch.tensor([scheduler_output.num_scheduled_tokens[request_id] for request_id in request_ids])
+        # Slots are computed; what still reads positions is the model.
+        self.positions[: scheduler_output.total_num_scheduled_tokens] -= starts.repeat_interleave(lengths)
+        rows = tuple(PassRow(row, start) for row, start in enumerate(starts.tolist()) if start)
+        for group_id, groups in enumerate(self.attn_groups):
+            for group in groups:
+                builder = group.get_metadata_builder()
+                if isinstance(builder, SteppedMetadataBuilder):
+                    builder.passes = rows
+                elif isinstance(builder, MemoryMetadataBuilder):
+                    self._close_windows(group_id, builder)
+        return prepared
+
+    def _close_windows(self, group_id: int, builder: MemoryMetadataBuilder) -> None:
+        attention = active_config(self.vllm_config).attention
+        assert attention.mem_dtype is not None
+        table = self.input_batch.block_table[group_id].get_cpu_tensor()
+        for row, request_id in enumerate(self.input_batch.req_ids):
+            window = self.windows[request_id]
+            if window.closes is None:
+                continue
+            blocks = covering(table[row], window.closes, window.start, builder.block_size)
+            closed = ClosedWindow(window.closes, window.start, blocks)
+            for name in builder.layer_names:
+                layer = self.compilation_config.static_forward_context[name]
+                rotary = self._rotary_of(name)
+                remember(layer.kv_cache, closed, rotary, getattr(torch, attention.mem_dtype), builder.isa)
+
+    def _rotary_of(self, layer_name: str) -> Rotary | None:
+        rotary = self.model.get_submodule(layer_name.rpartition(".")[0]).rotary_emb
+        return rotary if isinstance(rotary, Rotary) else None
