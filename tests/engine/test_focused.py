@@ -1,0 +1,98 @@
+"""Focused Transformers in the engine against the dense float64 reference: every lookup, every kind of window and of step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest_engine import generate, logprobs_of, metric, prompt, running, tokens_of
+from reference_model import Layers, ReferenceLlama, focused
+from vllm import LLM
+
+from vllm_longctx.geometry import SteppedWindows
+
+LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 300, 641]
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Variant:
+    windows: SteppedWindows
+    mem_layers: list[int]
+    attention: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def section(self) -> dict[str, Any]:
+        windows = {"n_local": self.windows.tokens, "last_context_length": self.windows.last_tokens}
+        return {"method": "focused", "mem_layers": self.mem_layers, "mem_dtype": "float32", **windows, **self.attention}
+
+    def seen(self, prompt_length: int) -> Layers:
+        positionals = self.attention.get("mem_positionals", True)
+        return focused(self.windows, prompt_length, self.mem_layers, positionals, self.attention.get("top_k"))
+
+
+VARIANTS = {
+    "all": Variant(SteppedWindows(64, 32), [1], engine={"enforce_eager": False}),
+    # 66 blocks for more than a dozen requests: they are preempted.
+    "windows_across_blocks": Variant(
+        SteppedWindows(50, 20), [0, 2], engine={"num_gpu_blocks_override": 66, "max_model_len": 960}
+    ),
+    "no_positions": Variant(SteppedWindows(128, 40), [0, 1, 2], {"mem_positionals": False}),
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Variant:
+    return VARIANTS[request.param]
+
+
+@pytest.fixture(scope="module")
+def llm(variant: Variant, tiny_llama: Path) -> Iterator[LLM]:
+    with running(tiny_llama, variant.section, **variant.engine) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama: Path) -> ReferenceLlama:
+    return ReferenceLlama(tiny_llama)
+
+
+def test_prompts_and_tokens_written_equal_the_reference(llm: LLM, variant: Variant, reference: ReferenceLlama) -> None:
+    outputs = generate(llm, [prompt(n) for n in LENGTHS], 70, prompt_logprobs=0)
+    for length, output in zip(LENGTHS, outputs, strict=True):
+        expected = reference.token_logprobs(tokens_of(output), variant.seen(length))
+        assert (logprobs_of(output) - expected).abs().max() <= TOLERANCE
+
+
+def test_a_prefix_hit_ends_where_both_prompts_have_a_window(llm: LLM, variant: Variant, reference: ReferenceLlama) -> None:
+    text = prompt(900, seed=1)
+    generate(llm, [text], 1)
+    windows, hits = variant.windows, set()
+    for cut in (900, 870, 416, 200):
+        (output,) = generate(llm, [text[:cut] + prompt(30, seed=cut)], 5)
+        ids = tokens_of(output)
+        expected = reference.token_logprobs(ids, variant.seen(cut + 30))[-5:]
+        assert (logprobs_of(output) - expected).abs().max() <= TOLERANCE
+        hit = output.num_cached_tokens
+        assert hit % windows.tokens == 0
+        assert hit <= min(windows.last_start(900), windows.last_start(cut + 30))
+        hits.add(hit)
+    assert max(hits) > 0
+
+
+def test_together_is_as_alone(llm: LLM) -> None:
+    prompts = [prompt(n, seed=2) for n in (600, 40, 129, 64, 300, 65, 1, 500, 96, 410)]
+    together = generate(llm, prompts, 30)
+    alone = [generate(llm, [p], 30)[0] for p in prompts]
+    for a, b in zip(together, alone, strict=True):
+        assert tokens_of(a) == tokens_of(b)
+
+
+def test_all_blocks_come_back(llm: LLM, variant: Variant) -> None:
+    generate(llm, [prompt(700, seed=3)] * 3, 5)
+    assert metric(llm, "vllm:kv_cache_usage_perc") == 0
+    assert llm.reset_prefix_cache()
+    if "num_gpu_blocks_override" in variant.engine:
+        assert metric(llm, "vllm:num_preemptions") > 0
