@@ -165,6 +165,8 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig) -> None:
         model.hf_text_config.to_dict(),
     )
     _check_pool(config, vllm_config)
+    if (blocks := memory_blocks(config, vllm_config)) is not None:
+        _fit_memory(config, vllm_config, blocks)
     vllm_config.additional_config = {**vllm_config.additional_config, KEY: config.dump()}
 
 
@@ -288,6 +290,36 @@ def check_focused(vllm_config: VllmConfig) -> None:
             raise LongContextError(f"longctx cannot run attention.method focused here: {reason}")
 
 
+def memory_blocks(config: LongContextConfig, vllm_config: VllmConfig) -> int | None:
+    """Blocks of the memory layers' own pool on a rank, the null block included; None if memory lives in vLLM's pool."""
+    limit, layers = config.attention.memory_limit_gib, config.attention.mem_layers
+    if limit is None or layers is None:
+        return None
+    return int(limit * 2**30) // (len(layers) * _bytes_per_layer_block(vllm_config))
+
+
+def _fit_memory(config: LongContextConfig, vllm_config: VllmConfig, blocks: int) -> None:
+    """Bound max_model_len by the memory. Raises LongContextError if the user asks for more, or for a memory of no use."""
+    attention, model = config.attention, vllm_config.model_config
+    assert attention.mem_layers is not None
+    if len(attention.mem_layers) == model.get_total_num_hidden_layers():
+        raise LongContextError(
+            f"attention.memory_limit_gib = {attention.memory_limit_gib} with memory in every layer leaves nothing in vLLM's "
+            "pool; leave it out, and give that pool the room (VLLM_CPU_KVCACHE_SPACE)"
+        )
+    block_size = vllm_config.cache_config.block_size
+    tokens = (blocks - 1) * block_size
+    auto = model.original_max_model_len == -1
+    if tokens < (block_size if auto else model.max_model_len):
+        needed = (cdiv(model.max_model_len, block_size) + 1) * len(attention.mem_layers) * _bytes_per_layer_block(vllm_config)
+        raise LongContextError(
+            f"attention.memory_limit_gib = {attention.memory_limit_gib} holds {max(tokens, 0)} tokens, but max_model_len = "
+            f"{model.max_model_len}; give at least {needed / 2**30:.3g}, or lower max_model_len"
+        )
+    if auto:
+        model.max_model_len = min(model.max_model_len, tokens)
+
+
 def _check_pool(config: LongContextConfig, vllm_config: VllmConfig) -> None:
     """Raises LongContextError if the pool, where its size is known, has fewer blocks than one request may hold."""
     cache, model, geometry = vllm_config.cache_config, vllm_config.model_config, config.geometry
@@ -318,10 +350,14 @@ def _check_pool(config: LongContextConfig, vllm_config: VllmConfig) -> None:
 
 def _bytes_per_block(vllm_config: VllmConfig) -> int:
     """Bytes of one KV block in all of a rank's layers."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    heads, layers = model.get_num_kv_heads(parallel), model.get_num_layers(parallel)
+    return vllm_config.model_config.get_num_layers(vllm_config.parallel_config) * _bytes_per_layer_block(vllm_config)
+
+
+def _bytes_per_layer_block(vllm_config: VllmConfig) -> int:
+    """Bytes of one KV block in one of a rank's layers."""
+    model = vllm_config.model_config
     element = 2 * model.get_head_size() * model.dtype.itemsize
-    return layers * heads * vllm_config.cache_config.block_size * element
+    return model.get_num_kv_heads(vllm_config.parallel_config) * vllm_config.cache_config.block_size * element
 
 
 def additional_config_from_flags(

@@ -27,6 +27,8 @@ from vllm.v1.request import Request
 from vllm_longctx.attention.selection import cdiv
 from vllm_longctx.geometry import Geometry, SteppedWindows
 
+NO_ROOM = 1 << 62  # blocks
+
 
 @dataclass(frozen=True, kw_only=True)
 class LambdaSpec(SlidingWindowSpec):
@@ -320,16 +322,25 @@ class WindowManager(LambdaManager):
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySpec(FullAttentionSpec):
-    """KV of a Focused Transformer's memory layer: all of it."""
+    """KV of a Focused Transformer's memory layer: all of it.
+
+    memory_blocks: of a pool of its own, in host memory; None for vLLM's pool.
+    """
 
     windows: SteppedWindows
+    memory_blocks: int | None = None
 
     @classmethod
-    def of(cls, spec: AttentionSpec, windows: SteppedWindows) -> "MemorySpec":
+    def of(cls, spec: AttentionSpec, windows: SteppedWindows, memory_blocks: int | None) -> "MemorySpec":
         """The spec of the same layer. Raises TypeError for a layer with a window of its own."""
         if not isinstance(spec, FullAttentionSpec) or spec.sliding_window is not None:
             raise TypeError(f"cannot give {spec} a memory")
-        return cls(**{f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}, windows=windows)
+        common = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
+        return cls(**common, windows=windows, memory_blocks=memory_blocks)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Of vLLM's pool."""
+        return 0 if self.memory_blocks is not None else super().max_memory_usage_bytes(vllm_config)
 
     @classmethod
     def merge(cls, specs: list["MemorySpec"]) -> "MemorySpec":
@@ -339,9 +350,25 @@ class MemorySpec(FullAttentionSpec):
 
 
 class MemoryManager(FullAttentionManager):
-    """Publishes closed windows, whose keys are un-rotated, where another prompt would have been cut into the same windows."""
+    """Publishes closed windows, whose keys are un-rotated, where another prompt would have been cut into the same windows.
+
+    With a pool of its own, what finished requests leave there is evicted as vLLM does it, least recently used first.
+    """
 
     kv_cache_spec: MemorySpec
+
+    def __init__(self, kv_cache_spec: MemorySpec, block_pool: BlockPool, enable_caching: bool, *args: Any, **kwargs: Any):
+        self.is_apart = kv_cache_spec.memory_blocks is not None
+        if kv_cache_spec.memory_blocks is not None:
+            block_pool = BlockPool(kv_cache_spec.memory_blocks, enable_caching, block_pool.hash_block_size)
+        super().__init__(kv_cache_spec, block_pool, enable_caching, *args, **kwargs)
+
+    def get_num_blocks_to_allocate(self, *args: Any, **kwargs: Any) -> int:
+        """Of vLLM's pool: none from a pool apart, or more than any pool has where that one has too few left."""
+        needed = super().get_num_blocks_to_allocate(*args, **kwargs)
+        if not self.is_apart:
+            return needed
+        return 0 if needed <= self.block_pool.get_num_free_blocks() else NO_ROOM
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         windows, prompt = self.kv_cache_spec.windows, request.num_prompt_tokens

@@ -11,7 +11,7 @@ from copy import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
@@ -28,7 +28,7 @@ from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, scratch_layout
 from vllm_longctx.attention.focused import MemoryBackend
 from vllm_longctx.attention.stepped import SteppedBackend
 from vllm_longctx.config import LongContextConfig, active_config
-from vllm_longctx.engine_args import rope_parameters, trained_length
+from vllm_longctx.engine_args import memory_blocks, rope_parameters, trained_length
 from vllm_longctx.focused.worker import FocusedRunner
 from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, SteppedSpec, WindowSpec
 from vllm_longctx.rotary import NoRotation, Rotary, attention_factor, inverse_frequencies
@@ -41,6 +41,11 @@ class LongContextCPUWorker(CPUWorker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(with_scratch_room(kv_cache_config, self.vllm_config))
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for group in kv_cache_config.kv_cache_groups:
+            if isinstance(group.kv_cache_spec, MemorySpec) and group.kv_cache_spec.memory_blocks is not None:
+                for name in group.layer_names:
+                    layers[name].kv_cache = host_memory(layers[name].kv_cache, group.kv_cache_spec.memory_blocks)
 
     def init_device(self) -> None:
         super().init_device()
@@ -121,7 +126,7 @@ def take_over_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
             parent.rotary_emb = rotary
     config = active_config(vllm_config)
     if config.windows is not None:
-        take_over_focused(layers, parents, config)
+        take_over_focused(layers, parents, config, memory_blocks(config, vllm_config))
     elif config.slides:
         backend = with_spec(LambdaBackend, lambda spec: LambdaSpec.from_attention_spec(spec, config.geometry))
         for layer in layers.values():
@@ -133,12 +138,14 @@ def take_over_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
             layer.attn_backend = backend
 
 
-def take_over_focused(layers: dict[str, Attention], parents: dict[str, nn.Module], config: LongContextConfig) -> None:
+def take_over_focused(
+    layers: dict[str, Attention], parents: dict[str, nn.Module], config: LongContextConfig, memory_blocks: int | None
+) -> None:
     """Memory layers keep vLLM's own attention over all blocks: positions counted from the window make it what it must be."""
     windows, attention = config.windows, config.attention
     assert windows is not None and attention.mem_layers is not None
     window = with_spec(SteppedBackend, lambda spec: WindowSpec.of(spec, windows))
-    memory = with_spec(MemoryBackend, lambda spec: MemorySpec.of(spec, windows))
+    memory = with_spec(MemoryBackend, lambda spec: MemorySpec.of(spec, windows, memory_blocks))
     for name, layer in layers.items():
         if extract_layer_index(name) not in attention.mem_layers:
             layer.attn_backend = window
@@ -146,6 +153,11 @@ def take_over_focused(layers: dict[str, Attention], parents: dict[str, nn.Module
         layer.attn_backend = memory
         if not attention.mem_positionals:
             parents[name].rotary_emb = NoRotation()
+
+
+def host_memory(cache: Tensor, num_blocks: int) -> Tensor:
+    """A KV cache like a layer's in vLLM's pool, of its own; the operating system gives the pages as they are written."""
+    return torch.zeros((num_blocks, *cache.shape[1:]), dtype=cache.dtype)
 
 
 def with_spec(backend: type[AttentionBackend], make: Callable[[AttentionSpec], KVCacheSpec]) -> type[AttentionBackend]:

@@ -39,6 +39,7 @@ VARIANTS = {
     "windows_across_blocks": Variant(
         SteppedWindows(50, 20), [0, 2], engine={"num_gpu_blocks_override": 66, "max_model_len": 960}
     ),
+    "memory_apart": Variant(SteppedWindows(64, 32), [1, 2], {"memory_limit_gib": 0.0026}, {"max_model_len": 2048}),
     "no_positions": Variant(SteppedWindows(128, 40), [0, 1, 2], {"mem_positionals": False}),
 }
 
@@ -91,8 +92,9 @@ def test_together_is_as_alone(llm: LLM) -> None:
 
 
 def test_all_blocks_come_back(llm: LLM, variant: Variant) -> None:
-    generate(llm, [prompt(700, seed=3)] * 3, 5)
+    together = generate(llm, [prompt(20, seed=s) for s in range(8)], 400)
+    assert tokens_of(together[-1]) == tokens_of(generate(llm, [prompt(20, seed=7)], 400)[0])
     assert metric(llm, "vllm:kv_cache_usage_perc") == 0
     assert llm.reset_prefix_cache()
-    if "num_gpu_blocks_override" in variant.engine:
+    if "num_gpu_blocks_override" in variant.engine or "memory_limit_gib" in variant.attention:
         assert metric(llm, "vllm:num_preemptions") > 0
