@@ -1,6 +1,7 @@
 """What the plugin makes of engine arguments, without starting an engine."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_longctx import BOOKLM, engine_args
 from vllm_longctx.config import LongContextError, active_config
-from vllm_longctx.geometry import Geometry
+from vllm_longctx.geometry import Geometry, SteppedWindows
 
 LM_INFINITE = {"longctx": {"preset": "lm-infinite"}}
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
@@ -238,7 +239,7 @@ def parse(*flags: str) -> AsyncEngineArgs:
     ("flags", "expected"),
     [
         ([], {}),
-        (["--plugin", "longctx"], {"longctx": {"preset": "lm-infinite"}}),
+        (["--plugin", "longctx"], {"longctx": {}}),
         (["--longctx-preset", "streaming"], {"longctx": {"preset": "streaming"}}),
         (["--longctx", '{"attention": {"n_local": 64}}'], {"longctx": {"attention": {"n_local": 64}}}),
         (
@@ -275,3 +276,71 @@ def test_a_bad_flag_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None
 def test_parsers_without_the_flags_still_work() -> None:
     namespace = argparse.Namespace(model=BOOKLM, additional_config={"a": 1})
     assert EngineArgs.from_cli_args(namespace).additional_config == {"a": 1}
+
+
+@pytest.fixture(scope="module")
+def longllama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """booklm with a memory: its weights, and a config in the names of LongLLaMA's checkpoints."""
+    path = tmp_path_factory.mktemp("longllama")
+    for file in Path(BOOKLM).iterdir():
+        if file.name not in ("config.json", "longctx.json"):
+            (path / file.name).symlink_to(file)
+    config = json.loads(Path(BOOKLM, "config.json").read_text())
+    config |= {"model_type": "longllama", "architectures": ["LongLlamaForCausalLM"], "mem_layers": [2, 4]}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("additional_config", [{}, {"longctx": {}}, {"longctx": {"attention": {"n_local": 256}}}])
+def test_a_longllama_checkpoint_says_all_by_itself(additional_config: dict, longllama: Path) -> None:
+    vllm_config = create(longllama, additional_config)
+    config = active_config(vllm_config)
+    assert config.attention.mem_layers == [2, 4]
+    assert (config.attention.mem_dtype, config.attention.mem_positionals) == ("bfloat16", True)
+    n_local = config.attention.n_local
+    assert config.windows == SteppedWindows(n_local, n_local)  # the default of 1,024 last tokens is more than a window
+    assert vllm_config.model_config.original_max_model_len == -1
+
+
+def test_lm_infinite_can_be_asked_for_on_longllama(longllama: Path) -> None:
+    assert active_config(create(longllama, {"longctx": {"preset": "lm-infinite"}})).geometry == Geometry(10, 512, 512)
+
+
+@pytest.mark.parametrize(
+    ("attention", "kwargs", "message"),
+    [
+        ({"mem_layers": [2, 6]}, {}, r"attention.mem_layers = \[2, 6\], but the model has layers 0 to 5"),
+        ({"mem_layers": []}, {}, r"needs memory layers, but neither attention.mem_layers nor the checkpoint's"),
+        ({"n_local": 513}, {}, r"attention.n_local = 513, but the model was trained on 512 tokens; lower it"),
+        ({"last_context_length": 300, "n_local": 256}, {}, r"last_context_length = 300 is more than the window"),
+        ({"mem_dtype": "int8"}, {}, r"longctx.attention.mem_dtype = 'int8'"),
+        (
+            {"memory_limit_gib": 0.001},
+            {"max_model_len": 10_000},
+            r"memory_limit_gib = 0.001 holds \d+ tokens, but max_model_len",
+        ),
+        ({"memory_limit_gib": 1e-6}, {}, r"memory_limit_gib = 1e-06 holds 0 tokens"),
+        ({"memory_limit_gib": 1.0, "mem_layers": [0, 1, 2, 3, 4, 5]}, {}, r"memory in every layer leaves nothing"),
+        ({}, {"disable_hybrid_kv_cache_manager": True}, r"disable_hybrid_kv_cache_manager is set"),
+    ],
+)
+def test_a_memory_that_cannot_work_is_refused(attention: dict, kwargs: dict, message: str, longllama: Path) -> None:
+    with pytest.raises(LongContextError, match=message):
+        create(longllama, {"longctx": {"attention": {"method": "focused", **attention}}}, **kwargs)
+
+
+def test_a_memory_needs_layers_that_can_have_one(tmp_path: Path) -> None:
+    path = save(tmp_path, BloomConfig(hidden_size=64, n_layer=2, n_head=2, seq_length=128), "BloomForCausalLM")
+    with pytest.raises(LongContextError, match="none of those whose layers can have a memory"):
+        create(path, {"longctx": {"attention": {"method": "focused", "mem_layers": [1]}}})
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 5), ("hidden_size", 320), ("vocab_size", 4097)])
+def test_a_config_that_disagrees_with_its_weights_is_named(key: str, value: int, longllama: Path, tmp_path: Path) -> None:
+    for file in longllama.iterdir():
+        (tmp_path / file.name).symlink_to(file.resolve())
+    config = json.loads((longllama / "config.json").read_text()) | {key: value}
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LongContextError, match=r"config.json says .* one of the two files belongs to another model"):
+        create(tmp_path, {})

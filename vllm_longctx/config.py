@@ -115,10 +115,9 @@ class AttentionSection(_Section):
         if foreign:
             raise ValueError(f"{', '.join(foreign)} has no effect with method {self.method}; leave it out")
         if self.method == "focused" and (self.top_k is None) != (self.lookup in (None, "all")):
-            needs = (
-                f"lookup = {self.lookup!r} needs top_k" if self.top_k is None else f"top_k = {self.top_k} needs lookup top_k"
-            )
-            raise ValueError(f"{needs}; give both (lookup top_k or blocks), or neither for all keys")
+            if self.top_k is None:
+                raise ValueError(f"lookup = {self.lookup!r} needs top_k; give both, or neither for all keys")
+            raise ValueError(f"top_k = {self.top_k} needs lookup top_k or blocks; give both, or neither for all keys")
 
     @property
     def in_cache(self) -> bool:

@@ -288,6 +288,7 @@ def check_focused(vllm_config: VllmConfig) -> None:
     for reason, holds in refused.items():
         if holds:
             raise LongContextError(f"longctx cannot run attention.method focused here: {reason}")
+    longllama.check_weights(model.model, model.hf_text_config)
 
 
 def memory_blocks(config: LongContextConfig, vllm_config: VllmConfig) -> int | None:

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, LlamaConfig
+from safetensors import safe_open
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 from vllm.model_executor.models.registry import ModelRegistry
+
+from vllm_longctx.config import LongContextError
 
 MODEL_TYPE = "longllama"
 ARCHITECTURE = "LongLlamaForCausalLM"
@@ -47,6 +50,35 @@ def is_checkpoint(model: str) -> bool:
         return json.loads(path.read_text()).get("model_type") == MODEL_TYPE
     except (OSError, ValueError, AttributeError):  # not a directory, or one that vLLM complains of better than we could
         return False
+
+
+def check_weights(model: str, config: PretrainedConfig) -> None:
+    """Raises LongContextError where a local checkpoint's safetensors have other layers or shapes than its config says."""
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with safe_open(path, "pt") as weights:
+            shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    if not shapes:
+        return
+    hidden, head = config.hidden_size, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    expected = {
+        "model.embed_tokens.weight": [config.vocab_size, hidden],
+        "model.layers.0.self_attn.q_proj.weight": [config.num_attention_heads * head, hidden],
+        "model.layers.0.self_attn.k_proj.weight": [config.num_key_value_heads * head, hidden],
+        "model.layers.0.mlp.up_proj.weight": [config.intermediate_size, hidden],
+    }
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            raise LongContextError(
+                f"checkpoint {model}: config.json says {name} is {shape}, but in its weights it is "
+                f"{shapes.get(name, 'missing')}; one of the two files belongs to another model"
+            )
+    layers = {int(name.split(".")[2]) for name in shapes if name.startswith("model.layers.")}
+    if layers != set(range(config.num_hidden_layers)):
+        raise LongContextError(
+            f"checkpoint {model}: config.json says num_hidden_layers = {config.num_hidden_layers}, but its weights have layers "
+            f"{min(layers)} to {max(layers)}; one of the two files belongs to another model"
+        )
 
 
 def register() -> None:
