@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vllm.config import VllmConfig
 
 from vllm_longctx.adaptation.blocks import KVPolicy, UpdateMode
+from vllm_longctx.adaptation.messages import ADAPTER_NAME
 from vllm_longctx.geometry import Distances, Geometry, SteppedWindows
 
 KEY = "longctx"
@@ -31,7 +32,6 @@ BLOCKS_PER_WINDOW = {"temp-lora-economic": 2}
 DEFAULT_BLOCKS_PER_WINDOW = 4
 DEFAULT_PRESET = "lm-infinite"
 MAX_RANK = 512  # vLLM's largest `max_lora_rank`
-ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"  # a directory's name, never a path
 # Papers' choices: LM-Infinite section 4.1 (10 to 100 first tokens), StreamingLLM section 3.2 (4).
 DEFAULT_N_GLOBAL = {"lm_infinite": 10, "streaming": 4}
 
@@ -371,8 +371,8 @@ class RequestOptions(_Section):
     kv_policy: KVPolicy | None = None
     update_mode: UpdateMode | None = None
     adapter_seed: int | None = Field(default=None, ge=0, lt=2**63)
-    save_as: str | None = Field(default=None, pattern=ADAPTER_NAME)
-    start_from: str | None = Field(default=None, pattern=ADAPTER_NAME)
+    save_as: str | None = Field(default=None, pattern=f"^{ADAPTER_NAME}$")
+    start_from: str | None = Field(default=None, pattern=f"^{ADAPTER_NAME}$")
 
     @classmethod
     def parse(cls, value: Any) -> "RequestOptions":

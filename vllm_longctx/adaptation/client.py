@@ -25,7 +25,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class TrainerClient:
-    """model, dtype, threads, cpus, nice, adapters_root: see `messages.Options`.
+    """model, dtype, threads, cpus, adapters_root: see `messages.Options`.
 
     max_rank, num_slots: of the shared memory. start_timeout_s: for the model to be loaded. train_timeout_s: for any one job;
     a trainer that takes longer is killed. max_restarts: in a row, without a block trained in between. address: of a trainer
@@ -44,7 +44,6 @@ class TrainerClient:
         adapters_root: str | None = None,
         threads: int = 1,
         cpus: list[int] | None = None,
-        nice: int = 0,
         start_timeout_s: float = 600.0,
         train_timeout_s: float = 600.0,
         max_restarts: int = 3,
@@ -57,7 +56,6 @@ class TrainerClient:
             dtype=dtype,
             threads=threads,
             cpus=cpus,
-            nice=nice,
             adapters_root=adapters_root,
             parent=os.getpid(),
         )

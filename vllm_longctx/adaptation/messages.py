@@ -8,6 +8,8 @@ from pathlib import Path
 
 import msgspec
 
+ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # a directory's name, never a path
+
 
 class Recipe(msgspec.Struct, frozen=True):
     """How one request's adapter is made and trained. Defaults: the official Temp-LoRA code's.
@@ -45,7 +47,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     threads: int = 1
     cpus: list[int] | None = None
-    nice: int = 0
     adapters_root: str | None = None
     parent: int | None = None
 
@@ -185,6 +186,8 @@ def adapter_path(adapters_root: str | None, name: str) -> Path:
     """The directory of a saved adapter. Raises ValueError for a name that is not a plain one."""
     if adapters_root is None:
         raise ValueError(f"adapter {name!r}: the server has no adapters_root; set it to save adapters or to start from one")
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", name):
-        raise ValueError(f"adapter name {name!r}: use up to 128 letters, digits, '.', '_' and '-', the first not '.' or '-'")
+    if not re.fullmatch(ADAPTER_NAME, name):
+        raise ValueError(
+            f"adapter name {name!r}: use up to 128 letters, digits, '.', '_' and '-', the first a letter or a digit"
+        )
     return Path(adapters_root) / name

@@ -484,7 +484,6 @@ def trainer_client(model: ModelConfig, settings: AdaptationSection) -> TrainerCl
         adapters_root=settings.adapters_root,
         threads=trainer.threads,
         cpus=trainer.cpus,
-        nice=0,  # vLLM's workers spin while they wait for a step: a nicer trainer on their cores would starve behind them
         start_timeout_s=trainer.start_timeout_s,
         train_timeout_s=trainer.timeout_s,
         max_restarts=trainer.max_restarts,

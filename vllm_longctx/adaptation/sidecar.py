@@ -169,7 +169,6 @@ def main() -> None:
         threading.Thread(target=end_with, args=(options.parent, path.parent), daemon=True).start()
     if options.cpus is not None:
         os.sched_setaffinity(0, options.cpus)
-    os.nice(options.nice)
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
     try:
