@@ -75,13 +75,15 @@ class Reference:
         """float64 [tokens, vocab]: log-probabilities of the token after each position."""
         layers = alike(seen) if isinstance(seen, Geometry) else seen
         x = self.embed(torch.tensor(ids))
+        self.margins: list[float] = []
         for number in range(self.layers):
             by_position, rotates = layers(number, torch.arange(len(ids)))
 
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
                 rotary = self.rotary if rotates else None  # noqa: B023
-                return attention(q, k, v, by_position, self.head_dim**-0.5, rotary, self.slopes).flatten(1)  # noqa: B023
+                scale = self.head_dim**-0.5
+                return attention(q, k, v, by_position, scale, rotary, self.slopes, self.margins).flatten(1)  # noqa: B023
 
             x = self.layer(x, number, attend)
         return self.head(x).log_softmax(-1)

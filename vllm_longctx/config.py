@@ -36,8 +36,18 @@ MAX_RANK = 512  # vLLM's largest `max_lora_rank`
 DEFAULT_N_GLOBAL = {"lm_infinite": 10, "streaming": 4}
 
 # LongLLaMA's own defaults (its configuration_longllama.py), where neither the checkpoint nor the user says anything.
+DEFAULT_LOOKUP_SHARE = 0.1
+DEFAULT_TOP_K_FROM_LAYER = 4  # LM-Infinite, appendix on reintroducing middle tokens: lower layers do without
 LONGLLAMA_DEFAULTS: dict[str, Any] = {"mem_positionals": True, "mem_dtype": "bfloat16", "last_context_length": 1024}
-FOCUSED_KEYS = ("mem_layers", "mem_positionals", "mem_dtype", "last_context_length", "lookup", "memory_limit_gib")
+FOCUSED_KEYS = (
+    "mem_layers",
+    "mem_positionals",
+    "mem_dtype",
+    "last_context_length",
+    "lookup",
+    "lookup_share",
+    "memory_limit_gib",
+)
 SLIDING_KEYS = ("n_global", "distance_ceiling", "distances", "top_k_from_layer", "top_k_to_layer", "top_k_insert_at")
 
 S = TypeVar("S", bound="_Section")
@@ -70,9 +80,9 @@ class AttentionSection(_Section):
     """What a query sees. Lengths in tokens; None takes the value from the model.
 
     n_local: of the window, which slides with lm_infinite and streaming and steps with focused. focused (LongLLaMA) has the
-    names of its checkpoints: mem_layers see all keys before the window, of which `lookup` says how many they attend to
-    (all; the best top_k for each query head; the best top_k in the best blocks). memory_limit_gib: host memory for the
-    memory layers' KV, apart from vLLM's pool.
+    names of its checkpoints: mem_layers see the keys before the window, as many as `lookup` says: all; the best top_k for
+    each query head; the best top_k in the best blocks, of which the share lookup_share is read. memory_limit_gib: host memory
+    for the memory layers' KV, apart from vLLM's pool.
     """
 
     method: Literal["lm_infinite", "streaming", "focused", "none"] = "lm_infinite"
@@ -90,6 +100,7 @@ class AttentionSection(_Section):
     mem_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     last_context_length: int | None = Field(default=None, ge=1)
     lookup: Literal["all", "top_k", "blocks"] | None = None
+    lookup_share: float | None = Field(default=None, gt=0, le=1)
     memory_limit_gib: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
@@ -99,6 +110,7 @@ class AttentionSection(_Section):
             if given:
                 raise ValueError(f"method none takes no other keys, but {', '.join(sorted(given))} was given")
         self._consistent_focused()
+        self._consistent_top_k()
         if self.method == "streaming" and self.distances == "relative":
             raise ValueError("method streaming counts distances in_cache; for relative distances use lm_infinite")
         if self.in_cache and self.distance_ceiling is not None:
@@ -110,6 +122,14 @@ class AttentionSection(_Section):
     def _given(self) -> set[str]:
         return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
 
+    def _consistent_top_k(self) -> None:
+        given = sorted(name for name in self._given() if name.startswith("top_k"))
+        if self.method == "streaming" or self.distances == "in_cache":
+            if given:
+                raise ValueError(f"{given[0]} goes with method lm_infinite and relative distances, or focused; leave it out")
+        elif given and self.top_k is None:
+            raise ValueError(f"{given[0]} has no effect without top_k; give top_k, or leave it out")
+
     def _consistent_focused(self) -> None:
         foreign = sorted(self._given() & set(SLIDING_KEYS if self.method == "focused" else FOCUSED_KEYS))
         if foreign:
@@ -118,6 +138,13 @@ class AttentionSection(_Section):
             if self.top_k is None:
                 raise ValueError(f"lookup = {self.lookup!r} needs top_k; give both, or neither for all keys")
             raise ValueError(f"top_k = {self.top_k} needs lookup top_k or blocks; give both, or neither for all keys")
+        if self.lookup_share is not None and self.lookup != "blocks":
+            raise ValueError(f"lookup_share = {self.lookup_share} has no effect but with lookup blocks; leave it out")
+
+    @property
+    def remembers(self) -> bool:
+        """Some layers keep the KV of the whole text."""
+        return self.method == "focused" or self.top_k is not None
 
     @property
     def in_cache(self) -> bool:
@@ -143,7 +170,7 @@ class AttentionSection(_Section):
                 raise LongContextError(f"attention.n_local = {n_local}, but {limit}")
             if ceiling is not None and ceiling > trained_length:
                 raise LongContextError(f"attention.distance_ceiling = {ceiling}, but {limit}")
-        return self.model_copy(
+        filled = self.model_copy(
             update={
                 "n_global": n_global,
                 "n_local": n_local,
@@ -151,6 +178,22 @@ class AttentionSection(_Section):
                 "distances": "in_cache" if self.in_cache else "relative",
             }
         )
+        return filled if self.top_k is None else filled._top_k_for_model(trained_length, num_layers)
+
+    def _top_k_for_model(self, trained_length: int, num_layers: int) -> "AttentionSection":
+        first = min(DEFAULT_TOP_K_FROM_LAYER, num_layers - 1) if self.top_k_from_layer is None else self.top_k_from_layer
+        behind = num_layers if self.top_k_to_layer is None else self.top_k_to_layer
+        insert_at = trained_length // 2 if self.top_k_insert_at is None else self.top_k_insert_at
+        if not first < behind <= num_layers:
+            raise LongContextError(
+                f"attention.top_k_from_layer = {first} and attention.top_k_to_layer = {behind}, but the model has layers 0 to "
+                f"{num_layers - 1}; give a first layer and, behind it, one at most {num_layers} that is the first without"
+            )
+        if insert_at > trained_length and not self.allow_beyond_trained:
+            raise LongContextError(
+                f"attention.top_k_insert_at = {insert_at}, but the model was trained on {trained_length} tokens; lower it"
+            )
+        return self.model_copy(update={"top_k_from_layer": first, "top_k_to_layer": behind, "top_k_insert_at": insert_at})
 
     def _focused_for_model(self, trained_length: int, num_layers: int, checkpoint: Mapping[str, Any]) -> "AttentionSection":
         n_local = self.n_local or trained_length
@@ -161,6 +204,8 @@ class AttentionSection(_Section):
             )
         known = {**LONGLLAMA_DEFAULTS, **{k: v for k, v in checkpoint.items() if k in FOCUSED_KEYS}}
         filled: dict[str, Any] = {"n_local": n_local, "lookup": self.lookup or "all"}
+        if self.lookup == "blocks":
+            filled["lookup_share"] = self.lookup_share or DEFAULT_LOOKUP_SHARE
         for name in ("mem_layers", "mem_positionals", "mem_dtype", "last_context_length"):
             given = getattr(self, name)
             filled[name] = known.get(name) if given is None else given
@@ -416,8 +461,8 @@ class LongContextConfig(_Section):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        if self.attention.method == "focused" and self.adaptation is not None:
-            raise ValueError("adaptation does not go with attention.method focused yet; leave one of them out")
+        if self.attention.remembers and self.adaptation is not None:
+            raise ValueError("adaptation does not go with attention.method focused or attention.top_k; leave one of them out")
         if not self.changes_engine and "serving" in self.model_fields_set:
             raise ValueError("serving has no effect with attention.method none, which leaves vLLM as it is; leave it out")
         return self
@@ -460,6 +505,20 @@ class LongContextConfig(_Section):
         if a.n_local is None or a.last_context_length is None:
             raise RuntimeError("LongContextConfig.for_model has not been called")
         return SteppedWindows(a.n_local, a.last_context_length)
+
+    @property
+    def top_k_layers(self) -> range:
+        """Layers with LM-Infinite's top-k branch, of a configuration that `for_model` has filled in."""
+        a = self.attention
+        if not self.slides or a.top_k is None:
+            return range(0)
+        assert a.top_k_from_layer is not None and a.top_k_to_layer is not None
+        return range(a.top_k_from_layer, a.top_k_to_layer)
+
+    @property
+    def has_scratch(self) -> bool:
+        """Λ attention by compact tables over scratch blocks."""
+        return self.slides and not self.top_k_layers
 
     @property
     def geometry(self) -> Geometry:

@@ -27,6 +27,7 @@ VLLM_VERSION = "0.32.0"
 WORKER = "vllm_longctx.worker.LongContextCPUWorker"
 SCHEDULER = "vllm_longctx.scheduler.LongContextScheduler"
 ADAPTING_SCHEDULER = "vllm_longctx.adaptation.scheduler.TempLoraScheduler"
+TOP_K_SCHEDULER = "vllm_longctx.focused.scheduler.TopKScheduler"
 FOCUSED_SCHEDULER = "vllm_longctx.focused.scheduler.FocusedScheduler"
 # vLLM keeps max_num_seqs * max_model_len token ids of 4 bytes in the worker: 1 GiB at 256 sequences.
 DEFAULT_MAX_MODEL_LEN = 1 << 20
@@ -42,7 +43,7 @@ ARCHITECTURES = (
     "MPTForCausalLM",
     longllama.ARCHITECTURE,
 )
-SCHEDULERS = (SCHEDULER, ADAPTING_SCHEDULER, FOCUSED_SCHEDULER)
+SCHEDULERS = (SCHEDULER, ADAPTING_SCHEDULER, FOCUSED_SCHEDULER, TOP_K_SCHEDULER)
 # Those whose layers can be given a memory: each has its rotary module beside its attention, and nothing else is positional.
 FOCUSABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", longllama.ARCHITECTURE)
 # Those whose linear layers vLLM adapts, under Hugging Face's names for them.
@@ -77,8 +78,7 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
         raise LongContextError(f"longctx runs on vLLM's CPU platform so far, but this is {current_platform.device_name}")
     if args.worker_cls not in ("auto", WORKER):
         raise LongContextError(f"worker_cls = {args.worker_cls!r}, but longctx needs its own; leave worker_cls out")
-    focused = config.attention.method == "focused"
-    scheduler = FOCUSED_SCHEDULER if focused else SCHEDULER if config.adaptation is None else ADAPTING_SCHEDULER
+    scheduler, grows = scheduler_of(config), config.attention.remembers
     if args.scheduler_cls not in (None, scheduler):
         raise LongContextError(f"scheduler_cls = {args.scheduler_cls!r}, but longctx needs its own; leave scheduler_cls out")
     args.worker_cls, args.scheduler_cls = WORKER, scheduler
@@ -88,10 +88,18 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     args.block_size = args.block_size or DEFAULT_BLOCK_SIZE
     if args.max_model_len in (None, -1):
         # A memory grows with the text: vLLM finds out what fits into its pool.
-        args.max_model_len = -1 if focused else DEFAULT_MAX_MODEL_LEN
+        args.max_model_len = -1 if grows else DEFAULT_MAX_MODEL_LEN
     longest = DEFAULT_MAX_MODEL_LEN if args.max_model_len == -1 else args.max_model_len
     args.hf_overrides = _with_max_length(args.hf_overrides, longest)
     return config
+
+
+def scheduler_of(config: LongContextConfig) -> str:
+    if config.adaptation is not None:
+        return ADAPTING_SCHEDULER
+    if config.attention.method == "focused":
+        return FOCUSED_SCHEDULER
+    return TOP_K_SCHEDULER if config.attention.remembers else SCHEDULER
 
 
 def _with_recommended(adaptation: AdaptationSection, model: str) -> AdaptationSection:
@@ -156,8 +164,8 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig) -> None:
     if config.adaptation is not None:
         check_adaptation(config.adaptation, vllm_config)
     model = vllm_config.model_config
-    if config.attention.method == "focused":
-        check_focused(vllm_config)
+    if config.attention.remembers:
+        check_memory(vllm_config)
     config = config.for_model(
         trained_length(model),
         vllm_config.cache_config.block_size,
@@ -270,8 +278,8 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
             raise LongContextError(f"longctx cannot adapt here: {reason}")
 
 
-def check_focused(vllm_config: VllmConfig) -> None:
-    """Raises LongContextError for a model or a setting with which memory layers cannot work."""
+def check_memory(vllm_config: VllmConfig) -> None:
+    """Raises LongContextError for a model or a setting with which a memory, or a top-k branch, cannot work."""
     model = vllm_config.model_config
     name = f"model {model.model} ({', '.join(model.architectures)})"
     refused = {
@@ -287,7 +295,7 @@ def check_focused(vllm_config: VllmConfig) -> None:
     }
     for reason, holds in refused.items():
         if holds:
-            raise LongContextError(f"longctx cannot run attention.method focused here: {reason}")
+            raise LongContextError(f"longctx cannot look up keys here: {reason}")
     longllama.check_weights(model.model, model.hf_text_config)
 
 
@@ -325,7 +333,7 @@ def _check_pool(config: LongContextConfig, vllm_config: VllmConfig) -> None:
     """Raises LongContextError if the pool, where its size is known, has fewer blocks than one request may hold."""
     cache, model, geometry = vllm_config.cache_config, vllm_config.model_config, config.geometry
     in_flight = vllm_config.max_in_flight_tokens
-    if config.windows is not None:  # vLLM fits max_model_len to the pool, or says that it does not fit
+    if config.attention.remembers:  # vLLM fits max_model_len to the pool, or says that it does not fit
         return
     if config.slides:
         blocks = max_blocks_per_request(geometry, cache.block_size, in_flight, model.max_model_len)

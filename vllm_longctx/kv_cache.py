@@ -228,6 +228,12 @@ def _first_window_block(spec: LambdaSpec, computed_tokens: int) -> int:
     return max(computed_tokens - spec.sliding_window + 1 - spec.extra_retained_tokens, 0) // spec.block_size
 
 
+def full_attention_fields(spec: AttentionSpec) -> dict[str, Any]:
+    if not isinstance(spec, FullAttentionSpec) or spec.sliding_window is not None:
+        raise TypeError(f"cannot take over a layer with {spec}")
+    return {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SteppedSpec(FullAttentionSpec):
     """KV of one layer under stepped windows. most_tokens: the longest live context of any request, in tokens."""
@@ -237,9 +243,7 @@ class SteppedSpec(FullAttentionSpec):
     @classmethod
     def from_attention_spec(cls, spec: AttentionSpec, most_tokens: int) -> "SteppedSpec":
         """The spec of the same layer. Raises TypeError for a layer with a window of its own."""
-        if not isinstance(spec, FullAttentionSpec) or spec.sliding_window is not None:
-            raise TypeError(f"cannot give {spec} stepped windows")
-        return cls(**{f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}, most_tokens=most_tokens)
+        return cls(**full_attention_fields(spec), most_tokens=most_tokens)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         return cdiv(self.most_tokens, self.block_size) * self.page_size_bytes
@@ -333,10 +337,7 @@ class MemorySpec(FullAttentionSpec):
     @classmethod
     def of(cls, spec: AttentionSpec, windows: SteppedWindows, memory_blocks: int | None) -> "MemorySpec":
         """The spec of the same layer. Raises TypeError for a layer with a window of its own."""
-        if not isinstance(spec, FullAttentionSpec) or spec.sliding_window is not None:
-            raise TypeError(f"cannot give {spec} a memory")
-        common = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
-        return cls(**common, windows=windows, memory_blocks=memory_blocks)
+        return cls(**full_attention_fields(spec), windows=windows, memory_blocks=memory_blocks)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Of vLLM's pool."""
@@ -399,6 +400,34 @@ def _window_starts_before(num_tokens: int, spec: WindowSpec | MemorySpec) -> int
     return num_tokens // (common := math.lcm(spec.windows.tokens, spec.block_size)) * common
 
 
+@dataclass(frozen=True, kw_only=True)
+class MiddleSpec(FullAttentionSpec):
+    """KV of a layer with LM-Infinite's top-k branch: all of it."""
+
+    @classmethod
+    def of(cls, spec: AttentionSpec) -> "MiddleSpec":
+        """The spec of the same layer. Raises TypeError for a layer with a window of its own."""
+        return cls(**full_attention_fields(spec))
+
+    @classmethod
+    def merge(cls, specs: list["MiddleSpec"]) -> "MiddleSpec":
+        assert all(spec == specs[0] for spec in specs), "layers with a top-k branch beside others"
+        return specs[0]
+
+
+class MiddleManager(FullAttentionManager):
+    """Shares nothing: while a request writes, keys that leave its window are un-rotated, wherever that window ends."""
+
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Publishes nothing."""
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, block_hashes: BlockHashList, max_length: int, kv_cache_group_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+
 def register() -> None:
     """Make the specs known to vLLM; also needed where it is only unpickled. Built-in specs must be there first."""
     KVCacheSpecRegistry._ensure_registered()
@@ -406,3 +435,4 @@ def register() -> None:
     KVCacheSpecRegistry.register(SteppedSpec, SteppedManager, uniform_type_base_spec=SteppedSpec)
     KVCacheSpecRegistry.register(WindowSpec, WindowManager, uniform_type_base_spec=WindowSpec)
     KVCacheSpecRegistry.register(MemorySpec, MemoryManager, uniform_type_base_spec=MemorySpec)
+    KVCacheSpecRegistry.register(MiddleSpec, MiddleManager, uniform_type_base_spec=MiddleSpec)

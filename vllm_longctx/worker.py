@@ -24,13 +24,13 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_longctx.adaptation.worker import AdaptingRunner
-from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, scratch_layout
-from vllm_longctx.attention.focused import MemoryBackend
+from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, TopK, scratch_layout
+from vllm_longctx.attention.focused import Lookup, MemoryBackend, MemoryImpl
 from vllm_longctx.attention.stepped import SteppedBackend
 from vllm_longctx.config import LongContextConfig, active_config
 from vllm_longctx.engine_args import memory_blocks, rope_parameters, trained_length
-from vllm_longctx.focused.worker import FocusedRunner
-from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, SteppedSpec, WindowSpec
+from vllm_longctx.focused.worker import FocusedRunner, TopKRunner
+from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, MiddleSpec, SteppedSpec, WindowSpec
 from vllm_longctx.rotary import NoRotation, Rotary, attention_factor, inverse_frequencies
 
 
@@ -46,6 +46,8 @@ class LongContextCPUWorker(CPUWorker):
             if isinstance(group.kv_cache_spec, MemorySpec) and group.kv_cache_spec.memory_blocks is not None:
                 for name in group.layer_names:
                     layers[name].kv_cache = host_memory(layers[name].kv_cache, group.kv_cache_spec.memory_blocks)
+        if isinstance(self.model_runner, FocusedRunner):
+            self.model_runner.look_into_memory()
 
     def init_device(self) -> None:
         super().init_device()
@@ -54,6 +56,8 @@ class LongContextCPUWorker(CPUWorker):
             self.model_runner.__class__ = AdaptingRunner  # vLLM names its class in the code; see seams
         elif config.windows is not None:
             self.model_runner.__class__ = FocusedRunner
+        elif config.top_k_layers:
+            self.model_runner.__class__ = TopKRunner
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         if isinstance(self.model_runner, AdaptingRunner | FocusedRunner):
@@ -128,9 +132,7 @@ def take_over_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
     if config.windows is not None:
         take_over_focused(layers, parents, config, memory_blocks(config, vllm_config))
     elif config.slides:
-        backend = with_spec(LambdaBackend, lambda spec: LambdaSpec.from_attention_spec(spec, config.geometry))
-        for layer in layers.values():
-            layer.impl, layer.attn_backend = LambdaImpl(layer.impl, config.geometry, rotary), backend
+        take_over_lambda(layers, config, rotary)
     else:
         most_tokens = trained_length(vllm_config.model_config)
         backend = with_spec(SteppedBackend, lambda spec: SteppedSpec.from_attention_spec(spec, most_tokens))
@@ -138,10 +140,23 @@ def take_over_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
             layer.attn_backend = backend
 
 
+def take_over_lambda(layers: dict[str, Attention], config: LongContextConfig, rotary: Rotary | None) -> None:
+    attention, geometry, top_k_layers = config.attention, config.geometry, config.top_k_layers
+    sliding = with_spec(LambdaBackend, lambda spec: LambdaSpec.from_attention_spec(spec, geometry))
+    kept = with_spec(LambdaBackend, MiddleSpec.of)
+    for name, layer in layers.items():
+        top_k = None
+        if extract_layer_index(name) in top_k_layers:
+            assert attention.top_k is not None and attention.top_k_insert_at is not None
+            top_k = TopK(attention.top_k, attention.top_k_insert_at)
+        layer.impl = LambdaImpl(layer.impl, geometry, rotary, top_k, scratch=not top_k_layers)
+        layer.attn_backend = sliding if top_k is None else kept
+
+
 def take_over_focused(
     layers: dict[str, Attention], parents: dict[str, nn.Module], config: LongContextConfig, memory_blocks: int | None
 ) -> None:
-    """Memory layers keep vLLM's own attention over all blocks: positions counted from the window make it what it must be."""
+    """Memory layers keep all blocks, the others those of the window."""
     windows, attention = config.windows, config.attention
     assert windows is not None and attention.mem_layers is not None
     window = with_spec(SteppedBackend, lambda spec: WindowSpec.of(spec, windows))
@@ -151,6 +166,8 @@ def take_over_focused(
             layer.attn_backend = window
             continue
         layer.attn_backend = memory
+        if attention.top_k is not None:
+            layer.impl = MemoryImpl(layer.impl, Lookup(attention.top_k, attention.lookup_share))
         if not attention.mem_positionals:
             parents[name].rotary_emb = NoRotation()
 
@@ -181,7 +198,7 @@ def exact_rotary(stock: RotaryEmbedding, vllm_config: VllmConfig) -> Rotary:
 
 def with_scratch_room(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> KVCacheConfig:
     """The same pool, with room for scratch blocks behind each layer's blocks; the scheduler never hears of them."""
-    if not kv_cache_config.kv_cache_tensors or not active_config(vllm_config).slides:
+    if not kv_cache_config.kv_cache_tensors or not active_config(vllm_config).has_scratch:
         return kv_cache_config
     (tensor,) = kv_cache_config.kv_cache_tensors
     num_blocks = kv_cache_config.num_blocks

@@ -46,3 +46,29 @@ def test_longllama(ranks: int, goldens: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list(scored[1].outputs[0].token_ids) == greedy
     written = logprobs_of(scored[1])[len(prompts[1]) - 1 :].numpy()
     assert np.abs(written - np.load(cases[1] / "greedy_logprobs.npy").flatten()).max() <= 1e-3
+
+
+def test_lm_infinite_with_top_k(goldens: Path) -> None:
+    case = goldens / "lminf_topk"
+    p = json.loads((case / "case.json").read_text())
+    ids = np.load(case / "input_ids.npy").flatten().tolist()
+    lengths, rows = np.load(case / "prefix_lengths.npy").tolist(), np.load(case / "logprobs.npy")
+    greedy = np.load(case / "greedy_tokens.npy").flatten().tolist()
+    attention = {
+        "n_global": p["global_branch"],
+        "n_local": p["local_branch"],
+        "distance_ceiling": p["limit_distance"],
+        "top_k": p["top_k_attention"],
+        "top_k_insert_at": p["top_k_insert_at"],
+        "top_k_from_layer": p["top_k_from_layer"],
+        "top_k_to_layer": p["top_k_to_layer"],
+    }
+    vocab = rows.shape[1]
+    with running(goldens / "models" / "llama", attention, max_logprobs=vocab, max_model_len=2048) as llm:
+        outputs = generate(llm, [ids[:n] for n in lengths], 1, logprobs=vocab)
+        (written,) = generate(llm, [ids], len(greedy))
+    for output, row in zip(outputs, rows, strict=True):
+        (first,) = output.outputs[0].logprobs
+        assert max(abs(first[token].logprob - row[token]) for token in range(vocab)) <= 1e-3
+    assert list(written.outputs[0].token_ids) == greedy
+    assert np.abs(logprobs_of(written).numpy() - np.load(case / "greedy_logprobs.npy").flatten()).max() <= 1e-3

@@ -23,12 +23,30 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_longctx.attention.retrieval import Memory, Pages, top_k
 from vllm_longctx.attention.scratch import Scratch, as_kernel_cache, extend, packed_order, unpack
 from vllm_longctx.attention.selection import KernelTables, ScratchLayout, cdiv, kernel_tables, next_tables
 from vllm_longctx.attention.tiles import ChunkPlan, attend_chunk, plan_chunk
 from vllm_longctx.config import active_config
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class TopK:
+    """LM-Infinite's top-k branch of a layer: the k best keys between first tokens and window, seen at distance insert_at."""
+
+    k: int
+    insert_at: int
+
+
+@dataclass(frozen=True)
+class Middle:
+    """The un-rotated tokens begin .. end - 1 of the request whose blocks are block_table, int64."""
+
+    begin: int
+    end: int
+    block_table: Tensor
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,7 @@ class ChunkPart:
     context_blocks: Tensor
     context_skip: int
     first_blocks: Tensor
+    middle: Middle | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         self.geometry = active_config(vllm_config).geometry
         self._last_tables: KernelTables | None = None
         self.seconds = 0.0  # spent in `build` since the worker last took them
+        self.writing: frozenset[int] = frozenset()  # rows of the step to come that have a top-k branch; set by the worker
         self.layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         self.impl: LambdaImpl = self.layers[0].impl
         self.places = packed_order(self.block_size, self.head_dim, kv_cache_spec.dtype, self.isa)
@@ -175,12 +195,18 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         context = max(int(seq_lens[row]) - (end - begin), n_local)
         begin = end - (int(seq_lens[row]) - context)
         window_start = context - n_local + 1
+        middle = None
+        if self.impl.top_k is not None and row in self.writing:
+            middle = Middle(self.geometry.n_global, window_start, table[row].long())
+            if middle.end - middle.begin < self.impl.top_k.k:
+                middle = None
         return ChunkPart(
             tokens=slice(begin, end),
             plan=plan_chunk(self.geometry, context, end - begin, self.impl.alibi_slopes),
             context_blocks=table[row, window_start // bs : cdiv(context, bs)].long(),
             context_skip=window_start % bs,
             first_blocks=table[row, : cdiv(self.geometry.n_global, bs)].long(),
+            middle=middle,
         )
 
 
@@ -188,15 +214,22 @@ class LambdaImpl(CPUAttentionBackendImpl):
     """A stock CPU attention layer taken over after the weights are loaded. The metadata builder sets what is known later:
 
     places: `packed_order`. kernel_cache: keys and values as the kernel takes them, scratch blocks included.
-    rotary: None for a model with ALiBi.
+    rotary: None for a model with ALiBi. top_k: of this layer. scratch: False where any layer has a top-k branch.
     """
 
     places: tuple[Tensor, Tensor]
     kernel_cache: tuple[Tensor, Tensor]
 
-    def __init__(self, stock: CPUAttentionBackendImpl, geometry: Geometry, rotary: Rotary | None):
+    def __init__(
+        self,
+        stock: CPUAttentionBackendImpl,
+        geometry: Geometry,
+        rotary: Rotary | None,
+        top_k: TopK | None = None,
+        scratch: bool = True,
+    ):
         self.__dict__.update(vars(stock))
-        self.geometry, self.rotary = geometry, rotary
+        self.geometry, self.rotary, self.top_k, self.scratch = geometry, rotary, top_k, scratch
         assert geometry.n_local is not None
         self.sliding_window = geometry.n_global + geometry.n_local  # what a compact table shows; the builder reads it too
 
@@ -228,8 +261,17 @@ class LambdaImpl(CPUAttentionBackendImpl):
                 first=self._read(kv_cache, chunk.first_blocks, 0, self.geometry.n_global),
                 rotary=self.rotary,
                 scale=self.scale,
+                further=None if chunk.middle is None else self._look_up(query[rows], kv_cache, chunk.middle, chunk.plan),
             )
         return output
+
+    def _look_up(self, query: Tensor, kv_cache: Tensor, middle: Middle, plan: ChunkPlan) -> tuple[Tensor, Tensor]:
+        """Scores [1, heads, k] and values [1, heads, k, d] of the middle's best keys for one query."""
+        assert self.top_k is not None and self.rotary is not None
+        query = self.rotary.turn(query, torch.full((1, 1), self.top_k.insert_at - plan.context))
+        memory = Memory(Pages(kv_cache, self.places), middle.block_table, middle.begin, middle.end)
+        best = top_k(query, memory, self.top_k.k, self.scale)
+        return best.scores, memory.values(best.positions)
 
     def _kernel(self, part: KernelPart, query: Tensor, output: Tensor) -> None:
         key_cache, value_cache = self.kernel_cache
@@ -263,4 +305,5 @@ class LambdaImpl(CPUAttentionBackendImpl):
 
 def scratch_layout(vllm_config: VllmConfig, impl: LambdaImpl, block_size: int, num_blocks: int) -> ScratchLayout:
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-    return ScratchLayout.plan(impl.geometry, block_size, num_blocks, max_num_seqs, alibi=impl.alibi_slopes is not None)
+    alibi = impl.alibi_slopes is not None
+    return ScratchLayout.plan(impl.geometry, block_size, num_blocks, max_num_seqs, alibi=alibi, top_k=not impl.scratch)

@@ -18,11 +18,15 @@ def attention(
     scale: float,
     rotary: Rotary | None = None,
     alibi_slopes: Tensor | None = None,
+    margins: list[float] | None = None,
 ) -> Tensor:
     """Attention over branches, in float64.
 
     query [T, heads, d], key and value [S, kv_heads, d]: not rotated. branches: masks and distances [T, S].
     rotary: rotates each pair by its distance. alibi_slopes [heads]: adds -slope * distance. Returns [T, heads, d].
+
+    margins: takes, of a branch of which only the best keys are seen, the smallest difference between the score of one that is
+    seen and of one that is not: an implementation whose scores err by more may choose others, and rightly.
     """
     query, key, value = query.double(), key.double(), value.double()
     group = query.shape[1] // key.shape[1]
@@ -34,8 +38,10 @@ def attention(
             pair_scores = pair_scores - alibi_slopes.double()[:, None, None] * branch.distance
         seen = branch.visible
         if branch.best is not None and branch.best < len(key):
-            best = pair_scores.masked_fill(~seen, -torch.inf).topk(branch.best, -1).indices
-            seen = seen & torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, best, True)
+            best, keys = pair_scores.masked_fill(~seen, -torch.inf).topk(branch.best + 1, -1)
+            seen = seen & torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, keys[..., :-1], True)
+            if margins is not None:
+                margins.append(float((best[..., -2] - best[..., -1]).nan_to_num(torch.inf).min()))
         scores = torch.where(seen, pair_scores, scores)
     return torch.einsum("hts,shd->thd", scores.softmax(-1), value)
 

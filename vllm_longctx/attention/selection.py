@@ -48,14 +48,15 @@ class ScratchLayout:
 
     @classmethod
     def plan(
-        cls, geometry: Geometry, block_size: int, num_blocks: int, max_num_seqs: int, alibi: bool = False
+        cls, geometry: Geometry, block_size: int, num_blocks: int, max_num_seqs: int, alibi: bool = False, top_k: bool = False
     ) -> "ScratchLayout":
         """Room for the first tokens and a ragged head, for every request whose window can be in the pool at once.
 
         A window shorter than a block has no block in place; without first tokens the kernel masks the head by itself.
-        ALiBi's bias comes from places in the table, where first tokens can stand at in-cache distances only.
+        ALiBi's bias comes from places in the table, where first tokens can stand at in-cache distances only. With a top-k
+        branch some layers keep more blocks than others, in groups whose scratch blocks would be the same memory.
         """
-        beyond_kernel = alibi and geometry.distances == "relative"
+        beyond_kernel = top_k or (alibi and geometry.distances == "relative")
         if geometry.n_local is None or geometry.n_global == 0 or geometry.n_local < block_size or beyond_kernel:
             return cls(num_blocks, 0, 0)
         blocks_per_row = cdiv(geometry.n_global + block_size - 1, block_size)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_longctx.attention.branches import additive, attend, merge, scores_of
+from vllm_longctx.attention.retrieval import merge_selected
 from vllm_longctx.geometry import Geometry, global_branch
 from vllm_longctx.rotary import Rotary
 
@@ -30,8 +31,12 @@ class GlobalPart:
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """What every layer needs to know of a chunk. local_mask: additive [1, 1 or heads, tile, N - 1 + tile]."""
+    """What every layer needs to know of a chunk. local_mask: additive [1, 1 or heads, tile, N - 1 + tile].
 
+    context: position of the first query.
+    """
+
+    context: int
     n_local: int
     tile: int
     num_tiles: int
@@ -59,7 +64,7 @@ def plan_chunk(geometry: Geometry, context: int, length: int, alibi_slopes: Tens
     if alibi_slopes is not None:
         local_mask = local_mask - alibi_slopes[:, None, None] * distance
     parts = global_parts(geometry, torch.arange(context, context + length), alibi_slopes)
-    return ChunkPlan(n_local, tile, -(-length // tile), local_mask[None], parts)
+    return ChunkPlan(context, n_local, tile, -(-length // tile), local_mask[None], parts)
 
 
 def global_parts(geometry: Geometry, queries: Tensor, alibi_slopes: Tensor | None) -> list[GlobalPart]:
@@ -94,11 +99,13 @@ def attend_chunk(
     first: tuple[Tensor, Tensor],
     rotary: Rotary | None,
     scale: float,
+    further: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of one layer. query [T, heads, d]; key, value [T, kv_heads, d] of the chunk, rotated at their positions.
 
     context: (keys, values) [N - 1, kv_heads, d] right before the chunk; first: those of the first tokens, [G, ...].
-    rotary: None for a model without, whose plan has ALiBi's bias.
+    rotary: None for a model without, whose plan has ALiBi's bias. further: scores [T, heads, k] and values [T, heads, k, d] of
+    keys of each query and head's own.
     Returns [T, heads, d] in the query's dtype, or float32 where branches were merged.
     """
     length = len(query)
@@ -107,13 +114,19 @@ def attend_chunk(
     keys, values = (_windows(plan, before, chunk, padding) for before, chunk in zip(context, (key, value), strict=True))
     output, lse = attend(tiled_query, keys, values, plan.local_mask, scale)
     output, lse = output.transpose(1, 2).flatten(0, 1)[:length], lse.transpose(1, 2).flatten(0, 1)[:length]
-    if not plan.global_parts:
+    if not plan.global_parts and further is None:
         return output
     scores = [
         scores_of(_turned(rotary, query, part.turn_queries), _turned(rotary, first[0], part.turn_keys), scale) + part.mask
         for part in plan.global_parts
     ]
-    return merge((output, lse), torch.cat(scores, -1), torch.cat([first[1]] * len(scores)))
+    if further is None:
+        return merge((output, lse), torch.cat(scores, -1), torch.cat([first[1]] * len(scores)))
+    group = query.shape[1] // first[1].shape[1]
+    values = first[1].repeat_interleave(group, 1).transpose(0, 1).expand(length, -1, -1, -1)
+    return merge_selected(
+        (output, lse), torch.cat([*scores, further[0]], -1), torch.cat([*[values] * len(scores), further[1]], 2)
+    )
 
 
 def _turned(rotary: Rotary | None, x: Tensor, by: Tensor | None) -> Tensor:

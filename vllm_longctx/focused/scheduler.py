@@ -1,4 +1,4 @@
-"""vLLM's scheduler for Focused Transformers: no step of a request goes past the end of its window."""
+"""vLLM's schedulers for memories: no step of a request goes past what its queries see alike."""
 
 from typing import Any
 
@@ -51,3 +51,14 @@ class FocusedScheduler(LongContextScheduler):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.open.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)
+
+
+class TopKScheduler(LongContextScheduler):
+    """For LM-Infinite's top-k branch: the prompt's last token and all later ones are computed one at a time, replayed ones too.
+
+    The official code gives the branch to the last query of a call, which in an engine must not depend on how calls are cut.
+    """
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        allowed = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        return min(allowed, max(request.num_prompt_tokens - 1 - num_computed_tokens, 1))
