@@ -33,8 +33,13 @@ def merge(branch: tuple[Tensor, Tensor], scores: Tensor, value: Tensor) -> Tenso
     branch: output [T, heads, d] and log-sum-exp [T, heads]. scores [T, heads, S], -inf where a query sees nothing; value
     [S, kv_heads, d].
     """
-    output, lse = branch
-    total = torch.logaddexp(lse, scores.logsumexp(-1))
-    weights = (scores - total.unsqueeze(-1)).exp().unflatten(1, (value.shape[1], -1))
-    added = torch.einsum("tkgs,skd->tkgd", weights, value.float()).flatten(1, 2)
-    return torch.addcmul(added, output.float(), (lse - total).exp().unsqueeze(-1))
+    weights, rest = weigh(branch[1], scores)
+    grouped = weights.unflatten(1, (value.shape[1], -1))
+    added = torch.einsum("tkgs,skd->tkgd", grouped, value.float()).flatten(1, 2)
+    return torch.addcmul(added, branch[0].float(), rest)
+
+
+def weigh(lse: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """One softmax over a branch [T, heads] and further scores [T, heads, S]: their weights, the branch's [T, heads, 1]."""
+    total = torch.logaddexp(lse, scores.logsumexp(-1)).unsqueeze(-1)
+    return (scores - total).exp(), (lse.unsqueeze(-1) - total).exp()
