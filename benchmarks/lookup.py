@@ -8,7 +8,8 @@ memory. `all` is vLLM's own kernel over every key; the others find the best keys
 Recall: the model reads every text of `--texts` in windows of its trained length. Each `--recall-lengths` first tokens are the
 memory of the window that follows, whose queries see it as LongLLaMA does. recall@k is the share of the k exactly best keys
 that were found, averaged over texts, layers, heads and queries; beside it its lowest mean over a layer, and how many results
-were proven exact. `min/max` is the same choice of blocks by Quest's bound. Keys read count all query heads of a KV head.
+were proven exact. `min/max` is the same choice of blocks by Quest's bound. Keys read count all query heads of a KV head, for
+`top_k` those of a single query and its KV head that reads most; they do not count the summaries, of which all are read.
 """
 
 import json
@@ -37,6 +38,7 @@ from vllm_longctx.cli.score import tokenize
 
 BLOCK_SIZE = 32
 WAYS = ("all", "top_k", "blocks")
+PERCENTS = ("share", "keys_read", "recall", "lowest_recall", "proven", "min_max_recall", "top_k_read")
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ def recalls(shape: Shape, key: Tensor, query: Tensor, ks: list[int], shares: lis
     rows = []
     for k in ks:
         exact = top_k(query, memory, k, shape.scale)
+        alone = statistics.fmean(top_k(q, memory, k, shape.scale).keys_read for q in query.split(1)) / len(key)
         for share in shares:
             found = best_blocks(query, memory, k, shape.scale, share)
             rows.append(
@@ -184,6 +187,7 @@ def recalls(shape: Shape, key: Tensor, query: Tensor, ks: list[int], shares: lis
                     "keys_read": found.keys_read / len(key),
                     "recall": recall(found, exact).mean().item(),
                     "proven": found.proven.float().mean().item(),
+                    "top_k_read": alone,
                     "min_max_recall": min_max_recall(key, query, exact.positions, share),
                 }
             )
@@ -270,7 +274,9 @@ def all_recalls(
                     figures.setdefault((length, row["k"], row["share"]), []).append(row)
     rows = []
     for (length, k, share), some in figures.items():
-        means = {n: statistics.fmean(r[n] for r in some) for n in ("keys_read", "recall", "proven", "min_max_recall")}
+        means = {
+            n: statistics.fmean(r[n] for r in some) for n in ("keys_read", "recall", "proven", "top_k_read", "min_max_recall")
+        }
         rows.append({"length": length, "k": k, "share": share, **means, "lowest_recall": min(r["recall"] for r in some)})
     return rows
 
@@ -291,9 +297,10 @@ def print_costs(rows: list[dict[str, float]], k: int) -> None:
 
 
 def print_recalls(rows: list[dict[str, float]]) -> None:
-    table = Table("memory", "k", "at most", "keys read", "recall", "lowest", "proven", "min/max", title="recall of `blocks`, %")
+    headers = ("memory", "k", "at most", "keys read", "recall", "lowest", "proven", "min/max", "top_k reads")
+    table = Table(*headers, title="recall of `blocks`, %")
     for r in rows:
-        percents = (r[n] for n in ("share", "keys_read", "recall", "lowest_recall", "proven", "min_max_recall"))
+        percents = (r[n] for n in PERCENTS)
         table.add_row(f"{r['length']:,}", f"{r['k']}", *(f"{100 * x:.1f}" for x in percents))
     Console(width=110).print(table)
 

@@ -100,7 +100,8 @@ def test_attention_over_the_best_keys_is_the_references(
 
 
 def test_a_query_finds_the_same_alone_and_in_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = a_memory(700, run=False, begin=5)
+    key = torch.randn(1100, KV_HEADS, D) * torch.randn(1100, 1, 1).exp()
+    memory = a_memory(1100, run=False, begin=5, key=key)
     query = torch.randn(10, 4, D)
     for look_up in (top_k, best_blocks):
         whole = look_up(query, memory, 7, SCALE)
@@ -108,6 +109,7 @@ def test_a_query_finds_the_same_alone_and_in_a_chunk(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(retrieval, "QUERY_TILE", 3)
         parts = [look_up(q, memory, 7, SCALE) for q in query.split(1)] + [look_up(query, memory, 7, SCALE)]
         monkeypatch.undo()
+        assert parts[0].keys_read < 600  # by bounds, in either way, where the chunk's `top_k` looks at every key
         for name in ("positions", "proven"):
             alone = torch.cat([getattr(p, name) for p in parts])
             assert torch.equal(alone, torch.cat([getattr(whole, name)] * 2))

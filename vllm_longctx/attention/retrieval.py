@@ -22,6 +22,7 @@ from vllm_longctx.attention.branches import weigh
 
 TILE = 1 << 21  # elements of a temporary: 8 MiB of float32
 QUERY_TILE = 32
+SCANNED = 128  # blocks: fewer are looked at sooner than their bounds
 LEVELS = 63  # of a key's code: products of two codes add up in 16 bits on CPUs without VNNI
 FINE = 254  # a query's second code divides the step of its first one by this
 _LOW = 0xFFFFFFFF
@@ -200,25 +201,40 @@ class Selection:
 
 
 def top_k(query: Tensor, memory: Memory, k: int, scale: float) -> Selection:
-    """The k keys with the highest q·k of each query and head, in all of the memory. query [T, heads, d], any float dtype."""
+    """The k keys with the highest q·k of each query and head, in all of the memory. query [T, heads, d], any float dtype.
+
+    A single query of a memory with codes reads only the blocks whose bound is not below a k-th product already found.
+    """
+    if len(query) > 1 or memory.codes is None or len(memory.blocks) < SCANNED:
+        return _scan(query, memory, k, scale)
+    kth = best_blocks(query, memory, k, 1.0).scores[..., -1:]
+    bounds = memory.codes.bounds(query, memory.blocks)[:, 0]
+    return _scan(query, memory, k, scale, (bounds >= kth.view(len(bounds), -1, 1)).any(1))
+
+
+def _scan(query: Tensor, memory: Memory, k: int, scale: float, wanted: Tensor | None = None) -> Selection:
+    """`top_k` by a look at every key, or those of the blocks that a KV head wants: bool [kv_heads, n]."""
     kv_heads = memory.pages.cache.shape[1]
     blocks, bs, d = memory.blocks, memory.block_size, query.shape[2]
     found = []
     for tile in query.split(QUERY_TILE):
         rows = tile.float().unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
-        best: list[Tensor | None] = [None] * kv_heads
         per_tile = max(1, TILE // (bs * max(rows.shape[1], d)))
-        for begin in range(0, len(blocks), per_tile):
-            ids = blocks[begin : begin + per_tile]
-            positions = memory.positions(torch.arange(begin, begin + len(ids)))
-            for head in range(kv_heads):
-                keys = memory.pages.keys(ids, head)
-                products = torch.bmm(rows[head].expand(len(ids), -1, -1), keys).transpose(0, 1)
-                best[head] = _best(_visible(products, positions, memory), positions, k, best[head])
-        of_heads = [rows.new_empty((rows.shape[1], 0), dtype=torch.int64) if b is None else b for b in best]
-        found.append(torch.stack(of_heads).unflatten(1, (len(tile), -1)).transpose(0, 1).flatten(1, 2))
-    scores, positions = _unpack(torch.cat(found), memory, k)
-    return Selection(scores * scale, positions, torch.ones(query.shape[:2], dtype=torch.bool), memory.end - memory.begin)
+        best = []
+        for head in range(kv_heads):
+            of_head = rows.new_empty((rows.shape[1], 0), dtype=torch.int64)
+            numbers = torch.arange(len(blocks)) if wanted is None else wanted[head].nonzero().flatten()
+            for begin in range(0, len(numbers), per_tile):
+                number = numbers[begin : begin + per_tile]
+                positions = memory.positions(number)
+                keys = memory.pages.keys(blocks[number], head)
+                products = torch.bmm(rows[head].expand(len(number), -1, -1), keys).transpose(0, 1)
+                of_head = _best(_visible(products, positions, memory), positions, k, of_head)
+            best.append(_filled(of_head, k))
+        found.append(torch.stack(best).unflatten(1, (len(tile), -1)).transpose(0, 1).flatten(1, 2))
+    scores, positions = _unpack(torch.cat(found), memory)
+    read = memory.end - memory.begin if wanted is None else int(wanted.sum(1).max()) * bs
+    return Selection(scores * scale, positions, torch.ones(query.shape[:2], dtype=torch.bool), read)
 
 
 def best_blocks(query: Tensor, memory: Memory, k: int, scale: float, share: float = 0.1, least: int = 4) -> Selection:
@@ -233,7 +249,7 @@ def best_blocks(query: Tensor, memory: Memory, k: int, scale: float, share: floa
     group = query.shape[1] // kv_heads
     count = min(max(int(len(blocks) * share), least), 2 * group * k, len(blocks))
     if share >= 1 or count == len(blocks):
-        return top_k(query, memory, k, scale)
+        return _scan(query, memory, k, scale)
     found, proven = [], []
     per_tile = min(QUERY_TILE, max(1, TILE // (kv_heads * count * bs * d)))
     for tile in query.split(max(per_tile, min(QUERY_TILE, TILE // (kv_heads * group * len(blocks))))):
@@ -244,12 +260,12 @@ def best_blocks(query: Tensor, memory: Memory, k: int, scale: float, share: floa
             rows = part.float().unflatten(1, (kv_heads, group)).transpose(0, 1).unsqueeze(2)
             products = torch.matmul(rows, keys).transpose(2, 3)
             positions = memory.positions(chosen).unsqueeze(2)
-            best = _best(_visible(products, positions, memory), positions, k)
+            best = _filled(_best(_visible(products, positions, memory), positions, k), k)
             rejected = bounds.scatter(3, chosen.unsqueeze(2).expand(-1, -1, group, -1), -torch.inf).amax(-1)
-            kth = _score(best[..., -1]) if best.shape[-1] == k else torch.full_like(rejected, -torch.inf)
+            kth = _score(best[..., -1])
             found.append(best.transpose(0, 1).flatten(1, 2))
             proven.append((rejected <= kth).transpose(0, 1).flatten(1, 2))
-    scores, positions = _unpack(torch.cat(found), memory, k)
+    scores, positions = _unpack(torch.cat(found), memory)
     return Selection(scores * scale, positions, torch.cat(proven), count * bs)
 
 
@@ -314,12 +330,11 @@ def _best(products: Tensor, positions: Tensor, k: int, before: Tensor | None = N
     They stand in the k blocks with the best ones, or in the fewer that beat the k-th found before, at an earlier place: only
     these are looked at twice.
     """
-    n, full = products.shape[-2], before is not None and before.shape[-1] == k
-    if n > k or full:
-        best = products.amax(-1)
-        count = min(k, n)
-        if full:
-            count = min(count, int((best > _score(before[..., -1:])).sum(-1).amax()))
+    n, best = products.shape[-2], products.amax(-1)
+    count = min(k, n)
+    if before is not None and before.shape[-1] == k:
+        count = min(count, int((best > _score(before[..., -1:])).sum(-1).amax()))
+    if count < n:
         blocks = _LOW - (_highest(_pack(best, torch.arange(n)), count) & _LOW)
         index = blocks.unsqueeze(-1).expand(*blocks.shape, products.shape[-1])
         products = products.gather(-2, index)
@@ -347,10 +362,12 @@ def _ordered_bits(bits: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _unpack(packed: Tensor, memory: Memory, k: int) -> tuple[Tensor, Tensor]:
-    """Scores and positions [..., k], filled up where fewer keys were found."""
-    missing = _pack(torch.full((*packed.shape[:-1], k - packed.shape[-1]), -torch.inf), torch.tensor(0))
-    packed = torch.cat((packed, missing), -1)
+def _filled(packed: Tensor, k: int) -> Tensor:
+    """Packed keys [..., at most k], filled up to k with ones that are none."""
+    missing = torch.full((*packed.shape[:-1], k - packed.shape[-1]), -torch.inf)
+    return torch.cat((packed, _pack(missing, torch.tensor(0))), -1)
+
+
+def _unpack(packed: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
     scores = _score(packed)
-    positions = (_LOW - (packed & _LOW)).masked_fill(scores.isneginf(), memory.begin)
-    return scores, positions
+    return scores, (_LOW - (packed & _LOW)).masked_fill(scores.isneginf(), memory.begin)
