@@ -146,7 +146,7 @@ def test_what_is_proven_is_what_top_k_finds(share: float) -> None:
     key[torch.randperm(2000)[:60]] *= 3
     memory = a_memory(2000, key=key)
     query = torch.randn(30, 8, D)
-    exact, found = top_k(query, memory, 6, SCALE), best_blocks(query, memory, 6, SCALE, share)
+    exact, found = top_k(query, memory, 6, SCALE), best_blocks(query, memory, 6, SCALE, share, least=4)
     assert found.proven.any() and (found.positions == exact.positions)[found.proven].all()
     assert (recall(found, exact)[found.proven] == 1).all()
     assert found.proven.all() == torch.equal(found.positions, exact.positions) == (share == 1)
@@ -161,9 +161,9 @@ def test_a_block_that_filled_up_is_found_once_summarised_again() -> None:
     assert half_full.codes.bounds(query, blocks[:49]).isfinite().all()  # the rest of the last block holds NaN
     full = Memory(stored(key, key, blocks, layout(True)), blocks, 0, 400, half_full.codes)
     full.codes.summarise(full.pages, blocks[49:])
-    assert not (best_blocks(query, full, 3, SCALE).positions == 391).any()
+    assert not (best_blocks(query, full, 3, SCALE, least=4).positions == 391).any()
     full.codes.summarise(full.pages, blocks[48:])
-    assert (best_blocks(query, full, 3, SCALE).positions[..., 0] == 391).all()
+    assert (best_blocks(query, full, 3, SCALE, least=4).positions[..., 0] == 391).all()
 
 
 def test_recall_counts_equals_as_found() -> None:

@@ -6,8 +6,9 @@ Transformers, arXiv 2203.08913, section 3.1; Focused Transformer, arXiv 2307.031
 
 `top_k` is exact. `best_blocks` reads few keys: it scores every block by an upper bound of its keys' products, reads the best
 blocks in full, and says for which queries the result is proven exact. Elementwise minima and maxima of a block's keys (Quest,
-arXiv 2406.10774) are too loose a bound for heads this small and blocks this long: a tenth of the blocks had 44 to 65 % of
-trained models' best keys. The keys in 7 bits with one step per block have over 99 %, scored by an integer product.
+arXiv 2406.10774) are too loose a bound for 32 keys: a tenth of the blocks held 57 to 76 % of a trained model's best keys among
+131,072. With the keys in 7 bits and one step per block they hold over 99 % (`benchmarks/lookup.py`), and the bounds are an
+integer product.
 
 Equal products go to the earlier key. Nothing here depends on how queries or keys are tiled but the last bits of products.
 """
@@ -22,7 +23,8 @@ from vllm_longctx.attention.branches import weigh
 
 TILE = 1 << 21  # elements of a temporary: 8 MiB of float32
 QUERY_TILE = 32
-SCANNED = 128  # blocks: fewer are looked at sooner than their bounds
+SHARE = 0.1  # of a memory's blocks, read by default
+SCANNED = 128  # blocks: so many are read in less time than it takes to choose among them
 LEVELS = 63  # of a key's code: products of two codes add up in 16 bits on CPUs without VNNI
 FINE = 254  # a query's second code divides the step of its first one by this
 _LOW = 0xFFFFFFFF
@@ -197,7 +199,7 @@ def top_k(query: Tensor, memory: Memory, k: int, scale: float) -> Selection:
     if len(query) > 1 or memory.codes is None or len(memory.blocks) < SCANNED:
         return _scan(query, memory, k, scale)
     bounds = memory.codes.bounds(query, memory.blocks)
-    found, _ = _read(query, memory, bounds, _chosen_count(query, memory, k, 0.1, 1), k)
+    found, _ = _read(query, memory, bounds, _chosen_count(query, memory, k, SHARE, 1), k)
     kth = _score(found[0, :, -1]).view(len(bounds), -1, 1)
     return _scan(query, memory, k, scale, (bounds[:, 0] >= kth).any(1))
 
@@ -227,11 +229,11 @@ def _scan(query: Tensor, memory: Memory, k: int, scale: float, wanted: Tensor | 
     return Selection(scores * scale, positions, torch.ones(query.shape[:2], dtype=torch.bool), read)
 
 
-def best_blocks(query: Tensor, memory: Memory, k: int, scale: float, share: float = 0.1, least: int = 4) -> Selection:
+def best_blocks(query: Tensor, memory: Memory, k: int, scale: float, share: float = SHARE, least: int = SCANNED) -> Selection:
     """The k best keys of each query and head, in the blocks with the highest bounds. query [T, heads, d].
 
-    Of the memory's blocks each query reads at most the given share, but no fewer than `least`, and never more than twice
-    as many as its heads could want keys from. The query heads of a KV head choose in turn and see each other's blocks.
+    Of the memory's blocks each query reads at most the given share, or `least` if that is more, but never more than twice as
+    many as its heads could want keys from. The query heads of a KV head choose in turn and see each other's blocks.
     """
     assert memory.codes is not None
     blocks = memory.blocks
