@@ -225,7 +225,9 @@ def main(
     queries: Annotated[int, typer.Option(help="Of a window, evenly spread, for the recall.")] = 32,
     json_out: Annotated[Path | None, typer.Option("--json")] = None,
     plot_out: Annotated[Path | None, typer.Option("--plot", help="Cost against the memory's length.")] = None,
-    recall_plot: Annotated[Path | None, typer.Option(help="Recall against the share of keys read, longest memory.")] = None,
+    recall_plot: Annotated[
+        Path | None, typer.Option(help="Recall against the share of keys that may be read, longest memory.")
+    ] = None,
 ) -> None:
     torch.manual_seed(0)
     size, kind = Shape(*integers(shape)), getattr(torch, dtype)
@@ -253,7 +255,7 @@ def main(
             for n in integers(recall_ks)
             for name, key in (("7 bits", "recall"), ("min/max", "min_max_recall"))
         }
-        plot(recall_plot, curves, "share of the memory's keys read", "recall")
+        plot(recall_plot, curves, "share of the memory's keys that may be read", "recall")
 
 
 def all_recalls(
