@@ -6,8 +6,9 @@ Transformers, arXiv 2203.08913, section 3.1; Focused Transformer, arXiv 2307.031
 
 `top_k` is exact. `best_blocks` reads few keys: it scores every block by an upper bound of its keys' products, reads the best
 blocks in full, and says for which queries the result is proven exact. Elementwise minima and maxima of a block's keys (Quest,
-arXiv 2406.10774) are too loose a bound for heads this small and blocks this long: a tenth of the blocks had 44 to 65 % of
-trained models' best keys. The keys in 7 bits with one step per block have over 99 %, scored by an integer product.
+arXiv 2406.10774) are too loose a bound for 32 keys: a tenth of the blocks held 57 to 76 % of a trained model's best keys among
+131,072. With the keys in 7 bits and one step per block they hold over 99 % (`benchmarks/lookup.py`), and the bounds are an
+integer product.
 
 Equal products go to the earlier key. Nothing here depends on how queries or keys are tiled but the last bits of products.
 """
@@ -22,7 +23,8 @@ from vllm_longctx.attention.branches import weigh
 
 TILE = 1 << 21  # elements of a temporary: 8 MiB of float32
 QUERY_TILE = 32
-SCANNED = 128  # blocks: fewer are looked at sooner than their bounds
+SHARE = 0.1  # of a memory's blocks, read by default
+SCANNED = 128  # blocks: so many are read in less time than it takes to choose among them
 LEVELS = 63  # of a key's code: products of two codes add up in 16 bits on CPUs without VNNI
 FINE = 254  # a query's second code divides the step of its first one by this
 _LOW = 0xFFFFFFFF
@@ -57,21 +59,10 @@ class Pages:
             first = int(blocks[0])
             halves = self.halves.view(-1, 2 * kv_heads, self.halves.shape[1])[first : first + len(blocks), 2 * head]
         else:
-            halves = self.halves[(blocks * kv_heads + head) * 2]
-        return self._ordered(halves)
-
-    def gathered_keys(self, blocks: Tensor) -> Tensor:
-        """blocks int64 [kv_heads, ...], other ones for each head -> float32 [kv_heads, ..., head_size, block_size]."""
-        kv_heads = self.cache.shape[1]
-        heads = torch.arange(kv_heads).view(-1, *[1] * (blocks.dim() - 1))
-        halves = self.halves.index_select(0, ((blocks * kv_heads + heads) * 2).flatten())
-        return self._ordered(halves).unflatten(0, blocks.shape)
-
-    def _ordered(self, halves: Tensor) -> Tensor:
-        block_size, head_size = self.places[0].shape
+            halves = self.halves.index_select(0, (blocks * kv_heads + head) * 2)
         if self.transposed is not None:
             halves = halves.index_select(1, self.transposed)
-        return halves.float().unflatten(1, (head_size, block_size))
+        return halves.float().unflatten(1, self.places[0].T.shape)
 
     def values(self, blocks: Tensor, offsets: Tensor) -> Tensor:
         """The values of single keys. blocks, offsets int64 [T, heads, k] -> [T, heads, k, head_size] in the cache's dtype."""
@@ -207,9 +198,10 @@ def top_k(query: Tensor, memory: Memory, k: int, scale: float) -> Selection:
     """
     if len(query) > 1 or memory.codes is None or len(memory.blocks) < SCANNED:
         return _scan(query, memory, k, scale)
-    kth = best_blocks(query, memory, k, 1.0).scores[..., -1:]
-    bounds = memory.codes.bounds(query, memory.blocks)[:, 0]
-    return _scan(query, memory, k, scale, (bounds >= kth.view(len(bounds), -1, 1)).any(1))
+    bounds = memory.codes.bounds(query, memory.blocks)
+    found, _ = _read(query, memory, bounds, _chosen_count(query, memory, k, SHARE, 1), k)
+    kth = _score(found[0, :, -1]).view(len(bounds), -1, 1)
+    return _scan(query, memory, k, scale, (bounds[:, 0] >= kth).any(1))
 
 
 def _scan(query: Tensor, memory: Memory, k: int, scale: float, wanted: Tensor | None = None) -> Selection:
@@ -237,36 +229,52 @@ def _scan(query: Tensor, memory: Memory, k: int, scale: float, wanted: Tensor | 
     return Selection(scores * scale, positions, torch.ones(query.shape[:2], dtype=torch.bool), read)
 
 
-def best_blocks(query: Tensor, memory: Memory, k: int, scale: float, share: float = 0.1, least: int = 4) -> Selection:
+def best_blocks(query: Tensor, memory: Memory, k: int, scale: float, share: float = SHARE, least: int = SCANNED) -> Selection:
     """The k best keys of each query and head, in the blocks with the highest bounds. query [T, heads, d].
 
-    Of the memory's blocks each query reads at most the given share, but no fewer than `least`, and never more than twice
-    as many as its heads could want keys from. The query heads of a KV head choose in turn and see each other's blocks.
+    Of the memory's blocks each query reads at most the given share, or `least` if that is more, but never more than twice as
+    many as its heads could want keys from. The query heads of a KV head choose in turn and see each other's blocks.
     """
     assert memory.codes is not None
-    blocks, bs, d = memory.blocks, memory.block_size, query.shape[2]
-    kv_heads = memory.pages.cache.shape[1]
-    group = query.shape[1] // kv_heads
-    count = min(max(int(len(blocks) * share), least), 2 * group * k, len(blocks))
+    blocks = memory.blocks
+    count = _chosen_count(query, memory, k, share, least)
     if share >= 1 or count == len(blocks):
         return _scan(query, memory, k, scale)
     found, proven = [], []
-    per_tile = min(QUERY_TILE, max(1, TILE // (kv_heads * count * bs * d)))
-    for tile in query.split(max(per_tile, min(QUERY_TILE, TILE // (kv_heads * group * len(blocks))))):
+    per_tile = min(QUERY_TILE, max(1, TILE // (count * memory.pages.halves.shape[1])))
+    for tile in query.split(max(per_tile, min(QUERY_TILE, TILE // (query.shape[1] * len(blocks))))):
         all_bounds = memory.codes.bounds(tile, blocks)
         for part, bounds in zip(tile.split(per_tile), all_bounds.split(per_tile, 1), strict=True):
-            chosen = _in_turn(bounds, count)
-            keys = memory.pages.gathered_keys(blocks[chosen])
-            rows = part.float().unflatten(1, (kv_heads, group)).transpose(0, 1).unsqueeze(2)
-            products = torch.matmul(rows, keys).transpose(2, 3)
-            positions = memory.positions(chosen).unsqueeze(2)
-            best = _filled(_best(_visible(products, positions, memory), positions, k), k)
-            rejected = bounds.scatter(3, chosen.unsqueeze(2).expand(-1, -1, group, -1), -torch.inf).amax(-1)
-            kth = _score(best[..., -1])
-            found.append(best.transpose(0, 1).flatten(1, 2))
-            proven.append((rejected <= kth).transpose(0, 1).flatten(1, 2))
+            best, is_proven = _read(part, memory, bounds, count, k)
+            found.append(best)
+            proven.append(is_proven)
     scores, positions = _unpack(torch.cat(found), memory)
-    return Selection(scores * scale, positions, torch.cat(proven), count * bs)
+    return Selection(scores * scale, positions, torch.cat(proven), count * memory.block_size)
+
+
+def _chosen_count(query: Tensor, memory: Memory, k: int, share: float, least: int) -> int:
+    """How many blocks each query reads for the heads of a KV head."""
+    group = query.shape[1] // memory.pages.cache.shape[1]
+    return min(max(int(len(memory.blocks) * share), least), 2 * group * k, len(memory.blocks))
+
+
+def _read(query: Tensor, memory: Memory, bounds: Tensor, count: int, k: int) -> tuple[Tensor, Tensor]:
+    """The best keys of the `count` blocks with the highest bounds [kv_heads, T, g, n], packed: int64 [T, heads, k].
+
+    And whether no key of the other blocks is better: bool [T, heads].
+    """
+    chosen = _in_turn(bounds, count)
+    grouped = query.float().unflatten(1, (len(bounds), -1)).transpose(0, 1).unsqueeze(2)
+    products = torch.empty(*bounds.shape[:2], count, bounds.shape[2], memory.block_size)
+    for head, numbers in enumerate(chosen):
+        keys = memory.pages.keys(memory.blocks[numbers.flatten()], head).unflatten(0, numbers.shape)
+        products[head] = torch.matmul(grouped[head], keys)
+    products = products.transpose(2, 3)
+    positions = memory.positions(chosen).unsqueeze(2)
+    best = _filled(_best(_visible(products, positions, memory), positions, k), k)
+    rejected = bounds.scatter(3, chosen.unsqueeze(2).expand(-1, -1, bounds.shape[2], -1), -torch.inf).amax(-1)
+    proven = rejected <= _score(best[..., -1])
+    return best.transpose(0, 1).flatten(1, 2), proven.transpose(0, 1).flatten(1, 2)
 
 
 def attend_best(
@@ -277,10 +285,15 @@ def attend_best(
     query [T, heads, d]; branch: output [T, heads, d] and log-sum-exp [T, heads]. share: of the blocks to read
     (`best_blocks`), or None to find the best keys exactly. Extra memory does not grow with T or the memory.
     """
+    look_up = functools.partial(top_k, memory=memory, k=k, scale=scale)
+    if share is not None:
+        look_up = functools.partial(best_blocks, memory=memory, k=k, scale=scale, share=share)
     merged = []
+    per_tile = max(1, TILE // (query.shape[1] * query.shape[2] * k))
     for tile, output, lse in zip(*(x.split(QUERY_TILE) for x in (query, *branch)), strict=True):
-        best = top_k(tile, memory, k, scale) if share is None else best_blocks(tile, memory, k, scale, share)
-        merged.append(merge_selected((output, lse), best.scores, memory.values(best.positions)))
+        best = look_up(tile)
+        for part in zip(*(x.split(per_tile) for x in (output, lse, best.scores, best.positions)), strict=True):
+            merged.append(merge_selected(part[:2], part[2], memory.values(part[3])))
     return torch.cat(merged)
 
 
