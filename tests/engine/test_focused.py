@@ -46,12 +46,8 @@ VARIANTS = {
     "memory_apart": Variant(SteppedWindows(64, 32), [1, 2], {"memory_limit_gib": 0.0026}, {"max_model_len": 2048}),
     # Not layer 0: there, equal tokens have equal keys in the memory, and it does not matter which of them is taken.
     "top_k": Variant(SteppedWindows(64, 32), [1, 2], {"lookup": "top_k", "top_k": 5}, {"max_model_len": 2048}),
-    "blocks": Variant(
-        SteppedWindows(50, 20),
-        [1, 2],
-        {"lookup": "blocks", "top_k": 2, "lookup_share": 0.5},
-        {"max_model_len": 2048},
-    ),
+    # Fewer blocks than are always read.
+    "blocks": Variant(SteppedWindows(50, 20), [1, 2], {"lookup": "blocks", "top_k": 5}, {"max_model_len": 2048}),
     "no_positions": Variant(SteppedWindows(128, 40), [0, 1, 2], {"mem_positionals": False}),
 }
 
@@ -93,7 +89,7 @@ def test_prompts_and_tokens_written_equal_the_reference(llm: LLM, variant: Varia
     outputs = generate(llm, [prompt(n) for n in LENGTHS], 70, prompt_logprobs=0)
     differences = [difference(reference, variant, n, output) for n, output in zip(LENGTHS, outputs, strict=True)]
     assert sum(d is None for d in differences) <= 2
-    assert_exact(variant, torch.cat([d for d in differences if d is not None]))
+    assert all(d.max() <= TOLERANCE for d in differences if d is not None)
 
 
 def test_a_prefix_hit_ends_where_both_prompts_have_a_window(llm: LLM, variant: Variant, reference: ReferenceLlama) -> None:
@@ -108,7 +104,7 @@ def test_a_prefix_hit_ends_where_both_prompts_have_a_window(llm: LLM, variant: V
         assert hit <= min(windows.last_start(900), windows.last_start(cut + 30))
         hits.add(hit)
     assert max(hits) > 0
-    assert_exact(variant, torch.cat([d for d in differences if d is not None]))
+    assert all(d.max() <= TOLERANCE for d in differences if d is not None)
 
 
 def difference(reference: ReferenceLlama, variant: Variant, length: int, output: RequestOutput) -> torch.Tensor | None:
@@ -116,12 +112,6 @@ def difference(reference: ReferenceLlama, variant: Variant, length: int, output:
     ours = logprobs_of(output)
     expected = reference.token_logprobs(tokens_of(output), variant.seen(length))[-len(ours) :]
     return (ours - expected).abs() if min(reference.margins, default=1.0) >= TIE else None
-
-
-def assert_exact(variant: Variant, differences: torch.Tensor) -> None:
-    """`blocks` reads half of them here, misses a few of the best keys, and takes the next best: a few positions differ."""
-    most = 0.05 if variant.attention.get("lookup") == "blocks" else 0
-    assert (differences > TOLERANCE).float().mean() <= most
 
 
 def test_together_is_as_alone(llm: LLM) -> None:

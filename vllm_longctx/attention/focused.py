@@ -134,16 +134,14 @@ class MemoryImpl(CPUAttentionBackendImpl):
         """cache: the layer's, once it is there."""
         num_blocks, kv_heads, block_size, width = cache.shape
         self.pages = Pages(cache, packed_order(block_size, width // 2, cache.dtype, isa))
-        exactly = self.lookup.share is None
-        self.codes = None if exactly else Codes.empty(num_blocks, kv_heads, block_size, width // 2)
+        self.codes = Codes.empty(num_blocks, kv_heads, block_size, width // 2)
 
     def summarise(self, window: ClosedWindow) -> None:
         """After `remember`: a closed window's blocks can be looked up."""
-        if self.codes is not None:
-            block_size = self.pages.cache.shape[2]
-            first = window.start // block_size
-            filled = (window.end - (first + torch.arange(len(window.blocks))) * block_size).clamp_max(block_size)
-            self.codes.summarise(self.pages, window.blocks.long(), filled)
+        block_size = self.pages.cache.shape[2]
+        first = window.start // block_size
+        filled = (window.end - (first + torch.arange(len(window.blocks))) * block_size).clamp_max(block_size)
+        self.codes.summarise(self.pages, window.blocks.long(), filled)
 
     def forward(
         self,
