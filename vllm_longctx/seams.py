@@ -131,9 +131,9 @@ SEAMS = [
     Seam(
         "Scheduler._reserve_prefill_lookahead, _handle_blocked_waiting_request, _update_after_schedule, _preempt_request, "
         "_free_request (overridden), running (reordered)",
-        "adaptation/scheduler.py",
-        "let a request that adapts compute to the end of its block and no further, hold it until the block is trained, "
-        "admit it when a slot is free, preempt it last",
+        "adaptation/scheduler.py, focused/scheduler.py",
+        "let a request that adapts compute to the end of its block, or of its window, and no further, hold it until the block "
+        "is trained, admit it when a slot is free, preempt it last",
         _all(
             _has(
                 "vllm.v1.core.sched.scheduler:Scheduler",
@@ -165,16 +165,18 @@ SEAMS = [
     ),
     Seam(
         "SchedulerOutput (an attribute added)",
-        "adaptation/scheduler.py, adaptation/worker.py",
+        "adaptation/scheduler.py, adaptation/worker.py, focused/scheduler.py, focused/worker.py",
         "tell the workers which weights and which window each request of the step has",
         _open("vllm.v1.core.sched.output:SchedulerOutput"),
         "0013-plugin-data-of-a-step.diff",
     ),
     Seam(
         "CPUWorker.model_runner (its class replaced); GPUModelRunner.load_lora_model, _prepare_inputs, "
-        "_get_prompt_logprobs_dict (overridden), input_batch.token_ids_cpu (changed while ids are gathered)",
-        "worker.py, adaptation/worker.py",
-        "put the first tokens before a window, keep prompt log-probabilities of the first pass, manage adapters in memory",
+        "_get_prompt_logprobs_dict (overridden), input_batch.token_ids_cpu (changed while ids are gathered), "
+        "positions (changed)",
+        "worker.py, adaptation/worker.py, focused/worker.py",
+        "put the first tokens before a window, keep prompt log-probabilities of the first pass, manage adapters in memory, "
+        "count positions from a window",
         _all(
             _has(
                 "vllm.v1.worker.cpu_model_runner:CPUModelRunner",
@@ -219,10 +221,34 @@ SEAMS = [
         "0017-slots-written-by-builders.diff",
     ),
     Seam(
+        "Request.block_hashes (cut), _block_hasher (taken away)",
+        "focused/scheduler.py",
+        "keep KV out of the prefix cache that depends on where the prompt ends",
+        _sets("vllm.v1.request:Request", "block_hashes", "_block_hasher"),
+        "0018-block-hashes-of-a-request.diff",
+    ),
+    Seam(
+        "SingleTypeKVCacheManager.block_pool (another one), Attention.kv_cache (replaced after allocation)",
+        "kv_cache.py, worker.py",
+        "a pool of their own, in host memory, for layers that keep everything",
+        _all(
+            _takes("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager", "block_pool"),
+            _takes("vllm.v1.core.kv_cache_utils:KVCacheBlock", "pool"),
+        ),
+        "0019-pool-of-its-own.diff",
+    ),
+    Seam(
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
         "attention/branches.py",
         "attention with its log-sum-exp, to merge branches",
         _has("torch.ops:aten", "_scaled_dot_product_flash_attention_for_cpu"),
+        None,
+    ),
+    Seam(
+        "torch._int_mm",
+        "attention/retrieval.py",
+        "products of a memory's summaries, exactly, in integers",
+        _has("torch:_int_mm"),
         None,
     ),
 ]
