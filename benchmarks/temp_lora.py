@@ -171,9 +171,15 @@ def engine_speed(engine: "LLMEngine", prompts: Sequence[list[int]], params: "Sam
 def bystander_speed(
     engine: "LLMEngine", learners: Sequence[list[int]], bystanders: Sequence[list[int]], tokens: int, longctx: dict[str, Any]
 ) -> float:
-    """Tokens/s of `bystanders`, which write `tokens` each, while learners of options `longctx` write all the time."""
+    """Tokens/s of `bystanders` while learners of options `longctx` write all the time.
+
+    Each writes `tokens`, or as many as a request may that does not adapt, which ends at the trained length.
+    """
     from vllm.inputs import tokens_input
 
+    from vllm_longctx.engine_args import trained_length
+
+    tokens = min(tokens, trained_length(engine.vllm_config.model_config) - max(map(len, bystanders)))
     room = engine.vllm_config.model_config.max_model_len
     for number, prompt in enumerate(learners):
         engine.add_request(f"learner {number}", tokens_input(prompt), writing(room - len(prompt), longctx))
