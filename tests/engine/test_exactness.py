@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest_engine import generate, logprobs_of, metric, prompt, running, tokens_of
+from conftest_engine import generate, logprobs_of, metric, prompt, running_here, tokens_of
 from reference_model import ReferenceLlama
 from vllm import LLM
 
@@ -49,7 +49,7 @@ def variant(request: pytest.FixtureRequest) -> Variant:
 
 @pytest.fixture(scope="module")
 def llm(variant: Variant, tiny_llama: Path) -> Iterator[LLM]:
-    with running(tiny_llama, variant.attention, **variant.engine) as llm:
+    with running_here(tiny_llama, variant.attention, **variant.engine) as llm:
         yield llm
 
 

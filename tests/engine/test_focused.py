@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest_engine import generate, logprobs_of, metric, prompt, running, tokens_of
+from conftest_engine import generate, logprobs_of, metric, prompt, running_here, tokens_of
 from reference_model import Layers, ReferenceLlama, focused, with_top_k
 from vllm import LLM
 from vllm.outputs import RequestOutput
@@ -55,7 +55,7 @@ VARIANTS = {
 def test_lm_infinite_with_top_k_equals_the_reference(tiny_llama: Path, reference: ReferenceLlama) -> None:
     """40 blocks for a dozen requests: they are preempted, and what they wrote is computed again one token at a time."""
     attention = {"n_global": 5, "n_local": 50, "top_k": 3, "top_k_from_layer": 1, "top_k_insert_at": 40}
-    with running(tiny_llama, attention, num_gpu_blocks_override=66, max_model_len=800) as llm:
+    with running_here(tiny_llama, attention, num_gpu_blocks_override=66, max_model_len=800) as llm:
         outputs = generate(llm, [prompt(n) for n in LENGTHS], 70)
         assert metric(llm, "vllm:num_preemptions") > 0
         assert metric(llm, "vllm:kv_cache_usage_perc") == 0
@@ -76,7 +76,7 @@ def variant(request: pytest.FixtureRequest) -> Variant:
 
 @pytest.fixture(scope="module")
 def llm(variant: Variant, tiny_llama: Path) -> Iterator[LLM]:
-    with running(tiny_llama, variant.section, **variant.engine) as llm:
+    with running_here(tiny_llama, variant.section, **variant.engine) as llm:
         yield llm
 
 

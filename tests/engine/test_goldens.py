@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest_engine import a_core_for_each_of_two_ranks, generate, logprobs_of, running
+from conftest_engine import a_core_for_each_of_two_ranks, generate, logprobs_of, running, running_here
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -22,7 +22,8 @@ def test_lm_infinite(name: str, ranks: int, goldens: Path, monkeypatch: pytest.M
     }
     if ranks == 2:
         a_core_for_each_of_two_ranks(monkeypatch)
-    with running(goldens / parameters["model"], attention, tensor_parallel_size=ranks) as llm:
+    start = running if ranks == 2 else running_here
+    with start(goldens / parameters["model"], attention, tensor_parallel_size=ranks) as llm:
         (scored,) = generate(llm, [ids], max(len(greedy), 1), prompt_logprobs=0)
     ours = logprobs_of(scored)[: len(ids) - 1].numpy()
     assert np.abs(ours - np.load(case / "logprobs.npy").flatten()).max() <= 1e-3
@@ -38,7 +39,8 @@ def test_longllama(ranks: int, goldens: Path, monkeypatch: pytest.MonkeyPatch) -
     prompts = [np.load(case / "input_ids.npy").flatten().tolist() for case in cases]
     greedy = np.load(cases[1] / "greedy_tokens.npy").flatten().tolist()
     settings = {"tensor_parallel_size": ranks, "max_num_batched_tokens": 200}
-    with running(goldens / "models" / "longllama", None, **settings) as llm:
+    start = running if ranks == 2 else running_here
+    with start(goldens / "models" / "longllama", None, **settings) as llm:
         scored = generate(llm, prompts, len(greedy), prompt_logprobs=0)
     for case, ids, output in zip(cases, prompts, scored, strict=True):
         ours = logprobs_of(output)[: len(ids) - 1].numpy()
@@ -64,7 +66,7 @@ def test_lm_infinite_with_top_k(goldens: Path) -> None:
         "top_k_to_layer": p["top_k_to_layer"],
     }
     vocab = rows.shape[1]
-    with running(goldens / "models" / "llama", attention, max_logprobs=vocab, max_model_len=2048) as llm:
+    with running_here(goldens / "models" / "llama", attention, max_logprobs=vocab, max_model_len=2048) as llm:
         outputs = generate(llm, [ids[:n] for n in lengths], 1, logprobs=vocab)
         (written,) = generate(llm, [ids], len(greedy))
     for output, row in zip(outputs, rows, strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest_engine import generate, logprobs_of, prompt, running, tokens_of
+from conftest_engine import generate, logprobs_of, prompt, running_here, tokens_of
 from reference_model import Reference, ReferenceBloom, ReferenceGPTJ, ReferenceLlama, ReferenceMpt
 
 from vllm_longctx.geometry import Geometry
@@ -81,7 +81,7 @@ def test_it_equals_the_reference(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model = make(family, tmp_path)
     attention, geometry = family.method
-    with running(model, attention, **family.engine) as llm:
+    with running_here(model, attention, **family.engine) as llm:
         outputs = generate(llm, [prompt(n) for n in LENGTHS], 40, prompt_logprobs=0)
     reference = family.reference(model)
     for output in outputs:

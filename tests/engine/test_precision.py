@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest_engine import generate, logprobs_of, prompt, running, tokens_of
+from conftest_engine import generate, logprobs_of, prompt, running_here, tokens_of
 from reference_model import ReferenceLlama
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +21,7 @@ def test_half_precision(dtype: str, tiny_llama: Path, tmp_path: Path) -> None:
     rounded = {k: v.to(getattr(torch, dtype)) for k, v in weights.items()}
     save_file(rounded, model / "model.safetensors", metadata={"format": "pt"})
 
-    with running(model, {"n_global": 10, "n_local": 64, "distance_ceiling": 64}, dtype=dtype) as llm:
+    with running_here(model, {"n_global": 10, "n_local": 64, "distance_ceiling": 64}, dtype=dtype) as llm:
         outputs = generate(llm, [prompt(n, seed=7) for n in (600, 500, 90)], 100, prompt_logprobs=0)
     reference = ReferenceLlama(model)
     inside, past = [], []
