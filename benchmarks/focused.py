@@ -26,7 +26,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +54,7 @@ from vllm_longctx.cli.engine import (
 from vllm_longctx.cli.passkey import ANSWER_TOKENS, MAX_NUM_SEQS, TRIALS_AT_ONCE, Task, Trial, ask, tells, windows
 from vllm_longctx.cli.score import score_in, tokenize
 from vllm_longctx.config import LongContextError
+from vllm_longctx.engine_args import _bytes_per_layer_block
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -85,19 +86,32 @@ BRANCH = '{"top_k": 5}'
 
 @dataclass(frozen=True)
 class Scale:
-    """How rows become a table and a plot: their keys x and y, the y's of different `by` in curves of their own."""
+    """How rows become a table and a plot: their keys x, y and, where there are rows of several kinds, `by`.
+
+    drawn: the kind that is plotted. factor: of y in the table.
+    """
 
     x: str
     y: str
     xlabel: str
     ylabel: str
     by: str | None = None
-    factor: float = 1  # of y in the table
+    drawn: str | None = None
+    factor: float = 1
     form: str = ".1f"
     yscale: str = "linear"
 
 
-PASSKEY = Scale("length", "exact", "length (tokens)", "keys told (share)", by="place", factor=100, form=".0f")
+PASSKEY = Scale(
+    "length",
+    "exact",
+    "length (tokens)",
+    "keys told, from outside of the windows (share)",
+    by="place",
+    drawn="outside",
+    factor=100,
+    form=".0f",
+)
 DICTIONARY = Scale("tokens", "accuracy", "memory (tokens)", "right answers (share)", factor=100)
 PERPLEXITY = Scale("end", "nll", "position (tokens)", "NLL (nats per token)", form=".3f")
 DISTRACTORS = Scale("documents", "nll", "documents in the context", "NLL (nats per token)", form=".3f")
@@ -155,12 +169,10 @@ class Report:
             if "refused" in result:
                 Console().print(f"{name} was refused: {result['refused']}", highlight=False, markup=False)
         if self.plot_out is not None:
-            curves: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+            curves = {}
             for name, column in zip(names, columns, strict=True):
-                for (x, by), row in column.items():
-                    curve = curves[f"{name}, {by}" if by else name]
-                    curve[0].append(x)
-                    curve[1].append(row[scale.y])
+                points = [(x, row[scale.y]) for (x, by), row in column.items() if by == scale.drawn]
+                curves[name] = [x for x, _ in points], [y for _, y in points]
             plot(self.plot_out, curves, scale.xlabel, scale.ylabel, scale.yscale)
 
     def cell(self, row: Row | None) -> str:
@@ -173,11 +185,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Methods:
-    """What is compared: configurations by name, the longest text of each in tokens where it has a limit, and the engine."""
+    """What is compared: configurations by name, the longest text of each in tokens where it has a limit, and the engine.
+
+    windows: the configurations whose windows pass keys are placed by, whatever is compared.
+    """
 
     configs: dict[str, Config]
+    windows: list[Config]
     up_to: dict[str, int]
-    engine: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any]
 
     @classmethod
     def parse(cls, methods: str, top_k: int, focused: str, branch: str, up_to: str, dtype: str, kv_gib: float) -> "Methods":
@@ -198,7 +214,7 @@ class Methods:
                 raise ValueError(f"--up-to {up_to}: give methods and tokens such as plain=8192; methods: {ALL_WAYS}")
             limits[name] = int(tokens)
         engine = {"dtype": dtype, "kv_cache_memory_bytes": int(kv_gib * 2**30), "max_num_batched_tokens": 2048}
-        return cls(parse_methods(methods, known), limits, engine)
+        return cls(parse_methods(methods, known), [known["lm-infinite"], known["focused"]], limits, engine)
 
     def within(self, name: str, tokens: int) -> bool:
         return tokens <= self.up_to.get(name, tokens)
@@ -314,14 +330,15 @@ def passkey(
     with errors_for_users():
         sizes = parse_lengths(lengths)
         ways = Methods.parse(methods, top_k, focused, branch, up_to, dtype, kv_gib)
-        settings = {"lengths": sizes, "trials": trials, "choices": choices, "seed": seed}
+        settings = {"lengths": sizes, "trials": trials, "choices": choices, "seed": seed, "dtype": dtype}
         report = Report("passkey", PASSKEY, settings, json_out, plot_out)
         questions = {}
         for model in models:
             seen = []
-            for config in ways.configs.values():
+            for config in ways.windows:
                 with suppress(LongContextError):  # the engine will say it again
                     seen += windows(model, [config])
+            seen = seen or windows(model, [None])
             task = Task(AutoTokenizer.from_pretrained(model_path(model), model_max_length=1 << 60))
             asked = [trial for size in sizes for trial in task.trials(size, seen, trials, seed)]
             questions[model] = [key_question(trial, choices) for trial in asked]
@@ -366,7 +383,7 @@ def dictionary(
     with errors_for_users():
         sizes = parse_lengths(times)
         ways = Methods.parse(methods, top_k, focused, branch, up_to, dtype, kv_gib)
-        settings = {"context": CONTEXT, "times": sizes, "texts": texts, "seed": seed}
+        settings = {"context": CONTEXT, "times": sizes, "texts": texts, "seed": seed, "dtype": dtype}
         report = Report("dictionary", DICTIONARY, settings, json_out, plot_out)
         questions = []
         for size in sizes:
@@ -415,8 +432,10 @@ def perplexity(
     """NLL per token by position, mean over the texts; every text by itself is in the JSON file."""
     with errors_for_users():
         ways = Methods.parse(methods, top_k, focused, branch, up_to, dtype, kv_gib)
-        report = Report("perplexity", PERPLEXITY, {"max_tokens": max_tokens}, json_out, plot_out)
         books = read_directory(texts)
+        report = Report(
+            "perplexity", PERPLEXITY, {"texts": sorted(books), "max_tokens": max_tokens, "dtype": dtype}, json_out, plot_out
+        )
         tokens = {model: {name: tokenize(model, text, max_tokens) for name, text in books.items()} for model in models}
     longest = {name: min(max_tokens, ways.up_to.get(name, max_tokens)) for name in ways.configs}
 
@@ -456,17 +475,19 @@ def distractors(
     with errors_for_users():
         counts = parse_lengths(documents)
         ways = Methods.parse(methods, top_k, focused, branch, up_to, dtype, kv_gib)
+        books = read_directory(texts)
         settings = {
             "documents": counts,
             "document_tokens": document_tokens,
             "scored_tokens": scored_tokens,
             "places": places,
             "seed": seed,
+            "texts": sorted(books),
+            "dtype": dtype,
         }
         report = Report("distractors", DISTRACTORS, settings, json_out, plot_out)
         if scored_tokens >= document_tokens:
             raise ValueError(f"--scored-tokens {scored_tokens} leaves nothing of --document-tokens {document_tokens}; lower it")
-        books = read_directory(texts)
         questions = {}
         for model in models:
             tokens = {name: tokenize(model, text, None) for name, text in books.items()}
@@ -536,7 +557,7 @@ def fewshot(
         sizes = parse_lengths(examples)
         ways = Methods.parse(methods, top_k, focused, branch, up_to, dtype, kv_gib)
         settings = {"examples": sizes, "contexts": contexts, "queries": queries, "seed": seed}
-        settings |= {"classes": CLASSES, "class_words": CLASS_WORDS}
+        settings |= {"classes": CLASSES, "class_words": CLASS_WORDS, "dtype": dtype}
         report = Report("fewshot", FEWSHOT, settings, json_out, plot_out)
         questions = {}
         for model in models:
@@ -608,7 +629,7 @@ def share_right(scores: Sequence[Sequence[float]], classes: Sequence[int]) -> fl
 @app.command()
 def memory(
     models: Models,
-    lengths: str = "2048,4096,8192,16384",
+    lengths: str = "4096,8192,16384,32768",
     methods: Ways = "plain,lm-infinite,focused",
     top_k: TopK = 32,
     focused: Focused = "{}",
@@ -623,17 +644,18 @@ def memory(
     with errors_for_users():
         sizes = parse_lengths(lengths)
         ways = Methods.parse(methods, top_k, focused, branch, up_to, dtype, kv_gib)
-        report = Report("memory", MEMORY, {"lengths": sizes}, json_out, plot_out)
+        report = Report("memory", MEMORY, {"lengths": sizes, "dtype": dtype}, json_out, plot_out)
         longest = ways.longest(sizes)
 
     def rows(engine: "LLMEngine", meter: PeakBlocks, model: str, name: str) -> list[Row]:
-        block = ways.engine["kv_cache_memory_bytes"] / meter.num_blocks
+        layer = _bytes_per_layer_block(engine.vllm_config)
+        block = layer * round(ways.engine["kv_cache_memory_bytes"] / meter.num_blocks / layer)  # of a group of layers
         result: list[Row] = []
         for size in sizes:
             if ways.within(name, size):
                 meter.reset()
                 token_times(engine, [random_tokens(engine, size, size)], 2)
-                result.append({"length": size, "blocks": meter.peak, "bytes": round(meter.peak * block)})
+                result.append({"length": size, "blocks": meter.peak, "bytes": meter.peak * block})
         return result
 
     for model in models:
@@ -673,7 +695,8 @@ def speed(
     with errors_for_users():
         sizes = parse_lengths(lengths)
         ways = Methods.parse(methods, top_k, focused, branch, up_to, dtype, kv_gib)
-        settings = {"lengths": sizes, "batch": batch, "rounds": rounds, "written": written, "enforce_eager": enforce_eager}
+        settings = {"lengths": sizes, "batch": batch, "rounds": rounds, "written": written}
+        settings |= {"enforce_eager": enforce_eager, "dtype": dtype}
         report = Report("speed", SPEED, settings, json_out, plot_out)
         longest = ways.longest(sizes)
     kwargs: dict[str, Any] = {"max_num_seqs": batch, "enable_prefix_caching": True, "enforce_eager": enforce_eager}
