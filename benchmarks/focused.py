@@ -8,7 +8,7 @@ Tasks, after the Focused Transformer (arXiv 2307.03170) and LM-Infinite (arXiv 2
 - dictionary: values by their keys, for models of `dictionary.py`, which is where the task comes from.
 - perplexity: NLL per token of books by position.
 - distractors: NLL of a document's last tokens when d - 1 other documents stand before it.
-- fewshot: words belong to classes and classes have names; which is that of two words, after so many examples?
+- fewshot: words belong to classes and classes have keys; which is that of two words, after so many examples?
 - memory: bytes of KV that a request holds, by its length.
 - speed: decode, all engines up at once and taking turns, medians over rounds.
 
@@ -27,6 +27,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,8 +54,6 @@ from vllm_longctx.cli.engine import (
 )
 from vllm_longctx.cli.passkey import ANSWER_TOKENS, MAX_NUM_SEQS, TRIALS_AT_ONCE, Task, Trial, ask, tells, windows
 from vllm_longctx.cli.score import score_in, tokenize
-from vllm_longctx.config import LongContextError
-from vllm_longctx.engine_args import _bytes_per_layer_block
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -336,7 +335,7 @@ def passkey(
         for model in models:
             seen = []
             for config in ways.windows:
-                with suppress(LongContextError):  # the engine will say it again
+                with suppress(ValueError):  # the engine will say it again
                     seen += windows(model, [config])
             seen = seen or windows(model, [None])
             task = Task(AutoTokenizer.from_pretrained(model_path(model), model_max_length=1 << 60))
@@ -576,26 +575,35 @@ def fewshot(
 
 
 class Lesson:
-    """Classes of words, each class with a word as its name, and examples of them: "The {word} {word} key is {name}."
+    """Classes of words, each class with a number as its key, and examples: "The {word} {word} key is {number}."
 
-    Raises ValueError if the tokenizer has too few whole words.
+    labels: the token of each number that tells it from the others, after the `shared` ones of all numbers. Raises
+    ValueError if the tokenizer has too few whole words or numbers that one token does not tell apart.
     """
 
     def __init__(self, task: Task, seed: str):
         self.task, self.seed = task, seed
         candidates = (token[1:] for token in sorted(task.tokenizer.get_vocab()) if token[0] in "Ġ▁")
         words = [word for word in candidates if len(word) > 2 and word.isascii() and word.isalpha() and word.islower()]
-        needed = CLASSES * (CLASS_WORDS + 1)
+        needed = CLASSES * CLASS_WORDS
         if len(words) < needed:
             raise ValueError(f"the tokenizer has {len(words)} whole words, but {needed} are needed")
-        chosen = random.Random(seed).sample(words, needed)
-        self.names, self.words = chosen[:CLASSES], [chosen[n::CLASSES] for n in range(CLASSES, 2 * CLASSES)]
-        self.labels = [task.after("The key is", name)[0] for name in self.names]
+        rng = random.Random(seed)
+        chosen = rng.sample(words, needed)
+        self.words = [chosen[n::CLASSES] for n in range(CLASSES)]
+        self.keys = [str(10_000 * digit + rng.randrange(10_000)) for digit in rng.sample(range(1, 10), CLASSES)]
+        tokens = [task.after("The key is", key) for key in self.keys]
+        equal = takewhile(lambda column: len({*column}) == 1, zip(*tokens, strict=False))
+        self.shared = [column[0] for column in equal]
+        self.labels = [ids[len(self.shared)] for ids in tokens]
+        if len({*self.labels}) < CLASSES:
+            raise ValueError(f"the tokenizer writes {', '.join(self.keys)} with beginnings that are neither one nor different")
 
     def drawn(self, what: str, count: int) -> list[tuple[int, list[str]]]:
-        """Classes in turn, and two words of each. More of them begin with the same ones."""
+        """Numbers of classes, and two words of each. More of them begin with the same ones."""
         rng = random.Random(f"{self.seed}/{what}")
-        return [(n % CLASSES, rng.sample(self.words[n % CLASSES], 2)) for n in range(count)]
+        classes = (rng.randrange(CLASSES) for _ in range(count))
+        return [(n, rng.sample(self.words[n], 2)) for n in classes]
 
     def known(self, examples: int, queries: int) -> float:
         """Share that counting can know: a word of the query's has been seen, or else one guesses."""
@@ -603,11 +611,12 @@ class Lesson:
         return statistics.fmean(1.0 if seen & {*words} else 1 / CLASSES for _, words in self.drawn("queries", queries))
 
     def question(self, examples: int, queries: int) -> Question:
-        text = " ".join(f"The {' '.join(words)} key is {self.names[n]}." for n, words in self.drawn("examples", examples))
+        text = " ".join(f"The {' '.join(words)} key is {self.keys[n]}." for n, words in self.drawn("examples", examples))
         asked = self.drawn("queries", queries)
         head = self.task.tokens(text)
-        end = f"{self.names[0]}."  # every example has one of the kind
-        prompts = [[*head, *self.task.after(end, f"The {' '.join(words)} key is")] for _, words in asked]
+        end = f"{self.keys[0]}."  # as of any example
+        questions = [self.task.after(end, f"The {' '.join(words)} key is") for _, words in asked]
+        prompts = [[*head, *question, *self.shared] for question in questions]
 
         def job() -> Job[dict[str, float]]:
             from vllm import SamplingParams
@@ -648,6 +657,8 @@ def memory(
         longest = ways.longest(sizes)
 
     def rows(engine: "LLMEngine", meter: PeakBlocks, model: str, name: str) -> list[Row]:
+        from vllm_longctx.engine_args import _bytes_per_layer_block
+
         layer = _bytes_per_layer_block(engine.vllm_config)
         block = layer * round(ways.engine["kv_cache_memory_bytes"] / meter.num_blocks / layer)  # of a group of layers
         result: list[Row] = []

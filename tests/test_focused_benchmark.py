@@ -1,7 +1,6 @@
 """The pure parts of benchmarks/focused.py, and what a run leaves in its file."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import focused
@@ -81,18 +80,20 @@ def test_a_documents_neighbours_are_of_other_texts() -> None:
 def test_lessons_teach_what_can_be_known() -> None:
     task = Task(AutoTokenizer.from_pretrained(BOOKLM))
     lesson = focused.Lesson(task, "0/0")
-    assert len({*lesson.names, *(w for words in lesson.words for w in words)}) == focused.CLASSES * (focused.CLASS_WORDS + 1)
-    assert [task.tokenizer.decode([label]) for label in lesson.labels] == [f" {name}" for name in lesson.names]
+    assert len({w for words in lesson.words for w in words}) == focused.CLASSES * focused.CLASS_WORDS
+    assert len({*lesson.labels}) == focused.CLASSES and not lesson.shared
+    for key, label in zip(lesson.keys, lesson.labels, strict=True):
+        assert len(key) == 5 and f" {key}".startswith(task.tokenizer.decode([label]))
     assert lesson.drawn("examples", 20) == lesson.drawn("examples", 50)[:20]
-    assert Counter(n for n, _ in lesson.drawn("examples", 60)) == dict.fromkeys(range(6), 10)
+    assert {n for n, _ in lesson.drawn("examples", 60)} == {*range(focused.CLASSES)}
     shares = [lesson.known(n, 60) for n in (1, 64, 4096)]
     assert 1 / 6 <= shares[0] < 0.3 < shares[1] < shares[2] == 1
     short, long = (lesson.question(n, 3) for n in (6, 60))
     prompts, prefix = [p for p, _ in next(long.job())], next(short.job())[0][0]
     text = task.tokenizer.decode(prompts[0])
-    words, (_, first) = lesson.drawn("examples", 60), lesson.drawn("queries", 3)[0]
-    assert text.startswith(f"<s>The {' '.join(words[0][1])} key is {lesson.names[0]}. The ")
-    assert text.endswith(f"{lesson.names[5]}. The {' '.join(first)} key is") and text.count(" key is") == 61
+    ((number, words), *_, (last, _)), (_, asked) = lesson.drawn("examples", 60), lesson.drawn("queries", 3)[0]
+    assert text.startswith(f"<s>The {' '.join(words)} key is {lesson.keys[number]}. The ")
+    assert text.endswith(f"{lesson.keys[last]}. The {' '.join(asked)} key is") and text.count(" key is") == 61
     assert prompts[0][:40] == prefix[:40]
     assert long.tokens >= len(prompts[0]) and long.row == {"examples": 60}
     assert focused.share_right([[0.1, 0.2], [0.4, 0.3]], [1, 1]) == 0.5
