@@ -16,7 +16,7 @@ Methods: plain (stock vLLM, its RoPE table enlarged, or it could not read past t
 lm-infinite-top-k (its top-k branch), focused (memory layers see all), focused-top-k, focused-blocks. A method that the engine
 refuses is named with the engine's reason. Texts longer than a method's `--up-to` are spared it.
 
-Results are written when a method is done; a run with the same settings adds to the file that is there. ± is half of a 95 %
+Results are written when a method is done; a run with the same settings adds to the file that is there, but for speed. ± is half of a 95 %
 interval over what was asked.
 """
 
@@ -709,6 +709,7 @@ def speed(
         settings = {"lengths": sizes, "batch": batch, "rounds": rounds, "written": written}
         settings |= {"enforce_eager": enforce_eager, "dtype": dtype}
         report = Report("speed", SPEED, settings, json_out, plot_out)
+        report.results.clear()  # side by side, or not at all
         longest = ways.longest(sizes)
     kwargs: dict[str, Any] = {"max_num_seqs": batch, "enable_prefix_caching": True, "enforce_eager": enforce_eager}
     for model in models:
@@ -718,7 +719,7 @@ def speed(
                 running = ways.start(stack, report, model, name, longest[name] + written, **kwargs)
                 if running is not None:
                     engines[name] = running[0]
-            # The longest first: what the others share with it is in the prefix cache then.
+            # The longest first: the others find their beginning of it in the prefix cache.
             plan = [(n, name) for n in reversed(sizes) for name in engines if ways.within(name, n)]
             task = progress.add_task("", total=len(plan) * rounds)
             found: dict[str, dict[int, list[float]]] = {name: defaultdict(list) for name in engines}
@@ -726,6 +727,8 @@ def speed(
                 for length, name in plan:
                     progress.update(task, description=f"round {number + 1}: {name} at {length:,}")
                     text = random_tokens(engines[name], sizes[-1], 0)[:length]
+                    if number == 0:
+                        token_times(engines[name], [text], 1)  # read once for all of the batch
                     found[name][length].append(decode_speed(engines[name], text, batch, written))
                     progress.advance(task)
                 for name, engine in engines.items():
