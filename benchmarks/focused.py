@@ -16,8 +16,8 @@ Methods: plain (stock vLLM, its RoPE table enlarged, or it could not read past t
 lm-infinite-top-k (its top-k branch), focused (memory layers see all), focused-top-k, focused-blocks. A method that the engine
 refuses is named with the engine's reason. Texts longer than a method's `--up-to` are spared it.
 
-Results are written when a method is done; a run with the same settings adds to the file that is there, but for speed. ± is half of a 95 %
-interval over what was asked.
+Results are written when a method is done; a run with the same settings adds to the file that is there (but for speed). ± is
+half of a 95 % interval over what was asked.
 """
 
 import json
