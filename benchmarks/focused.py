@@ -377,7 +377,7 @@ def dictionary(
 ) -> None:
     """Right answers against the length of a dictionary, for the models that dictionary.py trains; give both."""
     import torch
-    from dictionary import CONTEXT, FACTS, task
+    from dictionary import CONTEXT, FACTS, answers, task
 
     with errors_for_users():
         sizes = parse_lengths(times)
@@ -387,21 +387,20 @@ def dictionary(
         questions = []
         for size in sizes:
             known, asked = task(texts, size * FACTS, torch.Generator().manual_seed(seed))
-            for text, after in zip(known.tolist(), asked.tolist(), strict=True):
-                questions.append(lookup_question(text, after, size))
+            is_value = (answers(asked) >= 0).roll(1, 1)
+            for text in zip(known.tolist(), asked.tolist(), is_value.tolist(), strict=True):
+                questions.append(lookup_question(*text, size))
     ask_all(ways, report, dict.fromkeys(models, questions), DICTIONARIES_AT_ONCE)
     report.show()
 
 
-def lookup_question(known: list[int], asked: list[int], times: int) -> Question:
+def lookup_question(known: list[int], asked: list[int], is_value: list[bool], times: int) -> Question:
     """asked: keys and their values; a value is answered right if it is the likeliest next token."""
-    from dictionary import LETTERS
 
     def job() -> Job[dict[str, float]]:
         (output,) = yield [([*known, *asked], scoring())]
         ranks = output.prompt_logprobs.ranks[-len(asked) :]
-        right = [rank == 1 for token, rank in zip(asked, ranks, strict=True) if token >= LETTERS]
-        return {"accuracy": statistics.fmean(right)}
+        return {"accuracy": statistics.fmean(rank == 1 for rank, counts in zip(ranks, is_value, strict=True) if counts)}
 
     return Question({"tokens": len(known), "times": times}, len(known) + len(asked), job)
 
