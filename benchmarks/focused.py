@@ -739,7 +739,8 @@ def speed(
         for name in ways.configs:
             rows = [row for row in report.rows(model, name) if row["length"] in plain]
             ratios = [f"{row['tokens_per_s'] / plain[row['length']]:.2f} at {row['length']:,}" for row in rows]
-            Console().print(f"{Path(model).name}, {name}, × plain: {', '.join(ratios)}", highlight=False)
+            if ratios and name != "plain":
+                Console().print(f"{Path(model).name}, {name}, × plain: {', '.join(ratios)}", highlight=False)
 
 
 def speed_row(length: int, batch: int, tokens_per_s: float) -> Row:
