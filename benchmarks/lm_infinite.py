@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from vllm_longctx.cli.engine import console, plot, running_engine
+from vllm_longctx.cli.engine import METHODS, console, method_engine, plot
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -100,10 +100,8 @@ def main(
         "kv_cache_memory_bytes": 3 << 30,  # or a round's shorter texts push the longest out of the prefix cache
     }
     stock_longest = max(stock_up_to, OWN_TOKENS) + 2 * written
-    enlarged = {"max_position_embeddings": stock_longest}
-    config = {"longctx": {"preset": "lm-infinite"}}
-    stock_context = running_engine(model, {}, stock_longest, hf_overrides=enlarged, **kwargs)
-    ours_context = running_engine(model, config, max(sizes) + 2 * written, **kwargs)
+    stock_context = method_engine(model, None, stock_longest, **kwargs)
+    ours_context = method_engine(model, METHODS["lm-infinite"], max(sizes) + 2 * written, **kwargs)
     figures: dict[tuple[str, str, int], list[float]] = {}
     with stock_context as (stock, _), ours_context as (ours, _), Progress(console=console) as progress:
         attention = ours.vllm_config.additional_config["longctx"]["attention"]

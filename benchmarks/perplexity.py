@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from texts import read_all
 
-from vllm_longctx.cli.engine import METHODS, method_engine, model_path, plot, running_engine
+from vllm_longctx.cli.engine import METHODS, method_engine, model_path, plot
 from vllm_longctx.cli.score import Bucket, Score, score_in, tokenize
 
 
@@ -32,8 +32,8 @@ def score_fresh_windows(model: str, texts: dict[str, list[int]], trained: int, *
     half = trained // 2
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0)
     result = {}
-    room = {"max_position_embeddings": trained + 1}  # for the one token that every request must generate
-    with running_engine(model, {}, trained + 1, max_num_seqs=16, hf_overrides=room, **kwargs) as (engine, _):
+    # One more for the token that every request must generate.
+    with method_engine(model, None, trained + 1, max_num_seqs=16, **kwargs) as (engine, _):
         for name, tokens in texts.items():
             nll = [0.0] * (len(tokens) - 1)
             starts = range(0, max(len(tokens) - half, 1), half)

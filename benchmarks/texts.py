@@ -10,10 +10,14 @@ def python_topics() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
+def read_directory(directory: Path) -> dict[str, str]:
+    """Every .txt file's text by name."""
+    files = sorted(directory.glob("*.txt"))
+    if not files:
+        raise SystemExit(f"{directory} holds no .txt files")
+    return {f.stem: f.read_text(encoding="utf-8", errors="replace") for f in files}
+
+
 def read_all(directory: Path | None) -> dict[str, str]:
     """Texts by name: every .txt file of a directory if one is given, and the Python topics."""
-    files = [] if directory is None else sorted(directory.glob("*.txt"))
-    if directory is not None and not files:
-        raise SystemExit(f"{directory} holds no .txt files")
-    texts = {f.stem: f.read_text(encoding="utf-8", errors="replace") for f in files}
-    return {**texts, "python topics": python_topics()}
+    return {**({} if directory is None else read_directory(directory)), "python topics": python_topics()}

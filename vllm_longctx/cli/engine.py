@@ -36,7 +36,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "window": {"attention": {"method": "lm_infinite", "n_global": 0}},
     "plain": None,
 }
-
+# Said aloud: a LongLLaMA checkpoint without a configuration is no stock vLLM.
+STOCK: dict[str, Any] = {"longctx": {"attention": {"method": "none"}}}
 
 # The options of a request that does.
 LEARNS: dict[str, Any] = {"temp_lora": True}
@@ -110,7 +111,7 @@ def method_engine(
     """
     if config is None:
         overrides = {"max_position_embeddings": max_model_len}
-        return running_engine(model, {}, max_model_len, hf_overrides=overrides, **engine_kwargs)
+        return running_engine(model, STOCK, max_model_len, hf_overrides=overrides, **engine_kwargs)
     return running_engine(model, {"longctx": config}, max_model_len, **engine_kwargs)
 
 
@@ -205,13 +206,13 @@ def parse_lengths(text: str) -> list[int]:
     return sizes
 
 
-def parse_methods(text: str) -> dict[str, dict[str, Any] | None]:
-    """Some of METHODS. Raises ValueError for any other name."""
+def parse_methods(text: str, known: Mapping[str, dict[str, Any] | None] = METHODS) -> dict[str, dict[str, Any] | None]:
+    """Some of the known methods. Raises ValueError for any other name."""
     names = text.split(",")
     for name in names:
-        if name not in METHODS:
-            raise ValueError(f"--methods {text}: unknown method {name!r}; methods: {', '.join(METHODS)}")
-    return {name: METHODS[name] for name in names}
+        if name not in known:
+            raise ValueError(f"--methods {text}: unknown method {name!r}; methods: {', '.join(known)}")
+    return {name: known[name] for name in names}
 
 
 def read_text(path: Path) -> str:

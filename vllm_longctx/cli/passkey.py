@@ -4,7 +4,8 @@ The task of Landmark Attention (arXiv 2305.16300), worded as in LM-Infinite's co
 stands somewhere in a text of filler sentences, and the text ends by asking for it.
 
 Λ attention sees first tokens and window only. So every length is tried with the key *inside* the window of all methods that
-are compared, and *outside* the window and the first tokens of all of them. Scores:
+are compared, and *outside* the window and the first tokens of all of them. Stepped windows count as the prompt's last one,
+what stands before it being what a Focused Transformer needs its memory for. Scores:
 
 - exact: the share of trials in which the first number that greedy decoding writes is the key. Models that were not taught
   to follow instructions fail at this for other reasons than their memory.
@@ -32,6 +33,7 @@ from rich.table import Table
 
 from vllm_longctx.cli.engine import (
     METHODS,
+    STOCK,
     BatchedTokens,
     Dtype,
     EnforceEager,
@@ -202,12 +204,17 @@ def outcome(key: str, written: str, logprobs: dict[str, float], keyless: dict[st
     """Scores from what was written and from the keys' log-probabilities after the text with the key and without it."""
     scores = {k: logprobs[k] - keyless[k] for k in logprobs}
     best = [k for k, score in scores.items() if score > max(scores.values()) - TIE]
-    number = re.search(r"\d+", written)
     return Outcome(
-        exact=number is not None and number[0] == key,
+        exact=tells(written, key),
         choice=(key in best) / len(best),
         gain=scores[key] - statistics.fmean(score for k, score in scores.items() if k != key),
     )
+
+
+def tells(written: str, key: str) -> bool:
+    """Whether the first number written is the key."""
+    number = re.search(r"\d+", written)
+    return number is not None and number[0] == key
 
 
 def rows(trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> list[Row]:
@@ -282,7 +289,9 @@ def chosen_methods(
 
 
 def windows(model: str, configs: Sequence[dict[str, Any] | None]) -> list["Geometry"]:
-    """What Λ queries see under `configs`; if none is Λ attention, a window of the trained length. Raises LongContextError."""
+    """What queries see under `configs`, of stepped windows the prompt's last; if all are plain attention, a window of the
+    trained length. Raises LongContextError.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm.engine.arg_utils import EngineArgs
 
@@ -292,10 +301,11 @@ def windows(model: str, configs: Sequence[dict[str, Any] | None]) -> list["Geome
 
     result = []
     for config in configs:
-        additional_config = {} if config is None else {"longctx": config}
-        vllm_config = EngineArgs(model=model_path(model), additional_config=additional_config).create_engine_config()
-        if config is not None and active_config(vllm_config).changes_attention:
-            result.append(active_config(vllm_config).geometry)
+        additional_config = STOCK if config is None else {"longctx": config}
+        vllm_config = EngineArgs(model=model_path(model), additional_config=dict(additional_config)).create_engine_config()
+        active = active_config(vllm_config)
+        if active.changes_attention:
+            result.append(active.geometry if active.windows is None else Geometry(0, active.windows.last_tokens))
     return result or [Geometry(0, trained_length(vllm_config.model_config))]
 
 
@@ -319,7 +329,7 @@ def print_table(result: dict[str, list[Row]]) -> None:
         table.add_row(f"{length:,}", place, *cells)
     Console().print(table)
     Console().print(
-        "inside, outside: whether the key is in the window of every Λ method, or in none's window and first tokens. "
+        "inside, outside: whether the key is in the window of every method, or in none's window and first tokens. "
         f"Chance is {1 / CHOICES:.0%} right choices and a gain of 0.",
         highlight=False,
     )

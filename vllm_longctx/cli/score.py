@@ -30,6 +30,7 @@ from vllm_longctx.cli.engine import (
     console,
     errors_for_users,
     longctx_config,
+    method_engine,
     model_path,
     plot,
     read_text,
@@ -127,7 +128,11 @@ def score_in(
         extra_args=None if options is None else {"longctx": options},
     )
     engine.add_request("score", tokens_input(tokens), params)
+    config = engine.vllm_config.additional_config.get("longctx", {})
+    attention = config.get("attention", {})
     chunk = engine.vllm_config.scheduler_config.max_num_batched_tokens
+    if attention.get("method") == "focused":  # no step goes past the end of a window
+        chunk = min(chunk, attention["n_local"])
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     start, output = time.perf_counter(), None
     meter.reset()
@@ -144,14 +149,13 @@ def score_in(
     assert output is not None and output.prompt_logprobs is not None
     nll = [-x for x in output.prompt_logprobs.logprobs]
     assert len(nll) == len(tokens) - 1
-    config = engine.vllm_config.additional_config.get("longctx", {})
     return Score(nll, len(tokens) / elapsed, meter.peak, config)
 
 
 def score_baseline(model: str, tokens: list[int], **engine_kwargs: Any) -> Score:
-    """Stock vLLM on the same tokens. Its RoPE table is enlarged, or it could not read past the trained length at all."""
-    overrides = {"max_position_embeddings": len(tokens) + 2}
-    return score_tokens(model, tokens, {}, "stock vLLM", hf_overrides=overrides, **engine_kwargs)
+    """Stock vLLM on the same tokens."""
+    with method_engine(model, None, len(tokens) + 2, **engine_kwargs) as (engine, meter):
+        return score_in(engine, meter, tokens, "stock vLLM")
 
 
 def score(
