@@ -62,8 +62,9 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     """
     if isinstance(args.additional_config, str):
         raise LongContextError(f"additional_config = {args.additional_config!r} is a string; give a dict")
-    is_longllama = longllama.is_checkpoint(args.model)
-    if KEY not in (args.additional_config or {}):
+    is_configured = KEY in (args.additional_config or {})
+    is_longllama = longllama.is_checkpoint(args.model, ask_hub=is_configured)
+    if not is_configured:
         if not is_longllama:
             return None
         args.additional_config = {**(args.additional_config or {}), KEY: {}}

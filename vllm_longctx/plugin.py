@@ -44,6 +44,8 @@ def _wrap_create_engine_config() -> None:
             from vllm_longctx import serving  # the front end's modules, which other processes do not load
 
             serving.check_engine_requests()
+        elif longllama.ARCHITECTURE in vllm_config.model_config.architectures:
+            raise LongContextError(f"model {self.model} is LongLLaMA, which needs its memory; start it with --plugin longctx")
         return vllm_config
 
     EngineArgs.create_engine_config = create

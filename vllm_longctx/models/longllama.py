@@ -3,7 +3,6 @@
 The model is vLLM's and transformers' own Llama; the memory is the engine's (`attention/focused`).
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,12 +42,13 @@ class LongLlamaConfig(LlamaConfig):
         super().__init__(**kwargs)
 
 
-def is_checkpoint(model: str) -> bool:
-    """Whether a local directory holds a LongLLaMA checkpoint."""
-    path = Path(model, "config.json")
+def is_checkpoint(model: str, ask_hub: bool) -> bool:
+    """Whether a local directory or, if asked for, a name on the hub is a LongLLaMA checkpoint."""
+    if not ask_hub and not Path(model).is_dir():
+        return False
     try:
-        return json.loads(path.read_text()).get("model_type") == MODEL_TYPE
-    except (OSError, ValueError, AttributeError):  # not a directory, or one that vLLM complains of better than we could
+        return PretrainedConfig.get_config_dict(model)[0].get("model_type") == MODEL_TYPE
+    except (OSError, ValueError):  # vLLM complains of that better than we could
         return False
 
 
