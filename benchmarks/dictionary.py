@@ -10,7 +10,6 @@ asked with dictionaries of up to 256 training contexts in memory, the answer bei
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -29,9 +28,9 @@ from vllm_longctx.models.longllama import LongLlamaConfig
 from vllm_longctx.training.crossbatch import MemoryModel
 from vllm_longctx.training.trainer import Recipe, Trainer, load_llama, save_longllama
 
-CONTEXT = 64
-KEY_TOKENS, FACT_TOKENS = 3, 4
-LETTERS = 64  # of keys, tokens 0 to 63, and as many of values, tokens 64 to 127
+CONTEXT = 48
+KEY_TOKENS, FACT_TOKENS = 2, 3
+LETTERS, VALUES = 256, 64  # tokens 0 to 255 are of keys, 256 to 319 values
 FACTS = CONTEXT // FACT_TOKENS
 MEM_LAYERS = (1,)
 TIMES = (1, 4, 16, 64, 256)
@@ -41,7 +40,7 @@ def facts(rows: int, count: int, generator: torch.Generator) -> Tensor:
     """[rows, count, FACT_TOKENS]: no key twice in a row."""
     numbers = torch.stack([torch.randperm(LETTERS**KEY_TOKENS, generator=generator)[:count] for _ in range(rows)])
     key = torch.stack([numbers // LETTERS**k % LETTERS for k in range(KEY_TOKENS)], -1)
-    value = torch.randint(LETTERS, (rows, count, 1), generator=generator) + LETTERS
+    value = torch.randint(VALUES, (rows, count, 1), generator=generator) + LETTERS
     return torch.cat([key, value], -1)
 
 
@@ -61,7 +60,7 @@ def answers(questions: Tensor) -> Tensor:
 def new_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LongLlamaConfig(
-            vocab_size=2 * LETTERS,
+            vocab_size=LETTERS + VALUES,
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=2,
@@ -70,6 +69,7 @@ def new_model() -> LlamaForCausalLM:
             head_dim=64,
             max_position_embeddings=CONTEXT,
             tie_word_embeddings=False,
+            initializer_range=0.08,
             bos_token_id=None,
             eos_token_id=None,
         )
@@ -77,8 +77,8 @@ def new_model() -> LlamaForCausalLM:
 
 
 def words() -> PreTrainedTokenizerFast:
-    """k0 .. k63 v0 .. v63, with blanks between."""
-    vocabulary = {f"{kind}{n}": n + first for kind, first in (("k", 0), ("v", LETTERS)) for n in range(LETTERS)}
+    """k0 .. k255 v0 .. v63, with blanks between."""
+    vocabulary = {f"k{n}": n for n in range(LETTERS)} | {f"v{n}": LETTERS + n for n in range(VALUES)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="k0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
@@ -131,8 +131,17 @@ def main(
         print(name, result[name])
     print_table(result)
     if json_out is not None:
-        rows_out = [{"model": m, "times": t, "tokens": t * CONTEXT, "accuracy": a} for m, r in result.items() for t, a in r.items()]
-        settings = {"context": CONTEXT, "steps": steps, "rows": rows, "schedule": ds, "learning_rate": learning_rate, "seed": seed}
+        rows_out = [
+            {"model": m, "times": t, "tokens": t * CONTEXT, "accuracy": a} for m, r in result.items() for t, a in r.items()
+        ]
+        settings = {
+            "context": CONTEXT,
+            "steps": steps,
+            "rows": rows,
+            "schedule": ds,
+            "learning_rate": learning_rate,
+            "seed": seed,
+        }
         json_out.write_text(json.dumps({**settings, "questions": texts * FACTS, "rows": rows_out}, indent=1) + "\n")
     if plot_out is not None:
         curves = {name: ([t * CONTEXT for t in r], list(r.values())) for name, r in result.items()}

@@ -74,9 +74,7 @@ def train_focused(
             documents = Documents.read(texts, tokenizer, contexts * tokens)
             held_out = None if validation is None else Documents.read([validation], tokenizer, contexts * tokens)
         if len(documents.names) < batch:
-            raise ValueError(
-                f"--texts has {len(documents.names)} documents, fewer than --batch {batch}; lower it"
-            )
+            raise ValueError(f"--texts has {len(documents.names)} documents, fewer than --batch {batch}; lower it")
         about = {"model": model, "texts": documents.fingerprint()}
         if resume:
             trainer.load_state(state, **about)

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 
 from vllm_longctx.geometry import SteppedWindows
 
-# A memory layer's number, keys (as at place 0) and values [windows, kv_heads, tokens, head_dim] of the windows being computed ->
+# A memory layer's number, keys (as at place 0) and values [windows, kv_heads, tokens, head_dim] of the windows computed ->
 # keys and values [windows with memory, kv_heads, memory, head_dim] that the last of these windows find in the memory.
 Memory = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -31,9 +31,7 @@ class MemoryModel:
     def __init__(self, model: LlamaForCausalLM, mem_layers: Sequence[int], mem_positionals: bool = True):
         layers = model.config.num_hidden_layers
         if not mem_layers or len(set(mem_layers)) < len(mem_layers) or not all(0 <= n < layers for n in mem_layers):
-            raise ValueError(
-                f"mem_layers = {list(mem_layers)}: give different layers from 0 to {layers - 1}"
-            )
+            raise ValueError(f"mem_layers = {list(mem_layers)}: give different layers from 0 to {layers - 1}")
         self.model, self.mem_layers, self.mem_positionals = model, sorted(mem_layers), mem_positionals
         self._memory: Memory | None = None
         for number in self.mem_layers:

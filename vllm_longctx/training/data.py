@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts to train on. tokens: of each document, int64 [length]. first: what the tokenizer begins a text with, if anything."""
+    """Texts to train on. tokens: of each document, int64 [length]. first: what every text begins with, if anything."""
 
     names: list[str]
     tokens: list[Tensor]
@@ -23,9 +23,7 @@ class Documents:
         """Every .txt file of the directories. Raises ValueError where there is none, or one of less than least_tokens + 1."""
         paths = [path for directory in directories for path in sorted(directory.glob("*.txt"))]
         if not paths:
-            raise ValueError(
-                f"no .txt file in {', '.join(map(str, directories))}: give a document per .txt file"
-            )
+            raise ValueError(f"no .txt file in {', '.join(map(str, directories))}: give a document per .txt file")
         tokens = []
         for path in paths:
             ids = tokenizer(path.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False)["input_ids"]

@@ -95,7 +95,7 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.step += 1
-        return {"step": self.step, "d": documents, "learning_rate": rate, **by_kind(sums, counts)}
+        return {"step": self.step, "d": documents, "learning_rate": rate, **by_kind(sums.detach(), counts)}
 
     @torch.no_grad()
     def validate(self, batches: Iterable[tuple[Tensor, Tensor]], documents: int) -> dict[str, float]:
@@ -161,7 +161,7 @@ def save_longllama(
     config = LongLlamaConfig(
         **{k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
         | {
-            "mem_layers": list(recipe.mem_layers),
+            "mem_layers": sorted(recipe.mem_layers),
             "mem_positionals": recipe.mem_positionals,
             "mem_dtype": mem_dtype,
             "last_context_length": last_context_tokens,
