@@ -123,7 +123,7 @@ def main(
     ds = [int(word) for word in schedule.split(",")]
     result: dict[str, dict[int, float]] = {}
     for name, documents in {"dictionary": ds, **({"dictionary-plain": [1]} if plain else {})}.items():
-        recipe = Recipe(MEM_LAYERS, CONTEXT, steps, False, 2, rows, documents, learning_rate, seed)
+        recipe = Recipe(MEM_LAYERS, CONTEXT, steps, False, 2, rows, documents, learning_rate, seed=seed)
         trainer = train(recipe, name)
         save_longllama(trainer.model, words(), recipe, out_dir / name, CONTEXT, "float32", torch.float32)
         memory = MemoryModel(load_llama(out_dir / name), MEM_LAYERS, mem_positionals=False)

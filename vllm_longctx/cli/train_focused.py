@@ -33,6 +33,7 @@ def train_focused(
     last_context_length: Annotated[int | None, typer.Option(help="For the engine; default: half a context.", min=1)] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak, of a linear warm-up and a cosine to a tenth.")] = 3e-4,
     dtype: Annotated[str, typer.Option(help="Of the weights as written: float32 or bfloat16.")] = "float32",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Multiply in bfloat16, for CPUs with AVX512-BF16 or AMX.")] = False,
     save_every: Annotated[int, typer.Option(help="Steps between states that --resume can go on from.", min=1)] = 100,
     resume: Annotated[bool, typer.Option(help="Go on after a kill: same words as before, and --resume.")] = False,
     threads: Annotated[int | None, typer.Option(help="Of the CPU; no more than there are free cores.", min=1)] = None,
@@ -66,6 +67,7 @@ def train_focused(
             rows=batch,
             schedule=numbers("--schedule", schedule),
             learning_rate=learning_rate,
+            bf16=bf16,
             seed=seed,
         )
         trainer = Trainer(llama, recipe)

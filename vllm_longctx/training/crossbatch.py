@@ -8,6 +8,7 @@ Distances as in `geometry.memory_branch`: what is in the memory looks as if it s
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -105,16 +106,15 @@ class MemoryModel:
             query, key = apply_rotary_pos_emb(query, key, cos, sin)
         memory_key, memory_value = self._memory(attention.layer_idx, first, value)
         without = len(query) if memory_key.shape[2] == 0 else len(query) - len(memory_key)
-        options = {"scale": attention.scaling, "enable_gqa": True}
+        attend = partial(scaled_dot_product_attention, scale=attention.scaling, enable_gqa=True)
         parts = []
         if without:
-            own = (x[:without] for x in (query, key, value))
-            parts.append(scaled_dot_product_attention(*own, is_causal=True, **options))
+            parts.append(attend(query[:without], key[:without], value[:without], is_causal=True))
         if without < len(query):
             causal = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
             visible = torch.cat([causal.new_ones(len(causal), memory_key.shape[2]), causal], 1)
             keys, values = (torch.cat([m, x[without:]], 2) for m, x in ((memory_key, key), (memory_value, value)))
-            parts.append(scaled_dot_product_attention(query[without:], keys, values, attn_mask=visible, **options))
+            parts.append(attend(query[without:], keys, values, attn_mask=visible))
         return attention.o_proj(torch.cat(parts).transpose(1, 2).flatten(2))
 
 
