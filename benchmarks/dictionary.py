@@ -30,7 +30,8 @@ from vllm_longctx.training.trainer import Recipe, Trainer, load_llama, save_long
 
 CONTEXT = 48
 KEY_TOKENS, FACT_TOKENS = 2, 3
-LETTERS, VALUES = 256, 64  # tokens 0 to 255 are of keys, 256 to 319 values
+LETTERS, VALUES = 256, 64
+FIRST_VALUE = KEY_TOKENS * LETTERS  # tokens before are keys' first letters, then their second ones
 FACTS = CONTEXT // FACT_TOKENS
 MEM_LAYERS = (1,)
 TIMES = (1, 4, 16, 64, 256)
@@ -39,8 +40,8 @@ TIMES = (1, 4, 16, 64, 256)
 def facts(rows: int, count: int, generator: torch.Generator) -> Tensor:
     """[rows, count, FACT_TOKENS]: no key twice in a row."""
     numbers = torch.stack([torch.randperm(LETTERS**KEY_TOKENS, generator=generator)[:count] for _ in range(rows)])
-    key = torch.stack([numbers // LETTERS**k % LETTERS for k in range(KEY_TOKENS)], -1)
-    value = torch.randint(VALUES, (rows, count, 1), generator=generator) + LETTERS
+    key = torch.stack([numbers // LETTERS**k % LETTERS + k * LETTERS for k in range(KEY_TOKENS)], -1)
+    value = torch.randint(VALUES, (rows, count, 1), generator=generator) + FIRST_VALUE
     return torch.cat([key, value], -1)
 
 
@@ -54,13 +55,13 @@ def task(rows: int, count: int, generator: torch.Generator) -> tuple[Tensor, Ten
 def answers(questions: Tensor) -> Tensor:
     """Of the next tokens [rows, CONTEXT] those that are values; -100 elsewhere."""
     following = questions.roll(-1, 1)
-    return following.where(following >= LETTERS, -100)
+    return following.where(following >= FIRST_VALUE, -100)
 
 
 def new_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LongLlamaConfig(
-            vocab_size=LETTERS + VALUES,
+            vocab_size=FIRST_VALUE + VALUES,
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=2,
@@ -77,9 +78,10 @@ def new_model() -> LlamaForCausalLM:
 
 
 def words() -> PreTrainedTokenizerFast:
-    """k0 .. k255 v0 .. v63, with blanks between."""
-    vocabulary = {f"k{n}": n for n in range(LETTERS)} | {f"v{n}": LETTERS + n for n in range(VALUES)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="k0"))
+    """a0 .. a255 b0 .. b255 v0 .. v63, with blanks between."""
+    vocabulary = {f"a{n}": n for n in range(LETTERS)} | {f"b{n}": LETTERS + n for n in range(LETTERS)}
+    vocabulary |= {f"v{n}": FIRST_VALUE + n for n in range(VALUES)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 

@@ -53,7 +53,7 @@ def train_focused(
         if dtype not in DTYPES or mem_dtype not in DTYPES:
             raise ValueError(f"--dtype {dtype} --mem-dtype {mem_dtype}: each is one of {', '.join(DTYPES)}")
         if resume and not state.is_file():
-            raise ValueError(f"--resume: there is no {state}; a training that is finished or never began has none")
+            raise ValueError(f"--resume: there is no {state}; a training that is finished has none")
         if not resume and out.is_dir() and any(out.iterdir()):
             raise ValueError(f"--out {out} is not empty: give a new directory, or --resume to go on with a training there")
         llama = load_llama(model_path(model))
@@ -78,13 +78,14 @@ def train_focused(
         if len(documents.names) < batch:
             raise ValueError(f"--texts has {len(documents.names)} documents, fewer than --batch {batch}; lower it")
         about = {"model": model, "texts": documents.fingerprint()}
+        out.mkdir(parents=True, exist_ok=True)
         if resume:
             trainer.load_state(state, **about)
-        out.mkdir(parents=True, exist_ok=True)
-        rows = read_rows(out / LOSSES_NAME, trainer.step)
+        else:
+            trainer.save_state(state, **about)
+        rows = rows_until(trainer.step, out / LOSSES_NAME)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with (out / LOSSES_NAME).open("w") as losses, Progress(*columns, console=console) as progress:
-            losses.writelines(json.dumps(row) + "\n" for row in rows)
+        with (out / LOSSES_NAME).open("a") as losses, Progress(*columns, console=console) as progress:
             task = progress.add_task("training", total=steps, completed=trainer.step)
             while trainer.step < steps:
                 row: dict[str, Any] = trainer.train(*documents.batch(seed, trainer.step, batch, contexts, tokens))
@@ -120,11 +121,13 @@ def validate(trainer: "Trainer", held_out: "Documents", documents: int) -> dict[
     return trainer.validate(batches, min(documents, rows))
 
 
-def read_rows(path: Path, step: int) -> list[dict[str, Any]]:
-    """What an interrupted training has written up to the step that it goes on from."""
-    if not step:
-        return []
-    return list(map(json.loads, path.read_text().splitlines()[:step]))
+def rows_until(step: int, path: Path) -> list[dict[str, Any]]:
+    """The losses that an interrupted training has written up to the step that it goes on from; the file keeps no others."""
+    lines = path.read_text().splitlines(keepends=True)[:step] if path.is_file() else []
+    temporary = path.with_suffix(".new")
+    temporary.write_text("".join(lines))
+    temporary.replace(path)
+    return [json.loads(line) for line in lines]
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:

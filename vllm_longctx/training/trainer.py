@@ -93,7 +93,12 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         sums, counts = self.losses(inputs, targets, documents)
-        (sums.sum() / counts.sum()).backward()
+        loss = sums.sum() / counts.sum()
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"step {self.step + 1}: the loss is {loss.item()}; lower the learning rate = {recipe.learning_rate}"
+            )
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
         self._optimizer.step()
         self._optimizer.zero_grad()
