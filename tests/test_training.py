@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from vllm_longctx import BOOKLM
 from vllm_longctx.geometry import SteppedWindows
 from vllm_longctx.models.longllama import LongLlamaConfig
-from vllm_longctx.training.crossbatch import MemoryModel, documents_at
+from vllm_longctx.training.crossbatch import MemoryModel, scheduled
 from vllm_longctx.training.data import Documents
 from vllm_longctx.training.trainer import Trainer, load_llama
 
@@ -59,7 +59,7 @@ def test_other_documents_are_seen_and_learn() -> None:
 
 
 def test_d_has_equal_shares_of_the_steps() -> None:
-    assert [documents_at(step, 7, [1, 2, 8]) for step in range(7)] == [1, 1, 1, 2, 2, 8, 8]
+    assert [scheduled(step, 7, [1, 2, 8]) for step in range(7)] == [1, 1, 1, 2, 2, 8, 8]
 
 
 def test_batches_are_consecutive_contexts_of_different_documents() -> None:
@@ -129,10 +129,10 @@ def test_a_training_that_was_killed_goes_on_to_the_same_end(
     [
         ({"mem-layers": "2,6"}, "mem_layers = [2, 6]: give different layers from 0 to 5"),
         ({"mem-layers": "2,x"}, "--mem-layers 2,x: give whole numbers such as 2,4"),
-        ({"schedule": "1,4"}, "schedule of d = [1, 4]: more than the 3 documents of a batch"),
+        ({"schedule": "1,4"}, "schedule of d = [1, 4]: a batch of 3 documents has no 4"),
         ({"schedule": "0,1"}, "schedule of d = [0, 1]: give numbers from 1 up"),
         ({"contexts": 1}, "contexts = 1: give at least 2"),
-        ({"context-tokens": 100}, "0.txt has 149 tokens, but a document must fill its contexts, 200 tokens and one more; join"),
+        ({"context-tokens": 100}, "tokens, but a document must fill its contexts, 200 tokens and one more; join"),
         ({"batch": 5}, "--texts has 4 documents, fewer than --batch 5; lower it"),
         ({"texts": "NOWHERE"}, "no .txt file in"),
         ({"out": "TEXTS"}, "is not empty: give a new directory, or --resume"),

@@ -118,6 +118,6 @@ class MemoryModel:
         return attention.o_proj(torch.cat(parts).transpose(1, 2).flatten(2))
 
 
-def documents_at(step: int, steps: int, schedule: Sequence[int]) -> int:
-    """The paper's d in a step of training: each of `schedule` for an equal share of the steps."""
+def scheduled(step: int, steps: int, schedule: Sequence[int]) -> int:
+    """The value in a step of training, from 0: each of `schedule` for an equal share of the steps."""
     return schedule[step * len(schedule) // steps]

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from vllm_longctx.models.longllama import ARCHITECTURE, MODEL_TYPE, LongLlamaConfig
-from vllm_longctx.training.crossbatch import MemoryModel, documents_at
+from vllm_longctx.training.crossbatch import MemoryModel, scheduled
 
 FAMILIES = ("llama", "mistral", MODEL_TYPE)  # of which LongLLaMA's checkpoint format can hold the weights
 STATE_NAME = "training.safetensors"  # weights and optimizer's moments in float32; what they belong to is in its metadata
@@ -89,7 +89,7 @@ class Trainer:
     def train(self, inputs: Tensor, targets: Tensor) -> dict[str, float]:
         """One step, on the mean over all targets. Returns what is to be kept of it; losses are means over a kind of context."""
         recipe = self.recipe
-        documents, rate = documents_at(self.step, recipe.steps, recipe.schedule), recipe.rate(self.step)
+        documents, rate = scheduled(self.step, recipe.steps, recipe.schedule), recipe.rate(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         sums, counts = self.losses(inputs, targets, documents)
