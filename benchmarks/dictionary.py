@@ -6,7 +6,7 @@ A dictionary is a list of facts, a key of two tokens and a value of one; then it
 whose values are to be told. In training it fills one context, its questions the next. Two models are trained from nothing by
 `vllm_longctx.training`, alike but for the schedule of d: CrossBatch's rises, the other's is 1 throughout, so that its memory
 only ever holds its own document. Both are saved as LongLLaMA checkpoints, OUT_DIR/dictionary and OUT_DIR/dictionary-plain, and
-asked with dictionaries of up to 256 training contexts in memory, the answer being the likeliest token (chance is 1 in 64).
+asked with dictionaries of up to 1,024 training contexts in memory, the answer being the likeliest token (chance is 1 in 64).
 """
 
 import json
@@ -44,8 +44,8 @@ TIMES = (1, 4, 16, 64, 256, 1024)
 
 def facts(rows: int, count: int, generator: torch.Generator) -> Tensor:
     """[rows, count, FACT_TOKENS]: no key twice in a row."""
-    numbers = torch.stack([torch.randperm(LETTERS**KEY_TOKENS, generator=generator)[:count] for _ in range(rows)])
-    key = torch.stack([numbers // LETTERS**k % LETTERS + k * LETTERS for k in range(KEY_TOKENS)], -1)
+    codes = torch.stack([torch.randperm(LETTERS**KEY_TOKENS, generator=generator)[:count] for _ in range(rows)])
+    key = torch.stack([codes // LETTERS**k % LETTERS + k * LETTERS for k in range(KEY_TOKENS)], -1)
     value = torch.randint(VALUES, (rows, count, 1), generator=generator) + FIRST_VALUE
     return torch.cat([key, value], -1)
 
