@@ -6,6 +6,7 @@ from vllm_longctx.cli.doctor import doctor
 from vllm_longctx.cli.generate import generate
 from vllm_longctx.cli.passkey import passkey
 from vllm_longctx.cli.score import score
+from vllm_longctx.cli.train_focused import train_focused
 
 app = typer.Typer(
     help="Texts far longer than a model was trained on, in vLLM.",
@@ -17,6 +18,7 @@ app.command()(doctor)
 app.command()(score)
 app.command()(generate)
 app.command()(passkey)
+app.command()(train_focused)
 
 if __name__ == "__main__":
     app()
