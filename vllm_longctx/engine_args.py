@@ -297,7 +297,10 @@ def check_memory(vllm_config: VllmConfig) -> None:
     for reason, holds in refused.items():
         if holds:
             raise LongContextError(f"longctx cannot look up keys here: {reason}")
-    longllama.check_weights(model.model, model.hf_text_config)
+    try:
+        longllama.check_weights(model.model, model.hf_text_config)
+    except ValueError as e:
+        raise LongContextError(str(e)) from None
 
 
 def memory_blocks(config: LongContextConfig, vllm_config: VllmConfig) -> int | None:

@@ -8,6 +8,7 @@ import argparse
 import functools
 from typing import Any
 
+from transformers import AutoConfig
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.registry import ModelRegistry
@@ -25,7 +26,8 @@ def register() -> None:
     kv_cache.register()
     for architecture in ("MptForCausalLM", "MPTForCausalLM"):
         ModelRegistry.register_model(architecture, "vllm_longctx.models.mpt:MptForCausalLM")
-    longllama.register()
+    ModelRegistry.register_model(longllama.ARCHITECTURE, "vllm.model_executor.models.llama:LlamaForCausalLM")
+    AutoConfig.register(longllama.MODEL_TYPE, longllama.LongLlamaConfig, exist_ok=True)
     if not hasattr(EngineArgs.create_engine_config, "__wrapped__"):
         _wrap_create_engine_config()
         _wrap_cli()

@@ -1,6 +1,7 @@
 """LongLLaMA's checkpoints (github.com/CStanKonrad/long_llama): Llama's weights, and which layers have memory.
 
-The model is vLLM's and transformers' own Llama; the memory is the engine's (`attention/focused`).
+The model is vLLM's and transformers' own Llama; the memory is the engine's (`attention/focused`). Nothing of vLLM here:
+training needs it too.
 """
 
 from collections.abc import Sequence
@@ -8,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import AutoConfig, LlamaConfig, PretrainedConfig
-from vllm.model_executor.models.registry import ModelRegistry
-
-from vllm_longctx.config import LongContextError
+from transformers import LlamaConfig, PretrainedConfig
 
 MODEL_TYPE = "longllama"
 ARCHITECTURE = "LongLlamaForCausalLM"
@@ -53,7 +51,7 @@ def is_checkpoint(model: str, ask_hub: bool) -> bool:
 
 
 def check_weights(model: str, config: PretrainedConfig) -> None:
-    """Raises LongContextError where a local checkpoint's safetensors have other layers or shapes than its config says."""
+    """Raises ValueError where a local checkpoint's safetensors have other layers or shapes than its config says."""
     shapes: dict[str, list[int]] = {}
     for path in sorted(Path(model).glob("*.safetensors")):
         with safe_open(path, "pt") as weights:
@@ -69,18 +67,13 @@ def check_weights(model: str, config: PretrainedConfig) -> None:
     }
     for name, shape in expected.items():
         if shapes.get(name) != shape:
-            raise LongContextError(
+            raise ValueError(
                 f"checkpoint {model}: config.json says {name} is {shape}, but in its weights it is "
                 f"{shapes.get(name, 'missing')}; one of the two files belongs to another model"
             )
     layers = {int(name.split(".")[2]) for name in shapes if name.startswith("model.layers.")}
     if layers != set(range(config.num_hidden_layers)):
-        raise LongContextError(
+        raise ValueError(
             f"checkpoint {model}: config.json says num_hidden_layers = {config.num_hidden_layers}, but its weights have layers "
             f"{min(layers)} to {max(layers)}; one of the two files belongs to another model"
         )
-
-
-def register() -> None:
-    AutoConfig.register(MODEL_TYPE, LongLlamaConfig, exist_ok=True)
-    ModelRegistry.register_model(ARCHITECTURE, "vllm.model_executor.models.llama:LlamaForCausalLM")
