@@ -35,7 +35,7 @@ KEY_TOKENS, FACT_TOKENS = 2, 3
 LETTERS, VALUES = 256, 64
 FIRST_VALUE = KEY_TOKENS * LETTERS  # tokens before are keys' first letters, then their second ones
 FACTS = CONTEXT // FACT_TOKENS
-TOKENS = 3072  # of a batch, where d asks for no more
+TOKENS = 1536  # of a batch, where d asks for no more
 MEM_LAYERS = (1,)
 HEADS, HEAD_DIM, ROPE_THETA = 4, 32, 100.0
 FAST_PAIRS, BIAS = 4, 5.0  # of the rotated pairs, those that turn fastest tell neighbours apart
@@ -148,9 +148,9 @@ def accuracy(memory: MemoryModel, times: int, texts: int, seed: int) -> float:
 
 def main(
     out_dir: Path,
-    steps: int = 600,
-    sizes: Annotated[str, typer.Option(help="Facts of a dictionary over training, at most 16.")] = "4,8,16,16,16,16",
-    schedule: Annotated[str, typer.Option(help="CrossBatch's d over training.")] = "1,1,1,4,16,64",
+    steps: int = 160,
+    sizes: Annotated[str, typer.Option(help="Facts of a dictionary over training, at most 16.")] = "4,8,16,16",
+    schedule: Annotated[str, typer.Option(help="CrossBatch's d over training.")] = "1,4,64,64",
     learning_rate: float = 2e-3,
     texts: Annotated[int, typer.Option(help="Dictionaries of each size to ask about, 16 questions each.")] = 32,
     seed: int = 0,
