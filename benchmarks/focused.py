@@ -386,7 +386,7 @@ def dictionary(
         report = Report("dictionary", DICTIONARY, settings, json_out, plot_out)
         questions = []
         for size in sizes:
-            known, asked = task(texts, size * FACTS, torch.Generator().manual_seed(seed))
+            known, asked = task(texts, size * FACTS, FACTS, torch.Generator().manual_seed(seed))
             is_value = (answers(asked) >= 0).roll(1, 1)
             for text in zip(known.tolist(), asked.tolist(), is_value.tolist(), strict=True):
                 questions.append(lookup_question(*text, size))
