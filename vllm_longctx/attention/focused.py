@@ -25,6 +25,7 @@ from vllm_longctx.attention.branches import additive, attend
 from vllm_longctx.attention.retrieval import Codes, Memory, Pages, attend_best
 from vllm_longctx.attention.scratch import as_kernel_cache, packed_order, unpack
 from vllm_longctx.attention.selection import cdiv
+from vllm_longctx.attention.stepped import PassRow
 from vllm_longctx.rotary import Rotary
 
 
@@ -34,14 +35,6 @@ class Lookup:
 
     top_k: int
     share: float | None
-
-
-@dataclass(frozen=True)
-class RowWindow:
-    """row: of the step's batch. start: where its window begins, at least 1."""
-
-    row: int
-    start: int
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,7 @@ class MemoryBackend(CPUAttentionBackend):
 
 class MemoryMetadataBuilder(CPUAttentionMetadataBuilder):
     lookup: Lookup | None = None  # set by the worker, as is `windows`: of the step to come
-    windows: tuple[RowWindow, ...] = ()
+    windows: tuple[PassRow, ...] = ()
     seconds = 0.0  # as `LambdaMetadataBuilder`'s; nothing is selected here
 
     def build(
@@ -95,22 +88,22 @@ class MemoryMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> CPUAttentionMetadata:
         m, lookup = common_attn_metadata, self.lookup
         # The kernel attends to all of a memory that is no larger than top_k.
-        rows = () if lookup is None else tuple(w for w in self.windows if w.start > lookup.top_k)
+        rows = () if lookup is None else tuple(w for w in self.windows if w.first > lookup.top_k)
         if not rows:
             return super().build(common_prefix_len, m, fast_build)
         lookups = tuple(self._lookups(m, w) for w in rows)
         first_blocks = torch.zeros_like(m.seq_lens)
         for w in rows:
-            first_blocks[w.row] = w.start // self.block_size
+            first_blocks[w.row] = w.first // self.block_size
         m = from_blocks(m, first_blocks, self.block_size)
         stock = super().build(common_prefix_len, m, fast_build)
         return MemoryMetadata(**{f.name: getattr(stock, f.name) for f in fields(stock)}, lookups=lookups)
 
-    def _lookups(self, m: CommonAttentionMetadata, w: RowWindow) -> Lookups:
+    def _lookups(self, m: CommonAttentionMetadata, w: PassRow) -> Lookups:
         begin, behind = m.query_start_loc[w.row : w.row + 2].tolist()
         end = int(m.seq_lens[w.row])
         table = m.block_table_tensor[w.row, : cdiv(end, self.block_size)].long()
-        return Lookups(slice(begin, behind), w.start, end, table)
+        return Lookups(slice(begin, behind), w.first, end, table)
 
 
 def from_blocks(m: CommonAttentionMetadata, first_blocks: Tensor, block_size: int) -> CommonAttentionMetadata:

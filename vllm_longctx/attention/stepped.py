@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 @dataclass(frozen=True)
 class PassRow:
-    """row: of the step's batch. first: the first position that this pass computed, its oldest key."""
+    """row: of the step's batch. first: the first position that this pass computed, its oldest key; of a window, its start."""
 
     row: int
     first: int

@@ -14,7 +14,6 @@ from vllm_longctx.attention.focused import (
     ClosedWindow,
     MemoryImpl,
     MemoryMetadataBuilder,
-    RowWindow,
     covering,
     remember,
 )
@@ -39,14 +38,14 @@ class FocusedRunner(CPUModelRunner):
         lengths = torch.tensor([scheduler_output.num_scheduled_tokens[request_id] for request_id in request_ids])
         # Slots are computed; what still reads positions is the model.
         self.positions[: scheduler_output.total_num_scheduled_tokens] -= starts.repeat_interleave(lengths)
-        past = [(row, start) for row, start in enumerate(starts.tolist()) if start]
+        past = tuple(PassRow(row, start) for row, start in enumerate(starts.tolist()) if start)
         for group_id, groups in enumerate(self.attn_groups):
             for group in groups:
                 builder = group.get_metadata_builder()
                 if isinstance(builder, SteppedMetadataBuilder):
-                    builder.passes = tuple(PassRow(*p) for p in past)
+                    builder.passes = past
                 elif isinstance(builder, MemoryMetadataBuilder):
-                    builder.windows = tuple(RowWindow(*p) for p in past)
+                    builder.windows = past
                     self._close_windows(group_id, builder)
         return prepared
 
