@@ -53,10 +53,9 @@ from vllm_longctx.cli.engine import (
     run_jobs,
 )
 from vllm_longctx.cli.passkey import ANSWER_TOKENS, MAX_NUM_SEQS, TRIALS_AT_ONCE, Task, Trial, ask, tells, windows
-from vllm_longctx.cli.score import score_in, tokenize
+from vllm_longctx.cli.score import score_in, scoring_params, tokenize
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
 Config = dict[str, Any] | None
@@ -398,18 +397,11 @@ def lookup_question(known: list[int], asked: list[int], is_value: list[bool], ti
     """asked: keys and their values; a value is answered right if it is the likeliest next token."""
 
     def job() -> Job[dict[str, float]]:
-        (output,) = yield [([*known, *asked], scoring())]
+        (output,) = yield [([*known, *asked], scoring_params())]
         ranks = output.prompt_logprobs.ranks[-len(asked) :]
         return {"accuracy": statistics.fmean(rank == 1 for rank, counts in zip(ranks, is_value, strict=True) if counts)}
 
     return Question({"tokens": len(known), "times": times}, len(known) + len(asked), job)
-
-
-def scoring() -> "SamplingParams":
-    """Of a request for its prompt's log-probabilities; each is that of a token after the first."""
-    from vllm import SamplingParams
-
-    return SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0)
 
 
 @app.command()
@@ -525,7 +517,7 @@ def with_distractors(pieces: list[list[int]], documents: int, first: int) -> lis
 
 def end_question(prompt: list[int], scored: int, documents: int) -> Question:
     def job() -> Job[dict[str, float]]:
-        (output,) = yield [(prompt, scoring())]
+        (output,) = yield [(prompt, scoring_params())]
         return {"nll": -statistics.fmean(output.prompt_logprobs.logprobs[-scored:])}
 
     return Question({"documents": documents}, len(prompt), job)
@@ -656,9 +648,9 @@ def memory(
         longest = ways.longest(sizes)
 
     def rows(engine: "LLMEngine", meter: PeakBlocks, model: str, name: str) -> list[Row]:
-        from vllm_longctx.engine_args import _bytes_per_layer_block
+        from vllm_longctx.engine_args import bytes_per_layer_block
 
-        layer = _bytes_per_layer_block(engine.vllm_config)
+        layer = bytes_per_layer_block(engine.vllm_config)
         block = layer * round(ways.engine["kv_cache_memory_bytes"] / meter.num_blocks / layer)  # of a group of layers
         result: list[Row] = []
         for size in sizes:

@@ -21,16 +21,15 @@ from rich.table import Table
 from texts import read_all
 
 from vllm_longctx.cli.engine import METHODS, method_engine, model_path, plot
-from vllm_longctx.cli.score import Bucket, Score, score_in, tokenize
+from vllm_longctx.cli.score import Bucket, Score, score_in, scoring_params, tokenize
 
 
 def score_fresh_windows(model: str, texts: dict[str, list[int]], trained: int, **kwargs: Any) -> dict[str, list[float]]:
     """NLL of every token after the first, each scored in a fresh window."""
-    from vllm import SamplingParams
     from vllm.inputs import tokens_input
 
     half = trained // 2
-    params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, temperature=0)
+    params = scoring_params()
     result = {}
     # One more for the token that every request must generate.
     with method_engine(model, None, trained + 1, max_num_seqs=16, **kwargs) as (engine, _):

@@ -33,7 +33,7 @@ from rich.table import Table
 from texts import read_all
 
 from vllm_longctx.cli.engine import Job, errors_for_users, parse_lengths, plot, run_jobs, running_engine
-from vllm_longctx.cli.score import tokenize
+from vllm_longctx.cli.score import scoring_params, tokenize
 
 SEGMENTS = 5
 POLICIES = ("reuse", "recompute", "keep")
@@ -75,16 +75,7 @@ def python_sources() -> str:
 
 def scoring(tokens: list[int], options: dict[str, Any]) -> Job[list[float]]:
     """A job that returns the NLL of each token after the first. options: the request's."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(
-        max_tokens=1,
-        prompt_logprobs=0,
-        flat_logprobs=True,
-        detokenize=False,
-        temperature=0,
-        extra_args={"longctx": {"temp_lora": True, "train_on_prompt": True, **options}},
-    )
+    params = scoring_params({"temp_lora": True, "train_on_prompt": True, **options})
     (output,) = yield [(tokens, params)]
     nll = [-x for x in output.prompt_logprobs.logprobs]
     assert len(nll) == len(tokens) - 1

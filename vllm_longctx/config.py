@@ -35,9 +35,9 @@ MAX_RANK = 512  # vLLM's largest `max_lora_rank`
 # Papers' choices: LM-Infinite section 4.1 (10 to 100 first tokens), StreamingLLM section 3.2 (4).
 DEFAULT_N_GLOBAL = {"lm_infinite": 10, "streaming": 4}
 
-# LongLLaMA's own defaults (its configuration_longllama.py), where neither the checkpoint nor the user says anything.
 DEFAULT_LOOKUP_SHARE = 0.1
 DEFAULT_TOP_K_FROM_LAYER = 4  # LM-Infinite, appendix on reintroducing middle tokens: lower layers do without
+# LongLLaMA's own (its configuration_longllama.py), where neither the checkpoint nor the user says anything.
 LONGLLAMA_DEFAULTS: dict[str, Any] = {"mem_positionals": True, "mem_dtype": "bfloat16", "last_context_length": 1024}
 FOCUSED_KEYS = (
     "mem_layers",

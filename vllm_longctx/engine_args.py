@@ -308,7 +308,7 @@ def memory_blocks(config: LongContextConfig, vllm_config: VllmConfig) -> int | N
     limit, layers = config.attention.memory_limit_gib, config.attention.mem_layers
     if limit is None or layers is None:
         return None
-    return int(limit * 2**30) // (len(layers) * _bytes_per_layer_block(vllm_config))
+    return int(limit * 2**30) // (len(layers) * bytes_per_layer_block(vllm_config))
 
 
 def _fit_memory(config: LongContextConfig, vllm_config: VllmConfig, blocks: int) -> None:
@@ -324,7 +324,7 @@ def _fit_memory(config: LongContextConfig, vllm_config: VllmConfig, blocks: int)
     tokens = (blocks - 1) * block_size
     auto = model.original_max_model_len == -1
     if tokens < (block_size if auto else model.max_model_len):
-        needed = (cdiv(model.max_model_len, block_size) + 1) * len(attention.mem_layers) * _bytes_per_layer_block(vllm_config)
+        needed = (cdiv(model.max_model_len, block_size) + 1) * len(attention.mem_layers) * bytes_per_layer_block(vllm_config)
         raise LongContextError(
             f"attention.memory_limit_gib = {attention.memory_limit_gib} holds {max(tokens, 0)} tokens, but max_model_len = "
             f"{model.max_model_len}; give at least {needed / 2**30:.3g}, or lower max_model_len"
@@ -363,10 +363,10 @@ def _check_pool(config: LongContextConfig, vllm_config: VllmConfig) -> None:
 
 def _bytes_per_block(vllm_config: VllmConfig) -> int:
     """Bytes of one KV block in all of a rank's layers."""
-    return vllm_config.model_config.get_num_layers(vllm_config.parallel_config) * _bytes_per_layer_block(vllm_config)
+    return vllm_config.model_config.get_num_layers(vllm_config.parallel_config) * bytes_per_layer_block(vllm_config)
 
 
-def _bytes_per_layer_block(vllm_config: VllmConfig) -> int:
+def bytes_per_layer_block(vllm_config: VllmConfig) -> int:
     """Bytes of one KV block in one of a rank's layers."""
     model = vllm_config.model_config
     element = 2 * model.get_head_size() * model.dtype.itemsize

@@ -149,7 +149,7 @@ def take_over_lambda(layers: dict[str, Attention], config: LongContextConfig, ro
         if extract_layer_index(name) in top_k_layers:
             assert attention.top_k is not None and attention.top_k_insert_at is not None
             top_k = TopK(attention.top_k, attention.top_k_insert_at)
-        layer.impl = LambdaImpl(layer.impl, geometry, rotary, top_k, scratch=not top_k_layers)
+        layer.impl = LambdaImpl(layer.impl, geometry, rotary, top_k)
         layer.attn_backend = sliding if top_k is None else kept
 
 

@@ -53,7 +53,7 @@ VARIANTS = {
 
 
 def test_lm_infinite_with_top_k_equals_the_reference(tiny_llama: Path, reference: ReferenceLlama) -> None:
-    """40 blocks for a dozen requests: they are preempted, and what they wrote is computed again one token at a time."""
+    """66 blocks for more than a dozen requests: the preempted compute again, one token at a time, what they wrote."""
     attention = {"n_global": 5, "n_local": 50, "top_k": 3, "top_k_from_layer": 1, "top_k_insert_at": 40}
     with running_here(tiny_llama, attention, num_gpu_blocks_override=66, max_model_len=800) as llm:
         outputs = generate(llm, [prompt(n) for n in LENGTHS], 70)

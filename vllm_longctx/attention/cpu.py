@@ -197,7 +197,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         window_start = context - n_local + 1
         middle = None
         if self.impl.top_k is not None and row in self.writing:
-            middle = Middle(self.geometry.n_global, window_start, table[row].long())
+            middle = Middle(self.geometry.n_global, window_start, table[row, : cdiv(window_start, bs)].long())
             if middle.end - middle.begin < self.impl.top_k.k:
                 middle = None
         return ChunkPart(
@@ -214,7 +214,7 @@ class LambdaImpl(CPUAttentionBackendImpl):
     """A stock CPU attention layer taken over after the weights are loaded. The metadata builder sets what is known later:
 
     places: `packed_order`. kernel_cache: keys and values as the kernel takes them, scratch blocks included.
-    rotary: None for a model with ALiBi. top_k: of this layer. scratch: False where any layer has a top-k branch.
+    rotary: None for a model with ALiBi. top_k: of this layer.
     """
 
     places: tuple[Tensor, Tensor]
@@ -226,10 +226,9 @@ class LambdaImpl(CPUAttentionBackendImpl):
         geometry: Geometry,
         rotary: Rotary | None,
         top_k: TopK | None = None,
-        scratch: bool = True,
     ):
         self.__dict__.update(vars(stock))
-        self.geometry, self.rotary, self.top_k, self.scratch = geometry, rotary, top_k, scratch
+        self.geometry, self.rotary, self.top_k = geometry, rotary, top_k
         assert geometry.n_local is not None
         self.sliding_window = geometry.n_global + geometry.n_local  # what a compact table shows; the builder reads it too
 
@@ -306,4 +305,5 @@ class LambdaImpl(CPUAttentionBackendImpl):
 def scratch_layout(vllm_config: VllmConfig, impl: LambdaImpl, block_size: int, num_blocks: int) -> ScratchLayout:
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     alibi = impl.alibi_slopes is not None
-    return ScratchLayout.plan(impl.geometry, block_size, num_blocks, max_num_seqs, alibi=alibi, top_k=not impl.scratch)
+    top_k = bool(active_config(vllm_config).top_k_layers)
+    return ScratchLayout.plan(impl.geometry, block_size, num_blocks, max_num_seqs, alibi=alibi, top_k=top_k)

@@ -7,7 +7,6 @@ turn back the keys of a window that ends. Queries that look up the best keys tak
 window, and `retrieval` for the rest.
 """
 
-from copy import copy
 from dataclasses import dataclass, fields
 
 import torch
@@ -25,7 +24,7 @@ from vllm_longctx.attention.branches import additive, attend
 from vllm_longctx.attention.retrieval import Codes, Memory, Pages, attend_best
 from vllm_longctx.attention.scratch import as_kernel_cache, packed_order, unpack
 from vllm_longctx.attention.selection import cdiv
-from vllm_longctx.attention.stepped import PassRow
+from vllm_longctx.attention.stepped import PassRow, from_blocks
 from vllm_longctx.rotary import Rotary
 
 
@@ -95,7 +94,7 @@ class MemoryMetadataBuilder(CPUAttentionMetadataBuilder):
         first_blocks = torch.zeros_like(m.seq_lens)
         for w in rows:
             first_blocks[w.row] = w.first // self.block_size
-        m = from_blocks(m, first_blocks, self.block_size)
+        m = from_blocks(m, first_blocks, m.seq_lens - first_blocks * self.block_size, self.block_size)
         stock = super().build(common_prefix_len, m, fast_build)
         return MemoryMetadata(**{f.name: getattr(stock, f.name) for f in fields(stock)}, lookups=lookups)
 
@@ -104,16 +103,6 @@ class MemoryMetadataBuilder(CPUAttentionMetadataBuilder):
         end = int(m.seq_lens[w.row])
         table = m.block_table_tensor[w.row, : cdiv(end, self.block_size)].long()
         return Lookups(slice(begin, behind), w.first, end, table)
-
-
-def from_blocks(m: CommonAttentionMetadata, first_blocks: Tensor, block_size: int) -> CommonAttentionMetadata:
-    """Tables and sequence lengths that begin at the block first_blocks [rows] of each row."""
-    table, seq_lens = m.block_table_tensor, m.seq_lens - first_blocks * block_size
-    columns = first_blocks[:, None] + torch.arange(cdiv(int(seq_lens.max()), block_size))
-    m = copy(m)
-    m.seq_lens = seq_lens
-    m.block_table_tensor = table.gather(1, columns.clamp_max(table.shape[1] - 1).long())
-    return m
 
 
 class MemoryImpl(CPUAttentionBackendImpl):

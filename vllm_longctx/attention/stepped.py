@@ -15,6 +15,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from vllm_longctx.attention.selection import cdiv
+
 
 @dataclass(frozen=True)
 class PassRow:
@@ -53,15 +55,23 @@ def shifted(m: CommonAttentionMetadata, passes: tuple[PassRow, ...], block_size:
     first = torch.zeros_like(m.seq_lens)
     for p in passes:
         first[p.row] = p.first
-    table, seq_lens = m.block_table_tensor, m.seq_lens - first
-    columns = first[:, None] // block_size + torch.arange(-(-int(seq_lens.max()) // block_size))
-    m = copy(m)
-    m.seq_lens = seq_lens
-    m.block_table_tensor = table.gather(1, columns.clamp_max(table.shape[1] - 1).long())
+    m = from_blocks(m, first // block_size, m.seq_lens - first, block_size)
     for p in passes:
         begin, end = m.query_start_loc[p.row : p.row + 2].tolist()
-        length = int(seq_lens[p.row])
+        length = int(m.seq_lens[p.row])
         entries = torch.arange(length - (end - begin), length)
         blocks = m.block_table_tensor[p.row][entries // block_size]
         m.slot_mapping[begin:end] = blocks * block_size + entries % block_size
+    return m
+
+
+def from_blocks(
+    m: CommonAttentionMetadata, first_blocks: torch.Tensor, seq_lens: torch.Tensor, block_size: int
+) -> CommonAttentionMetadata:
+    """Tables that begin at the block first_blocks [rows] of each row and hold seq_lens [rows] entries."""
+    table = m.block_table_tensor
+    columns = first_blocks[:, None] + torch.arange(cdiv(int(seq_lens.max()), block_size))
+    m = copy(m)
+    m.seq_lens = seq_lens
+    m.block_table_tensor = table.gather(1, columns.clamp_max(table.shape[1] - 1).long())
     return m

@@ -38,6 +38,7 @@ from vllm_longctx.cli.engine import (
 )
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
 
@@ -97,6 +98,23 @@ def segments(score: Score, base: Score, bucket_tokens: int | None) -> list[Segme
     return [Segment(own.start, own.end, math.exp(own.nll), math.exp(other.nll)) for own, other in pairs]
 
 
+def scoring_params(options: dict[str, Any] | None = None, max_tokens: int = 1) -> "SamplingParams":
+    """Of a request for its prompt's log-probabilities, those of every token after the first.
+
+    options: of the request, `config.RequestOptions`. max_tokens: to write; vLLM wants one at least.
+    """
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=max_tokens,
+        prompt_logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        temperature=0,
+        extra_args=None if options is None else {"longctx": options},
+    )
+
+
 def score_tokens(model: str, tokens: list[int], additional_config: dict[str, Any], label: str, **engine_kwargs: Any) -> Score:
     """Log-probabilities of `tokens` from a fresh engine, in one pass over them."""
     with running_engine(model, additional_config, len(tokens) + 2, **engine_kwargs) as (engine, meter):
@@ -115,19 +133,10 @@ def score_in(
 
     each_step is told how many tokens have been read. options: of the request, `config.RequestOptions`.
     """
-    from vllm import SamplingParams
     from vllm.inputs import tokens_input
 
     # Two tokens are generated so that the blocks held after the last chunk are seen too.
-    params = SamplingParams(
-        max_tokens=2,
-        prompt_logprobs=0,
-        flat_logprobs=True,
-        detokenize=False,
-        temperature=0,
-        extra_args=None if options is None else {"longctx": options},
-    )
-    engine.add_request("score", tokens_input(tokens), params)
+    engine.add_request("score", tokens_input(tokens), scoring_params(options, max_tokens=2))
     config = engine.vllm_config.additional_config.get("longctx", {})
     attention = config.get("attention", {})
     chunk = engine.vllm_config.scheduler_config.max_num_batched_tokens

@@ -27,6 +27,7 @@ class FocusedRunner(CPUModelRunner):
     """vLLM's model runner. Private methods of its that are overridden here: see `vllm_longctx.seams`."""
 
     windows: dict[str, RequestWindow]
+    mem_dtype: torch.dtype
 
     def begin_step(self, scheduler_output: SchedulerOutput) -> None:
         self.windows = getattr(scheduler_output, ATTRIBUTE)
@@ -50,8 +51,6 @@ class FocusedRunner(CPUModelRunner):
         return prepared
 
     def _close_windows(self, group_id: int, builder: MemoryMetadataBuilder) -> None:
-        attention = active_config(self.vllm_config).attention
-        assert attention.mem_dtype is not None
         table = self.input_batch.block_table[group_id].get_cpu_tensor()
         for row, request_id in enumerate(self.input_batch.req_ids):
             window = self.windows[request_id]
@@ -62,12 +61,15 @@ class FocusedRunner(CPUModelRunner):
             for name in builder.layer_names:
                 layer = self.compilation_config.static_forward_context[name]
                 rotary = self._rotary_of(name)
-                remember(layer.kv_cache, closed, rotary, getattr(torch, attention.mem_dtype), builder.isa)
+                remember(layer.kv_cache, closed, rotary, self.mem_dtype, builder.isa)
                 if isinstance(layer.impl, MemoryImpl):
                     layer.impl.summarise(closed)
 
     def look_into_memory(self) -> None:
         """Once the KV cache is there."""
+        mem_dtype = active_config(self.vllm_config).attention.mem_dtype
+        assert mem_dtype is not None
+        self.mem_dtype = getattr(torch, mem_dtype)
         for groups in self.attn_groups:
             for group in groups:
                 builder = group.get_metadata_builder()
