@@ -238,6 +238,16 @@ SEAMS = [
         "0019-pool-of-its-own.diff",
     ),
     Seam(
+        "SpinCondition.wait (wrapped), busy_loop_s",
+        "adaptation/patience.py",
+        "leave the trainer its core while workers compute, and wake up where vLLM drops the wake-up call",
+        _all(
+            _has("vllm.distributed.device_communicators.shm_broadcast:SpinCondition", "wait"),
+            _sets("vllm.distributed.device_communicators.shm_broadcast:SpinCondition", "busy_loop_s", "poller"),
+        ),
+        "0020-readers-that-sleep.diff",
+    ),
+    Seam(
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
         "attention/branches.py",
         "attention with its log-sum-exp, to merge branches",

@@ -23,6 +23,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_longctx.adaptation.patience import wait_patiently
 from vllm_longctx.adaptation.worker import AdaptingRunner
 from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, TopK, scratch_layout
 from vllm_longctx.attention.focused import Lookup, MemoryBackend, MemoryImpl
@@ -53,6 +54,7 @@ class LongContextCPUWorker(CPUWorker):
         super().init_device()
         config = active_config(self.vllm_config)
         if config.adaptation is not None:
+            wait_patiently()
             self.model_runner.__class__ = AdaptingRunner  # vLLM names its class in the code; see seams
         elif config.windows is not None:
             self.model_runner.__class__ = FocusedRunner

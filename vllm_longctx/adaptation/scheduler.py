@@ -24,6 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_longctx.adaptation import messages
 from vllm_longctx.adaptation.blocks import Blocks, Window, example
 from vllm_longctx.adaptation.client import TrainerClient
+from vllm_longctx.adaptation.patience import wait_patiently
 from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, AdaptationStep, Pass, SlotsMemory, SlotUse, Weights
 from vllm_longctx.attention.selection import cdiv
 from vllm_longctx.config import KEY, AdaptationSection, LongContextError, RequestOptions, active_config
@@ -98,6 +99,7 @@ class TempLoraScheduler(LongContextScheduler):
         super().__init__(*args, **kwargs)
         config = active_config(self.vllm_config)
         assert config.adaptation is not None and config.adaptation.slots is not None
+        wait_patiently()
         self.settings = config.adaptation
         self.bos = self.vllm_config.model_config.hf_text_config.bos_token_id
         managers = self.kv_cache_manager.coordinator.single_type_managers
