@@ -139,6 +139,18 @@ def test_what_adapts_is_counted_beside_it(adapting: str) -> None:
         assert f'vllm:longctx_train_time_seconds_bucket{{engine="1",le="{bound}",model_name="books"}} {count}.0\n' in adapting
 
 
+def test_memory_of_its_own_is_shown(exported: str) -> None:
+    attention = {"method": "focused", "mem_layers": [3], "memory_limit_gib": 0.5}
+    text = exported_by(
+        create({"longctx": {"attention": attention}}), [StepStats(memory_usage=0.5), StepStats(memory_usage=0.25)]
+    )
+    found = samples(text)
+    assert [found[f'vllm:longctx_memory_usage_perc{{engine="{e}",model_name="books"}}'] for e in (0, 1)] == ["0.0", "0.25"]
+    rows = {label: values for label, *values in shown("http://host:1", text)}
+    assert rows["memory of memory layers used"] == ["0.0%", "25.0%"]
+    assert "memory_usage" not in exported
+
+
 @pytest.mark.parametrize("additional_config", [{}, {"longctx": {"attention": {"method": "none"}}}])
 def test_an_engine_without_longctx_has_vllms_loggers_only(additional_config: dict) -> None:
     manager = StatLoggerManager(vllm_config=create(additional_config), enable_default_loggers=False)

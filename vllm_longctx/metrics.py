@@ -25,7 +25,8 @@ class StepStats:
 
     live_blocks: KV blocks held by running requests past their window. freed_blocks: those that went back to the pool from
     requests that run on. tokens_past_trained: computed at positions past the trained length. selection_seconds:
-    spent in `LambdaMetadataBuilder.build`; None in a step without a forward.
+    spent in `LambdaMetadataBuilder.build`; None in a step without a forward. memory_usage: share in use of the memory layers'
+    own pool of blocks, None where they have none.
     """
 
     live_blocks: int = 0
@@ -33,6 +34,7 @@ class StepStats:
     tokens_past_trained: int = 0
     requests_past_trained: int = 0
     selection_seconds: float | None = None
+    memory_usage: float | None = None
 
     # Requests that adapt: slots in use, requests held, blocks at the trainer, versions that are not trained yet, steps in which
     # all were held, tokens computed; each swap of a slot, hold, and trained block in seconds, its loss before and after.
@@ -86,7 +88,16 @@ class LongContextStatLogger(AggregateStatLoggerBase):
             buckets=SELECTION_BUCKETS,
         )
 
-        self.adapts = active_config(vllm_config).adaptation is not None
+        config = active_config(vllm_config)
+        self.memory_usage = {}
+        if config.attention.memory_limit_gib is not None:
+            self.memory_usage = per_engine(
+                Gauge,
+                "memory_usage_perc",
+                "Memory-usage of the memory layers' own blocks. 1 means 100 percent usage.",
+                multiprocess_mode="mostrecent",
+            )
+        self.adapts = config.adaptation is not None
         if self.adapts:
             self._adaptation_metrics(per_engine)
 
@@ -163,5 +174,7 @@ class LongContextStatLogger(AggregateStatLoggerBase):
         self.tokens_past_trained[engine_idx].inc(step.tokens_past_trained)
         if step.selection_seconds is not None:
             self.selection_seconds[engine_idx].observe(step.selection_seconds)
+        if step.memory_usage is not None:
+            self.memory_usage[engine_idx].set(step.memory_usage)
         if self.adapts:
             self._record_adaptation(step, engine_idx)

@@ -11,7 +11,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_longctx.config import KEY, active_config
 from vllm_longctx.engine_args import trained_length
-from vllm_longctx.kv_cache import LambdaManager
+from vllm_longctx.kv_cache import LambdaManager, MemoryManager
 from vllm_longctx.metrics import StepStats
 
 logger = init_logger("vllm.longctx")
@@ -27,6 +27,7 @@ class LongContextScheduler(Scheduler):
         self.window = config.attention.n_local or self.trained_length
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.lambda_managers = [m for m in managers if isinstance(m, LambdaManager)]
+        self.memory_pools = [m.block_pool for m in managers if isinstance(m, MemoryManager) and m.is_apart]
         self.step_stats = StepStats()
         self._log_start()
 
@@ -77,5 +78,7 @@ class LongContextScheduler(Scheduler):
                 ours.live_blocks += sum(m.num_live_blocks(request.request_id) for m in self.lambda_managers)
         for manager in self.lambda_managers:
             ours.freed_blocks += manager.take_num_freed_blocks()
+        for pool in self.memory_pools:  # one at most: memory layers are one group
+            ours.memory_usage = pool.get_usage()
         stats.kv_connector_stats = {KEY: vars(ours)}
         return stats

@@ -126,6 +126,8 @@ def test_all_blocks_come_back(llm: LLM, variant: Variant) -> None:
     together = generate(llm, [prompt(20, seed=s) for s in range(8)], 400)
     assert tokens_of(together[-1]) == tokens_of(generate(llm, [prompt(20, seed=7)], 400)[0])
     assert metric(llm, "vllm:kv_cache_usage_perc") == 0
+    if "memory_limit_gib" in variant.attention:
+        assert metric(llm, "vllm:longctx_memory_usage_perc") == 0
     assert llm.reset_prefix_cache()
     if "num_gpu_blocks_override" in variant.engine or "memory_limit_gib" in variant.attention:
         assert metric(llm, "vllm:num_preemptions") > 0

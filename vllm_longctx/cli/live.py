@@ -21,6 +21,10 @@ ROWS: dict[str, Callable[[dict[str, float]], str]] = {
     "tokens read and written so far": lambda m: f"{m['prompt_tokens_total'] + m['generation_tokens_total']:,.0f}",
     "selection time per step": lambda m: _mean(m, "selection_time_seconds", _milliseconds, "no step yet"),
 }
+# Where memory layers have blocks of their own.
+MEMORY_ROWS: dict[str, Callable[[dict[str, float]], str]] = {
+    "memory of memory layers used": lambda m: f"{m['longctx_memory_usage_perc']:.1%}",
+}
 # Those of a server whose requests can adapt.
 ADAPTATION_ROWS: dict[str, Callable[[dict[str, float]], str]] = {
     "adapter slots in use": lambda m: f"{m['longctx_adapter_slots_in_use']:.0f}",
@@ -78,8 +82,9 @@ def state_table(url: str, text: str) -> Table:
     for key in (k for k in info[order[0]] if k != "engine"):
         table.add_row(key, *(info[e][key] for e in order))
     table.add_section()
-    adapts = "longctx_adapter_slots_in_use" in engines[order[0]]
-    for rows in (ROWS, ADAPTATION_ROWS) if adapts else (ROWS,):
+    parts = {"longctx_live_kv_blocks": ROWS, "longctx_memory_usage_perc": MEMORY_ROWS}
+    parts["longctx_adapter_slots_in_use"] = ADAPTATION_ROWS
+    for rows in (rows for metric, rows in parts.items() if metric in engines[order[0]]):
         for label, value in rows.items():
             table.add_row(label, *(value(engines[e]) for e in order))
         table.add_section()
