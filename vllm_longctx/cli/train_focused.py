@@ -77,7 +77,7 @@ def train_focused(
             held_out = None if validation is None else Documents.read([validation], tokenizer, contexts * tokens)
         if len(documents.names) < batch:
             raise ValueError(f"--texts has {len(documents.names)} documents, fewer than --batch {batch}; lower it")
-        about = {"model": model, "texts": documents.fingerprint()}
+        about = {"model": str(Path(model_path(model)).resolve()), "texts": documents.fingerprint()}
         out.mkdir(parents=True, exist_ok=True)
         if resume:
             trainer.load_state(state, **about)
