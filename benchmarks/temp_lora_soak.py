@@ -8,9 +8,10 @@ exactly the tokens it asked for, all slots and KV blocks are free, requests that
 engine leaves no process, no directory of the trainer's and no shared memory. Exit code 1 if anything of this does not hold.
 """
 
-import glob
 import json
+import os
 import random
+import shutil
 import signal
 import tempfile
 import time
@@ -89,6 +90,8 @@ def main(
     config = {"longctx": {"preset": "temp-lora-quality", "adaptation": adaptation}}
     kwargs: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": AT_ONCE, "enable_prefix_caching": True}
     plain: dict[int, list[int]] = {}
+    directory = tempfile.mkdtemp(prefix="soak-")
+    os.environ["TMPDIR"] = directory  # other engines on this machine leave theirs elsewhere
     with running_engine(model, config, 4096, **kwargs) as (engine, _), Progress(console=console) as progress:
         task = progress.add_task("soaking", total=minutes * 60)
         streams: dict[str, Stream] = {}
@@ -130,7 +133,8 @@ def main(
         last = trainer()
     if last is not None and psutil.wait_procs([last], timeout=GRACE_S)[1]:
         problems.append(f"the trainer still runs {GRACE_S} s after the engine ended")
-    problems += [f"{path} was left" for path in glob.glob(f"{tempfile.gettempdir()}/longctx-*")]
+    problems += [f"{path.name} was left" for path in Path(directory).glob("longctx-*")]
+    shutil.rmtree(directory)
     out = Console()
     out.print({**counts}, problems or "no problem", highlight=False)
     if json_out is not None:
