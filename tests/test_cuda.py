@@ -11,18 +11,24 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from test_engine_args import TINY, create, save
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig
-from vllm.config import CompilationConfig, CUDAGraphMode
+from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
+from vllm.v1.worker.gpu import attn_utils
 
 from vllm_longctx import engine_args
 from vllm_longctx.attention import cuda, reference
@@ -32,6 +38,7 @@ from vllm_longctx.geometry import Geometry, alibi_slopes, branches
 from vllm_longctx.kv_cache import LambdaSpec
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 from vllm_longctx.scheduler import AsyncLongContextScheduler, LongContextScheduler
+from vllm_longctx.worker_cuda import take_over_attention
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, SCALE = 4, 2, 32, 16, 0.25
 MAX_SEQS, MAX_TOKENS, MAX_LEN = 4, 64, 256
@@ -315,6 +322,88 @@ def test_engine_arguments_on_cuda(gpu: type, v2: bool, monkeypatch: pytest.Monke
     assert config.scheduler_config.async_scheduling
     assert config.scheduler_config.get_scheduler_cls() is AsyncLongContextScheduler
     assert config.scheduler_config.scheduler_cls in engine_args.SCHEDULERS
+
+
+class SelfAttention(nn.Module):
+    """As vLLM's decoder layers have it: a rotary module beside the attention."""
+
+    def __init__(self, config: VllmConfig, prefix: str):
+        super().__init__()
+        model = config.model_config
+        self.heads = model.get_num_attention_heads(config.parallel_config), model.get_num_kv_heads(config.parallel_config)
+        self.head_size = model.get_head_size()
+        self.rotary_emb = get_rope(self.head_size, 512, True, model.hf_config.rope_parameters, torch.float32)
+        heads, kv_heads = self.heads
+        self.attn = Attention(heads, self.head_size, SCALE, kv_heads, cache_config=config.cache_config, prefix=f"{prefix}.attn")
+
+    def forward(self, positions: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = self.rotary_emb(positions, q.flatten(1), k.flatten(1))
+        return self.attn(q, k, v.flatten(1)).unflatten(1, (-1, self.head_size))
+
+
+@pytest.mark.usefixtures("stock_cache_update", "one_thread")
+def test_vllms_own_machinery_runs_the_layers(gpu: type) -> None:
+    """Layers, KV specs, pool, builders and metadata made by vLLM's code (v1/worker/gpu/attn_utils.py), two chunks of a text."""
+    config = create(
+        additional_config={"longctx": {"attention": {"n_local": 24, "n_global": 5, "distance_ceiling": 30}}},
+        block_size=BLOCK_SIZE,
+        num_gpu_blocks_override=20,
+        max_num_seqs=MAX_SEQS,
+        max_num_batched_tokens=MAX_TOKENS,
+        dtype="float32",
+    )
+    with set_current_vllm_config(config):
+        layers = nn.ModuleList(SelfAttention(config, str(i)) for i in range(2))
+    take_over_attention(layers, config, CPU)
+    rotary = layers[0].rotary_emb
+    assert isinstance(rotary, Rotary) and layers[1].rotary_emb is rotary
+
+    specs = attn_utils.get_kv_cache_spec(config)
+    assert all(isinstance(spec, LambdaSpec) for spec in specs.values())
+    supported = get_supported_kv_cache_layouts(layer.attn.get_attn_backend() for layer in layers)
+    resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
+    kv_cache_config = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, specs), available_memory=1 << 30)
+    attn_groups, support, block_sizes = attn_utils.init_attn_backend(kv_cache_config, config, CPU)
+    assert support.min_cg_support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    context = config.compilation_config.static_forward_context
+    attn_utils.init_kv_cache(context, kv_cache_config, CPU, block_sizes, config, attn_groups=attn_groups[0])
+
+    length, (heads, kv_heads), head_size = 100, layers[0].heads, layers[0].head_size
+    texts = [[torch.randn(length, n, head_size) for n in (heads, kv_heads, kv_heads)] for _ in layers]
+    table = torch.arange(1, 1 + length // BLOCK_SIZE + 1, dtype=torch.int32)[None]
+    for first, end in ((0, 60), (60, 99), (99, 100)):
+        positions, starts = torch.arange(first, end), torch.tensor([0, end - first], dtype=torch.int32)
+        slots = table[0, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+        metadata = attn_utils.build_attn_metadata(
+            attn_groups,
+            num_reqs=1,
+            num_tokens=end - first,
+            query_start_loc_gpu=starts,
+            query_start_loc_cpu=starts,
+            max_query_len=end - first,
+            seq_lens=torch.tensor([end], dtype=torch.int32),
+            max_seq_len=end,
+            block_tables=[table],
+            slot_mappings=slots[None],
+            kv_cache_config=kv_cache_config,
+            positions=positions,
+        )
+        by_layer = attn_utils.build_slot_mappings_by_layer(slots[None], kv_cache_config)
+        with set_forward_context(metadata, config, num_tokens=end - first, slot_mapping=by_layer):
+            outputs = [layer(positions, *(t[first:end] for t in text)) for layer, text in zip(layers, texts, strict=True)]
+        for output, (q, k, v) in zip(outputs, texts, strict=True):
+            seen = branches(LAMBDA, positions, torch.arange(end))
+            expected = reference.attention(q[first:end], k[:end], v[:end], seen, SCALE, rotary)
+            torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_layer_of_another_backend_is_not_taken_over(gpu: type) -> None:
+    config = create(max_num_seqs=MAX_SEQS)
+    with set_current_vllm_config(config):
+        layers = nn.ModuleList([SelfAttention(config, "0")])
+    layers[0].attn.impl = SimpleNamespace(attn_type="decoder", sinks=None, alibi_slopes=None)
+    with pytest.raises(RuntimeError, match=r"longctx cannot take over 0.attn \(Attention, RotaryEmbedding\)"):
+        take_over_attention(layers, config, CPU)
 
 
 def test_without_async_scheduling_the_scheduler_is_the_plain_one(gpu: type) -> None:
