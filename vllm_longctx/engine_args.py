@@ -17,6 +17,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
+from vllm_longctx.adaptation.device import check_trainer
 from vllm_longctx.attention.selection import cdiv
 from vllm_longctx.config import KEY, AdaptationSection, LongContextConfig, LongContextError
 from vllm_longctx.kv_cache import max_blocks_per_request
@@ -277,6 +278,7 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
     for reason, holds in refused.items():
         if holds:
             raise LongContextError(f"longctx cannot adapt here: {reason}")
+    check_trainer(adaptation.trainer)
 
 
 def check_memory(vllm_config: VllmConfig) -> None:
