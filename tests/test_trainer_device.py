@@ -1,15 +1,17 @@
 """Where the trainer trains and what it needs there. No GPU is touched: what torch and the driver would say is put in place."""
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, MistralForCausalLM
 from vllm.platforms import current_platform
 
 from vllm_longctx import BOOKLM
-from vllm_longctx.adaptation import client, device
+from vllm_longctx.adaptation import client, device, sidecar
 from vllm_longctx.adaptation.device import Shape, check_trainer, device_of, recomputes
 from vllm_longctx.adaptation.messages import Options, Recipe
 from vllm_longctx.adaptation.trainer import Trainer
@@ -147,3 +149,56 @@ def test_free_memory_is_the_drivers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(device, "import_pynvml", lambda: nvml)
     monkeypatch.setattr(current_platform, "visible_device_id_to_physical_device_id", lambda index: index + 4)
     assert device.free_bytes(torch.device("cuda:1")) == 1005 and not nvml.open
+
+
+class Window:
+    """xformers' biases, as far as they are used, as the mask [tokens, tokens] that they stand for."""
+
+    def __init__(self, size: int | None = None):
+        self.size = size
+
+    @classmethod
+    def from_seqlens(cls, seqlens: list[int]) -> "Window":
+        return cls(*seqlens)
+
+    def make_local_attention(self, size: int) -> "Window":
+        return Window(size)
+
+    def mask(self, tokens: int) -> torch.Tensor:
+        mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        return mask if self.size is None else mask.triu(1 - self.size)
+
+
+def attend(query, key, value, attn_bias, p, scale):
+    """xformers' `memory_efficient_attention`: [1, tokens, heads, head_size], as many KV heads as query heads."""
+    assert query.shape == key.shape == value.shape and p == 0
+    attended.append(attn_bias.size)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    mask = attn_bias.mask(query.shape[1])
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+attended: list[int | None] = []
+
+
+@pytest.mark.parametrize(("window", "tokens"), [(None, 40), (16, 40), (40, 40)])
+def test_xformers_is_asked_for_the_same_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int | None, tokens: int
+):
+    ops = SimpleNamespace(memory_efficient_attention=attend, LowerTriangularMask=Window)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    monkeypatch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", SimpleNamespace(BlockDiagonalCausalMask=Window))
+    attended.clear()
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MistralConfig(vocab_size=64, num_hidden_layers=2, sliding_window=window, **sizes)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    runs = []
+    for name in ("sdpa", "xformers"):
+        trainer = Trainer(sidecar.load(Options(address="", model=str(tmp_path), dtype="float32", attention=name)))
+        trainer.begin(1, Recipe(rank=4, learning_rate=1e-2, warmup_blocks=0))
+        losses = trainer.train(1, 1, [3 * i % 64 for i in range(tokens)], 16)
+        runs.append((losses, trainer.weights(1)))
+    assert attended == 2 * 2 * [None if window in (None, tokens) else window]  # layers, epochs
+    assert runs[0][0] == pytest.approx(runs[1][0], abs=1e-5)
+    for name, pair in runs[0][1].items():
+        torch.testing.assert_close(runs[1][1][name], pair, rtol=1e-4, atol=1e-5)

@@ -19,6 +19,7 @@ import zmq
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from vllm_longctx.adaptation import attention
 from vllm_longctx.adaptation import messages as m
 from vllm_longctx.adaptation.slots import Slots
 from vllm_longctx.adaptation.trainer import Trainer
@@ -170,6 +171,8 @@ def load(options: m.Options) -> PreTrainedModel:
             options.dtype != "float32"
         ):  # else the float32 adapters would take as long as the model; TF32 has bfloat16's exponent
             torch.set_float32_matmul_precision("high")
+    if options.attention == "xformers":
+        attention.register()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, attn_implementation=options.attention)
     return model.to(device)
 
