@@ -55,6 +55,26 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     parent: int | None = None
 
 
+class SharedTensor(msgspec.Struct, frozen=True):
+    """A tensor in another process's GPU memory, by CUDA IPC; the names of `torch.multiprocessing.reductions`.
+
+    shape, stride, offset: of the tensor in its storage, in elements. storage_bytes, storage_offset: of that storage in what
+    CUDA allocated and the handle names, in bytes. counter_*: counts who uses it. event_*: of what wrote it.
+    """
+
+    shape: list[int]
+    stride: list[int]
+    offset: int
+    dtype: str
+    handle: bytes
+    storage_bytes: int
+    storage_offset: int
+    counter_handle: bytes
+    counter_offset: int
+    event_handle: bytes
+    wait_for_event: bool
+
+
 class Message(msgspec.Struct, frozen=True, tag=True):
     """owner: one adapter's number, never used again. slot, bank: see `slots`. version: 0 is before any training."""
 
