@@ -83,11 +83,10 @@ def test_one_engine_trains_on_a_gpu(gpus: None, tiny_llama: Path) -> None:
 
 @pytest.mark.parametrize("stock", [GPUModelRunner, GPUModelRunnerV2])
 def test_both_runners_manage_slots(stock: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = object.__new__(AdaptingCUDAWorker)
     runner = object.__new__(stock)
-    monkeypatch.setattr(worker_cuda.LongContextCUDAWorker, "init_device", lambda self: setattr(self, "model_runner", runner))
-    worker.init_device()
-    assert isinstance(worker.model_runner, stock) and isinstance(worker.model_runner, Adapts)
+    monkeypatch.setattr(worker_cuda.LongContextCUDAWorker, "_make_model_runner", lambda self: runner)
+    assert object.__new__(AdaptingCUDAWorker)._make_model_runner() is runner
+    assert isinstance(runner, stock) and isinstance(runner, Adapts)
     assert type(runner).load_lora_model is Adapts.load_lora_model
     added = {name for name in vars(Adapts) if not name.startswith("__")} - {"load_lora_model"}
     assert not added & set(dir(stock)), "only the manager of adapters is another"
