@@ -23,7 +23,7 @@ from vllm_longctx import engine_args
 from vllm_longctx.adaptation import shared, worker_cuda
 from vllm_longctx.adaptation.lora import Adapts
 from vllm_longctx.adaptation.scheduler import TempLoraScheduler
-from vllm_longctx.adaptation.slots import Slots
+from vllm_longctx.adaptation.slots import Slots, StaleSlot
 from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, AdaptationStep, SlotsMemory, SlotUse, Weights
 from vllm_longctx.adaptation.worker_cuda import AdaptingCUDAWorker, offer, trainer_bytes, why_not
 from vllm_longctx.config import LongContextError, active_config
@@ -133,33 +133,47 @@ def test_slots_are_swapped_from_device_memory(wrapped: Any) -> None:
     assert len(modules) == 3 * 7
     slots = Slots.create(modules, 4, 2)
     trainer = Slots.open(slots.path, modules, 4, 2, manager.device_slots)
-    weights = {name: (torch.randn(4, inputs), torch.randn(outputs, 4)) for name, (inputs, outputs) in modules.items()}
-    trainer.write(1, 0, 7, 3, weights)
+
+    def write(version: int, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        made = {name: (torch.randn(rank, inputs), torch.randn(outputs, rank)) for name, (inputs, outputs) in modules.items()}
+        trainer.write(1, version % 2, 7, version, made)
+        return made
+
+    weights = write(3, 4)
     memory = SlotsMemory(slots.path, modules, 4, 2)
     request = LoRARequest("longctx-slot-1", FIRST_LORA_ID + 1, "longctx://slot")
 
     def step(version: int, freed: list[int]) -> None:
-        use = SlotUse(1, 7, Weights(version, 0 if version else None))
+        use = SlotUse(1, 7, Weights(version, version % 2 if version else None))
         runner.begin_step(SimpleNamespace(**{ATTRIBUTE: AdaptationStep(memory, [use], {}, freed)}))
         manager.set_active_adapters({request}, None)
 
-    def held() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        index, found = manager._adapter_manager.lora_index_to_id.index(FIRST_LORA_ID + 1), {}
+    def assert_held(weights: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        index, found = manager._adapter_manager.lora_index_to_id.index(FIRST_LORA_ID + 1), set()
         for name, module in manager._adapter_manager.modules.items():
             parts = manager._adapter_manager.packed_modules.get(name, [name])
             for part, a, b in zip(parts, module.lora_a_stacked, module.lora_b_stacked, strict=True):
-                found[part] = a[index, 0, :4], b[index, 0, :, :4]
-        return found
+                rank = len(weights[part][0])
+                assert torch.equal(a[index, 0, :rank], weights[part][0]) and torch.equal(
+                    b[index, 0, :, :rank], weights[part][1]
+                )
+                assert not a[index, 0, rank:].any() and not b[index, 0, :, rank:].any() and not a[1 - index].any()
+                found.add(part)
+        assert found == weights.keys()
 
     step(0, [])
-    assert not any(x.any() for pair in held().values() for x in pair)
+    assert_held({name: (torch.zeros(4, i), torch.zeros(o, 4)) for name, (i, o) in modules.items()})
     step(3, [])
-    assert held().keys() == weights.keys()
-    assert all(torch.equal(x, y) for name, pair in held().items() for x, y in zip(pair, weights[name], strict=True))
+    assert_held(weights)
+    smaller = write(4, 2)
+    step(4, [])
+    assert_held(smaller)
     manager.remove_all_adapters()  # as vLLM's dummy runs do
-    step(3, [])
-    assert all(torch.equal(x, y) for name, pair in held().items() for x, y in zip(pair, weights[name], strict=True))
-    assert len(runner.take_swap_seconds()) == 3 and runner.take_swap_seconds() == []
+    step(4, [])
+    assert_held(smaller)
+    assert len(runner.take_swap_seconds()) == 4 and runner.take_swap_seconds() == []
+    with pytest.raises(StaleSlot, match=r"holds \[7, 4, 2\], not owner 7 version 6"):
+        step(6, [])
     for one in (trainer, slots, manager.slots):
         one.close()
 

@@ -29,7 +29,7 @@ def slots(request: pytest.FixtureRequest):
         memory = torch.zeros(Slots.size(MODULES, 8, 3), dtype=torch.uint8)
         opened = Slots.open(slots.path, MODULES, 8, 3, memory)
         yield opened
-        assert not slots._views(1, 1, 8)["q"][0].any(), "the file has headers only"
+        assert not slots.views(1, 1, 8)["q"][0].any(), "the file has headers only"
         opened.close()
     else:
         yield slots
@@ -149,7 +149,7 @@ def test_close_leaves_no_open_file():
     slots = Slots.create(MODULES, 8, 3)
     other = Slots.open(slots.path, MODULES, 8, 3)
     slots.write(0, 0, 5, 2, random_weights(4))
-    assert_holds(other, 0, 0, 5, 2, {n: (a.clone(), b.clone()) for n, (a, b) in slots._views(0, 0, 4).items()})
+    assert_holds(other, 0, 0, 5, 2, {n: (a.clone(), b.clone()) for n, (a, b) in slots.views(0, 0, 4).items()})
     for one in (slots, other):
         one.close()
         one.close()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,16 @@ from vllm_longctx.engine_args import LINEAR_MODULES
 EMPTY = AdaptationStep(None, [], {}, [])
 
 
+@dataclass(frozen=True)
+class Copies:
+    """layers: the LoRA buffers A [max_rank, in] and B [out, max_rank] of every layer, for one adapter. into, weights: the part
+    of each that a slot's rank takes, and the same in the slot. All are views of memory that stays."""
+
+    layers: list[Tensor]
+    into: list[Tensor]
+    weights: list[Tensor]
+
+
 class SlotLoRAManager(LRUCacheWorkerLoRAManager):
     """vLLM's manager of adapters, some of which are slots whose weights are swapped in place before a forward."""
 
@@ -28,6 +39,7 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
         self.holds: dict[int, tuple[int, Weights]] = {}  # slot -> (owner, weights) in the layers
         self.slots: Slots | None = None
         self.device_slots: Tensor | None = None  # their memory on this GPU, if they have it there
+        self._copies: dict[tuple[int, int, int, int], Copies] = {}  # by slot, bank, index of the adapter in the layers, rank
         self.swap_seconds: list[float] = []
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
@@ -70,6 +82,8 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
         if use.weights.bank is None:
             for module in manager.modules.values():
                 module.reset_lora(index)
+        elif self.device_slots is not None:
+            self._swap_on_the_device(use, use.weights.bank, index)
         else:
             assert self.slots is not None
             with self.slots.read(use.slot, use.weights.bank, use.owner, use.weights.version) as weights:
@@ -80,6 +94,26 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
                     else:
                         module.set_lora(index, *weights[name])
         self.holds[use.slot] = (use.owner, use.weights)
+
+    def _swap_on_the_device(self, use: SlotUse, bank: int, index: int) -> None:
+        """What `set_lora` does in each layer, in one call: on a GPU hundreds would take longer to start than to run.
+
+        For layers that are not parted among ranks, as those of an engine with device memory for its slots are.
+        """
+        assert self.slots is not None
+        with self.slots.holding(use.slot, bank, use.owner, use.weights.version) as rank:
+            if (copies := self._copies.get((use.slot, bank, index, rank))) is None:
+                copies = self._copies[use.slot, bank, index, rank] = Copies([], [], [])
+                weights = self.slots.views(use.slot, bank, rank)
+                for name, module in self._adapter_manager.modules.items():
+                    parts = self._adapter_manager.packed_modules.get(name, [name])
+                    for part, a, b in zip(parts, module.lora_a_stacked, module.lora_b_stacked, strict=True):
+                        copies.layers.extend((a[index, 0], b[index, 0]))
+                        copies.into.extend((a[index, 0, :rank], b[index, 0, :, :rank]))
+                        copies.weights.extend(weights[part])
+            if rank < len(copies.layers[0]):
+                torch._foreach_zero_(copies.layers)
+            torch._foreach_copy_(copies.into, copies.weights)
 
 
 class Adapts:

@@ -84,7 +84,7 @@ class Slots:
             raise ValueError(f"rank {rank} does not fit into slots of rank 1 to {self.max_rank}")
         header = self._header(slot, bank)
         header[2] = 0
-        for name, pair in self._views(slot, bank, rank).items():
+        for name, pair in self.views(slot, bank, rank).items():
             for view, values in zip(pair, weights[name], strict=True):
                 if view.shape != values.shape:
                     raise ValueError(f"{name}: {tuple(values.shape)} where {tuple(view.shape)} is expected")
@@ -96,7 +96,13 @@ class Slots:
 
     @contextmanager
     def read(self, slot: int, bank: int, owner: int, version: int) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """Views into the memory, to be copied inside the `with`.
+        """Views into the memory, to be copied inside the `with`. Raises as `holding` does."""
+        with self.holding(slot, bank, owner, version) as rank:
+            yield self.views(slot, bank, rank)
+
+    @contextmanager
+    def holding(self, slot: int, bank: int, owner: int, version: int) -> Iterator[int]:
+        """The rank of what the bank holds, whose `views` are to be copied inside the `with`.
 
         Raises StaleSlot if the bank holds anything else, at the end of the `with` too: then the copy is worth nothing. Copies
         of device memory may still be under way then: whoever writes this bank again must know that they were made.
@@ -105,7 +111,7 @@ class Slots:
         before = header.tolist()
         if before[:2] != [owner, version] or before[2] == 0:
             raise StaleSlot(f"slot {slot} bank {bank} holds {before[:3]}, not owner {owner} version {version}")
-        yield self._views(slot, bank, before[2])
+        yield before[2]
         if header.tolist() != before:
             raise StaleSlot(f"slot {slot} bank {bank} was written while it was read")
 
@@ -129,7 +135,8 @@ class Slots:
         begin = self._begin(slot, bank)
         return self._bytes[begin : begin + HEADER_BYTES].view(torch.int64)
 
-    def _views(self, slot: int, bank: int, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    def views(self, slot: int, bank: int, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Where a bank has weights of this rank, whether it holds any or not: always the same memory."""
         floats = self._weights[self._begin(slot, bank) :][: self._bank_bytes].view(torch.float32)
         views = {}
         for name, (inputs, outputs) in self.modules.items():
