@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -150,10 +151,13 @@ def test_free_memory_is_the_drivers(monkeypatch: pytest.MonkeyPatch):
             assert self.open
             return type("Memory", (), {"free": 1000 + handle})
 
-    nvml = Nvml()
+    nvml: Any = Nvml()
     monkeypatch.setattr(device, "import_pynvml", lambda: nvml)
     monkeypatch.setattr(current_platform, "visible_device_id_to_physical_device_id", lambda index: index + 4)
     assert device.free_bytes(torch.device("cuda:1")) == 1005 and not nvml.open
+    nvml.NVMLError, nvml.nvmlInit = LookupError, {}.popitem  # it raises: KeyError is a LookupError
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda where: (77, 99))
+    assert device.free_bytes(torch.device("cuda:1")) == 77
 
 
 class Window:

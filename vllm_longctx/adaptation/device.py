@@ -51,7 +51,10 @@ def check_trainer(trainer: TrainerSection) -> None:
 def free_bytes(device: torch.device) -> int:
     """Free memory of a GPU. Asked of its driver: torch would take half a GiB of it for a CUDA context of this process."""
     nvml = import_pynvml()
-    nvml.nvmlInit()
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:  # there are machines without it
+        return torch.cuda.mem_get_info(device)[0]
     try:
         physical = current_platform.visible_device_id_to_physical_device_id(device.index)
         return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(physical)).free)
