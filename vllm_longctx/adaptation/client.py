@@ -7,26 +7,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import psutil
+import torch
 import zmq
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from vllm.logger import init_logger
 
 from vllm_longctx.adaptation import messages as m
+from vllm_longctx.adaptation.device import free_bytes
 from vllm_longctx.adaptation.slots import Slots
 from vllm_longctx.config import LongContextError
 
 logger = init_logger("vllm.longctx")
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class TrainerClient:
-    """model, dtype, threads, cpus, adapters_root: see `messages.Options`.
+    """model, dtype, device, attention, recompute, duty_cycle, threads, cpus, adapters_root: see `messages.Options`.
 
+    training_bytes: what a trainer on a GPU needs beside the model's weights. share: makes the message for each new process by
+    which it uses the engine's weights; None where it loads its own.
     max_rank, num_slots: of the shared memory. start_timeout_s: for the model to be loaded. train_timeout_s: for any one job;
     a trainer that takes longer is killed. max_restarts: in a row, without a block trained in between. address: of a trainer
     that runs already; it is joined and not watched over, and the arguments about the process mean nothing.
@@ -41,6 +45,12 @@ class TrainerClient:
         *,
         max_rank: int,
         num_slots: int,
+        device: str = "cpu",
+        attention: str = "sdpa",
+        recompute: bool = False,
+        duty_cycle: float = 1.0,
+        training_bytes: int = 0,
+        share: Callable[[], m.Share] | None = None,
         adapters_root: str | None = None,
         threads: int = 1,
         cpus: list[int] | None = None,
@@ -54,11 +64,17 @@ class TrainerClient:
             address=address or "",
             model=model,
             dtype=dtype,
+            device=device,
+            attention=attention,
+            recompute=recompute,
+            duty_cycle=duty_cycle,
+            shares=share is not None,
             threads=threads,
             cpus=cpus,
             adapters_root=adapters_root,
             parent=os.getpid(),
         )
+        self._training_bytes, self._share = training_bytes, share
         self._joins = address is not None
         self._max_rank, self._num_slots = max_rank, num_slots
         self._start_timeout_s, self._train_timeout_s, self._max_restarts = start_timeout_s, train_timeout_s, max_restarts
@@ -83,7 +99,7 @@ class TrainerClient:
         if self._joins:
             self._connect(self._options.address)
         else:
-            check_memory(self._options.model, self._options.dtype)
+            check_memory(self._options, self._training_bytes)
             self._spawn()
 
     def send(self, job: m.Job) -> None:
@@ -135,8 +151,10 @@ class TrainerClient:
         self._directory = tempfile.mkdtemp(prefix="longctx-")
         options = msgspec.structs.replace(self._options, address=f"ipc://{self._directory}/trainer")
         command = [sys.executable, "-m", "vllm_longctx.adaptation.sidecar", msgspec.json.encode(options).decode()]
+        # Below the engine's, if the GPU runs under MPS; without it there are no priorities between processes.
+        environment = {"CUDA_MPS_CLIENT_PRIORITY": "1", **os.environ}
         # a session of its own: Ctrl-C at a terminal is the engine's to handle
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
         self._connect(options.address)
 
     def _connect(self, address: str) -> None:
@@ -144,6 +162,8 @@ class TrainerClient:
         self._socket.set_hwm(0)
         self._socket.linger = 0
         self._socket.connect(address)
+        if self._share is not None:
+            self._socket.send(m.encode(self._share()))
         self._socket.send(m.encode(m.Join()))
         self._ready, self._unanswered, self._start_at = False, 0, None
         self._since = time.monotonic()
@@ -235,17 +255,37 @@ class TrainerClient:
         self._ready, self._unanswered = False, 0
 
 
-def check_memory(model: str, dtype: str) -> None:
-    """Raises LongContextError if the free memory does not hold a second copy of the checkpoint's weights."""
+def check_memory(options: m.Options, training_bytes: int) -> None:
+    """Raises LongContextError if the free memory does not hold what the trainer needs.
+
+    That is, of the host a second copy of the checkpoint's weights; of a GPU what training needs, too.
+    """
+    weights = 0 if options.shares else weight_bytes(options.model, getattr(torch, options.dtype))
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        need, free = weights + training_bytes, free_bytes(device)
+        if need > free:
+            raise LongContextError(
+                f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB on {device} ({weights / 2**30:.2f} for its own "
+                f"copy of the {options.dtype} weights of {options.model}, {training_bytes / 2**30:.2f} to train), but only "
+                f"{free / 2**30:.2f} GiB are free there; lower gpu_memory_utilization, adaptation.slots, adaptation.rank or "
+                "adaptation.block_tokens, or name another GPU in adaptation.trainer.device"
+            )
+        return
+    free = psutil.virtual_memory().available
+    if weights > free:
+        raise LongContextError(
+            f"longctx.adaptation: the trainer needs {weights / 2**30:.2f} GiB for its own copy of the {options.dtype} weights "
+            f"of {options.model}, but only {free / 2**30:.2f} GiB of memory are free; use a smaller model, dtype bfloat16 or a "
+            "smaller VLLM_CPU_KVCACHE_SPACE, or leave adaptation out"
+        )
+
+
+def weight_bytes(model: str, dtype: torch.dtype) -> int:
+    """Of a checkpoint's weights in this dtype."""
     directory = Path(model if os.path.isdir(model) else snapshot_download(model, local_files_only=True))
     values = 0
     for path in directory.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             values += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    need, free = values * ITEM_BYTES[dtype], psutil.virtual_memory().available
-    if need > free:
-        raise LongContextError(
-            f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB for its own copy of the {dtype} weights of {model}, "
-            f"but only {free / 2**30:.2f} GiB of memory are free; use a smaller model, dtype bfloat16 or a smaller "
-            "VLLM_CPU_KVCACHE_SPACE, or leave adaptation out"
-        )
+    return values * dtype.itemsize

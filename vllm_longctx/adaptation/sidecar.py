@@ -1,7 +1,8 @@
 """The trainer process: `python -m vllm_longctx.adaptation.sidecar '{"address": "ipc:///tmp/trainer", "model": ..., ...}'`.
 
-It has a copy of the model of its own, since an engine packs its weights for inference. It works for one engine at a time,
-one job after the other; a job that fails is answered, whatever the reason, and does not end the process.
+It has a copy of the model of its own, unless it can use the weights of an engine on its GPU; on a CPU an engine packs them for
+inference. It works for one engine at a time,
+one job after the other; a job that fails is answered, whatever the reason, and does not end the process, unless the GPU does.
 """
 
 import os
@@ -19,16 +20,26 @@ import zmq
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from vllm_longctx.adaptation import attention, shared
 from vllm_longctx.adaptation import messages as m
 from vllm_longctx.adaptation.slots import Slots
 from vllm_longctx.adaptation.trainer import Trainer
 
 
 class Sidecar:
-    """socket: a bound ROUTER socket, on which each engine has an identity."""
+    """socket: a bound ROUTER socket, on which each engine has an identity. device_slots: the slots' device memory. duty_cycle:
+    the share of the time in which to train."""
 
-    def __init__(self, trainer: Trainer, socket: zmq.Socket, adapters_root: str | None):
+    def __init__(
+        self,
+        trainer: Trainer,
+        socket: zmq.Socket,
+        adapters_root: str | None,
+        device_slots: torch.Tensor | None = None,
+        duty_cycle: float = 1.0,
+    ):
         self._trainer, self._socket, self._adapters_root = trainer, socket, adapters_root
+        self._device_slots, self._duty_cycle = device_slots, duty_cycle
         self._slots: Slots | None = None
         self._engine: bytes | None = None
         self._jobs: deque[tuple[bytes, m.Job]] = deque()
@@ -48,6 +59,8 @@ class Sidecar:
         else:
             try:
                 self._do(job)
+            except torch.AcceleratorError:  # of CUDA's, after which nothing works in this process; the engine starts another
+                raise
             except Exception as e:
                 self._send(failure(job, f"{type(e).__name__}: {e}"))
 
@@ -80,7 +93,7 @@ class Sidecar:
         match job:
             case m.OpenSlots():
                 self._close_slots()
-                self._slots = Slots.open(job.path, trainer.modules, job.max_rank, job.num_slots)
+                self._slots = Slots.open(job.path, trainer.modules, job.max_rank, job.num_slots, self._device_slots)
             case m.Begin() | m.Resume():
                 slots = self._open_slots()
                 if job.recipe.rank > slots.max_rank:
@@ -118,6 +131,7 @@ class Sidecar:
         slots.write(job.slot, job.bank, job.owner, job.version, self._trainer.weights(job.owner))
         seconds = time.perf_counter() - begin
         self._send(m.Trained(job.owner, job.slot, job.bank, job.version, losses, seconds))
+        time.sleep(seconds * (1 / self._duty_cycle - 1))
 
     def _is_dropped(self, owner: int) -> bool:
         """Whether nothing will come of the owner's training any more; what it wants saved comes first."""
@@ -160,6 +174,30 @@ def end_with(parent: int, directory: Path) -> None:
     os._exit(0)
 
 
+def prepare(options: m.Options, socket: zmq.Socket) -> Sidecar:
+    """The model where it is to be trained: the engine's own weights, if it shares them, or a copy of its own."""
+    device, slots = torch.device(options.device), None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if (
+            options.dtype != "float32"
+        ):  # else the float32 adapters would take as long as the model; TF32 has bfloat16's exponent
+            torch.set_float32_matmul_precision("high")
+    if options.attention == "xformers":
+        attention.register()
+    if options.shares:
+        share = m.decode_job(socket.recv_multipart()[1])
+        assert isinstance(share, m.Share)
+        weights = {name: shared.attach(tensor, device) for name, tensor in share.weights.items()}
+        model = shared.fill(shared.skeleton(options.model, options.dtype, options.attention), weights)
+        slots = shared.attach(share.slots, device)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model, dtype=options.dtype, attn_implementation=options.attention
+        ).to(device)
+    return Sidecar(Trainer(model, options.recompute), socket, options.adapters_root, slots, options.duty_cycle)
+
+
 def main() -> None:
     options = msgspec.json.decode(sys.argv[1], type=m.Options)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -176,8 +214,7 @@ def main() -> None:
             socket.set_hwm(0)
             socket.linger = 0
             socket.bind(options.address)
-            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
-            Sidecar(Trainer(model), socket, options.adapters_root).serve()
+            prepare(options, socket).serve()
     finally:
         path.unlink(missing_ok=True)  # ZeroMQ leaves it
 
