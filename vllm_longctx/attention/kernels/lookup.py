@@ -170,7 +170,7 @@ def _block_scores(query: Tensor, memories: Memories, first: int, count: int, sum
     steps = query if summaries is None else summaries.steps  # unused if None
     group = heads // kv_heads
     tile = 16 if length * group <= 16 else 64
-    d_pad = triton.next_power_of_2(d)
+    d_pad = max(triton.next_power_of_2(d), 16)
     per_step, steps_of_program = max((128 if d_pad * query.element_size() <= 256 else 64) // bs, 1), 8
     out = torch.empty(rows, length, heads, count, dtype=torch.int64, device=query.device)
     grid = (cdiv(length * group, tile) * cdiv(count, per_step * steps_of_program), kv_heads, rows)
@@ -224,7 +224,7 @@ def _best_keys(query: Tensor, memories: Memories, columns: Tensor, k: int) -> Te
         SHARING=heads // sets,
         GROUP=heads // memories.kv_heads,
         D=d,
-        D_PAD=triton.next_power_of_2(d),
+        D_PAD=max(triton.next_power_of_2(d), 16),
         BLOCK=bs,
         KEYS=per_step,
     )
@@ -250,7 +250,7 @@ def _attend(best: Tensor, memories: Memories, scale: float, output: Tensor, lse:
         scale,
         GROUP=heads // memories.kv_heads,
         D=d,
-        D_PAD=triton.next_power_of_2(d),
+        D_PAD=max(triton.next_power_of_2(d), 16),
         BLOCK=memories.block_size,
         KEYS=32,
     )
