@@ -1,0 +1,305 @@
+"""What the Λ kernels share: a layer's view of the text, and one online softmax over tiles of the paged KV cache.
+
+Branches and distances are those of `geometry`. A tile is a few queries of one KV head (its whole group of query heads, so
+that each key is read once) against a few keys. The keys a tile may see are two ranges: the first tokens that every window has
+left behind, and the windows. Nothing else is read: blocks between them may be freed.
+
+Running maxima and sums (FlashAttention-2, arXiv 2307.08691, section 3.1) are float32 and in base 2.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_longctx.geometry import Geometry
+
+MAX_HEAD_SIZE = 256
+LOG2_E = 1.4426950408889634
+UNBOUNDED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class View:
+    """What the queries of a layer see, and how positions enter their scores.
+
+    rotary_dim, is_neox: as in `rotary.Rotary`; rotary_dim is 0 for a model without rotation.
+    alibi_slopes: float32 [heads] on the device, or None. soft_cap: scores become cap * tanh(score / cap); 0 for no cap.
+    """
+
+    geometry: Geometry
+    rotary_dim: int = 0
+    is_neox: bool = True
+    alibi_slopes: Tensor | None = None
+    soft_cap: float = 0.0
+
+    @property
+    def window(self) -> int:
+        return UNBOUNDED if self.geometry.n_local is None else self.geometry.n_local
+
+    @property
+    def ceiling(self) -> int:
+        """The farthest a first token looks; UNBOUNDED where distances are counted in the cache."""
+        limit = self.geometry.distance_ceiling
+        return UNBOUNDED if limit is None or self.geometry.distances == "in_cache" else limit
+
+    @property
+    def turns_queries(self) -> bool:
+        """Whether first tokens look nearer than they are to a rotated query, which is then turned back."""
+        moved = self.geometry.distances == "in_cache" or self.geometry.distance_ceiling is not None
+        return moved and self.rotary_dim > 0 and self.geometry.n_global > 0 and self.geometry.n_local is not None
+
+    @property
+    def turns_keys(self) -> bool:
+        return self.turns_queries and self.geometry.distances == "relative"
+
+    def query_turn(self, positions: Tensor) -> Tensor | None:
+        """Positions by which to turn the queries at `positions` (int64, any shape), for `Rotary.cos_sin`; None for not at all."""
+        if not self.turns_queries:
+            return None
+        if self.geometry.distances == "in_cache":
+            return (self.geometry.n_global - self.geometry.window_start(positions)).clamp_max(0)
+        return self.ceiling - positions
+
+    def key_turn(self) -> Tensor | None:
+        """Positions by which to turn the first keys: int64 [n_global], or None for not at all."""
+        return -torch.arange(self.geometry.n_global) if self.turns_keys else None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The shape of a program. rows: of a tile, (query, head) pairs; keys: of a tile. All powers of two, rows and keys >= 16."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+Turn = tuple[Tensor, Tensor] | None
+
+
+def cache_arguments(key_cache: Tensor, value_cache: Tensor) -> tuple[int, int, int]:
+    """Strides of block, slot and head, which both caches must share: they are halves of one tensor."""
+    if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1:
+        raise ValueError(f"caches must have equal strides, the last 1; got {key_cache.stride()} and {value_cache.stride()}")
+    return key_cache.stride(0), key_cache.stride(1), key_cache.stride(2)
+
+
+def turn_arguments(turns: bool, turn: Turn, vectors: int, rotary_dim: int, unused: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [vectors, rotary_dim / 2] contiguous; any tensor in their place where the view turns nothing."""
+    if not turns:
+        return unused, unused
+    if turn is None:
+        raise ValueError("the view turns queries or keys towards each other, but their cosines and sines were not given")
+    for t in turn:
+        if t.shape != (vectors, rotary_dim // 2) or t.dtype != torch.float32 or not t.is_contiguous():
+            raise ValueError(f"a turn must be contiguous float32 {(vectors, rotary_dim // 2)}, got {t.dtype} {tuple(t.shape)}")
+    return turn
+
+
+def view_arguments(view: View, head_size: int, block_size: int) -> dict[str, int | bool]:
+    """The constants of a specialisation that come from the view and the cache."""
+    first_keys = min(64, triton.next_power_of_2(max(view.geometry.n_global, 16)))
+    return {
+        "HEAD_SIZE": head_size,
+        "PADDED_HEAD": max(16, triton.next_power_of_2(head_size)),
+        "BLOCK_SIZE": block_size,
+        "FIRST_KEYS": first_keys,
+        "ROTARY_DIM": view.rotary_dim if view.turns_queries else 0,
+        "IS_NEOX": view.is_neox,
+        "TURN_QUERIES": view.turns_queries,
+        "TURN_KEYS": view.turns_keys,
+        "BOTH_PRODUCTS": view.turns_keys and view.ceiling > view.window,
+        "IN_CACHE": view.geometry.distances == "in_cache",
+        "ALIBI": view.alibi_slopes is not None,
+        "SOFT_CAP": view.soft_cap > 0,
+    }
+
+
+@triton.jit
+def places(table, keys, present, stride_block, stride_slot, BLOCK_SIZE: tl.constexpr):
+    """Offsets of keys in the cache: int64 [keys]. table: the request's row of block ids."""
+    blocks = tl.load(table + keys // BLOCK_SIZE, mask=present, other=0).to(tl.int64)
+    return blocks * stride_block + (keys % BLOCK_SIZE) * stride_slot
+
+
+@triton.jit
+def element_pairs(d, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr):
+    """For each element of a head: the other of its pair, the pair, and the sign of the sine it is rotated with."""
+    if IS_NEOX:
+        first = d < ROTARY_DIM // 2
+        other = tl.where(first, d + ROTARY_DIM // 2, d - ROTARY_DIM // 2)
+        pair = tl.where(first, d, d - ROTARY_DIM // 2)
+    else:
+        first = d % 2 == 0
+        other = tl.where(first, d + 1, d - 1)
+        pair = d // 2
+    rotated = d < ROTARY_DIM
+    return tl.where(rotated, other, d), tl.where(rotated, pair, 0), tl.where(first, -1.0, 1.0)
+
+
+@triton.jit
+def rotate(x, other, cos, signed_sin):
+    return (x.to(tl.float32) * cos + other.to(tl.float32) * signed_sin).to(x.dtype)
+
+
+@triton.jit
+def load_turned(pointers, x, mask, cos, sin, vectors, d, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr):
+    """x [rows, PADDED_HEAD], loaded from pointers [rows, 1] + d, turned by the angles of `vectors` [rows]."""
+    other, pair, sign = element_pairs(d, ROTARY_DIM, IS_NEOX)
+    others = tl.load(pointers + other[None, :], mask=mask, other=0.0).to(x.dtype)
+    angles = vectors.to(tl.int64)[:, None] * (ROTARY_DIM // 2) + pair[None, :]
+    rotated = mask & (d < ROTARY_DIM)[None, :]
+    cosines = tl.load(cos + angles, mask=rotated, other=1.0)
+    sines = tl.load(sin + angles, mask=rotated, other=0.0)
+    return rotate(x, others, cosines, sines * sign[None, :])
+
+
+@triton.jit
+def finish_scores(products, scale, soft_cap, SOFT_CAP: tl.constexpr):
+    """Products to scores in base 2. scale: of the scores, times log2(e) where they are not capped."""
+    scores = products * scale
+    if SOFT_CAP:
+        # tanh(x) = 1 - 2 / (1 + e^2x)
+        scores = soft_cap * 1.4426950408889634 * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * scores / soft_cap)))
+    return scores
+
+
+@triton.jit
+def accumulate(scores, values, top, total, acc):
+    """One more tile. scores [rows, keys] in base 2, -inf where unseen; running top and total [rows], acc [rows, PADDED_HEAD]."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - base[:, None])
+    kept = tl.exp2(top - base)
+    total = total * kept + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, acc * kept[:, None], input_precision="ieee")
+    return new_top, total, acc
+
+
+@triton.jit
+def attend_first(
+    query,
+    turned_query,
+    positions,
+    slopes,
+    top,
+    total,
+    acc,
+    key_cache,
+    value_cache,
+    table,
+    key_cos,
+    key_sin,
+    begin,
+    end,
+    n_global,
+    n_local,
+    ceiling,
+    scale,
+    soft_cap,
+    stride_block,
+    stride_slot,
+    HEAD_SIZE: tl.constexpr,
+    PADDED_HEAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    FIRST_KEYS: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    TURN_QUERIES: tl.constexpr,
+    TURN_KEYS: tl.constexpr,
+    BOTH_PRODUCTS: tl.constexpr,
+    IN_CACHE: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+):
+    """The first tokens begin .. end - 1, each seen by the queries whose window has left it behind (`geometry.global_branch`).
+
+    positions [rows]: of the queries. end: no larger than n_global and the last query's window start.
+    """
+    d = tl.arange(0, PADDED_HEAD)
+    window_start = tl.maximum(positions - n_local + 1, 0)
+    for first in range(begin, end, FIRST_KEYS):
+        keys = first + tl.arange(0, FIRST_KEYS)
+        present = keys < end
+        place = places(table, keys, present, stride_block, stride_slot, BLOCK_SIZE)
+        mask = present[:, None] & (d < HEAD_SIZE)[None, :]
+        key = tl.load(key_cache + place[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
+        value = tl.load(value_cache + place[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
+        if TURN_QUERIES:
+            if TURN_KEYS:
+                turned_key = load_turned(
+                    key_cache + place[:, None], key, mask, key_cos, key_sin, keys, d, ROTARY_DIM, IS_NEOX
+                )
+            else:
+                turned_key = key
+            products = tl.dot(turned_query, tl.trans(turned_key), input_precision="ieee")
+            if BOTH_PRODUCTS:
+                beyond = positions[:, None] - keys[None, :] > ceiling
+                products = tl.where(beyond, products, tl.dot(query, tl.trans(key), input_precision="ieee"))
+        else:
+            products = tl.dot(query, tl.trans(key), input_precision="ieee")
+        scores = finish_scores(products, scale, soft_cap, SOFT_CAP)
+        if ALIBI:
+            distance = positions[:, None] - keys[None, :]
+            if IN_CACHE:
+                distance = distance - tl.maximum(window_start - n_global, 0)[:, None]
+            else:
+                distance = tl.minimum(distance, ceiling)
+            scores = scores - slopes[:, None] * distance
+        scores = tl.where(present[None, :] & (keys[None, :] < window_start[:, None]), scores, float("-inf"))
+        top, total, acc = accumulate(scores, value, top, total, acc)
+    return top, total, acc
+
+
+@triton.jit
+def attend_window(
+    query,
+    positions,
+    slopes,
+    top,
+    total,
+    acc,
+    key_cache,
+    value_cache,
+    table,
+    begin,
+    end,
+    n_local,
+    scale,
+    soft_cap,
+    stride_block,
+    stride_slot,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PADDED_HEAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+):
+    """Keys begin .. end - 1 for the queries in whose window they are (`geometry.local_branch`).
+
+    MASKED: False where every query sees all of them, and they are whole tiles.
+    """
+    d = tl.arange(0, PADDED_HEAD)
+    for first in range(begin, end, KEYS):
+        keys = first + tl.arange(0, KEYS)
+        present = keys < end if MASKED else tl.full((KEYS,), True, tl.int1)
+        place = places(table, keys, present, stride_block, stride_slot, BLOCK_SIZE)
+        mask = present[:, None]
+        if HEAD_SIZE != PADDED_HEAD:
+            mask = mask & (d < HEAD_SIZE)[None, :]
+        key = tl.load(key_cache + place[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
+        value = tl.load(value_cache + place[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
+        scores = finish_scores(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, soft_cap, SOFT_CAP)
+        distance = positions[:, None] - keys[None, :]
+        if ALIBI:
+            scores = scores - slopes[:, None] * distance
+        if MASKED:
+            scores = tl.where(present[None, :] & (distance >= 0) & (distance < n_local), scores, float("-inf"))
+        top, total, acc = accumulate(scores, value, top, total, acc)
+    return top, total, acc
