@@ -358,7 +358,7 @@ def _block_scores_kernel(
     to = out + ((row * length + token) * (tl.num_programs(1) * GROUP) + head) * count
     key = tl.arange(0, BLOCKS * BLOCK)
     start = tl.program_id(0) // num_tiles * (STEPS * BLOCKS)
-    for step in range(STEPS):
+    for step in range(tl.minimum(STEPS, tl.cdiv(count - start, BLOCKS))):
         column = first + start + step * BLOCKS + key // BLOCK
         position = column * BLOCK + key % BLOCK
         visible = (position >= begin) & (position < end) & (column < first + count)
