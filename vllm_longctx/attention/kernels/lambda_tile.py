@@ -231,9 +231,7 @@ def attend_first(
         value = tl.load(value_cache + place[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
         if TURN_QUERIES:
             if TURN_KEYS:
-                turned_key = load_turned(
-                    key_cache + place[:, None], key, mask, key_cos, key_sin, keys, d, ROTARY_DIM, IS_NEOX
-                )
+                turned_key = load_turned(key_cache + place[:, None], key, mask, key_cos, key_sin, keys, d, ROTARY_DIM, IS_NEOX)
             else:
                 turned_key = key
             products = tl.dot(turned_query, tl.trans(turned_key), input_precision="ieee")
