@@ -70,11 +70,12 @@ def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
         signature, constants, attributes = {}, {}, {}
         for number, parameter in enumerate(self.params):
             value = given.get(parameter.name, parameter.default)
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            specialised = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
                 continue
             signature[parameter.name] = _type(value)
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            if specialised and (isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)):
                 attributes[(number,)] = [["tt.divisibility", 16]]
         source = ASTSource(self, signature, constants, attributes)
         compiled.append(_resources(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)))
@@ -166,6 +167,7 @@ CASES: dict[str, Callable[[], None]] = {
         ("head 80 float16", (F16, 32, 32, 80), {"rotary_dim": 32}),
         ("head 96 bfloat16", (BF16, 32, 32, 96), {}),
         ("head 64 bfloat16, group 7", (BF16, 14, 2, 64), {}),
+        ("MQA bfloat16, group 71", (BF16, 71, 1, 64), {}),
         ("head 32 float16", (F16, 8, 4, 32), {}),
         ("head 256 float32", (F32, 16, 8, 256), {}),
     )
