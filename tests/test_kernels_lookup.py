@@ -1,13 +1,7 @@
 """The Triton lookup against `retrieval`, which it must equal, and against dense float64. Without a GPU, interpreted."""
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
+import torch
 from torch import Tensor
 
 from vllm_longctx.attention import reference, retrieval

@@ -113,15 +113,18 @@ def top_k(query: Tensor, memories: Memories, k: int) -> Tensor:
 def best_blocks(query: Tensor, memories: Memories, k: int, share: float, least: int = SCANNED) -> Tensor:
     """As `top_k`, in the blocks with the highest bounds, which are chosen as in `retrieval.best_blocks`.
 
+    A memory of at most k keys is read whole.
+
     The bound of a block is step * (max q·code + |q|/2) with |.| for the sum of absolutes: no key of it has a higher product,
     up to the last bits of products. Codes are exact in every float type, so a query need not be coded.
     """
     group = query.shape[2] // memories.kv_heads
-    n, most = memories.num_columns, 2 * group * k
-    best = _best_blocks(query, memories, min(max(int(n * share), least), most, n), memories.summaries)
-    bs = memories.block_size
+    n, bs, most = memories.num_columns, memories.block_size, 2 * group * k
+    whole = cdiv(k, bs) + 1  # blocks of a memory of at most k keys
+    best = _best_blocks(query, memories, min(max(min(max(int(n * share), least), most), whole), n), memories.summaries)
     lengths = ((memories.ends + bs - 1) // bs - memories.begins // bs).clamp_min(0)
     counts = (lengths.double() * share).long().clamp_min(least).clamp_max(most).minimum(lengths)
+    counts = torch.where(memories.ends - memories.begins <= k, lengths, counts)
     return _best_keys(query, memories, _in_turn(_places(best), memories.kv_heads, counts), k)
 
 
@@ -169,7 +172,7 @@ def _block_scores(query: Tensor, memories: Memories, first: int, count: int, sum
     keys = memories.key_cache if summaries is None else summaries.codes
     steps = query if summaries is None else summaries.steps  # unused if None
     group = heads // kv_heads
-    tile = 16 if length * group <= 16 else 64
+    tile = 16 if length * group <= 16 or query.element_size() > 2 else 64
     d_pad = max(triton.next_power_of_2(d), 16)
     per_step, steps_of_program = max((128 if d_pad * query.element_size() <= 256 else 64) // bs, 1), 8
     out = torch.empty(rows, length, heads, count, dtype=torch.int64, device=query.device)
@@ -304,7 +307,8 @@ def _score(packed):
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+# What changes from step to step must not ask for another compilation.
+@triton.jit(do_not_specialize=["block_table", "begins", "ends", "length", "first", "count"])
 def _block_scores_kernel(
     query,
     keys,
@@ -382,7 +386,7 @@ def _block_scores_kernel(
         tl.store(to[:, None] + number[None, :], packed, mask=is_query[:, None] & (number < count)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table", "begins", "ends", "length", "num_columns"])
 def _key_scores_kernel(
     query,
     keys,
@@ -433,7 +437,7 @@ def _key_scores_kernel(
         tl.store(to + key, _pack(scores, tl.maximum(position, 0)), mask=is_key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table", "length", "num_best"])
 def _attend_kernel(
     best,
     values,

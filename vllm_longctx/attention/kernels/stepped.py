@@ -73,7 +73,8 @@ def stepped_attention(
     )
 
 
-@triton.jit
+# What changes from step to step must not ask for another compilation.
+@triton.jit(do_not_specialize=["rows", "block_table", "starts", "seq_lens", "query_start_loc"])
 def _stepped(
     query_ptr,
     key_cache,
