@@ -20,6 +20,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.sampling_params import SamplingParams
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
@@ -30,7 +31,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu import attn_utils
 
-from vllm_longctx import engine_args
+from vllm_longctx import engine_args, worker_cuda
 from vllm_longctx.attention import cuda, reference
 from vllm_longctx.attention.cuda import LambdaBackend, LambdaImpl, LambdaMetadata, LambdaMetadataBuilder
 from vllm_longctx.config import LongContextError
@@ -60,6 +61,7 @@ class Engine:
     geometry: Geometry = LAMBDA
     alibi: bool = False
     device: torch.device = CPU
+    kv_cache_dtype: str = "auto"
     texts: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     computed: dict[str, int] = field(default_factory=dict)
     tables: dict[str, list[int]] = field(default_factory=dict)
@@ -69,7 +71,7 @@ class Engine:
         if self.rotary is not None:
             self.rotary.to(self.device)
         slopes = alibi_slopes(HEADS).tolist() if self.alibi else None
-        self.impl = LambdaImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, slopes)
+        self.impl = LambdaImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, slopes, kv_cache_dtype=self.kv_cache_dtype)
         self.impl.take_over(self.geometry, self.rotary, self.device)
         config = SimpleNamespace(
             compilation_config=SimpleNamespace(static_forward_context={"layer": SimpleNamespace(impl=self.impl)}),
@@ -85,7 +87,10 @@ class Engine:
         self.table = torch.zeros(MAX_SEQS, MAX_LEN // BLOCK_SIZE, **ints)
         num_blocks = 1 + len(self.texts) * MAX_LEN // BLOCK_SIZE
         # What nobody wrote is NaN, as are freed blocks and the null block: whoever reads them shows it.
-        self.cache = torch.full((num_blocks, KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE), torch.nan, device=self.device)
+        self.nan = torch.nan if self.kv_cache_dtype == "auto" else 0x7F  # float8's
+        dtype = torch.float32 if self.kv_cache_dtype == "auto" else torch.uint8
+        shape = num_blocks, KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE
+        self.cache = torch.full(shape, self.nan, dtype=dtype, device=self.device)
         self.free = list(range(1, num_blocks))
         self.computed, self.tables = dict.fromkeys(self.texts, 0), {name: [] for name in self.texts}
 
@@ -159,7 +164,7 @@ class Engine:
             first_blocks = -(-self.geometry.n_global // BLOCK_SIZE)
             end = max(self.computed[name] - self.geometry.n_local + 1, 0) // BLOCK_SIZE
             for block in range(first_blocks, end):
-                self.cache[self.tables[name][block]] = torch.nan
+                self.cache[self.tables[name][block]] = self.nan
                 self.tables[name][block] = 0
 
     def expected(self, name: str, new: int) -> Tensor:
@@ -183,6 +188,8 @@ def stock_cache_update(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def reshape_and_cache_flash(key, value, key_cache, value_cache, slots, kv_cache_dtype, k_scale, v_scale) -> None:
         real = slots >= 0
+        if kv_cache_dtype == "fp8":
+            key, value = (t.to(torch.float8_e4m3fn).view(torch.uint8) for t in (key, value))
         block, offset = slots[real] // BLOCK_SIZE, slots[real] % BLOCK_SIZE
         key_cache[block, offset], value_cache[block, offset] = key[: len(slots)][real], value[: len(slots)][real]
 
@@ -211,6 +218,33 @@ def test_steps_of_two_requests_attend_as_the_reference(geometry: Geometry, alibi
         check({"b": 1, "a": 1})
         check({"b": 1, "a": 1}, replay=graph, rows=3)
     check({"a": 1}, replay=graph, rows=3)
+
+
+@pytest.mark.usefixtures("stock_cache_update", "one_thread")
+def test_a_float8_cache_is_read_as_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a float32 cache of the same, already rounded, keys and values."""
+    texts = {"a": text(60)}
+    rounded, fp8 = Engine(texts=texts), Engine(texts=texts, kv_cache_dtype="fp8")
+    monkeypatch.setattr(current_platform, "fp8_dtype", lambda: torch.float8_e4m3fn, raising=False)
+    update = rounded.impl.do_kv_cache_update
+
+    def update_rounded(layer: Any, key: Tensor, value: Tensor, *args: Any) -> None:
+        update(layer, *(t.to(torch.float8_e4m3fn).float() for t in (key, value)), *args)
+
+    monkeypatch.setattr(rounded.impl, "do_kv_cache_update", update_rounded)
+    for tokens in (50, 1):
+        torch.testing.assert_close(fp8.step({"a": tokens}), rounded.step({"a": tokens}))
+    assert not torch.allclose(rounded.step({"a": 1})["a"].double(), rounded.expected("a", 1), atol=1e-4)
+
+
+def test_the_worker_takes_over_once_the_weights_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(worker_cuda.Worker, "load_model", lambda self, **kwargs: done.append(kwargs))
+    monkeypatch.setattr(worker_cuda, "take_over_attention", lambda *args: done.append(args))
+    worker = object.__new__(resolve_obj_by_qualname(engine_args.CUDA_WORKER))
+    worker.model_runner, worker.vllm_config, worker.device = SimpleNamespace(get_model=lambda: "model"), "config", CPU
+    worker.load_model(load_dummy_weights=False)
+    assert done == [{"load_dummy_weights": False}, ("model", "config", CPU)]
 
 
 @pytest.mark.parametrize("geometry", [LAMBDA, Geometry(5, 24, None, "in_cache")], ids=["relative", "in_cache"])

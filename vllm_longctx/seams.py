@@ -66,7 +66,7 @@ SEAMS = [
     ),
     Seam(
         "Attention.impl, Attention.attn_backend and the rotary_emb beside it (replaced after loading)",
-        "worker.py",
+        "layers.py, worker.py, worker_cuda.py",
         "choose the backend per layer and per engine, and know the rotation of each layer's queries",
         _has("vllm.model_executor.layers.attention:Attention", "get_attn_backend", "get_kv_cache_spec"),
         "0002-attention-backend-per-layer.diff",
