@@ -92,6 +92,10 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     if worker == CUDA_WORKER:
         check_ready_on_cuda(config)
         _choose_cuda_backend(args)
+        if config.attention.method == "focused":
+            if args.async_scheduling:
+                raise LongContextError("async_scheduling does not go with attention.method focused yet; leave it out")
+            args.async_scheduling = False
     args.worker_cls, args.scheduler_cls = worker, scheduler
     if config.adaptation is not None:
         adaptation = _with_slots(args, _with_recommended(config.adaptation, args.model))
@@ -132,14 +136,14 @@ def check_ready_on_cuda(config: LongContextConfig) -> None:
     """Raises LongContextError for a method that runs on the CPU only so far."""
     missing = {
         "adaptation (Temp-LoRA)": config.adaptation is not None,
-        "attention.method focused": config.attention.method == "focused",
-        "attention.top_k": config.slides and config.attention.top_k is not None,
+        "attention.memory_limit_gib": config.attention.memory_limit_gib is not None,
+        "attention.top_k with method lm_infinite": config.slides and config.attention.top_k is not None,
     }
     for method, asked in missing.items():
         if asked:
             raise LongContextError(
                 f"{method} does not run on CUDA yet; leave it out, or run on vLLM's CPU platform. On CUDA there are "
-                "attention.method lm_infinite and streaming"
+                "attention.method lm_infinite, streaming and focused"
             )
 
 
@@ -237,6 +241,8 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     if config.attention.remembers:
         check_memory(vllm_config)
+        if current_platform.is_cuda():
+            _check_focused_on_cuda(config, vllm_config)
     config = config.for_model(
         trained_length(model),
         vllm_config.cache_config.block_size,
@@ -348,6 +354,20 @@ def check_settings(vllm_config: VllmConfig) -> None:
         from vllm_longctx.attention.cuda import MIN_FP8_CAPABILITY
 
         _check_capability(MIN_FP8_CAPABILITY, f"kv_cache_dtype = {cache.cache_dtype!r}", "leave kv_cache_dtype at 'auto'")
+
+
+def _check_focused_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -> None:
+    cache, looks_up = vllm_config.cache_config, config.attention.lookup not in (None, "all")
+    refused = {
+        "the Model Runner V1 is chosen; leave VLLM_USE_V2_MODEL_RUNNER out": not vllm_config.use_v2_model_runner,
+        f"kv_cache_dtype = {cache.cache_dtype!r}; leave it at 'auto'": cache.cache_dtype != "auto",
+        f"block_size = {cache.block_size}; with attention.lookup give a power of two": (
+            looks_up and cache.block_size & (cache.block_size - 1) != 0
+        ),
+    }
+    for setting, holds in refused.items():
+        if holds:
+            raise LongContextError(f"attention.method focused does not run on CUDA with this setting: {setting}")
 
 
 def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> None:

@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_longctx.attention.cuda import LambdaBackend, LambdaImpl
 from vllm_longctx.attention.cuda_focused import LookupBackend, SteppedBackend, SteppedImpl, pool_beside_lookups
-from vllm_longctx.attention.focused import Lookup
+from vllm_longctx.attention.memory import Lookup
 from vllm_longctx.config import LongContextConfig, active_config
 from vllm_longctx.focused.worker_cuda import FocusedCUDARunner
 from vllm_longctx.geometry import Geometry

@@ -24,9 +24,9 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_longctx.attention.cuda import LambdaBackend, LambdaImpl
-from vllm_longctx.attention.focused import ClosedWindow, Lookup
 from vllm_longctx.attention.kernels.lookup import WORKSPACE, Memories, Summaries, attend_best
 from vllm_longctx.attention.kernels.stepped import stepped_attention
+from vllm_longctx.attention.memory import ClosedWindow, Lookup
 from vllm_longctx.rotary import Rotary
 
 
@@ -169,7 +169,13 @@ class SteppedImpl(LambdaImpl):
             for part in m.lookups:
                 rows = len(part.ends)
                 memories = Memories(
-                    key_cache, value_cache, part.block_table, torch.zeros_like(part.ends), part.ends, part.longest, self.summaries
+                    key_cache,
+                    value_cache,
+                    part.block_table,
+                    torch.zeros_like(part.ends),
+                    part.ends,
+                    part.longest,
+                    self.summaries,
                 )
                 queries = query[part.tokens].unflatten(0, (rows, -1))
                 best = attend_best(queries, memories, self.lookup.top_k, self.scale, self.lookup.share)

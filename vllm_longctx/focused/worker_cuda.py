@@ -15,12 +15,11 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_longctx.attention.cuda_focused import SteppedImpl, SteppedMetadataBuilder, remember
-from vllm_longctx.attention.focused import ClosedWindow, covering
+from vllm_longctx.attention.memory import ClosedWindow, covering
 from vllm_longctx.config import active_config
 from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow
 from vllm_longctx.kv_cache import MemorySpec
 from vllm_longctx.rotary import Rotary
-
 
 FIRST = RequestWindow(0, None)  # of requests that vLLM makes up to warm its kernels
 

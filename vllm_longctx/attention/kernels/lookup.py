@@ -8,6 +8,8 @@ the memory and the number of queries, and nothing is read back to the host.
 Scores and places are packed in one int64 as in `retrieval`, so equal products go to the earlier key here too.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -96,7 +98,7 @@ def attend_best(query: Tensor, memories: Memories, k: int, scale: float, share: 
     lse = torch.empty(rows, length, heads, dtype=torch.float32, device=query.device)
     for of_rows, tokens in _tiles(query, memories, k):
         part, q = memories.rows(of_rows), query[of_rows, tokens]
-        best = top_k(q, part, k) if share is None else best_blocks(q, part, k, share)
+        best = top_k(q, part, k) if share is None else best_blocks(q, part, k, share, SCANNED)
         _attend(best, part, scale, output[of_rows, tokens], lse[of_rows, tokens])
     return output, lse
 
@@ -110,7 +112,7 @@ def top_k(query: Tensor, memories: Memories, k: int) -> Tensor:
     return _best_keys(query, memories, _places(best), k)
 
 
-def best_blocks(query: Tensor, memories: Memories, k: int, share: float, least: int = SCANNED) -> Tensor:
+def best_blocks(query: Tensor, memories: Memories, k: int, share: float, least: int) -> Tensor:
     """As `top_k`, in the blocks with the highest bounds, which are chosen as in `retrieval.best_blocks`.
 
     A memory of at most k keys is read whole.
