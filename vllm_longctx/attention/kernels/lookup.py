@@ -341,7 +341,7 @@ def _block_scores_kernel(
 ):
     """TILE queries (of a KV head's heads) with STEPS times BLOCKS blocks. Tiles of queries that share keys run side by side."""
     num_tiles = tl.cdiv(length * GROUP, TILE)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     of_tile = tl.program_id(0) % num_tiles * TILE + tl.arange(0, TILE)
     token = of_tile // GROUP
@@ -417,7 +417,7 @@ def _key_scores_kernel(
     which = tl.program_id(0).to(tl.int64)
     row, token = which // length, which % length
     first_head = tl.program_id(1) * SHARING
-    kv_head = first_head // GROUP
+    kv_head = (first_head // GROUP).to(tl.int64)
     num_heads = tl.num_programs(1) * SHARING
     key = tl.program_id(2) * KEYS + tl.arange(0, KEYS)
     is_key = key < num_columns * BLOCK
@@ -467,6 +467,7 @@ def _attend_kernel(
     which = tl.program_id(0).to(tl.int64)
     row, token, head = which // length, which % length, tl.program_id(1)
     mine = best + (which * tl.num_programs(1) + head) * num_best
+    values += (head // GROUP).to(tl.int64) * value_head
     dims = tl.arange(0, D_PAD)
     highest = tl.maximum(_score(tl.load(mine)) * scale, -3.4e38)  # finite without keys too
     total = 0.0
@@ -480,9 +481,7 @@ def _attend_kernel(
         weights = tl.exp(scores - highest)
         block = tl.load(block_table + row * table_row + position // BLOCK, mask=there, other=0).to(tl.int64)
         v = tl.load(
-            values
-            + (block * value_block + position % BLOCK * value_token + head // GROUP * value_head)[:, None]
-            + dims[None, :],
+            values + (block * value_block + position % BLOCK * value_token)[:, None] + dims[None, :],
             mask=there[:, None] & (dims[None, :] < D),
             other=0.0,
         ).to(tl.float32)
