@@ -97,6 +97,7 @@ class Engine:
             "device": torch.device("cpu"),
             "attn_groups": self.attn_groups,
             "kv_cache_config": self.kv_cache_config,
+            "block_tables": SimpleNamespace(input_block_tables=list(self.tables)),
             "model": self.layers,
             "model_state": state,
             "input_buffers": SimpleNamespace(positions=torch.zeros(64, dtype=torch.int64)),
@@ -183,7 +184,7 @@ def test_windows_become_memory(attention: dict[str, Any], tiny: Path, monkeypatc
     graphs = AttentionCGSupport.NEVER if attention else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     assert engine.support.min_cg_support == graphs
     # Windows of a begin at 0, 12, 20, 32; those of b at 0, 12.
-    steps = [{"a": 12}, {"b": 9, "a": 8}, *[{"b": 1, "a": n} for n in (9, 2, 1, 1)]]
+    steps = [{"a": 12}, {"b": 9, "a": 8}, *[{"b": 1, "a": n} for n in (11, 1, 1, 1)]]
     for tokens in steps:
         for name, outputs in engine.step(tokens).items():
             for layer, output in enumerate(outputs):

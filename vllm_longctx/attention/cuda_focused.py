@@ -134,6 +134,23 @@ class SteppedImpl(LambdaImpl):
         if self.lookup is not None and self.lookup.share is not None:
             self.summaries = Summaries.like(self._caches(kv_cache)[0])
 
+    def warm_up(self, kv_cache: Tensor, block_table: Tensor) -> None:
+        """Compile what lookups need before a request waits for it. block_table [rows, columns]: vLLM's own, by its strides."""
+        assert self.lookup is not None
+        key_cache, value_cache = self._caches(kv_cache)
+        for length in (1, 16 // (self.num_heads // self.num_kv_heads) + 1):  # tiles of queries have two sizes
+            zeros, ones = (torch.full((2,), n, dtype=torch.int32, device=kv_cache.device) for n in (0, 1))
+            memories = Memories(key_cache, value_cache, block_table[:1], zeros[:1], ones[:1], 1, self.summaries)
+            query = torch.zeros(length, self.num_heads, self.head_size, dtype=key_cache.dtype, device=kv_cache.device)
+            best = attend_best(query[None], memories, self.lookup.top_k, self.scale, self.lookup.share)
+            ends = ones * length
+            starts = torch.stack((zeros[0], ends[0]))
+            branch = best[0][0], best[1][0]
+            out = torch.empty_like(query)
+            stepped_attention(
+                query, key_cache, value_cache, block_table[:1], zeros, ends[:1], starts, length, self.scale, out, branch
+            )
+
     def summarise(self, kv_cache: Tensor, window: ClosedWindow) -> None:
         """After `remember`: a closed window's blocks can be looked up."""
         if self.summaries is None:

@@ -57,9 +57,14 @@ class FocusedCUDARunner(GPUModelRunner):
         self.window_starts = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device)
         for builder in self._builders():
             builder.starts = self.window_starts
-        for layer in self.compilation_config.static_forward_context.values():
-            if isinstance(layer.impl, SteppedImpl):
+        tables = self.block_tables.input_block_tables
+        for table, group in zip(tables, self.kv_cache_config.kv_cache_groups, strict=True):
+            layers = [self.compilation_config.static_forward_context[name] for name in group.layer_names]
+            looking = [layer for layer in layers if isinstance(layer.impl, SteppedImpl) and layer.impl.lookup is not None]
+            for layer in looking:
                 layer.impl.look_into(layer.kv_cache)
+            if looking:
+                looking[0].impl.warm_up(looking[0].kv_cache, table)
 
     def prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         batch = super().prepare_inputs(scheduler_output, *args, **kwargs)

@@ -8,8 +8,6 @@ the memory and the number of queries, and nothing is read back to the host.
 Scores and places are packed in one int64 as in `retrieval`, so equal products go to the earlier key here too.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -96,7 +94,8 @@ def attend_best(query: Tensor, memories: Memories, k: int, scale: float, share: 
     rows, length, heads, d = query.shape
     output = torch.empty(rows, length, heads, d, dtype=torch.float32, device=query.device)
     lse = torch.empty(rows, length, heads, dtype=torch.float32, device=query.device)
-    for of_rows, tokens in _tiles(query, memories, k):
+    blocks = min(k, memories.num_columns) if share is None else _most_blocks(query, memories, k, share, SCANNED)
+    for of_rows, tokens in _tiles(query, blocks * memories.block_size):
         part, q = memories.rows(of_rows), query[of_rows, tokens]
         best = top_k(q, part, k) if share is None else best_blocks(q, part, k, share, SCANNED)
         _attend(best, part, scale, output[of_rows, tokens], lse[of_rows, tokens])
@@ -121,11 +120,10 @@ def best_blocks(query: Tensor, memories: Memories, k: int, share: float, least: 
     up to the last bits of products. Codes are exact in every float type, so a query need not be coded.
     """
     group = query.shape[2] // memories.kv_heads
-    n, bs, most = memories.num_columns, memories.block_size, 2 * group * k
-    whole = cdiv(k, bs) + 1  # blocks of a memory of at most k keys
-    best = _best_blocks(query, memories, min(max(min(max(int(n * share), least), most), whole), n), memories.summaries)
+    bs = memories.block_size
+    best = _best_blocks(query, memories, _most_blocks(query, memories, k, share, least), memories.summaries)
     lengths = ((memories.ends + bs - 1) // bs - memories.begins // bs).clamp_min(0)
-    counts = (lengths.double() * share).long().clamp_min(least).clamp_max(most).minimum(lengths)
+    counts = (lengths.double() * share).long().clamp_min(least).clamp_max(2 * group * k).minimum(lengths)
     counts = torch.where(memories.ends - memories.begins <= k, lengths, counts)
     return _best_keys(query, memories, _in_turn(_places(best), memories.kv_heads, counts), k)
 
@@ -143,10 +141,17 @@ def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(a[0].float() * weight_a, b[0].float(), weight_b)
 
 
-def _tiles(query: Tensor, memories: Memories, k: int) -> Iterator[tuple[slice, slice]]:
-    """Rows and tokens whose chosen blocks' keys fit into the workspace together."""
+def _most_blocks(query: Tensor, memories: Memories, k: int, share: float, least: int) -> int:
+    """The host's upper bound of the blocks that `best_blocks` chooses."""
+    n, group = memories.num_columns, query.shape[2] // memories.kv_heads
+    whole = cdiv(k, memories.block_size) + 1  # of a memory of at most k keys
+    return min(max(min(max(int(n * share), least), 2 * group * k), whole), n)
+
+
+def _tiles(query: Tensor, keys: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and tokens that fit into the workspace together, with so many keys scored singly for each head."""
     rows, length, heads, _ = query.shape
-    per_tile = max(1, WORKSPACE // (heads * k * memories.block_size))
+    per_tile = max(1, WORKSPACE // (heads * keys))
     tokens = min(length, per_tile, QUERY_TILE)
     at_once = max(1, per_tile // tokens)
     for row in range(0, rows, at_once):

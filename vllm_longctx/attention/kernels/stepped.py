@@ -4,8 +4,6 @@ Each row of a batch sees the keys since the start of its window, through the req
 The online softmax begins where the other branch ended, so merging costs no pass of its own.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-
 import triton
 import triton.language as tl
 from torch import Tensor
