@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cuda import SCALE, SelfAttention, gpu, stock_cache_update  # noqa: F401 (fixtures)
+from test_cuda import SCALE, gpu, stock_cache_update  # noqa: F401 (fixtures)
 from test_engine_args import TINY, create, save
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
@@ -22,9 +24,9 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_longctx.attention import reference
 from vllm_longctx.attention.cuda_focused import pool_beside_lookups, remember
-from vllm_longctx.attention.kernels.lookup import WORKSPACE
+from vllm_longctx.attention.kernels.lookup import WORKSPACE, Summaries
 from vllm_longctx.attention.memory import ClosedWindow, Lookup
-from vllm_longctx.config import LongContextError
+from vllm_longctx.config import LongContextError, active_config
 from vllm_longctx.engine_args import FOCUSED_SCHEDULER
 from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow
 from vllm_longctx.focused.worker_cuda import FocusedCUDARunner
@@ -35,7 +37,7 @@ from vllm_longctx.worker_cuda import take_over_attention
 
 BLOCK_SIZE, WINDOWS = 16, SteppedWindows(tokens=12, last_tokens=11)
 FOCUSED = {"method": "focused", "n_local": 12, "last_context_length": 11, "mem_layers": [1], "mem_dtype": "float32"}
-LOOKUPS: list[dict[str, Any]] = [{}, {"lookup": "top_k", "top_k": 3}, {"lookup": "blocks", "top_k": 3}]
+LOOKUPS: list[dict[str, Any]] = [{"mem_positionals": False}, {"lookup": "top_k", "top_k": 3}, {"lookup": "blocks", "top_k": 3}]
 
 
 @pytest.fixture
@@ -45,6 +47,23 @@ def tiny(tmp_path: Path) -> Path:
 
 def configure(model: Path, attention: dict[str, Any], **kwargs: Any) -> VllmConfig:
     return create(model, {"longctx": {"attention": {**FOCUSED, **attention}}}, max_num_seqs=4, **kwargs)
+
+
+class SelfAttention(nn.Module):
+    """As vLLM's decoder layers have it: a rotary module beside the attention."""
+
+    def __init__(self, config: VllmConfig, prefix: str):
+        super().__init__()
+        model = config.model_config
+        self.heads = model.get_num_attention_heads(config.parallel_config), model.get_num_kv_heads(config.parallel_config)
+        self.head_size = model.get_head_size()
+        self.rotary_emb = get_rope(self.head_size, 512, True, model.hf_config.rope_parameters, torch.float32)
+        heads, kv_heads = self.heads
+        self.attn = Attention(heads, self.head_size, SCALE, kv_heads, cache_config=config.cache_config, prefix=f"{prefix}.attn")
+
+    def forward(self, positions: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = self.rotary_emb(positions, q.flatten(1), k.flatten(1))
+        return self.attn(q, k, v.flatten(1)).unflatten(1, (-1, self.head_size))
 
 
 class Engine:
@@ -71,6 +90,8 @@ class Engine:
         groups = get_kv_cache_groups(config, specs)
         self.kv_cache_config = get_kv_cache_config_from_groups(config, groups, available_memory=1 << 24)
         self.attn_groups, self.support, sizes = attn_utils.init_attn_backend(self.kv_cache_config, config, torch.device("cpu"))
+        by_group = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+        self.memory_group = [isinstance(spec, MemorySpec) for spec in by_group].index(True)
         context = config.compilation_config.static_forward_context
         attn_utils.init_kv_cache(
             context,
@@ -171,17 +192,20 @@ class Engine:
         if layer == 1:
             sees.append(memory_branch(queries, keys, start, best))
         margins: list[float] = []
-        rotary = Rotary(q.shape[2], q.shape[2], True, inverse_frequencies(q.shape[2], {"rope_theta": 10000.0}))
+        rotary = None
+        if layer == 0 or active_config(self.config).attention.mem_positionals:
+            rotary = Rotary(q.shape[2], q.shape[2], True, inverse_frequencies(q.shape[2], {"rope_theta": 10000.0}))
         return reference.attention(q[-new:], k, v, sees, SCALE, rotary, margins=margins), min(margins, default=1.0)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
 @pytest.mark.usefixtures("gpu", "stock_cache_update", "one_thread")
 @pytest.mark.parametrize("attention", LOOKUPS, ids=["all", "top_k", "blocks"])
 def test_windows_become_memory(attention: dict[str, Any], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two prompts of different lengths in chunks, one beside the other's decodes; both write past their last window."""
     config = configure(tiny, attention, block_size=BLOCK_SIZE, dtype="float32", max_num_batched_tokens=64)
     engine = Engine(config, monkeypatch, {"a": 31, "b": 9}, 45)
-    graphs = AttentionCGSupport.NEVER if attention else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    graphs = AttentionCGSupport.NEVER if "lookup" in attention else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     assert engine.support.min_cg_support == graphs
     # Windows of a begin at 0, 12, 20, 32; those of b at 0, 12.
     steps = [{"a": 12}, {"b": 9, "a": 8}, *[{"b": 1, "a": n} for n in (11, 1, 1, 1)]]
@@ -192,6 +216,17 @@ def test_windows_become_memory(attention: dict[str, Any], tiny: Path, monkeypatc
                 assert margin > 1e-5
                 torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
     assert engine.open == {"a": 32, "b": 12}
+    if attention.get("lookup") != "blocks":
+        return
+    layer = engine.layers[1].attn
+    kept, keys = layer.impl.summaries, layer.impl._caches(layer.kv_cache)[0]
+    for row, closed in enumerate(engine.open.values()):
+        filled = (closed - torch.arange(0, closed, BLOCK_SIZE)).clamp_max(BLOCK_SIZE)
+        blocks = engine.tables[engine.memory_group][row, : len(filled)].long()
+        anew = Summaries.like(keys)
+        anew.summarise(keys, blocks, filled)
+        assert anew.steps[blocks].all()
+        assert torch.equal(kept.codes[blocks], anew.codes[blocks]) and torch.equal(kept.steps[blocks], anew.steps[blocks])
 
 
 @pytest.mark.parametrize(("mem_dtype", "turned"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
