@@ -166,9 +166,8 @@ def _best_blocks(query: Tensor, memories: Memories, count: int, summaries: Summa
     span = max(count, WORKSPACE // (rows * length * heads))
     best = torch.empty(rows, length, heads, 0, dtype=torch.int64, device=query.device)
     for first in range(0, n, span):
-        found = _block_scores(query, memories, first, min(span, n - first), summaries)
-        best = torch.cat((best, _highest(found, count)), -1) if first else _highest(found, count)
-        best = _highest(best, count) if first else best
+        found = _highest(_block_scores(query, memories, first, min(span, n - first), summaries), count)
+        best = _highest(torch.cat((best, found), -1), count) if first else found
     return best
 
 
@@ -278,7 +277,7 @@ def _in_turn(columns: Tensor, kv_heads: int, counts: Tensor) -> Tensor:
     is_new = torch.ones_like(ranked, dtype=torch.bool)
     is_new[..., 1:] = (ranked // never).diff() != 0
     turns = (ranked % never).masked_fill(~is_new, never).topk(n, largest=False).values
-    chosen = order.gather(-1, turns.clamp_max(never - 1)) if n else order
+    chosen = order.gather(-1, turns.clamp_max(never - 1))
     unwanted = torch.arange(n, device=order.device) >= counts[:, None, None, None]
     return chosen.masked_fill(unwanted | (turns == never), -1)
 
