@@ -216,6 +216,12 @@ def test_windows_become_memory(attention: dict[str, Any], tiny: Path, monkeypatc
                 assert margin > 1e-5
                 torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
     assert engine.open == {"a": 32, "b": 12}
+    if "lookup" not in attention:  # a CUDA graph of decodes replays over what each step writes in place
+        (builder,) = engine.runner._builders()
+        names = ("block_table_tensor", "seq_lens", "query_start_loc")
+        m: Any = SimpleNamespace(num_reqs=2, num_actual_tokens=2, max_query_len=1, **{n: torch.zeros(3) for n in names})
+        assert builder.build(0, m).starts.data_ptr() == engine.runner.window_starts.data_ptr()
+        assert engine.runner.window_starts.tolist() == [12, 32, 0, 0]
     if attention.get("lookup") != "blocks":
         return
     layer = engine.layers[1].attn
@@ -284,6 +290,12 @@ def test_vllms_own_warm_up_steps_have_no_windows(monkeypatch: pytest.MonkeyPatch
         ({"memory_limit_gib": 1}, {}, True, "attention.memory_limit_gib does not run on CUDA yet; leave it out"),
         ({}, {"async_scheduling": True}, True, "async_scheduling does not go with attention.method focused yet; leave it out"),
         ({}, {"kv_cache_dtype": "fp8"}, True, "not run on CUDA with this setting: kv_cache_dtype = 'fp8'; leave it at 'auto'"),
+        (
+            {},
+            {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"},
+            True,
+            "with this setting: microbatches are on; leave enable_dbo and ubatch_size out",
+        ),
         ({}, {}, False, "with this setting: the Model Runner V1 is chosen; leave VLLM_USE_V2_MODEL_RUNNER out"),
         (LOOKUPS[1], {"block_size": 48}, True, "setting: block_size = 48; with attention.lookup give a power of two"),
     ],

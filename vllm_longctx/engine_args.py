@@ -361,6 +361,7 @@ def _check_focused_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -
     refused = {
         "the Model Runner V1 is chosen; leave VLLM_USE_V2_MODEL_RUNNER out": not vllm_config.use_v2_model_runner,
         f"kv_cache_dtype = {cache.cache_dtype!r}; leave it at 'auto'": cache.cache_dtype != "auto",
+        "microbatches are on; leave enable_dbo and ubatch_size out": vllm_config.parallel_config.use_ubatching,
         f"block_size = {cache.block_size}; with attention.lookup give a power of two": (
             looks_up and cache.block_size & (cache.block_size - 1) != 0
         ),
