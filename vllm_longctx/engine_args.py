@@ -97,12 +97,12 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     if on_cuda:
         check_ready_on_cuda(config)
         _choose_cuda_backend(args)
+        if config.adaptation is not None or config.attention.method == "focused":
+            _schedule_behind_the_device(args, config)
     args.worker_cls, args.scheduler_cls = worker, scheduler
     if config.adaptation is not None:
         adaptation = _with_slots(args, _with_recommended(config.adaptation, args.model))
         config = config.model_copy(update={"adaptation": adaptation})
-        if on_cuda:
-            _schedule_behind_the_device(args)
     args.block_size = args.block_size or DEFAULT_BLOCK_SIZE
     if args.max_model_len in (None, -1):
         # A memory grows with the text: vLLM finds out what fits into its pool.
@@ -140,21 +140,22 @@ def check_ready_on_cuda(config: LongContextConfig) -> None:
     missing = {
         "adaptation with attention.method none (presets temp-lora-quality and temp-lora-economic, kv_policy reuse and "
         "recompute)": config.adaptation is not None and not config.slides,
-        "attention.method focused": config.attention.method == "focused",
-        "attention.top_k": config.slides and config.attention.top_k is not None,
+        "attention.memory_limit_gib": config.attention.memory_limit_gib is not None,
+        "attention.top_k with method lm_infinite": config.slides and config.attention.top_k is not None,
     }
     for method, asked in missing.items():
         if asked:
             raise LongContextError(
                 f"{method} does not run on CUDA yet; leave it out, or run on vLLM's CPU platform. On CUDA there are "
-                "attention.method lm_infinite and streaming"
+                "attention.method lm_infinite, streaming and focused"
             )
 
 
-def _schedule_behind_the_device(args: EngineArgs) -> None:
-    """Each step with the one before done: a slot must not be given back while a worker may still have to read it."""
+def _schedule_behind_the_device(args: EngineArgs, config: LongContextConfig) -> None:
+    """Each step with the one before done: a slot must not be given back, nor a window closed, under a step that reads it."""
     if args.async_scheduling:
-        raise LongContextError("async_scheduling = True does not go with adaptation (Temp-LoRA); leave it out")
+        method = "attention.method focused" if config.adaptation is None else "adaptation (Temp-LoRA)"
+        raise LongContextError(f"async_scheduling = True does not go with {method}; leave it out")
     args.async_scheduling = False
 
 
@@ -252,6 +253,8 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     if config.attention.remembers:
         check_memory(vllm_config)
+        if current_platform.is_cuda():
+            _check_focused_on_cuda(config, vllm_config)
     config = config.for_model(
         trained_length(model),
         vllm_config.cache_config.block_size,
@@ -363,6 +366,21 @@ def check_settings(vllm_config: VllmConfig) -> None:
         from vllm_longctx.attention.cuda import MIN_FP8_CAPABILITY
 
         _check_capability(MIN_FP8_CAPABILITY, f"kv_cache_dtype = {cache.cache_dtype!r}", "leave kv_cache_dtype at 'auto'")
+
+
+def _check_focused_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -> None:
+    cache, looks_up = vllm_config.cache_config, config.attention.lookup not in (None, "all")
+    refused = {
+        "the Model Runner V1 is chosen; leave VLLM_USE_V2_MODEL_RUNNER out": not vllm_config.use_v2_model_runner,
+        f"kv_cache_dtype = {cache.cache_dtype!r}; leave it at 'auto'": cache.cache_dtype != "auto",
+        "microbatches are on; leave enable_dbo and ubatch_size out": vllm_config.parallel_config.use_ubatching,
+        f"block_size = {cache.block_size}; with attention.lookup give a power of two": (
+            looks_up and cache.block_size & (cache.block_size - 1) != 0
+        ),
+    }
+    for setting, holds in refused.items():
+        if holds:
+            raise LongContextError(f"attention.method focused does not run on CUDA with this setting: {setting}")
 
 
 def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> None:

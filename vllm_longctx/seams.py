@@ -173,8 +173,10 @@ SEAMS = [
     Seam(
         "CPUWorker.model_runner, Worker._make_model_runner (the runner's class replaced); GPUModelRunner.load_lora_model, "
         "_prepare_inputs, _get_prompt_logprobs_dict (overridden), input_batch.token_ids_cpu (changed while ids are gathered), "
-        "positions (changed)",
-        "worker.py, adaptation/lora.py, adaptation/worker.py, adaptation/worker_cuda.py, focused/worker.py",
+        "positions (changed); on CUDA GPUModelRunner.prepare_inputs, prepare_attn, DefaultModelState.prepare_inputs, "
+        "prepare_dummy_inputs (overridden)",
+        "worker.py, worker_cuda.py, adaptation/lora.py, adaptation/worker.py, adaptation/worker_cuda.py, focused/worker.py, "
+        "focused/worker_cuda.py",
         "put the first tokens before a window, keep prompt log-probabilities of the first pass, manage adapters in memory, "
         "count positions from a window",
         _all(
@@ -187,6 +189,8 @@ SEAMS = [
             _has("vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin", "load_lora_model"),
             _has("vllm.v1.worker.gpu_worker:Worker", "_make_model_runner"),
             _sets("vllm.v1.worker.gpu_input_batch:InputBatch", "token_ids_cpu"),
+            _has("vllm.v1.worker.gpu.model_runner:GPUModelRunner", "prepare_inputs", "prepare_attn"),
+            _has("vllm.v1.worker.gpu.model_states.default:DefaultModelState", "prepare_inputs", "prepare_dummy_inputs"),
         ),
         "0014-model-runner-of-plugins.diff",
     ),

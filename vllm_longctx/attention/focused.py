@@ -21,32 +21,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_longctx.attention.branches import additive, attend
+from vllm_longctx.attention.memory import ClosedWindow, Lookup, covering
 from vllm_longctx.attention.retrieval import Codes, Memory, Pages, attend_best
 from vllm_longctx.attention.scratch import as_kernel_cache, packed_order, unpack
 from vllm_longctx.attention.selection import cdiv
 from vllm_longctx.attention.stepped import PassRow, from_blocks
 from vllm_longctx.rotary import Rotary
-
-
-@dataclass(frozen=True)
-class Lookup:
-    """A query attends to the memory's best top_k keys. share: of the blocks that are read for that; None for exactly these."""
-
-    top_k: int
-    share: float | None
-
-
-@dataclass(frozen=True)
-class ClosedWindow:
-    """Tokens of a request that become memory: positions start .. end - 1. blocks [n]: from the one that holds `start` on.
-
-    origin: the position from which their rotation is counted.
-    """
-
-    origin: int
-    start: int
-    end: int
-    blocks: Tensor
 
 
 @dataclass(frozen=True)
@@ -179,8 +159,3 @@ def remember(cache: Tensor, window: ClosedWindow, rotary: Rotary | None, mem_dty
     entries = torch.arange(skip, skip + length)
     slots = window.blocks[entries // block_size].long() * block_size + entries % block_size
     ops.cpu_attn_reshape_and_cache(keys, values, *as_kernel_cache(cache).chunk(2, dim=2), slots, isa)
-
-
-def covering(table: Tensor, start: int, end: int, block_size: int) -> Tensor:
-    """The blocks of a request's table [blocks] that hold positions start .. end - 1."""
-    return table[start // block_size : cdiv(end, block_size)]

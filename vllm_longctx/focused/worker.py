@@ -10,13 +10,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_longctx.attention.cpu import LambdaMetadataBuilder
-from vllm_longctx.attention.focused import (
-    ClosedWindow,
-    MemoryImpl,
-    MemoryMetadataBuilder,
-    covering,
-    remember,
-)
+from vllm_longctx.attention.focused import MemoryImpl, MemoryMetadataBuilder, remember
+from vllm_longctx.attention.memory import ClosedWindow, covering
 from vllm_longctx.attention.stepped import PassRow, SteppedMetadataBuilder
 from vllm_longctx.config import active_config
 from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow

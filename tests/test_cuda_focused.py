@@ -1,0 +1,315 @@
+"""Memory layers and stepped windows of the GPU engine, run as the Model Runner V2 runs them, but interpreted on CPU tensors."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_cuda import SCALE, gpu, stock_cache_update  # noqa: F401 (fixtures)
+from test_engine_args import TINY, create, save
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
+from vllm.v1.worker.gpu import attn_utils
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from vllm_longctx.attention import reference
+from vllm_longctx.attention.cuda_focused import pool_beside_lookups, remember
+from vllm_longctx.attention.kernels.lookup import WORKSPACE, Summaries
+from vllm_longctx.attention.memory import ClosedWindow, Lookup
+from vllm_longctx.config import LongContextError, active_config
+from vllm_longctx.engine_args import FOCUSED_SCHEDULER
+from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow
+from vllm_longctx.focused.worker_cuda import FocusedCUDARunner
+from vllm_longctx.geometry import SteppedWindows, local_branch, memory_branch
+from vllm_longctx.kv_cache import MemorySpec, WindowSpec
+from vllm_longctx.rotary import Rotary, inverse_frequencies
+from vllm_longctx.worker_cuda import take_over_attention
+
+BLOCK_SIZE, WINDOWS = 16, SteppedWindows(tokens=12, last_tokens=11)
+FOCUSED = {"method": "focused", "n_local": 12, "last_context_length": 11, "mem_layers": [1], "mem_dtype": "float32"}
+LOOKUPS: list[dict[str, Any]] = [{"mem_positionals": False}, {"lookup": "top_k", "top_k": 3}, {"lookup": "blocks", "top_k": 3}]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return save(tmp_path, LlamaConfig(**TINY, intermediate_size=64, num_key_value_heads=1), "LlamaForCausalLM")
+
+
+def configure(model: Path, attention: dict[str, Any], **kwargs: Any) -> VllmConfig:
+    return create(model, {"longctx": {"attention": {**FOCUSED, **attention}}}, max_num_seqs=4, **kwargs)
+
+
+class SelfAttention(nn.Module):
+    """As vLLM's decoder layers have it: a rotary module beside the attention."""
+
+    def __init__(self, config: VllmConfig, prefix: str):
+        super().__init__()
+        model = config.model_config
+        self.heads = model.get_num_attention_heads(config.parallel_config), model.get_num_kv_heads(config.parallel_config)
+        self.head_size = model.get_head_size()
+        self.rotary_emb = get_rope(self.head_size, 512, True, model.hf_config.rope_parameters, torch.float32)
+        heads, kv_heads = self.heads
+        self.attn = Attention(heads, self.head_size, SCALE, kv_heads, cache_config=config.cache_config, prefix=f"{prefix}.attn")
+
+    def forward(self, positions: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = self.rotary_emb(positions, q.flatten(1), k.flatten(1))
+        return self.attn(q, k, v.flatten(1)).unflatten(1, (-1, self.head_size))
+
+
+class Engine:
+    """Two layers and the parts of vLLM around them; what the device alone can do is done here by hand.
+
+    texts: by request and layer, un-rotated queries, keys and values [tokens, heads, head_size]. prompts: their lengths.
+    """
+
+    def __init__(self, config: VllmConfig, monkeypatch: pytest.MonkeyPatch, prompts: dict[str, int], length: int):
+        self.config, self.prompts, self.computed = config, prompts, dict.fromkeys(prompts, 0)
+        self.open = dict.fromkeys(prompts, 0)
+        with set_current_vllm_config(config):
+            self.layers = nn.ModuleList(SelfAttention(config, str(i)) for i in range(2))
+        take_over_attention(self.layers, config, torch.device("cpu"))
+        heads, kv_heads = self.layers[0].heads
+        d = self.layers[0].head_size
+        self.texts = {
+            name: [[torch.randn(length, n, d) for n in (heads, kv_heads, kv_heads)] for _ in self.layers] for name in prompts
+        }
+        specs = attn_utils.get_kv_cache_spec(config)
+        assert [type(spec) for spec in specs.values()] == [WindowSpec, MemorySpec]
+        supported = get_supported_kv_cache_layouts(layer.attn.get_attn_backend() for layer in self.layers)
+        resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
+        groups = get_kv_cache_groups(config, specs)
+        self.kv_cache_config = get_kv_cache_config_from_groups(config, groups, available_memory=1 << 24)
+        self.attn_groups, self.support, sizes = attn_utils.init_attn_backend(self.kv_cache_config, config, torch.device("cpu"))
+        by_group = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+        self.memory_group = [isinstance(spec, MemorySpec) for spec in by_group].index(True)
+        context = config.compilation_config.static_forward_context
+        attn_utils.init_kv_cache(
+            context,
+            self.kv_cache_config,
+            torch.device("cpu"),
+            sizes,
+            config,
+            attn_groups=[g for gs in self.attn_groups for g in gs],
+        )
+        for layer in self.layers:
+            layer.attn.kv_cache.fill_(torch.nan)
+        # Each request's blocks in each group: the groups share the pool.
+        columns = -(-length // BLOCK_SIZE)
+        free = torch.randperm(self.kv_cache_config.num_blocks - 1)[: 2 * len(prompts) * columns] + 1
+        self.tables = free.view(2, len(prompts), columns).int()
+
+        runner = FocusedCUDARunner.__new__(FocusedCUDARunner)
+        state = DefaultModelState.__new__(DefaultModelState)
+        state.rope_state = None
+        for name, value in {
+            "vllm_config": config,
+            "compilation_config": config.compilation_config,
+            "max_num_reqs": 4,
+            "device": torch.device("cpu"),
+            "attn_groups": self.attn_groups,
+            "kv_cache_config": self.kv_cache_config,
+            "block_tables": SimpleNamespace(input_block_tables=list(self.tables)),
+            "model": self.layers,
+            "model_state": state,
+            "input_buffers": SimpleNamespace(positions=torch.zeros(64, dtype=torch.int64)),
+        }.items():
+            setattr(runner, name, value)
+        runner.count_from_windows()
+        runner.look_into_memory()
+        self.runner = runner
+        monkeypatch.setattr(GPUModelRunner, "prepare_inputs", lambda self, output, batch: batch)
+        monkeypatch.setattr(GPUModelRunner, "prepare_attn", lambda self, batch: batch.attn)
+
+    def step(self, tokens: dict[str, int]) -> dict[str, list[Tensor]]:
+        """Computes so many tokens of each request, decodes first as vLLM orders them; the layers' outputs."""
+        names, lens = list(tokens), list(tokens.values())
+        first = [self.computed[n] for n in names]
+        ends = [f + n for f, n in zip(first, lens, strict=True)]
+        starts = [WINDOWS.start(f, self.prompts[n]) for f, n in zip(first, names, strict=True)]
+        windows = {}
+        for name, f, end, start in zip(names, first, ends, starts, strict=True):
+            assert end <= WINDOWS.end(f, self.prompts[name])
+            windows[name] = RequestWindow(start, self.open[name] if self.open[name] != start else None)
+            self.open[name], self.computed[name] = start, end
+        rows = [list(self.prompts).index(name) for name in names]
+        tables = [table[rows] for table in self.tables]
+        positions = torch.cat([torch.arange(f, e) for f, e in zip(first, ends, strict=True)])
+        row = torch.repeat_interleave(torch.arange(len(names)), torch.tensor(lens))
+        slots = torch.stack([t[row, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE for t in tables])
+        count = len(positions)
+        batch = SimpleNamespace(
+            req_ids=names,
+            positions=positions,
+            num_tokens=count,
+            num_tokens_after_padding=count,
+            num_scheduled_tokens=np.array(lens),
+            attn=(tables, slots),
+        )
+        self.runner.prepare_inputs(SimpleNamespace(**{ATTRIBUTE: windows}), batch)
+        tables, slots = self.runner.prepare_attn(batch)
+        query_starts = torch.tensor([0, *lens]).cumsum(0).int()
+        metadata = attn_utils.build_attn_metadata(
+            self.attn_groups,
+            num_reqs=len(names),
+            num_tokens=count,
+            query_start_loc_gpu=query_starts,
+            query_start_loc_cpu=query_starts,
+            max_query_len=max(lens),
+            seq_lens=torch.tensor(ends, dtype=torch.int32),
+            max_seq_len=max(ends),
+            block_tables=tables,
+            slot_mappings=slots,
+            kv_cache_config=self.kv_cache_config,
+            positions=positions,
+        )
+        seen = self.runner.model_state.prepare_inputs(batch, None)["positions"]
+        assert torch.equal(positions, torch.cat([torch.arange(f, e) for f, e in zip(first, ends, strict=True)]))
+        by_layer = attn_utils.build_slot_mappings_by_layer(slots, self.kv_cache_config)
+        outputs = []
+        with set_forward_context(metadata, self.config, num_tokens=count, slot_mapping=by_layer):
+            for number, layer in enumerate(self.layers):
+                parts = [[t[f:e] for t in self.texts[n][number]] for n, f, e in zip(names, first, ends, strict=True)]
+                outputs.append(layer(seen, *(torch.cat(x) for x in zip(*parts, strict=True))).split(lens))
+        return {name: [x[i] for x in outputs] for i, name in enumerate(names)}
+
+    def expected(self, name: str, new: int, layer: int, best: int | None) -> tuple[Tensor, float]:
+        """The dense float64 reference for the last `new` tokens computed, and the smallest margin of a choice of keys."""
+        end = self.computed[name]
+        q, k, v = (t[:end] for t in self.texts[name][layer])
+        queries, keys = torch.arange(end - new, end), torch.arange(end)
+        start = torch.tensor([WINDOWS.start(int(i), self.prompts[name]) for i in queries])
+        sees = [local_branch(queries, keys, start)]
+        if layer == 1:
+            sees.append(memory_branch(queries, keys, start, best))
+        margins: list[float] = []
+        rotary = None
+        if layer == 0 or active_config(self.config).attention.mem_positionals:
+            rotary = Rotary(q.shape[2], q.shape[2], True, inverse_frequencies(q.shape[2], {"rope_theta": 10000.0}))
+        return reference.attention(q[-new:], k, v, sees, SCALE, rotary, margins=margins), min(margins, default=1.0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
+@pytest.mark.usefixtures("gpu", "stock_cache_update", "one_thread")
+@pytest.mark.parametrize("attention", LOOKUPS, ids=["all", "top_k", "blocks"])
+def test_windows_become_memory(attention: dict[str, Any], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two prompts of different lengths in chunks, one beside the other's decodes; both write past their last window."""
+    config = configure(tiny, attention, block_size=BLOCK_SIZE, dtype="float32", max_num_batched_tokens=64)
+    engine = Engine(config, monkeypatch, {"a": 31, "b": 9}, 45)
+    graphs = AttentionCGSupport.NEVER if "lookup" in attention else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert engine.support.min_cg_support == graphs
+    # Windows of a begin at 0, 12, 20, 32; those of b at 0, 12.
+    steps = [{"a": 12}, {"b": 9, "a": 8}, *[{"b": 1, "a": n} for n in (11, 1, 1, 1)]]
+    for tokens in steps:
+        for name, outputs in engine.step(tokens).items():
+            for layer, output in enumerate(outputs):
+                expected, margin = engine.expected(name, tokens[name], layer, attention.get("top_k"))
+                assert margin > 1e-5
+                torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+    assert engine.open == {"a": 32, "b": 12}
+    if "lookup" not in attention:  # a CUDA graph of decodes replays over what each step writes in place
+        (builder,) = engine.runner._builders()
+        names = ("block_table_tensor", "seq_lens", "query_start_loc")
+        m: Any = SimpleNamespace(num_reqs=2, num_actual_tokens=2, max_query_len=1, **{n: torch.zeros(3) for n in names})
+        assert builder.build(0, m).starts.data_ptr() == engine.runner.window_starts.data_ptr()
+        assert engine.runner.window_starts.tolist() == [12, 32, 0, 0]
+    if attention.get("lookup") != "blocks":
+        return
+    layer = engine.layers[1].attn
+    kept, keys = layer.impl.summaries, layer.impl._caches(layer.kv_cache)[0]
+    for row, closed in enumerate(engine.open.values()):
+        filled = (closed - torch.arange(0, closed, BLOCK_SIZE)).clamp_max(BLOCK_SIZE)
+        blocks = engine.tables[engine.memory_group][row, : len(filled)].long()
+        anew = Summaries.like(keys)
+        anew.summarise(keys, blocks, filled)
+        assert anew.steps[blocks].all()
+        assert torch.equal(kept.codes[blocks], anew.codes[blocks]) and torch.equal(kept.steps[blocks], anew.steps[blocks])
+
+
+@pytest.mark.parametrize(("mem_dtype", "turned"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
+def test_a_closed_window_is_turned_back_and_rounded(mem_dtype: torch.dtype, turned: bool) -> None:
+    """From inside a block on, and nothing else changes; a layer without positions is rounded only."""
+    rotary = Rotary(16, 16, True, inverse_frequencies(16, {}))
+    cache = torch.randn(6, 2, BLOCK_SIZE, 32).transpose(1, 2).contiguous().transpose(1, 2)  # heads inside tokens, as vLLM may
+    blocks, start, end, origin = torch.tensor([4, 1, 3], dtype=torch.int32), 21, 50, 18
+    keys, values = torch.randn(2, end - start, 2, 16)
+    flat = torch.arange(start, end) - start // BLOCK_SIZE * BLOCK_SIZE
+    where = blocks.long()[flat // BLOCK_SIZE], slice(None), flat % BLOCK_SIZE
+    by = torch.arange(start - origin, end - origin)[:, None]
+    cache[where] = torch.cat((rotary.turn(keys, by) if turned else keys, values), -1)
+    expected = cache.clone()
+    expected[where] = torch.cat((keys, values), -1).to(mem_dtype).float()
+    remember(cache, ClosedWindow(origin, start, end, blocks), rotary if turned else None, mem_dtype)
+    tolerance = 1e-5 if mem_dtype == torch.float32 else 2**-8  # turning back errs by float32's last bits, which may round on
+    torch.testing.assert_close(cache, expected, atol=1e-5, rtol=tolerance)
+    untouched = torch.ones(6, BLOCK_SIZE, dtype=torch.bool)
+    untouched[where[0], where[2]] = False
+    assert torch.equal(cache.transpose(1, 2)[untouched], expected.transpose(1, 2)[untouched])
+
+
+def test_the_pool_leaves_room_for_lookups() -> None:
+    total = 60 << 30
+    assert pool_beside_lookups(total, None, 2) == total
+    assert pool_beside_lookups(total, Lookup(64, None), 2) == total - 4 * 8 * WORKSPACE
+    pool = pool_beside_lookups(total, Lookup(64, 0.1), 2)
+    block = 2 * 2 * 8 * 32 * 128  # bytes of a bfloat16 block of 32 tokens, 8 KV heads of 128
+    summaries = pool // block * (8 * 32 * 128 + 4 * 8)
+    assert 0.98 * total < pool + summaries + 4 * 8 * WORKSPACE <= total
+
+
+def test_vllms_own_warm_up_steps_have_no_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner: Any = FocusedCUDARunner.__new__(FocusedCUDARunner)
+    runner.model_state = SimpleNamespace(window_positions=torch.full((4,), 7))
+    runner.window_starts, runner.attn_groups, runner.device = torch.ones(4, dtype=torch.int32), [], torch.device("cpu")
+    monkeypatch.setattr(GPUModelRunner, "prepare_inputs", lambda self, output, batch: batch)
+    batch = SimpleNamespace(
+        req_ids=["warm"],
+        positions=torch.arange(5, 8),
+        num_tokens=2,
+        num_tokens_after_padding=3,
+        num_scheduled_tokens=np.array([2]),
+    )
+    runner.prepare_inputs(SimpleNamespace(), batch)
+    assert runner.model_state.window_positions.tolist() == [5, 6, 0, 7]
+    assert runner.window_starts.tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("attention", "kwargs", "v2", "message"),
+    [
+        ({"memory_limit_gib": 1}, {}, True, "attention.memory_limit_gib does not run on CUDA yet; leave it out"),
+        ({}, {"async_scheduling": True}, True, "async_scheduling = True does not go with attention.method focused; leave it out"),
+        ({}, {"kv_cache_dtype": "fp8"}, True, "not run on CUDA with this setting: kv_cache_dtype = 'fp8'; leave it at 'auto'"),
+        (
+            {},
+            {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"},
+            True,
+            "with this setting: microbatches are on; leave enable_dbo and ubatch_size out",
+        ),
+        ({}, {}, False, "with this setting: the Model Runner V1 is chosen; leave VLLM_USE_V2_MODEL_RUNNER out"),
+        (LOOKUPS[1], {"block_size": 48}, True, "setting: block_size = 48; with attention.lookup give a power of two"),
+    ],
+)
+def test_what_focused_cannot_do_on_cuda_is_refused(
+    attention: dict[str, Any], kwargs: dict[str, Any], v2: bool, message: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(v2)))
+    with pytest.raises(LongContextError, match=message):
+        configure(tiny, attention, **kwargs)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_engine_arguments_of_focused_on_cuda(tiny: Path) -> None:
+    config = configure(tiny, LOOKUPS[0], block_size=48)
+    assert config.use_v2_model_runner and not config.scheduler_config.async_scheduling
+    assert config.scheduler_config.scheduler_cls == FOCUSED_SCHEDULER

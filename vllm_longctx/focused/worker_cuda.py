@@ -1,0 +1,113 @@
+"""The GPU worker's side of Focused Transformers: positions counted from each request's window, and windows that become memory.
+
+For vLLM's Model Runner V2. What it computes from a request's true positions (slots, the sampler's random numbers) stays; the
+model alone is given others, in a buffer of its own that CUDA graphs may hold.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from vllm_longctx.attention.cuda_focused import SteppedImpl, SteppedMetadataBuilder, remember
+from vllm_longctx.attention.memory import ClosedWindow, covering
+from vllm_longctx.config import active_config
+from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow
+from vllm_longctx.kv_cache import MemorySpec
+from vllm_longctx.rotary import Rotary
+
+FIRST = RequestWindow(0, None)  # of requests that vLLM makes up to warm its kernels
+
+
+class WindowedModelState(DefaultModelState):
+    """vLLM's, whose model is given positions counted from windows. Takes over a DefaultModelState (`FocusedCUDARunner`)."""
+
+    window_positions: Tensor
+
+    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Tensor | None]:
+        return {"positions": self.window_positions[: input_batch.num_tokens_after_padding]}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
+        return {**inputs, "positions": self.window_positions[:num_tokens]}
+
+
+class FocusedCUDARunner(GPUModelRunner):
+    """vLLM's Model Runner V2. Methods of its that are overridden here: see `vllm_longctx.seams`."""
+
+    windows: dict[str, RequestWindow]
+
+    def count_from_windows(self) -> None:
+        """Once the model is loaded. Raises RuntimeError for a model whose positions are not one number per token."""
+        if type(self.model_state) is not DefaultModelState or self.model_state.rope_state is not None:
+            raise RuntimeError(f"longctx cannot count the positions of {type(self.model_state).__name__} from windows")
+        self.model_state.__class__ = WindowedModelState
+        self.model_state.window_positions = torch.zeros_like(self.input_buffers.positions)
+
+    def look_into_memory(self) -> None:
+        """Once the KV cache is there."""
+        mem_dtype = active_config(self.vllm_config).attention.mem_dtype
+        assert mem_dtype is not None
+        self.mem_dtype = getattr(torch, mem_dtype)
+        self.window_starts = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device)
+        for builder in self._builders():
+            builder.starts = self.window_starts
+        tables = self.block_tables.input_block_tables
+        for table, group in zip(tables, self.kv_cache_config.kv_cache_groups, strict=True):
+            layers = [self.compilation_config.static_forward_context[name] for name in group.layer_names]
+            looking = [layer for layer in layers if isinstance(layer.impl, SteppedImpl) and layer.impl.lookup is not None]
+            for layer in looking:
+                layer.impl.look_into(layer.kv_cache)
+            if looking:
+                looking[0].impl.warm_up(looking[0].kv_cache, table)
+
+    def prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        batch = super().prepare_inputs(scheduler_output, *args, **kwargs)
+        windows = getattr(scheduler_output, ATTRIBUTE, {})
+        self.windows = {name: windows.get(name, FIRST) for name in batch.req_ids}
+        starts = np.array([self.windows[name].start for name in batch.req_ids], dtype=np.int32)
+        async_tensor_h2d(starts, out=self.window_starts[: len(starts)])
+        for builder in self._builders():
+            builder.starts_on_host[: len(starts)] = starts
+        offsets = np.repeat(starts, batch.num_scheduled_tokens).astype(np.int64)
+        positions = self.model_state.window_positions
+        torch.sub(
+            batch.positions[: batch.num_tokens],
+            async_tensor_h2d(offsets, device=self.device),
+            out=positions[: batch.num_tokens],
+        )
+        positions[batch.num_tokens : batch.num_tokens_after_padding].zero_()
+        return batch
+
+    def prepare_attn(self, input_batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+        block_tables, slot_mappings = super().prepare_attn(input_batch)
+        for table, group in zip(block_tables, self.kv_cache_config.kv_cache_groups, strict=True):
+            if isinstance(group.kv_cache_spec, MemorySpec):
+                self._close_windows(input_batch.req_ids, table, group.kv_cache_spec.block_size, group.layer_names)
+        return block_tables, slot_mappings
+
+    def _close_windows(self, request_ids: list[str], table: Tensor, block_size: int, layer_names: list[str]) -> None:
+        for row, request_id in enumerate(request_ids):
+            window = self.windows[request_id]
+            if window.closes is None:
+                continue
+            blocks = covering(table[row], window.closes, window.start, block_size)
+            closed = ClosedWindow(window.closes, window.closes, window.start, blocks)
+            for name in layer_names:
+                layer = self.compilation_config.static_forward_context[name]
+                remember(layer.kv_cache, closed, self._rotary_of(name), self.mem_dtype)
+                if isinstance(layer.impl, SteppedImpl):
+                    layer.impl.summarise(layer.kv_cache, closed)
+
+    def _builders(self) -> list[SteppedMetadataBuilder]:
+        builders = (group.get_metadata_builder() for groups in self.attn_groups for group in groups)
+        return [builder for builder in builders if isinstance(builder, SteppedMetadataBuilder)]
+
+    def _rotary_of(self, layer_name: str) -> Rotary | None:
+        rotary = self.model.get_submodule(layer_name.rpartition(".")[0]).rotary_emb
+        return rotary if isinstance(rotary, Rotary) else None
