@@ -1,0 +1,154 @@
+"""Temp-LoRA on the GPU, Llama-2-7B's shape: many streams that learn while they write, and what their trainer costs.
+
+Each stream writes WRITTEN tokens after a random prompt, in blocks much shorter than the paper's (1,024), so that four of them
+take seconds. Training is on what is written; the last block is not trained, nobody would use it. `no training` is the same with
+`epochs` 0: blocks, versions and passes as ever, and an idle trainer.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from gpu.engines import check_plugin
+from gpu.kernels import Plan, shapes
+from gpu.models import Shape, write_model
+from lm_infinite import random_tokens
+from temp_lora import engine_speed, longctx, official_writer, writing
+
+from vllm_longctx.cli.engine import STOCK, running_engine
+
+if TYPE_CHECKING:
+    from gpu.report import Record
+    from gpu.run_all import Setting
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+RANK = 64  # the official code's
+SIZES = {"block_tokens": 256, "train_context_tokens": 256, "window_tokens": 1024, "context_tokens": 512}
+TINY_SIZES = {"block_tokens": 32, "train_context_tokens": 32, "window_tokens": 128, "context_tokens": 64}
+BLOCKS, PROMPT = 4, 64  # written by each stream; tokens
+LEARNING = {"temp_lora": True, "train_on_prompt": False}
+
+
+def sizes(setting: "Setting") -> dict[str, int]:
+    return TINY_SIZES if setting.quick else SIZES
+
+
+def pool_tokens(setting: "Setting", streams: int) -> int:
+    """Room for the window, the block and the next pass of so many streams."""
+    return streams * 2 * (sizes(setting)["window_tokens"] + sizes(setting)["block_tokens"])
+
+
+def rank_for(setting: "Setting", streams: int) -> int:
+    return shapes(setting)[0].rank_that_fits(streams, pool_tokens(setting, 1), setting.memory)
+
+
+def learning_plan(setting: "Setting", most: int) -> Plan:
+    """Up to 8 streams at the official rank; 16 at the one that fits."""
+    rank = rank_for(setting, most)
+    counts = [1, 2, 4, 8] if most == 8 else [most]
+    plan = [{"what": "learning", "streams": n, "rank": rank} for n in counts]
+    return plan + [{"what": "no training", "streams": n, "rank": rank} for n in sorted({counts[0], most})]
+
+
+def learning(record: "Record", plan: Plan, setting: "Setting", most: int) -> None:
+    """Tokens/s of all streams together; the mean time of a swap, from the engine's metrics; the step of one stream alone."""
+    check_plugin()
+    shape, rank = shapes(setting)[0], plan[0]["rank"]
+    adaptation = {**sizes(setting), "rank": rank, "slots": most}
+    written = BLOCKS * adaptation["block_tokens"]
+    record.note(model=shape.name, rank=rank, **sizes(setting), written=written)
+    with engine(shape, setting, longctx("temp-lora-quality", adaptation), most) as llm:
+        prompts = [random_tokens(llm, PROMPT, number) for number in range(most)]
+        engine_speed(llm, prompts[:2], writing(2 * adaptation["block_tokens"], LEARNING), 2)  # warms up
+        for row in plan:
+            options = LEARNING if row["what"] == "learning" else {**LEARNING, "epochs": 0}
+            n = row["streams"]
+            record.add(**row, tokens_per_s=engine_speed(llm, prompts[:n], writing(written, options), n))
+            if row["what"] == "no training" and n == 1:
+                record.note(decode_step_ms=1000 / record.rows[-1]["tokens_per_s"])
+        swaps = {m.name: m for m in llm.get_metrics()}["vllm:longctx_swap_time_seconds"]
+        record.note(swap_ms=1000 * swaps.sum / swaps.count, swaps=swaps.count)
+
+
+def trainer_memory_plan(setting: "Setting") -> Plan:
+    return [{"engine": name} for name in ("LoRA alone", "Temp-LoRA, one slot")]
+
+
+def trainer_memory(record: "Record", plan: Plan, setting: "Setting") -> None:
+    """Device memory in use, of an engine with room for one adapter, and of one whose trainer holds one stream.
+
+    The second has the trainer's process, its copy of the weights if it has one, and the adapter in it and in the slot's banks;
+    no block is trained (`epochs` 0), so no activations. Weights, pool and everything else of the engine are in both.
+    """
+    check_plugin()
+    shape = shapes(setting)[0]
+    adaptation = {**sizes(setting), "rank": RANK, "slots": 1}
+    plain = {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK}
+    ways = [(STOCK, plain, None), (longctx("temp-lora-quality", adaptation), {}, {**LEARNING, "epochs": 0})]
+    for row, (config, more, options) in zip(plan, ways, strict=True):
+        with engine(shape, setting, config, 1, enforce_eager=True, **more) as llm:
+            engine_speed(llm, [random_tokens(llm, PROMPT, 0)], writing(2 * adaptation["block_tokens"] + 1, options), 1)
+            free, total = torch.cuda.mem_get_info() if setting.cuda else (0, 0)
+            record.add(**row, used_bytes=total - free)
+    first, second = (row["used_bytes"] for row in record.rows)
+    record.note(rank=RANK, trainer_bytes=second - first, weight_bytes=shape.weight_bytes)
+
+
+def sequential_plan(setting: "Setting") -> Plan:
+    return [{"streams": 1, "rank": RANK}]
+
+
+def sequential(record: "Record", plan: Plan, setting: "Setting") -> None:
+    """The official code's loop: transformers and peft, one stream after another; one stream is measured."""
+    import random
+
+    shape, block = shapes(setting)[0], sizes(setting)["block_tokens"]
+    recipe = {**sizes(setting), "rank": RANK, "dropout": 0.05, "epochs": 2, "learning_rate": 5e-5, "adam_eps": 1e-7}
+    write = official_writer(random_model(shape, setting), {**recipe, "weight_decay": 0.0})
+    prompt = random.Random(0).choices(range(3, shape.vocab), k=PROMPT)
+    write(prompt, 2 * block)  # warms up
+    start = time.perf_counter()
+    count = len(write(prompt, BLOCKS * block))
+    seconds = time.perf_counter() - start
+    record.note(tokens_per_s=count / seconds, written=count)
+
+
+@contextmanager
+def engine(
+    shape: Shape, setting: "Setting", additional_config: dict[str, Any], streams: int, **more: Any
+) -> Iterator["LLMEngine"]:
+    kwargs = {
+        "dtype": "bfloat16",
+        "skip_tokenizer_init": True,
+        "max_num_seqs": 2 * streams,
+        "max_num_batched_tokens": 2048,
+        "kv_cache_memory_bytes": pool_tokens(setting, 2 * streams) * shape.kv_bytes,
+        **more,
+        **setting.engine_kwargs,
+    }
+    model = checkpoint(shape, setting)
+    with running_engine(model, additional_config, 16 * sizes(setting)["window_tokens"], **kwargs) as (llm, _):
+        yield llm
+
+
+def checkpoint(shape: Shape, setting: "Setting") -> str:
+    """Random weights on disk, once for all stages: the trainer may want to read them."""
+    path = Path(write_model(shape, setting.scratch / "checkpoint"))
+    if not (path / "whole").exists():
+        random_model(shape, setting).save_pretrained(path)
+        torch.cuda.empty_cache()
+        (path / "whole").touch()
+    return str(path)
+
+
+def random_model(shape: Shape, setting: "Setting") -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as directory:
+        config = AutoConfig.from_pretrained(write_model(shape, Path(directory)))
+    with torch.device("cuda" if setting.cuda else "cpu"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if setting.cuda else torch.float32)
