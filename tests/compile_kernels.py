@@ -29,6 +29,8 @@ from triton.runtime.jit import JITFunction
 from vllm_longctx.attention.kernels.lambda_attention import lambda_attention
 from vllm_longctx.attention.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
 from vllm_longctx.attention.kernels.lambda_tile import View
+from vllm_longctx.attention.kernels.lookup import Memories, Summaries, attend_best
+from vllm_longctx.attention.kernels.stepped import stepped_attention
 from vllm_longctx.geometry import Geometry
 
 H100_SMS, H100_SHARED = 132, 227 * 1024  # multiprocessors; bytes of shared memory a program can have
@@ -37,6 +39,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.float8_e4m3fn: "fp8e4nv",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
     torch.bool: "i1",
@@ -67,11 +70,12 @@ def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
         signature, constants, attributes = {}, {}, {}
         for number, parameter in enumerate(self.params):
             value = given.get(parameter.name, parameter.default)
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            specialised = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
                 continue
             signature[parameter.name] = _type(value)
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            if specialised and (isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)):
                 attributes[(number,)] = [["tt.divisibility", 16]]
         source = ASTSource(self, signature, constants, attributes)
         compiled.append(_resources(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)))
@@ -163,8 +167,49 @@ CASES: dict[str, Callable[[], None]] = {
         ("head 80 float16", (F16, 32, 32, 80), {"rotary_dim": 32}),
         ("head 96 bfloat16", (BF16, 32, 32, 96), {}),
         ("head 64 bfloat16, group 7", (BF16, 14, 2, 64), {}),
+        ("MQA bfloat16, group 71", (BF16, 71, 1, 64), {}),
         ("head 32 float16", (F16, 8, 4, 32), {}),
         ("head 256 float32", (F32, 16, 8, 256), {}),
+    )
+}
+
+
+def launch_lookup(
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    tokens: int = 1,
+    block_size: int = 32,
+    share: float | None = None,
+) -> None:
+    """A memory layer's lookup in a million keys and its window: 16 rows that decode, or one that reads `tokens` tokens."""
+    rows = 16 if tokens == 1 else 1
+    cache = meta(100, kv_heads, block_size, 2 * head_size, dtype=dtype).transpose(1, 2)
+    caches, table = cache.split(head_size, dim=-1), meta(rows, (1 << 20) // block_size, dtype=torch.int32)
+    lens, query = meta(rows, dtype=torch.int32), meta(rows, tokens, heads, head_size, dtype=dtype)
+    memories = Memories(*caches, table, lens, lens, 1 << 20, Summaries.like(caches[0]))
+    flat = query.flatten(0, 1)
+    branch = [x.flatten(0, 1) for x in attend_best(query, memories, 64, 1.0, share)]
+    starts = meta(rows + 1, dtype=torch.int32)
+    stepped_attention(flat, *caches, table, lens, lens, starts, tokens, 1.0, torch.empty_like(flat), (branch[0], branch[1]))
+
+
+CASES |= {
+    f"lookup, {name}": partial(launch_lookup, *arguments, **options)
+    for name, arguments, options in (
+        ("3B float16", (F16, 32, 32, 100), {}),
+        ("8B bfloat16", (BF16, 32, 8, 128), {}),
+        ("8B bfloat16 by blocks", (BF16, 32, 8, 128), {"share": 0.1}),
+        ("8B bfloat16, chunk", (BF16, 32, 8, 128), {"tokens": 128}),
+        ("8B bfloat16, chunk by blocks", (BF16, 32, 8, 128), {"tokens": 128, "share": 0.1}),
+        ("8B bfloat16, blocks of 16", (BF16, 32, 8, 128), {"block_size": 16}),
+        ("8B bfloat16, blocks of 256", (BF16, 32, 8, 128), {"block_size": 256, "share": 0.1}),
+        ("8B float32", (F32, 32, 8, 128), {}),
+        ("8B float32, chunk by blocks", (F32, 32, 8, 128), {"tokens": 128, "share": 0.1}),
+        ("head 80 float16, group 7", (F16, 28, 4, 80), {}),
+        ("head 256 bfloat16, chunk", (BF16, 16, 8, 256), {"tokens": 128, "share": 0.1}),
+        ("head 256 float32, chunk", (F32, 16, 8, 256), {"tokens": 128}),
     )
 }
 

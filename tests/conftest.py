@@ -4,6 +4,17 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Kernels that cannot run are interpreted. Triton looks at the variable when it is first imported (for its own functions)
+    # and at the knob when a kernel is decorated; the variable is not left for the processes that tests start.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    del os.environ["TRITON_INTERPRET"]
+    triton.knobs.propagate_env = False
+    triton.knobs.runtime.interpret = True
+    triton.knobs.propagate_env = True
+
 SHARED = Path(os.environ.get("LONGCTX_SHARED", Path(__file__).parents[2] / "shared"))
 
 

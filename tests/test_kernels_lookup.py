@@ -14,6 +14,7 @@ from vllm_longctx.attention import reference, retrieval
 from vllm_longctx.attention.branches import additive, attend
 from vllm_longctx.attention.kernels import lookup
 from vllm_longctx.attention.kernels.lookup import Memories, Summaries
+from vllm_longctx.attention.kernels.stepped import stepped_attention
 from vllm_longctx.geometry import local_branch, memory_branch
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 
@@ -88,25 +89,27 @@ def attend_dense(query: Tensor, m: Memories, row: int, k: int) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "group", "d", "block", "length", "k"),
+    ("dtype", "kv_heads", "group", "d", "block", "length", "k"),
     [
-        (torch.float32, 4, 16, 16, 1, 5),  # decode
-        (torch.float16, 1, 24, 32, 1, 40),  # a head size that is no power of two; no GQA
-        (torch.bfloat16, 2, 32, 16, 11, 3),  # chunked prefill, a ragged tile of queries
-        (torch.float32, 8, 16, 64, 9, 7),  # two tiles of queries
-        (torch.float16, 2, 16, 128, 2, 70),
+        (torch.float32, 2, 4, 16, 16, 1, 5),  # decode
+        (torch.float16, 2, 1, 24, 32, 1, 40),  # a head size that is no power of two; no GQA
+        (torch.bfloat16, 2, 2, 32, 16, 3, 3),  # chunked prefill
+        (torch.float32, 1, 5, 16, 32, 13, 2),  # two tiles of queries, the second ragged
+        (torch.float16, 1, 2, 16, 128, 2, 70),
     ],
 )
 def test_kernel_finds_and_attends_to_the_best_keys(
-    dtype: torch.dtype, group: int, d: int, block: int, length: int, k: int
+    dtype: torch.dtype, kv_heads: int, group: int, d: int, block: int, length: int, k: int
 ) -> None:
-    """Three rows: a memory that ends inside a block, one that begins inside one, one of whole blocks."""
-    keys, values = (torch.randn(3, 4 * block, 2, d).to(dtype) for _ in range(2))
+    """A memory that ends inside a block, one that begins inside one, one of whole blocks; the last alone where T is large."""
+    keys, values = (torch.randn(3, 4 * block, kv_heads, d).to(dtype) for _ in range(2))
     m = memories(keys, values, [0, 5, 0], [3 * block + 7, 2 * block - 1, 4 * block], block)
-    query = torch.randn(3, length, 2 * group, d).to(dtype).to(DEVICE)
+    query = torch.randn(3, length, kv_heads * group, d).to(dtype).to(DEVICE)
+    if length > 3:
+        m, query = m.rows(slice(2, 3)), query[2:]
     output, lse = (x.cpu() for x in lookup.attend_best(query, m, k, SCALE))
     scores, positions = (x.cpu() for x in lookup.unpack(lookup.top_k(query, m, k)))
-    for row in range(3):
+    for row in range(len(query)):
         expected, expected_lse, clear = attend_dense(query[row], m, row, k)
         assert clear.float().mean() > 0.9
         assert (output[row] - expected)[clear].abs().max() < 2e-6
@@ -154,7 +157,7 @@ def test_kernel_of_an_empty_memory_leaves_the_window() -> None:
 @pytest.mark.parametrize("share", [None, 0.3])
 def test_kernel_results_do_not_depend_on_tiles_or_company(monkeypatch: pytest.MonkeyPatch, share: float | None) -> None:
     m = memories(*torch.randn(2, 3, 200, 2, 16), [0, 5, 0], [200, 150, 9], coded=True)
-    query = torch.randn(3, 5, 4, 16, device=DEVICE)
+    query = torch.randn(3, 3, 2, 16, device=DEVICE)
     monkeypatch.setattr(lookup, "SCANNED", 2)
     whole = lookup.attend_best(query, m, 3, SCALE, share)
     monkeypatch.setattr(lookup, "WORKSPACE", 700)
@@ -209,3 +212,38 @@ def test_kernel_and_window_are_the_reference() -> None:
     m = memories(key[None, :context], value[None, :context], [0], [context])
     found = lookup.attend_best(turned[None].to(DEVICE), m, k, SCALE)
     assert (lookup.merge((output, lse), (found[0][0], found[1][0])).cpu() - expected).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernel_of_stepped_windows_joins_what_was_found(dtype: torch.dtype) -> None:
+    """Two chunks and a decode, whose windows begin inside a block, at one, and at the query; padding at the end."""
+    keys, values = (torch.randn(4, 70, 2, 16).to(dtype) for _ in range(2))
+    lens, starts, counts = [70, 45, 33, 0], [37, 16, 32, 0], [21, 3, 1, 0]
+    m = memories(keys, values, [0, 0, 0, 0], starts)
+    query = torch.randn(sum(counts), 4, 16).to(dtype).to(DEVICE)
+    begins = torch.tensor([0, *counts]).cumsum(0).int().to(DEVICE)
+    branch = torch.zeros(len(query), 4, 16, device=DEVICE), torch.full((len(query), 4), -torch.inf, device=DEVICE)
+    first = begins.tolist()
+    for row in (0, 2):  # row 1 has nothing to join
+        tokens = slice(first[row], first[row + 1])
+        for x, found in zip(
+            branch, lookup.attend_best(query[None, tokens], m.rows(slice(row, row + 1)), 5, SCALE), strict=True
+        ):
+            x[tokens] = found[0]
+    bounds = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (starts, lens))
+    out = torch.empty_like(query)
+    stepped_attention(query, m.key_cache, m.value_cache, m.block_table, *bounds, begins, max(counts), SCALE, out, branch)
+    for row in range(3):
+        queries = query[first[row] : first[row + 1]].cpu()
+        group = queries.shape[1] // 2
+        k, v = (x[row, : lens[row]].double().repeat_interleave(group, 1) for x in (keys, values))
+        scores = torch.einsum("thd,shd->ths", queries.double(), k) * SCALE
+        positions = torch.arange(lens[row] - counts[row], lens[row])[:, None, None]
+        place = torch.arange(lens[row])
+        seen = ((place >= starts[row]) & (place <= positions)).expand_as(scores).clone()
+        if row != 1:
+            best = scores[..., : starts[row]].topk(5, -1).indices
+            seen.scatter_(-1, best, True)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        error = (out[first[row] : first[row + 1]].cpu() - torch.einsum("ths,shd->thd", weights, v)).abs().max()
+        assert error < (2e-6 if dtype == torch.float32 else 2e-3)  # half precision: of the weights and of the output

@@ -357,3 +357,24 @@ def test_too_little_memory_is_an_error_before_the_start(checkpoint: Path, monkey
         client.start()
     assert client.process_id is None
     client.close()
+
+
+def test_an_error_of_the_gpu_ends_the_process(tiny_llama: Path):
+    """Nothing works in a process after one; the client starts another."""
+
+    class BrokenTrainer(Trainer):
+        def begin(self, *args):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700)
+
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as engine:
+        router.bind("inproc://trainer")
+        engine.connect("inproc://trainer")
+        trainer = BrokenTrainer(AutoModelForCausalLM.from_pretrained(tiny_llama))
+        sidecar, slots = Sidecar(trainer, router, None), Slots.create(trainer.modules, 8, 1)
+        for job in [m.Join(), m.OpenSlots(slots.path, 8, 1)]:
+            engine.send(m.encode(job))
+            sidecar.serve_one()
+        engine.send(m.encode(m.Begin(1, 0, RECIPE)))
+        with pytest.raises(torch.AcceleratorError):
+            sidecar.serve_one()
+    slots.close()

@@ -121,6 +121,17 @@ def test_training_is_a_plain_peft_loop(trainer: Trainer, tiny_llama: Path, recip
         assert_same(trainer.weights(1), versions[number - 1], recipe.alpha / recipe.rank)
 
 
+def test_layers_computed_again_give_the_same_numbers(trainer: Trainer, tiny_llama: Path):
+    recipe = Recipe(**{**FAST, "dropout": 0.2})
+    both = trainer, Trainer(load(tiny_llama), recompute=True)
+    losses = []
+    for one in both:
+        one.begin(1, recipe)
+        losses.append([one.train(1, number, tokens, 16) for number, tokens in enumerate(blocks(1, 2), 1)])
+    assert losses[0] == losses[1]
+    assert equal(both[0].weights(1), both[1].weights(1))
+
+
 def test_first_block_of_a_warm_up_changes_nothing_but_the_moments(trainer: Trainer):
     trainer.begin(1, Recipe(**{**FAST, "warmup_blocks": 2}))
     before = copied(trainer.weights(1))
@@ -213,6 +224,13 @@ def test_weights_that_overflow_are_not_kept(trainer: Trainer):
     with pytest.raises(NotFinite):
         trainer.train(1, 2, blocks(1, 1)[0], 16)
     assert equal(trainer.weights(1), before)
+
+
+@pytest.mark.parametrize("token", [-1, 512])
+def test_tokens_must_be_of_the_vocabulary(trainer: Trainer, token: int):
+    trainer.begin(1, Recipe(**FAST))
+    with pytest.raises(ValueError, match="a token is out of range: the model has 0 to 511"):
+        trainer.train(1, 1, [*blocks(1, 1)[0], token], 16)
 
 
 @pytest.mark.parametrize("num_targets", [0, 40, 41])

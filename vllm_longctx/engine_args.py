@@ -11,12 +11,16 @@ from typing import Any, get_args
 
 import vllm
 from transformers import PretrainedConfig
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import AttentionConfig, ModelConfig, VllmConfig
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from vllm_longctx.adaptation.device import check_trainer
 from vllm_longctx.attention.selection import cdiv
 from vllm_longctx.config import KEY, AdaptationSection, LongContextConfig, LongContextError
 from vllm_longctx.kv_cache import max_blocks_per_request
@@ -25,6 +29,8 @@ from vllm_longctx.rotary import SCALINGS
 
 VLLM_VERSION = "0.32.0"
 WORKER = "vllm_longctx.worker.LongContextCPUWorker"
+CUDA_WORKER = "vllm_longctx.worker_cuda.LongContextCUDAWorker"
+CUDA_BACKEND = "vllm_longctx.attention.cuda.LambdaBackend"
 SCHEDULER = "vllm_longctx.scheduler.LongContextScheduler"
 ADAPTING_SCHEDULER = "vllm_longctx.adaptation.scheduler.TempLoraScheduler"
 TOP_K_SCHEDULER = "vllm_longctx.focused.scheduler.TopKScheduler"
@@ -32,6 +38,8 @@ FOCUSED_SCHEDULER = "vllm_longctx.focused.scheduler.FocusedScheduler"
 # vLLM keeps max_num_seqs * max_model_len token ids of 4 bytes in the worker: 1 GiB at 256 sequences.
 DEFAULT_MAX_MODEL_LEN = 1 << 20
 DEFAULT_BLOCK_SIZE = 32
+FP8 = ("fp8", "fp8_e4m3")  # for the KV cache
+CPU_BLOCK_MULTIPLE, CUDA_BLOCK_MULTIPLE = 32, 16
 ARCHITECTURES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -43,7 +51,9 @@ ARCHITECTURES = (
     "MPTForCausalLM",
     longllama.ARCHITECTURE,
 )
-SCHEDULERS = (SCHEDULER, ADAPTING_SCHEDULER, FOCUSED_SCHEDULER, TOP_K_SCHEDULER)
+# Over vLLM's AsyncScheduler, where vLLM schedules ahead of the device.
+ASYNC_SCHEDULERS = {SCHEDULER: "vllm_longctx.scheduler.AsyncLongContextScheduler"}
+SCHEDULERS = (SCHEDULER, ADAPTING_SCHEDULER, FOCUSED_SCHEDULER, TOP_K_SCHEDULER, *ASYNC_SCHEDULERS.values())
 # Those whose layers can be given a memory: each has its rotary module beside its attention, and nothing else is positional.
 FOCUSABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", longllama.ARCHITECTURE)
 # Those whose linear layers vLLM adapts, under Hugging Face's names for them.
@@ -75,14 +85,16 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     if not config.changes_engine:
         return config
     check_vllm_version()
-    if not current_platform.is_cpu():
-        raise LongContextError(f"longctx runs on vLLM's CPU platform so far, but this is {current_platform.device_name}")
-    if args.worker_cls not in ("auto", WORKER):
+    worker = worker_of_platform()
+    if args.worker_cls not in ("auto", worker):
         raise LongContextError(f"worker_cls = {args.worker_cls!r}, but longctx needs its own; leave worker_cls out")
     scheduler, grows = scheduler_of(config), config.attention.remembers
     if args.scheduler_cls not in (None, scheduler):
         raise LongContextError(f"scheduler_cls = {args.scheduler_cls!r}, but longctx needs its own; leave scheduler_cls out")
-    args.worker_cls, args.scheduler_cls = WORKER, scheduler
+    if worker == CUDA_WORKER:
+        check_ready_on_cuda(config)
+        _choose_cuda_backend(args)
+    args.worker_cls, args.scheduler_cls = worker, scheduler
     if config.adaptation is not None:
         adaptation = _with_slots(args, _with_recommended(config.adaptation, args.model))
         config = config.model_copy(update={"adaptation": adaptation})
@@ -93,6 +105,63 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     longest = DEFAULT_MAX_MODEL_LEN if args.max_model_len == -1 else args.max_model_len
     args.hf_overrides = _with_max_length(args.hf_overrides, longest)
     return config
+
+
+def worker_of_platform() -> str:
+    """Raises LongContextError for a platform without a worker of ours, or a GPU that is too old."""
+    if current_platform.is_cpu():
+        return WORKER
+    if not current_platform.is_cuda():
+        raise LongContextError(f"longctx runs on vLLM's CPU and CUDA platforms, but this is {current_platform.device_name}")
+    from vllm_longctx.attention.cuda import MIN_CAPABILITY
+
+    _check_capability(MIN_CAPABILITY, "longctx's attention", "use such a GPU, or vLLM for the CPU")
+    return CUDA_WORKER
+
+
+def _check_capability(needed: DeviceCapability, what: str, remedy: str) -> None:
+    """Raises LongContextError for a GPU of an older compute capability."""
+    capability = current_platform.get_device_capability()
+    if capability is None or capability < needed:
+        version = "unknown" if capability is None else capability.as_version_str()
+        raise LongContextError(
+            f"the compute capability of {current_platform.get_device_name()} is {version}, but {what} needs "
+            f"{needed.as_version_str()} or newer; {remedy}"
+        )
+
+
+def check_ready_on_cuda(config: LongContextConfig) -> None:
+    """Raises LongContextError for a method that runs on the CPU only so far."""
+    missing = {
+        "adaptation (Temp-LoRA)": config.adaptation is not None,
+        "attention.method focused": config.attention.method == "focused",
+        "attention.top_k": config.slides and config.attention.top_k is not None,
+    }
+    for method, asked in missing.items():
+        if asked:
+            raise LongContextError(
+                f"{method} does not run on CUDA yet; leave it out, or run on vLLM's CPU platform. On CUDA there are "
+                "attention.method lm_infinite and streaming"
+            )
+
+
+def _choose_cuda_backend(args: EngineArgs) -> None:
+    """vLLM's place for a backend of a plugin's; the user must not ask for another, nor another plugin have taken it."""
+    asked = AttentionConfig.validate_backend_before(args.attention_backend) or args.attention_config.backend
+    if asked not in (None, AttentionBackendEnum.CUSTOM):
+        raise LongContextError(f"attention_backend = {asked.name}, but longctx brings its own; leave attention_backend out")
+    if args.attention_config.backend_per_kind:
+        raise LongContextError(
+            f"attention_config.backend_per_kind = {args.attention_config.backend_per_kind}, but longctx's backend serves all "
+            "layers; leave it out"
+        )
+    if (path := AttentionBackendEnum.CUSTOM.get_path()) != CUDA_BACKEND:
+        raise LongContextError(
+            f"another plugin has registered its own attention backend CUSTOM ({path}), and vLLM has one such place; leave that "
+            "plugin out, for example by VLLM_PLUGINS=longctx"
+        )
+    if args.attention_config.backend is None:
+        args.attention_backend = AttentionBackendEnum.CUSTOM
 
 
 def scheduler_of(config: LongContextConfig) -> str:
@@ -162,6 +231,9 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig) -> None:
         return
     check_model(vllm_config.model_config)
     check_settings(vllm_config)
+    scheduler = vllm_config.scheduler_config
+    if scheduler.async_scheduling and scheduler.scheduler_cls in ASYNC_SCHEDULERS:  # only now vLLM has decided
+        scheduler.scheduler_cls = ASYNC_SCHEDULERS[scheduler.scheduler_cls]
     if config.adaptation is not None:
         check_adaptation(config.adaptation, vllm_config)
     model = vllm_config.model_config
@@ -207,13 +279,24 @@ def trained_length(model_config: ModelConfig) -> int:
     return length
 
 
+def attention_backend() -> type[AttentionBackend]:
+    """Whose limits hold on this platform."""
+    if not current_platform.is_cuda():
+        return CPUAttentionBackend
+    from vllm_longctx.attention.cuda import LambdaBackend  # with Triton, which a CPU may not have
+
+    return LambdaBackend
+
+
 def check_model(model: ModelConfig) -> None:
     """Raises LongContextError naming why the model cannot be run, and what can be done."""
     name = f"model {model.model} ({', '.join(model.architectures)})"
     parameters = rope_parameters(model)
     scaling = (parameters or {}).get("rope_type", "default")
     sliding_window = model.get_sliding_window()
-    head_size, head_sizes = model.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    backend = attention_backend()
+    attention = "longctx's attention on CUDA" if current_platform.is_cuda() else "vLLM's attention on the CPU"
+    head_size, head_sizes = model.get_head_size(), backend.get_supported_head_sizes()
     reasons = {
         "is an encoder-decoder": model.is_encoder_decoder,
         "is multimodal": model.is_multimodal_model,
@@ -226,8 +309,9 @@ def check_model(model: ModelConfig) -> None:
         "has neither one set of RoPE positions nor ALiBi, but learned ones or several sets": (
             parameters is None and not model.uses_alibi
         ),
-        f"has heads of {head_size} elements; vLLM's attention on the CPU takes {', '.join(map(str, head_sizes))}": (
-            head_size not in head_sizes
+        f"has heads of {head_size} elements; {attention} takes {', '.join(map(str, head_sizes))}": head_size not in head_sizes,
+        f"computes in {model.dtype}; {attention} takes {', '.join(map(str, backend.supported_dtypes))}; give --dtype": (
+            model.dtype not in backend.supported_dtypes
         ),
         f"has rope_type {scaling!r}, not one of {', '.join(SCALINGS)}": scaling not in SCALINGS,
     }
@@ -240,20 +324,30 @@ def check_model(model: ModelConfig) -> None:
 
 def check_settings(vllm_config: VllmConfig) -> None:
     """Raises LongContextError naming an engine setting that does not go with longctx."""
-    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    cache, parallel, on_cuda = vllm_config.cache_config, vllm_config.parallel_config, current_platform.is_cuda()
+    multiple = CUDA_BLOCK_MULTIPLE if on_cuda else CPU_BLOCK_MULTIPLE
+    kv_dtypes = ("auto", *FP8) if on_cuda else ("auto",)
+    kv_remedy = "leave it at 'auto', or give 'fp8'" if on_cuda else "leave it at 'auto'"
     refused = {
-        f"kv_cache_dtype = {cache.cache_dtype!r}; leave it at 'auto'": cache.cache_dtype != "auto",
+        f"kv_cache_dtype = {cache.cache_dtype!r}; {kv_remedy}": cache.cache_dtype not in kv_dtypes,
         "speculative_config is set; leave it out": vllm_config.speculative_config is not None,
         "kv_transfer_config is set; leave it out": vllm_config.kv_transfer_config is not None,
         f"decode_context_parallel_size = {parallel.decode_context_parallel_size}; set it to 1": (
             parallel.decode_context_parallel_size > 1
         ),
-        "the Model Runner V2 is chosen; set VLLM_USE_V2_MODEL_RUNNER=0": vllm_config.use_v2_model_runner,
-        f"block_size = {cache.block_size}; give a multiple of 32": cache.block_size % 32 != 0,
+        f"prefill_context_parallel_size = {parallel.prefill_context_parallel_size}; set it to 1": (
+            parallel.prefill_context_parallel_size > 1
+        ),
+        "the Model Runner V2 is chosen; set VLLM_USE_V2_MODEL_RUNNER=0": not on_cuda and vllm_config.use_v2_model_runner,
+        f"block_size = {cache.block_size}; give a multiple of {multiple}": cache.block_size % multiple != 0,
     }
     for setting, holds in refused.items():
         if holds:
             raise LongContextError(f"longctx does not run with this setting: {setting}")
+    if cache.cache_dtype in FP8:
+        from vllm_longctx.attention.cuda import MIN_FP8_CAPABILITY
+
+        _check_capability(MIN_FP8_CAPABILITY, f"kv_cache_dtype = {cache.cache_dtype!r}", "leave kv_cache_dtype at 'auto'")
 
 
 def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> None:
@@ -277,6 +371,7 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
     for reason, holds in refused.items():
         if holds:
             raise LongContextError(f"longctx cannot adapt here: {reason}")
+    check_trainer(adaptation.trainer)
 
 
 def check_memory(vllm_config: VllmConfig) -> None:
@@ -351,7 +446,8 @@ def _check_pool(config: LongContextConfig, vllm_config: VllmConfig) -> None:
         pool, given = cache.num_gpu_blocks_override, f"num_gpu_blocks_override = {cache.num_gpu_blocks_override}"
     elif cache.kv_cache_memory_bytes is not None:
         pool = cache.kv_cache_memory_bytes // _bytes_per_block(vllm_config)
-        given = f"the KV cache of {cache.kv_cache_memory_bytes} bytes (VLLM_CPU_KVCACHE_SPACE, kv_cache_memory_bytes)"
+        names = "kv_cache_memory_bytes" if current_platform.is_cuda() else "VLLM_CPU_KVCACHE_SPACE, kv_cache_memory_bytes"
+        given = f"the KV cache of {cache.kv_cache_memory_bytes} bytes ({names})"
     else:
         return
     if pool < blocks + 1:
@@ -368,9 +464,9 @@ def _bytes_per_block(vllm_config: VllmConfig) -> int:
 
 def bytes_per_layer_block(vllm_config: VllmConfig) -> int:
     """Bytes of one KV block in one of a rank's layers."""
-    model = vllm_config.model_config
-    element = 2 * model.get_head_size() * model.dtype.itemsize
-    return model.get_num_kv_heads(vllm_config.parallel_config) * vllm_config.cache_config.block_size * element
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    element = 2 * model.get_head_size() * (1 if cache.cache_dtype in FP8 else model.dtype.itemsize)
+    return model.get_num_kv_heads(vllm_config.parallel_config) * cache.block_size * element
 
 
 def additional_config_from_flags(

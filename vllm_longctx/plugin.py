@@ -1,7 +1,8 @@
 """vLLM's door to this package: the entry point `longctx` in the group `vllm.general_plugins`.
 
-`register` runs in every process of vLLM. It makes the KV specs, MPT and LongLLaMA known and wraps three methods of EngineArgs
-and the constructor of StatLoggerManager; it changes nothing for an engine without a `longctx` configuration.
+`register` runs in every process of vLLM. It makes the KV specs, the CUDA attention backend, MPT and LongLLaMA known and wraps
+three methods of EngineArgs and the constructor of StatLoggerManager; it changes nothing for an engine without a `longctx`
+configuration.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from transformers import AutoConfig
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.metrics.loggers import StatLoggerManager
 
 from vllm_longctx import engine_args, kv_cache
@@ -28,6 +30,8 @@ def register() -> None:
         ModelRegistry.register_model(architecture, "vllm_longctx.models.mpt:MptForCausalLM")
     ModelRegistry.register_model(longllama.ARCHITECTURE, "vllm.model_executor.models.llama:LlamaForCausalLM")
     AutoConfig.register(longllama.MODEL_TYPE, longllama.LongLlamaConfig, exist_ok=True)
+    if not AttentionBackendEnum.CUSTOM.is_overridden():  # it is chosen by name only, never by vLLM itself
+        register_backend(AttentionBackendEnum.CUSTOM, engine_args.CUDA_BACKEND)
     if not hasattr(EngineArgs.create_engine_config, "__wrapped__"):
         _wrap_create_engine_config()
         _wrap_cli()

@@ -3,6 +3,7 @@
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
@@ -79,3 +80,7 @@ class LongContextScheduler(Scheduler):
             ours.freed_blocks += manager.take_num_freed_blocks()
         stats.kv_connector_stats = {KEY: vars(ours)}
         return stats
+
+
+class AsyncLongContextScheduler(LongContextScheduler, AsyncScheduler):
+    """For engines that schedule a step while the device still computes the one before."""

@@ -5,7 +5,7 @@ is process-wide and cached, so a second engine in the process would inherit the 
 rotary module that rotated its queries.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -28,10 +26,11 @@ from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, TopK, scratch_
 from vllm_longctx.attention.focused import Lookup, MemoryBackend, MemoryImpl
 from vllm_longctx.attention.stepped import SteppedBackend
 from vllm_longctx.config import LongContextConfig, active_config
-from vllm_longctx.engine_args import memory_blocks, rope_parameters, trained_length
+from vllm_longctx.engine_args import memory_blocks, trained_length
 from vllm_longctx.focused.worker import FocusedRunner, TopKRunner
 from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, MiddleSpec, SteppedSpec, WindowSpec
-from vllm_longctx.rotary import NoRotation, Rotary, attention_factor, inverse_frequencies
+from vllm_longctx.layers import take_over_rotary, with_spec
+from vllm_longctx.rotary import NoRotation, Rotary
 
 
 class LongContextCPUWorker(CPUWorker):
@@ -101,33 +100,8 @@ def take_selection_seconds(runner: CPUModelRunner) -> float:
 
 
 def take_over_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
-    """Give every attention layer of a loaded model Λ attention or stepped windows and, if it has RoPE, exact rotary angles.
-
-    Must come before the first forward, which compiles the model. Raises RuntimeError for a layer that is not a plain
-    decoder layer with ALiBi slopes or with the model's one rotary module beside it (vLLM's `get_rope` gives all layers the
-    same).
-    """
-    layers = vllm_config.compilation_config.static_forward_context
-    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in layers}
-    stock_rotaries = {id(r): r for r in (getattr(parent, "rotary_emb", None) for parent in parents.values())}
-    if len(stock_rotaries) != 1:
-        raise RuntimeError(f"longctx needs one rotation in all layers, but there are {len(stock_rotaries)}")
-    (stock_rotary,) = stock_rotaries.values()
-    for name, layer in layers.items():
-        if not (
-            isinstance(layer, Attention)
-            and type(layer.impl) is CPUAttentionBackendImpl
-            and layer.impl.attn_type == "decoder"
-            and layer.impl.sinks is None
-            and layer.sliding_window is None
-            and (isinstance(stock_rotary, RotaryEmbedding) if layer.impl.alibi_slopes is None else stock_rotary is None)
-        ):
-            raise RuntimeError(f"longctx cannot take over {name} ({type(layer).__name__}, {type(stock_rotary).__name__})")
-
-    rotary = None if stock_rotary is None else exact_rotary(stock_rotary, vllm_config)
-    if rotary is not None:
-        for parent in parents.values():
-            parent.rotary_emb = rotary
+    """Give every attention layer of a loaded model Λ attention or stepped windows, and exact rotary angles."""
+    layers, parents, rotary = take_over_rotary(model, vllm_config, CPUAttentionBackendImpl)
     config = active_config(vllm_config)
     if config.windows is not None:
         take_over_focused(layers, parents, config, memory_blocks(config, vllm_config))
@@ -175,25 +149,6 @@ def take_over_focused(
 def host_memory(cache: Tensor, num_blocks: int) -> Tensor:
     """A KV cache like a layer's in vLLM's pool, of its own; the operating system gives the pages as they are written."""
     return torch.zeros((num_blocks, *cache.shape[1:]), dtype=cache.dtype)
-
-
-def with_spec(backend: type[AttentionBackend], make: Callable[[AttentionSpec], KVCacheSpec]) -> type[AttentionBackend]:
-    """The backend with a KV spec of our own: it says what the pool must keep of its layers."""
-    return type(backend.__name__, (backend,), {"customize_spec": classmethod(lambda cls, spec: make(spec))})
-
-
-def exact_rotary(stock: RotaryEmbedding, vllm_config: VllmConfig) -> Rotary:
-    """The same rotation with float64 angles. Raises RuntimeError if it differs from vLLM's own table."""
-    parameters = rope_parameters(vllm_config.model_config)
-    assert parameters is not None
-    frequencies = inverse_frequencies(stock.rotary_dim, parameters, stock.max_position_embeddings)
-    rotary = Rotary(stock.head_size, stock.rotary_dim, stock.is_neox_style, frequencies, attention_factor(parameters))
-    positions = torch.arange(min(64, len(stock.cos_sin_cache)))
-    ours = torch.cat(rotary.scaled_cos_sin(positions), -1)
-    theirs = stock.cos_sin_cache[: len(positions)].float()
-    if not torch.allclose(ours, theirs, atol=1e-5 + torch.finfo(stock.cos_sin_cache.dtype).eps):
-        raise RuntimeError(f"the rotary angles of {type(stock).__name__} are not those of {dict(parameters)}")
-    return rotary
 
 
 def with_scratch_room(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> KVCacheConfig:

@@ -11,22 +11,24 @@ from pathlib import Path
 
 import msgspec
 import psutil
+import torch
 import zmq
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from vllm.logger import init_logger
 
 from vllm_longctx.adaptation import messages as m
+from vllm_longctx.adaptation.device import free_bytes
 from vllm_longctx.adaptation.slots import Slots
 from vllm_longctx.config import LongContextError
 
 logger = init_logger("vllm.longctx")
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class TrainerClient:
-    """model, dtype, threads, cpus, adapters_root: see `messages.Options`.
+    """model, dtype, device, attention, recompute, threads, cpus, adapters_root: see `messages.Options`.
 
+    training_bytes: what a trainer on a GPU needs beside the model's weights.
     max_rank, num_slots: of the shared memory. start_timeout_s: for the model to be loaded. train_timeout_s: for any one job;
     a trainer that takes longer is killed. max_restarts: in a row, without a block trained in between. address: of a trainer
     that runs already; it is joined and not watched over, and the arguments about the process mean nothing.
@@ -41,6 +43,10 @@ class TrainerClient:
         *,
         max_rank: int,
         num_slots: int,
+        device: str = "cpu",
+        attention: str = "sdpa",
+        recompute: bool = False,
+        training_bytes: int = 0,
         adapters_root: str | None = None,
         threads: int = 1,
         cpus: list[int] | None = None,
@@ -54,11 +60,15 @@ class TrainerClient:
             address=address or "",
             model=model,
             dtype=dtype,
+            device=device,
+            attention=attention,
+            recompute=recompute,
             threads=threads,
             cpus=cpus,
             adapters_root=adapters_root,
             parent=os.getpid(),
         )
+        self._training_bytes = training_bytes
         self._joins = address is not None
         self._max_rank, self._num_slots = max_rank, num_slots
         self._start_timeout_s, self._train_timeout_s, self._max_restarts = start_timeout_s, train_timeout_s, max_restarts
@@ -83,7 +93,7 @@ class TrainerClient:
         if self._joins:
             self._connect(self._options.address)
         else:
-            check_memory(self._options.model, self._options.dtype)
+            check_memory(self._options, self._training_bytes)
             self._spawn()
 
     def send(self, job: m.Job) -> None:
@@ -235,17 +245,37 @@ class TrainerClient:
         self._ready, self._unanswered = False, 0
 
 
-def check_memory(model: str, dtype: str) -> None:
-    """Raises LongContextError if the free memory does not hold a second copy of the checkpoint's weights."""
+def check_memory(options: m.Options, training_bytes: int) -> None:
+    """Raises LongContextError if the free memory does not hold what the trainer needs.
+
+    That is, of the host a second copy of the checkpoint's weights; of a GPU what training needs, too.
+    """
+    weights, device = weight_bytes(options), torch.device(options.device)
+    if device.type == "cuda":
+        need, free = weights + training_bytes, free_bytes(device)
+        if need > free:
+            raise LongContextError(
+                f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB on {device} ({weights / 2**30:.2f} for its own "
+                f"copy of the {options.dtype} weights of {options.model}, {training_bytes / 2**30:.2f} to train), but only "
+                f"{free / 2**30:.2f} GiB are free there; lower gpu_memory_utilization, adaptation.slots, adaptation.rank or "
+                "adaptation.block_tokens, or name another GPU in adaptation.trainer.device"
+            )
+        return
+    free = psutil.virtual_memory().available
+    if weights > free:
+        raise LongContextError(
+            f"longctx.adaptation: the trainer needs {weights / 2**30:.2f} GiB for its own copy of the {options.dtype} weights "
+            f"of {options.model}, but only {free / 2**30:.2f} GiB of memory are free; use a smaller model, dtype bfloat16 or a "
+            "smaller VLLM_CPU_KVCACHE_SPACE, or leave adaptation out"
+        )
+
+
+def weight_bytes(options: m.Options) -> int:
+    """Of the checkpoint's weights in the trainer's dtype."""
+    model = options.model
     directory = Path(model if os.path.isdir(model) else snapshot_download(model, local_files_only=True))
     values = 0
     for path in directory.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             values += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    need, free = values * ITEM_BYTES[dtype], psutil.virtual_memory().available
-    if need > free:
-        raise LongContextError(
-            f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB for its own copy of the {dtype} weights of {model}, "
-            f"but only {free / 2**30:.2f} GiB of memory are free; use a smaller model, dtype bfloat16 or a smaller "
-            "VLLM_CPU_KVCACHE_SPACE, or leave adaptation out"
-        )
+    return values * getattr(torch, options.dtype).itemsize

@@ -37,18 +37,42 @@ class Recipe(msgspec.Struct, frozen=True):
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What the trainer process is started with.
 
-    address: ZeroMQ's, of the socket to bind. model: a checkpoint directory or a name in Hugging Face's cache. dtype: torch's
-    name for it. cpus: logical CPUs to run on; None: all those inherited. adapters_root: where adapters are saved to and started
-    from. parent: process id; when that process ends, this one removes the directory of its socket and ends too.
+    address: ZeroMQ's, of the socket to bind. model: a checkpoint directory or a name in Hugging Face's cache. dtype, device:
+    torch's names for them. attention, recompute: see `config.TrainerSection`. cpus: logical CPUs to run on; None: all those
+    inherited. adapters_root: where adapters are saved to and started from. parent: process id; when that process ends, this one
+    removes the directory of its socket and ends too.
     """
 
     address: str
     model: str
     dtype: str
+    device: str = "cpu"
+    attention: str = "sdpa"
+    recompute: bool = False
     threads: int = 1
     cpus: list[int] | None = None
     adapters_root: str | None = None
     parent: int | None = None
+
+
+class SharedTensor(msgspec.Struct, frozen=True):
+    """A tensor in another process's GPU memory, by CUDA IPC; the names of `torch.multiprocessing.reductions`.
+
+    shape, stride, offset: of the tensor in its storage, in elements. storage_bytes, storage_offset: of that storage in what
+    CUDA allocated and the handle names, in bytes. counter_*: counts who uses it. event_*: of what wrote it.
+    """
+
+    shape: list[int]
+    stride: list[int]
+    offset: int
+    dtype: str
+    handle: bytes
+    storage_bytes: int
+    storage_offset: int
+    counter_handle: bytes
+    counter_offset: int
+    event_handle: bytes
+    wait_for_event: bool
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):

@@ -24,6 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_longctx.adaptation import messages
 from vllm_longctx.adaptation.blocks import Blocks, Window, example
 from vllm_longctx.adaptation.client import TrainerClient
+from vllm_longctx.adaptation.device import Shape, device_of, recomputes
 from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, AdaptationStep, Pass, SlotsMemory, SlotUse, Weights
 from vllm_longctx.attention.selection import cdiv
 from vllm_longctx.config import KEY, AdaptationSection, LongContextError, RequestOptions, active_config
@@ -475,10 +476,14 @@ def ends_by_itself(request: Request) -> bool:
 
 def trainer_client(model: ModelConfig, settings: AdaptationSection) -> TrainerClient:
     assert settings.slots is not None
-    trainer = settings.trainer
+    trainer, recompute = settings.trainer, recomputes(settings.trainer)
     return TrainerClient(
         model.model,
         str(model.dtype).removeprefix("torch."),
+        device=str(device_of(trainer)),
+        attention=trainer.attention,
+        recompute=recompute,
+        training_bytes=Shape.of(model.hf_text_config, model.dtype).training_bytes(settings, recompute),
         max_rank=settings.rank_limit,
         num_slots=settings.slots,
         adapters_root=settings.adapters_root,

@@ -1,7 +1,7 @@
 """The trainer process: `python -m vllm_longctx.adaptation.sidecar '{"address": "ipc:///tmp/trainer", "model": ..., ...}'`.
 
 It has a copy of the model of its own, since an engine packs its weights for inference. It works for one engine at a time,
-one job after the other; a job that fails is answered, whatever the reason, and does not end the process.
+one job after the other; a job that fails is answered, whatever the reason, and does not end the process, unless the GPU does.
 """
 
 import os
@@ -16,9 +16,10 @@ from pathlib import Path
 import msgspec
 import torch
 import zmq
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from vllm_longctx.adaptation import attention
 from vllm_longctx.adaptation import messages as m
 from vllm_longctx.adaptation.slots import Slots
 from vllm_longctx.adaptation.trainer import Trainer
@@ -48,6 +49,8 @@ class Sidecar:
         else:
             try:
                 self._do(job)
+            except torch.AcceleratorError:  # of CUDA's, after which nothing works in this process; the engine starts another
+                raise
             except Exception as e:
                 self._send(failure(job, f"{type(e).__name__}: {e}"))
 
@@ -160,6 +163,20 @@ def end_with(parent: int, directory: Path) -> None:
     os._exit(0)
 
 
+def load(options: m.Options) -> PreTrainedModel:
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if (
+            options.dtype != "float32"
+        ):  # else the float32 adapters would take as long as the model; TF32 has bfloat16's exponent
+            torch.set_float32_matmul_precision("high")
+    if options.attention == "xformers":
+        attention.register()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, attn_implementation=options.attention)
+    return model.to(device)
+
+
 def main() -> None:
     options = msgspec.json.decode(sys.argv[1], type=m.Options)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -176,8 +193,7 @@ def main() -> None:
             socket.set_hwm(0)
             socket.linger = 0
             socket.bind(options.address)
-            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
-            Sidecar(Trainer(model), socket, options.adapters_root).serve()
+            Sidecar(Trainer(load(options), options.recompute), socket, options.adapters_root).serve()
     finally:
         path.unlink(missing_ok=True)  # ZeroMQ leaves it
 

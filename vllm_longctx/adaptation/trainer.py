@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vllm_longctx.adaptation.messages import Recipe
 from vllm_longctx.adaptation.slots import Weights
@@ -43,25 +44,33 @@ class Adapter:
 class Trainer:
     """The model must be loaded as it is to be used; its own dropout stays off. It is changed in place, its weights never are.
 
+    recompute: keep only the decoder layers' inputs for the backward pass and compute the layers again there: the same numbers,
+    about a third more work, a small part of the memory.
     modules: of every adapted module, under the model's name for it, its (in, out) features.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, recompute: bool = False):
         model.eval()
-        self._base = model
+        self._base, self._device = model, model.device
+        self._gpus = [model.device] if model.device.type == "cuda" else []  # whose random numbers dropout draws from
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         # This adapter is never trained. It says which layers get adapters, and is the active one while others are deleted.
         self._model = get_peft_model(model, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"), "none")
         self._layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
         self._adapters: dict[int, Adapter] = {}
         self.modules = {name: (layer.in_features, layer.out_features) for name, layer in self._layers.items()}
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in model.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = True  # it asks for its own flag; the modules inside stay as they are
 
     def begin(self, owner: int, recipe: Recipe) -> None:
         """A new adapter as peft makes it right after `torch.manual_seed(adapter_seed)`: its output is 0. float32."""
         if owner in self._adapters:
             raise ValueError(f"owner {owner} has an adapter already")
         name = f"owner-{owner}"
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=self._gpus):
             torch.manual_seed(recipe.adapter_seed)
             self._model.add_adapter(
                 name,
@@ -74,13 +83,14 @@ class Trainer:
                     base_model_name_or_path=self._base.name_or_path,
                 ),
             )
-            rng = torch.get_rng_state()
+            rng = self._get_rng_state()
         pairs = {m: (layer.lora_A[name].weight, layer.lora_B[name].weight) for m, layer in self._layers.items()}
         optimizer = torch.optim.AdamW(
             [parameter for pair in pairs.values() for parameter in pair],
             lr=recipe.learning_rate,
             eps=recipe.adam_eps,
             weight_decay=recipe.weight_decay,
+            fused=bool(self._gpus),  # on a GPU the default makes temporary copies of all weights
         )
         self._adapters[owner] = Adapter(name, recipe, pairs, optimizer, rng)
 
@@ -93,20 +103,24 @@ class Trainer:
         adapter = self._adapter(owner)
         if not 0 < num_targets < len(tokens):
             raise ValueError(f"{num_targets} targets in {len(tokens)} tokens: at least one of each, and one token before them")
+        vocabulary = self._base.config.get_text_config().vocab_size
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:  # on a GPU such an index ends the process
+            raise ValueError(f"a token is out of range: the model has 0 to {vocabulary - 1}")
         self._model.set_adapter(adapter.name)
-        ids = torch.tensor([tokens], device=self._base.device)
+        ids = torch.tensor([tokens], device=self._device)
         for group in adapter.optimizer.param_groups:
             group["lr"] = adapter.recipe.learning_rate_of(version)
         parameters = [p for pair in adapter.pairs.values() for p in pair]
         weights_before = [p.detach().clone() for p in parameters]
         optimizer_before = deepcopy(adapter.optimizer.state_dict())
         try:
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(adapter.rng)
+            with torch.random.fork_rng(devices=self._gpus):
+                self._set_rng_state(adapter.rng)
                 losses = [self._step(adapter, parameters, ids, num_targets) for _ in range(adapter.recipe.epochs)]
-                rng = torch.get_rng_state()
+                rng = self._get_rng_state()
             moments = [value for state in adapter.optimizer.state.values() for value in state.values()]
-            if not all(torch.isfinite(values).all() for values in [*parameters, *moments]):
+            largest = nn.utils.get_total_norm([p.detach() for p in parameters] + moments, torch.inf)
+            if not torch.isfinite(largest):
                 raise NotFinite("the trained weights are not finite")
         except BaseException:
             with torch.no_grad():
@@ -196,6 +210,15 @@ class Trainer:
     def drop_all(self) -> None:
         for owner in list(self._adapters):
             self.drop(owner)
+
+    def _get_rng_state(self) -> Tensor:
+        return torch.cuda.get_rng_state(self._device) if self._gpus else torch.get_rng_state()
+
+    def _set_rng_state(self, state: Tensor) -> None:
+        if self._gpus:
+            torch.cuda.set_rng_state(state, self._device)
+        else:
+            torch.set_rng_state(state)
 
     def _adapter(self, owner: int) -> Adapter:
         if owner not in self._adapters:

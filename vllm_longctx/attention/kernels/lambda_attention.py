@@ -4,6 +4,8 @@ A program takes a tile of queries of one request and one KV head. It reads the f
 through the request's block table, and nothing else: the cost of a query is O(n_global + n_local) at any length of the text.
 """
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,14 +27,14 @@ from vllm_longctx.attention.kernels.lambda_tile import (
 def prefill_launch(head_size: int, element_size: int, group: int, max_query_len: int) -> Launch:
     """element_size: bytes of the queries' dtype. group: query heads of a KV head."""
     if element_size > 2:
-        rows, keys, warps, stages = 32, 32, 4, 2
+        launch = Launch(32, 16, 8, 3)
+    elif max_query_len * group <= 16:
+        launch = Launch(16, 64 if head_size <= 128 else 32, 4, 5)
     elif head_size > 128:
-        rows, keys, warps, stages = 64, 32, 4, 2
+        launch = Launch(64, 32, 8, 5)
     else:
-        rows, keys, warps, stages = 128, 64, 8, 3
-    rows = min(rows, triton.next_power_of_2(max(max_query_len * group, 16)))
-    rows = max(rows, triton.next_power_of_2(group))
-    return Launch(rows, keys, warps if rows >= 64 else 4, stages)
+        launch = Launch(128, 64, 8, 5)
+    return replace(launch, rows=max(launch.rows, triton.next_power_of_2(group)))
 
 
 def lambda_attention(
@@ -115,7 +117,7 @@ def lambda_attention(
 @triton.jit
 def _row_of(query_start_loc, tile, rows, TOKENS: tl.constexpr):
     """The row a tile belongs to: row r begins with tile query_start_loc[r] // TOKENS + r."""
-    low = tile * 0  # a tensor even where `rows` was specialised to a constant
+    low = tile * 0
     high = low + rows
     while low < high:
         middle = (low + high) // 2
@@ -126,7 +128,8 @@ def _row_of(query_start_loc, tile, rows, TOKENS: tl.constexpr):
     return low - 1
 
 
-@triton.jit
+# What changes from step to step must not ask for another compilation.
+@triton.jit(do_not_specialize=["rows", "seq_lens", "query_start_loc"])
 def _prefill(
     query_ptr,
     key_cache,

@@ -24,14 +24,16 @@ from vllm_longctx.attention.kernels.lambda_tile import (
 
 MAX_SPLITS = 64
 PROGRAMS_PER_SM = 4
-KEYS_PER_SPLIT = 256  # a smaller share would cost more to merge than it saves
+SHARE = 64  # keys; a share of the work is no less than two such tiles
 
 
 def decode_launch(head_size: int, element_size: int, group: int) -> Launch:
     """element_size: bytes of the queries' dtype. group: query heads of a KV head."""
     rows = max(16, triton.next_power_of_2(group))
-    keys = 64 if head_size * element_size <= 256 else 32
-    return Launch(rows, keys, 4, 3 if element_size <= 2 else 2)
+    if element_size > 2:
+        return Launch(rows, 32, 8, 3)
+    # Half of the stages go to looking up block ids: five keep two tiles of keys and values on their way.
+    return Launch(rows, 64 if head_size <= 128 else 32, 4 if rows <= 32 else 8, 5)
 
 
 def decode_splits(view: View, rows: int, kv_heads: int, num_sms: int, max_seq_len: int) -> int:
@@ -39,9 +41,9 @@ def decode_splits(view: View, rows: int, kv_heads: int, num_sms: int, max_seq_le
 
     num_sms: its multiprocessors. max_seq_len: the longest text possible, which bounds the keys where the window does not.
     """
-    keys = min(view.geometry.n_global + view.window, max_seq_len)
-    wanted = triton.cdiv(PROGRAMS_PER_SM * num_sms, max(rows * kv_heads, 1))
-    return max(1, min(wanted, keys // KEYS_PER_SPLIT, MAX_SPLITS))
+    tiles = triton.cdiv(min(view.geometry.n_global + view.window, max_seq_len), SHARE)
+    wanted = min(triton.cdiv(PROGRAMS_PER_SM * num_sms, max(rows * kv_heads, 1)), MAX_SPLITS)
+    return triton.cdiv(tiles, max(triton.cdiv(tiles, wanted), 2))
 
 
 def decode_workspace(rows: int, heads: int, head_size: int, splits: int, device: torch.device) -> Tensor:
@@ -116,7 +118,7 @@ def lambda_decode(
         GROUP=group,
         ROWS=launch.rows,
         KEYS=launch.keys,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         **constants,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -128,15 +130,15 @@ def lambda_decode(
             out,
             out.stride(0),
             out.stride(1),
+            splits,
             HEAD_SIZE=head_size,
             PADDED_HEAD=constants["PADDED_HEAD"],
-            SPLITS=splits,
             PADDED_SPLITS=triton.next_power_of_2(splits),
             num_warps=4,
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seq_lens"])  # of any alignment
 def _decode(
     query_ptr,
     key_cache,
@@ -168,7 +170,7 @@ def _decode(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PADDED_HEAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -182,15 +184,16 @@ def _decode(
     ALIBI: tl.constexpr,
     SOFT_CAP: tl.constexpr,
 ):
-    """Writes `out` where there is one split, else its share: partial [rows, heads, SPLITS, HEAD_SIZE] and lse in base 2."""
+    """Writes its share, partial [rows, heads, splits, HEAD_SIZE] and lse in base 2; without SPLIT the whole to `out`."""
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    splits = tl.num_programs(2)
     seq_len = tl.load(seq_lens + row)
     window_start = tl.maximum(seq_len - n_local, 0)
     first_end = tl.minimum(window_start, n_global)
     first_tiles = tl.cdiv(first_end, FIRST_KEYS)
-    tiles = tl.cdiv(first_tiles + tl.cdiv(seq_len - window_start, KEYS), SPLITS)  # of this share
+    tiles = tl.cdiv(first_tiles + tl.cdiv(seq_len - window_start, KEYS), splits)  # of this share
 
     m = tl.arange(0, ROWS)
     d = tl.arange(0, PADDED_HEAD)
@@ -233,36 +236,37 @@ def _decode(
     )  # fmt: skip
 
     acc = acc * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
-    if SPLITS == 1:
+    if SPLIT:
+        shares = (row * (tl.num_programs(1) * GROUP) + heads) * splits + split
+        tl.store(partial + shares[:, None] * HEAD_SIZE + d[None, :], acc, mask=mask)
+        # Where nothing was seen, top is -inf and the share weighs nothing.
+        tl.store(lse + shares, top + tl.log2(tl.where(total > 0, total, 1.0)), mask=m < GROUP)
+    else:
         out_pointers = out_ptr + (row * stride_out + heads * stride_out_head)[:, None] + d[None, :]
         tl.store(out_pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        shares = (row * (tl.num_programs(1) * GROUP) + heads) * SPLITS + split
-        tl.store(partial + shares[:, None] * HEAD_SIZE + d[None, :], acc, mask=mask)
-        tl.store(lse + shares, top + tl.log2(total), mask=m < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge(
     partial,
     lse,
     out_ptr,
     stride_out,
     stride_out_head,
+    splits,
     HEAD_SIZE: tl.constexpr,
     PADDED_HEAD: tl.constexpr,
-    SPLITS: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     s = tl.arange(0, PADDED_SPLITS)
     d = tl.arange(0, PADDED_HEAD)
-    shares = (row * tl.num_programs(1) + head) * SPLITS + s
-    own = tl.load(lse + shares, mask=s < SPLITS, other=float("-inf"))
+    shares = (row * tl.num_programs(1) + head) * splits + s
+    own = tl.load(lse + shares, mask=s < splits, other=float("-inf"))
     top = tl.max(own, 0)
     weights = tl.exp2(own - tl.where(top == float("-inf"), 0.0, top))
-    mask = (s < SPLITS)[:, None] & (d < HEAD_SIZE)[None, :]
+    mask = (s < splits)[:, None] & (d < HEAD_SIZE)[None, :]
     values = tl.load(partial + shares[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
     total = tl.sum(weights, 0)
     merged = tl.sum(values * weights[:, None], 0) / tl.where(total > 0, total, 1.0)

@@ -222,7 +222,7 @@ def attend_first(
     """
     d = tl.arange(0, PADDED_HEAD)
     window_start = tl.maximum(positions - n_local + 1, 0)
-    for first in range(begin, end, FIRST_KEYS):
+    for first in tl.range(begin, end, FIRST_KEYS, num_stages=1):  # one or two tiles: nothing to overlap them with
         keys = first + tl.arange(0, FIRST_KEYS)
         present = keys < end
         place = places(table, keys, present, stride_block, stride_slot, BLOCK_SIZE)
@@ -231,9 +231,7 @@ def attend_first(
         value = tl.load(value_cache + place[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
         if TURN_QUERIES:
             if TURN_KEYS:
-                turned_key = load_turned(
-                    key_cache + place[:, None], key, mask, key_cos, key_sin, keys, d, ROTARY_DIM, IS_NEOX
-                )
+                turned_key = load_turned(key_cache + place[:, None], key, mask, key_cos, key_sin, keys, d, ROTARY_DIM, IS_NEOX)
             else:
                 turned_key = key
             products = tl.dot(turned_query, tl.trans(turned_key), input_precision="ieee")

@@ -358,7 +358,7 @@ def _block_scores_kernel(
     to = out + ((row * length + token) * (tl.num_programs(1) * GROUP) + head) * count
     key = tl.arange(0, BLOCKS * BLOCK)
     start = tl.program_id(0) // num_tiles * (STEPS * BLOCKS)
-    for step in range(STEPS):
+    for step in range(tl.minimum(STEPS, tl.cdiv(count - start, BLOCKS))):
         column = first + start + step * BLOCKS + key // BLOCK
         position = column * BLOCK + key % BLOCK
         visible = (position >= begin) & (position < end) & (column < first + count)
@@ -462,16 +462,16 @@ def _attend_kernel(
     row, token, head = which // length, which % length, tl.program_id(1)
     mine = best + (which * tl.num_programs(1) + head) * num_best
     dims = tl.arange(0, D_PAD)
-    highest = _score(tl.load(mine)) * scale
+    highest = tl.maximum(_score(tl.load(mine)) * scale, -3.4e38)  # finite without keys too
     total = 0.0
     sums = tl.zeros((D_PAD,), tl.float32)
     for begin in range(0, num_best, KEYS):
         number = begin + tl.arange(0, KEYS)
         packed = tl.load(mine + number, mask=number < num_best, other=0)
-        scores = _score(packed) * scale
-        there = (number < num_best) & (scores > float("-inf"))
+        scores = tl.where(number < num_best, _score(packed) * scale, float("-inf"))
+        there = scores > float("-inf")
         position = tl.where(there, 0xFFFFFFFF - (packed & 0xFFFFFFFF), 0)
-        weights = tl.where(there, tl.exp(scores - highest), 0.0)
+        weights = tl.exp(scores - highest)
         block = tl.load(block_table + row * table_row + position // BLOCK, mask=there, other=0).to(tl.int64)
         v = tl.load(
             values

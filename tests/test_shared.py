@@ -1,0 +1,165 @@
+"""The engine's memory in the trainer. Without a GPU: CPU tensors stand for GPU ones, and a table for CUDA IPC's handles."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing import reductions
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from vllm.model_executor.models import ModelRegistry
+
+from vllm_longctx.adaptation import messages as m
+from vllm_longctx.adaptation import shared
+from vllm_longctx.adaptation.messages import Recipe
+from vllm_longctx.adaptation.trainer import Trainer
+from vllm_longctx.engine_args import ADAPTABLE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = {
+    "vocab_size": 100,  # vLLM pads it to 128
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "llama3": LlamaConfig(**SIZES, rope_parameters={**LLAMA3, "original_max_position_embeddings": 64}),
+    "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+}
+IDS = torch.arange(40)[None]
+
+
+def save(path: Path, config: Any) -> Path:
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+def load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+class Engine(nn.Module):
+    """Parameters as vLLM has them on a GPU: fused, padded, tied, wrapped for LoRA."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        states = dict(model.named_parameters())
+        for name in shared.PADDED & states.keys():
+            states[name] = torch.cat([states[name], torch.full((28, 64), torch.nan, dtype=model.dtype)])
+        for fused, parts in shared.FUSED.items():
+            for first in [name for name in states if f".{parts[0]}." in name]:
+                joined = [states.pop(first.replace(parts[0], part)) for part in parts]
+                states[first.replace(parts[0], fused)] = torch.cat(joined)
+        for name, value in states.items():
+            *path, last = name.replace("_proj.", "_proj.base_layer.").split(".")
+            module = self
+            for part in path:
+                if not hasattr(module, part):
+                    setattr(module, part, nn.Module())
+                module = getattr(module, part)
+            setattr(module, last, nn.Parameter(value.detach().clone(), requires_grad=False))
+
+
+def rebuilt(path: Path, dtype: torch.dtype, engine: nn.Module) -> PreTrainedModel:
+    name = str(dtype).removeprefix("torch.")
+    return shared.fill(shared.skeleton(str(path), name, "sdpa"), shared.engine_weights(engine))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_rebuilt_model_is_the_original_in_the_engines_memory(tmp_path: Path, config: Any, dtype: torch.dtype):
+    original = load(save(tmp_path, config), dtype)
+    engine = Engine(original)
+    model = rebuilt(tmp_path, dtype, engine)
+    assert torch.equal(model(IDS).logits, original(IDS).logits)
+    theirs = {p.untyped_storage().data_ptr() for p in engine.parameters()}
+    assert {p.untyped_storage().data_ptr() for p in model.parameters()} == theirs
+    assert {b.dtype for b in model.buffers()} == {b.dtype for b in original.buffers()}
+    assert model.name_or_path == original.name_or_path
+
+
+def test_it_trains_alike_and_leaves_the_engines_weights(tmp_path: Path):
+    original = load(save(tmp_path, CONFIGS["qwen3"]), torch.float32)
+    engine = Engine(original)
+    before = {name: p.clone() for name, p in engine.named_parameters()}
+    runs = []
+    for trainer in (Trainer(original), Trainer(rebuilt(tmp_path, torch.float32, engine), recompute=True)):
+        trainer.begin(1, Recipe(rank=4, learning_rate=1e-2, warmup_blocks=0, weight_decay=0.1))
+        runs.append((trainer.train(1, 1, list(range(40)), 16), trainer.weights(1)))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(x, y) for name in runs[0][1] for x, y in zip(runs[0][1][name], runs[1][1][name], strict=True))
+    assert all(torch.equal(p[:100], before[name][:100]) for name, p in engine.named_parameters())
+
+
+@pytest.mark.parametrize("architecture", ADAPTABLE)
+def test_vllm_fuses_what_we_part(architecture: str):
+    model = ModelRegistry._try_load_model_cls(architecture)
+    assert {name: tuple(parts) for name, parts in model.packed_modules_mapping.items()} == shared.FUSED
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (
+            lambda w: {n: t[: len(t) // 2] if "qkv" in n else t for n, t in w.items()},
+            "qkv_proj.weight has 64 rows, but .* have",
+        ),
+        (lambda w: {n: t[:, :32] if "o_proj" in n else t for n, t in w.items()}, "o_proj.weight and 1 more are not in both"),
+        (lambda w: {n: t[:64] if "embed" in n else t for n, t in w.items()}, "embed_tokens.weight and 0 more are not in both"),
+        (lambda w: {n: t for n, t in w.items() if "model.norm" not in n}, "model.norm.weight and 0 more are not in both"),
+        (lambda w: w | {"model.layers.0.mlp.scale": torch.ones(1)}, "model.layers.0.mlp.scale and 0 more are not in both"),
+    ],
+    ids=["a rank's heads", "a rank's columns", "a rank's vocabulary", "missing", "unknown"],
+)
+def test_other_weights_are_refused(tmp_path: Path, spoil, reason: str):
+    engine = Engine(load(save(tmp_path, CONFIGS["llama"]), torch.float32))
+    with pytest.raises(ValueError, match=reason):
+        shared.views(spoil(shared.engine_weights(engine)), shared.skeleton(str(tmp_path), "float32", "sdpa"))
+
+
+@pytest.fixture
+def ipc(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, torch.UntypedStorage]:
+    """CUDA IPC with the same arguments and results, where a handle names a CPU storage of this process."""
+    storages: dict[bytes, torch.UntypedStorage] = {}
+
+    def reduce(t: torch.Tensor) -> tuple:
+        assert not t.requires_grad
+        handle = b"handle %d" % len(storages)
+        storages[handle] = t.untyped_storage()
+        place = type(t), t.size(), t.stride(), t.storage_offset(), torch.storage.TypedStorage, t.dtype, 0
+        return None, (*place, handle, t.untyped_storage().nbytes(), 512, False, b"counter", 7, b"event", True)
+
+    def rebuild(**given: Any) -> torch.Tensor:
+        inspect.signature(reductions.rebuild_cuda_tensor).bind(**given)
+        assert (given["storage_device"], given["storage_offset_bytes"], given["ref_counter_handle"]) == (1, 512, b"counter")
+        assert (given["ref_counter_offset"], given["event_handle"], given["event_sync_required"]) == (7, b"event", True)
+        storage = storages[given["storage_handle"]]
+        assert storage.nbytes() == given["storage_size_bytes"]
+        empty = torch.empty(0, dtype=given["dtype"])
+        return empty.set_(storage, given["tensor_offset"], given["tensor_size"], given["tensor_stride"])
+
+    monkeypatch.setattr(shared, "reduce_tensor", reduce)
+    monkeypatch.setattr(shared, "rebuild_cuda_tensor", rebuild)
+    return storages
+
+
+def test_a_tensor_travels_as_a_message(ipc: dict):
+    matrix = torch.arange(24, dtype=torch.bfloat16).view(4, 6)
+    for tensor in (matrix, matrix.T, matrix[1:3, 2:]):
+        message = m.encode(shared.export(tensor.requires_grad_()))
+        received = shared.attach(m.msgspec.msgpack.decode(message, type=m.SharedTensor), torch.device("cuda:1"))
+        assert torch.equal(received, tensor) and received.data_ptr() == tensor.data_ptr()
+        assert not received.requires_grad
