@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 BLOCK_SIZE = 32
-SAMPLED = 16  # queries of a chunk that are compared
+SAMPLED = 4  # queries of a chunk that are compared
 # Scores of first keys come from two vectors that were turned, so rounded, again; probabilities and the output are rounded once.
 ROUNDINGS = 8
 

@@ -130,7 +130,7 @@ def lambda_decode_time(pool: "Pool", query: Tensor, length: int, tables: list[Te
 
     def call(table: Tensor) -> None:
         scale = shape.scale
-        lambda_decode(query, pool.key, pool.value, table, lens, turn, key_turn, view, scale, out, workspace, splits)
+        lambda_decode(query, *pool.caches, table, lens, turn, key_turn, view, scale, out, workspace, splits)
 
     return {"splits": splits, "longctx_ms": milliseconds([partial(call, t) for t in tables])}
 
@@ -155,7 +155,7 @@ def lambda_prefill_time(pool: "Pool", query: Tensor, length: int, tables: list[T
 
     def call(table: Tensor) -> None:
         where = table, lens, starts, queries
-        lambda_attention(query, pool.key, pool.value, *where, turn, key_turn, view, shape.scale, out)
+        lambda_attention(query, *pool.caches, *where, turn, key_turn, view, shape.scale, out)
 
     return milliseconds([partial(call, t) for t in tables])
 
@@ -167,9 +167,9 @@ def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
     for name, rows in itertools.groupby(plan, lambda row: row["shape"]):
         shape = of_name(setting, name)
         pool = Pool.of(shape, setting.quick)
-        summaries = Summaries.like(pool.key)
-        for blocks in torch.arange(len(pool.cache), device=device()).split(1024):
-            summaries.summarise(pool.key, blocks, torch.full_like(blocks, BLOCK_SIZE))
+        summaries = Summaries.like(pool.caches[0])
+        for blocks in torch.arange(len(pool.numbers), device=device()).split(1024):
+            summaries.summarise(pool.caches[0], blocks, torch.full_like(blocks, BLOCK_SIZE))
         query = randn(1, 1, shape.heads, shape.head_size)
         for row in rows:
             length = row["length"]
@@ -177,7 +177,7 @@ def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
             ranges = integers([0]), integers([length])
 
             def call(table: Tensor, share: float | None, ranges: Any = ranges, length: int = length) -> None:
-                memories = Memories(pool.key, pool.value, table, *ranges, length, summaries)  # noqa: B023
+                memories = Memories(*pool.caches, table, *ranges, length, summaries)  # noqa: B023
                 attend_best(query, memories, K, shape.scale, share)  # noqa: B023
 
             ways = {"top_k_ms": None, "blocks_ms": SHARE}
@@ -189,15 +189,14 @@ def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
 def milliseconds(calls: Sequence[Callable[[], Any]], rounds: int = 7) -> float:
     """Median over rounds of the time per call, in a CUDA graph of all the calls, as an engine runs them.
 
-    Without a GPU, so that tests can run the stages, by the clock, once.
+    Without a GPU, so that tests can run the stages, by the clock, of one call.
     """
-    for call in calls:  # compiles
-        call()
     if not torch.cuda.is_available():
         start = time.perf_counter()
-        for call in calls:
-            call()
-        return 1000 * (time.perf_counter() - start) / len(calls)
+        calls[0]()
+        return 1000 * (time.perf_counter() - start)
+    for call in calls:  # compiles
+        call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -229,28 +228,33 @@ def integers(values: list[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Pool:
-    """One layer's KV cache, bfloat16 [num_blocks, BLOCK_SIZE, kv_heads, 2 * head_size] of random numbers."""
+    """One layer's KV cache, random numbers in bfloat16, [num_blocks, kv_heads, BLOCK_SIZE, 2 * head_size].
 
-    cache: Tensor
+    As caches of each half [num_blocks, BLOCK_SIZE, kv_heads, head_size]: `caches` of just this layout, which longctx's backend
+    prefers, `slots_first` of the one that vLLM gives FlashAttention.
+    """
+
+    numbers: Tensor
 
     @classmethod
     @functools.lru_cache(maxsize=1)
     def of(cls, shape: Shape, quick: bool) -> "Pool":
         blocks = (4 << 20 if quick else 8 * GIB) // (BLOCK_SIZE * shape.layer_kv_bytes)
-        cache = torch.empty(blocks, BLOCK_SIZE, shape.kv_heads, 2 * shape.head_size, dtype=DTYPE, device=device())
-        return cls(cache.normal_())
+        numbers = torch.empty(blocks, shape.kv_heads, BLOCK_SIZE, 2 * shape.head_size, dtype=DTYPE, device=device())
+        return cls(numbers.normal_())
 
     @property
-    def key(self) -> Tensor:
-        return self.cache.chunk(2, -1)[0]
+    def caches(self) -> tuple[Tensor, ...]:
+        return self.numbers.transpose(1, 2).chunk(2, -1)
 
     @property
-    def value(self) -> Tensor:
-        return self.cache.chunk(2, -1)[1]
+    def slots_first(self) -> tuple[Tensor, ...]:
+        blocks, kv_heads, slots, both = self.numbers.shape
+        return self.numbers.view(blocks, slots, kv_heads, both).chunk(2, -1)
 
     def tables(self, length: int, rows: int, count: int) -> list[Tensor]:
         """`count` block tables int32 [rows, columns]; each row of each begins in its own part of the pool."""
-        blocks = len(self.cache)
+        blocks = len(self.numbers)
         order = torch.randperm(blocks, device=device()).int()
         columns = torch.arange(-(-length // BLOCK_SIZE), device=device())
         starts = torch.arange(rows * count, device=device()).view(rows, count, 1) * blocks // (rows * count)
@@ -288,13 +292,14 @@ def flash_times(
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     version, out = get_flash_attn_version(), torch.empty_like(query)
+    key, value = pool.slots_first
     longest = max(b - a for a, b in itertools.pairwise(starts))
 
     def call(table: Tensor, starts: Tensor, lens: Tensor, keys: int, window: list[int]) -> None:
         flash_attn_varlen_func(
             q=query,
-            k=pool.key,
-            v=pool.value,
+            k=key,
+            v=value,
             out=out,
             max_seqlen_q=longest,
             cu_seqlens_q=starts,

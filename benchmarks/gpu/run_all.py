@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -41,12 +41,10 @@ LEAST_S = 30  # a stage is not started with less time left
 
 @dataclass(frozen=True)
 class Setting:
-    """quick: tiny shapes. memory: of the card, bytes. scratch: a directory that is removed in the end. engine_kwargs: of every
-    engine's, for tests without a GPU."""
+    """quick: tiny shapes. memory: of the card, bytes. cuda, engine_kwargs (of every engine): for runs without a GPU."""
 
     quick: bool
     memory: int
-    scratch: Path = Path("scratch")
     cuda: bool = True
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -133,12 +131,13 @@ def main(
         raise typer.BadParameter("--out DIR says where the results go")
     (out / "stages").mkdir(parents=True, exist_ok=True)
     if stage is not None:
-        setting = Setting(quick, torch.cuda.get_device_properties(0).total_memory, out / "scratch")
+        setting = Setting(quick, torch.cuda.get_device_properties(0).total_memory)
         raise typer.Exit(work(next(s for s in STAGES if s.name == stage), out, setting))
+    if any(record.quick != quick for record in load(out).values()):
+        raise typer.BadParameter(f"{out} has results {'without' if quick else 'of'} --quick; give another --out")
     try:
         run(chosen, out, redo, minutes, quick)
     finally:
-        shutil.rmtree(out / "scratch", ignore_errors=True)
         summarise(out)
 
 
@@ -156,14 +155,11 @@ def load(out: Path) -> dict[str, Record]:
 
 
 def run(chosen: list[Stage], out: Path, again: list[str], minutes: float, quick: bool) -> None:
-    """Each stage in a process of its own, as long as time is left. Raises typer.BadParameter for results of another size."""
+    """Each stage in a process of its own, as long as time is left; what was tried before comes last."""
     before, end = load(out), time.monotonic() + 60 * minutes
-    if any(record.quick != quick for record in before.values()):
-        raise typer.BadParameter(f"{out} has results {'without' if quick else 'of'} --quick; give another --out")
-    for stage in chosen:
-        if stage.name in before and before[stage.name].status == "done" and stage.name not in again:
-            console.print(f"{stage.name}: done before")
-            continue
+    todo = [s for s in chosen if s.name in again or s.name not in before or before[s.name].status != "done"]
+    console.print(f"{len(chosen) - len(todo)} of {len(chosen)} stages were done before")
+    for stage in sorted(todo, key=lambda s: s.name in before and s.name not in again):
         left = end - time.monotonic()
         if left < LEAST_S:
             console.print(f"{stage.name}: no time left; the same command again goes on here")
@@ -210,12 +206,17 @@ def work(stage: Stage, out: Path, setting: Setting) -> int:
         stage.run(record, setting)
     except Exception as e:
         traceback.print_exc()
-        record.status, record.error = "failed", f"{type(e).__name__}: {e}".splitlines()[0].replace(str(Path.home()), "~")[:300]
+        record.status, record.error = "failed", one_line(e)
         record.save()
         return 1
     record.status = "done"
     record.save()
     return 0
+
+
+def one_line(error: Exception) -> str:
+    """What to tell of an error, without this machine's directories."""
+    return re.sub(r"(/[^/\s:'\"]+)+/", "", f"{type(error).__name__}: {error}".splitlines()[0])[:300]
 
 
 def summarise(out: Path) -> None:

@@ -3,6 +3,8 @@
 Each stream writes WRITTEN tokens after a random prompt, in blocks much shorter than the paper's (1,024), so that four of them
 take seconds. Training is on what is written; the last block is not trained, nobody would use it. `no training` is the same with
 `epochs` 0: blocks, versions and passes as ever, and an idle trainer.
+
+The engines' weights are random and on no disk: a trainer that did not use the engine's own would not find any.
 """
 
 import tempfile
@@ -20,6 +22,7 @@ from lm_infinite import random_tokens
 from temp_lora import engine_speed, longctx, official_writer, writing
 
 from vllm_longctx.cli.engine import STOCK, running_engine
+from vllm_longctx.engine_args import LINEAR_MODULES
 
 if TYPE_CHECKING:
     from gpu.report import Record
@@ -87,7 +90,7 @@ def trainer_memory(record: "Record", plan: Plan, setting: "Setting") -> None:
     check_plugin()
     shape = shapes(setting)[0]
     adaptation = {**sizes(setting), "rank": RANK, "slots": 1}
-    plain = {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK}
+    plain = {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK, "lora_target_modules": list(LINEAR_MODULES)}
     ways = [(STOCK, plain, None), (longctx("temp-lora-quality", adaptation), {}, {**LEARNING, "epochs": 0})]
     for row, (config, more, options) in zip(plan, ways, strict=True):
         with engine(shape, setting, config, 1, enforce_eager=True, **more) as llm:
@@ -123,26 +126,20 @@ def engine(
 ) -> Iterator["LLMEngine"]:
     kwargs = {
         "dtype": "bfloat16",
+        "load_format": "dummy",
         "skip_tokenizer_init": True,
         "max_num_seqs": 2 * streams,
         "max_num_batched_tokens": 2048,
-        "kv_cache_memory_bytes": pool_tokens(setting, 2 * streams) * shape.kv_bytes,
+        "kv_cache_memory_bytes": pool_tokens(setting, streams) * shape.kv_bytes,
         **more,
         **setting.engine_kwargs,
     }
-    model = checkpoint(shape, setting)
-    with running_engine(model, additional_config, 16 * sizes(setting)["window_tokens"], **kwargs) as (llm, _):
+    longest = 2 * sizes(setting)["window_tokens"]
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        running_engine(write_model(shape, Path(directory)), additional_config, longest, **kwargs) as (llm, _),
+    ):
         yield llm
-
-
-def checkpoint(shape: Shape, setting: "Setting") -> str:
-    """Random weights on disk, once for all stages: the trainer may want to read them."""
-    path = Path(write_model(shape, setting.scratch / "checkpoint"))
-    if not (path / "whole").exists():
-        random_model(shape, setting).save_pretrained(path)
-        torch.cuda.empty_cache()
-        (path / "whole").touch()
-    return str(path)
 
 
 def random_model(shape: Shape, setting: "Setting") -> Any:
