@@ -41,8 +41,8 @@ def sizes(setting: "Setting") -> dict[str, int]:
 
 
 def pool_tokens(setting: "Setting", streams: int) -> int:
-    """Room for the window, the block and the next pass of so many streams."""
-    return streams * 2 * (sizes(setting)["window_tokens"] + sizes(setting)["block_tokens"])
+    """Room for the window, the block and the next pass of so many streams, and one more."""
+    return (streams + 1) * 2 * (sizes(setting)["window_tokens"] + sizes(setting)["block_tokens"])
 
 
 def rank_for(setting: "Setting", streams: int) -> int:
