@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+import zmq
 from torch import nn
 from torch.multiprocessing import reductions
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 from vllm.model_executor.models import ModelRegistry
 
 from vllm_longctx.adaptation import messages as m
-from vllm_longctx.adaptation import shared
+from vllm_longctx.adaptation import shared, sidecar
 from vllm_longctx.adaptation.messages import Recipe
+from vllm_longctx.adaptation.slots import Slots
 from vllm_longctx.adaptation.trainer import Trainer
-from vllm_longctx.engine_args import ADAPTABLE
+from vllm_longctx.engine_args import ADAPTABLE, LINEAR_MODULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,6 +41,7 @@ CONFIGS = {
     "mistral": MistralConfig(**SIZES, sliding_window=None),
 }
 IDS = torch.arange(40)[None]
+RECIPE = Recipe(rank=4, learning_rate=1e-2, warmup_blocks=0, weight_decay=0.1)
 
 
 def save(path: Path, config: Any) -> Path:
@@ -97,7 +100,7 @@ def test_it_trains_alike_and_leaves_the_engines_weights(tmp_path: Path):
     before = {name: p.clone() for name, p in engine.named_parameters()}
     runs = []
     for trainer in (Trainer(original), Trainer(rebuilt(tmp_path, torch.float32, engine), recompute=True)):
-        trainer.begin(1, Recipe(rank=4, learning_rate=1e-2, warmup_blocks=0, weight_decay=0.1))
+        trainer.begin(1, RECIPE)
         runs.append((trainer.train(1, 1, list(range(40)), 16), trainer.weights(1)))
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(x, y) for name in runs[0][1] for x, y in zip(runs[0][1][name], runs[1][1][name], strict=True))
@@ -163,3 +166,33 @@ def test_a_tensor_travels_as_a_message(ipc: dict):
         received = shared.attach(m.msgspec.msgpack.decode(message, type=m.SharedTensor), torch.device("cuda:1"))
         assert torch.equal(received, tensor) and received.data_ptr() == tensor.data_ptr()
         assert not received.requires_grad
+
+
+def test_a_trainer_takes_over_what_it_is_sent(tmp_path: Path, ipc: dict):
+    """From the worker's offer to a trained version in the worker's own memory, with messages as they are sent."""
+    original = load(save(tmp_path, CONFIGS["tied"]), torch.float32)
+    engine = Engine(original)
+    weights = shared.engine_weights(engine)
+    modules = shared.adapted_modules(shared.views(weights, shared.skeleton(str(tmp_path), "float32", "sdpa")), LINEAR_MODULES)
+    memory = torch.zeros(Slots.size(modules, 4, 2), dtype=torch.uint8)
+    offer, slots = shared.Offer(weights, memory), Slots.create(modules, 4, 2)
+    options = m.Options(address="", model=str(tmp_path), dtype="float32", device="cpu:1", shares=True)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as client:
+        router.bind("inproc://trainer")
+        client.connect("inproc://trainer")
+        train = m.Train(1, 1, 0, 1, list(range(40)), 16)
+        for job in (offer.message(), m.Join(), m.OpenSlots(slots.path, 4, 2), m.Begin(1, 1, RECIPE), train):
+            client.send(m.encode(job))
+        trainer = sidecar.prepare(options, router)
+        for _ in range(4):
+            trainer.serve_one()
+        reports = [m.decode_report(client.recv()) for _ in range(4)]
+    assert reports[:3] == [m.Ready(modules), m.Began(1), m.Started(1, 1)]
+    alone = Trainer(original)
+    alone.begin(1, RECIPE)
+    assert alone.train(1, 1, list(range(40)), 16) == reports[3].losses
+    worker = Slots.open(slots.path, modules, 4, 2, memory)
+    with worker.read(1, 0, 1, 1) as read:
+        assert all(torch.equal(x, y) for name, pair in alone.weights(1).items() for x, y in zip(read[name], pair, strict=True))
+    for one in (worker, slots):
+        one.close()

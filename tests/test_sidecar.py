@@ -378,3 +378,19 @@ def test_an_error_of_the_gpu_ends_the_process(tiny_llama: Path):
         with pytest.raises(torch.AcceleratorError):
             sidecar.serve_one()
     slots.close()
+
+
+def test_a_duty_cycle_is_kept_behind_every_block(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as engine:
+        router.bind("inproc://trainer")
+        engine.connect("inproc://trainer")
+        trainer = Trainer(AutoModelForCausalLM.from_pretrained(tiny_llama))
+        sidecar, slots = Sidecar(trainer, router, None, duty_cycle=0.25), Slots.create(trainer.modules, 8, 1)
+        for job in [m.Join(), m.OpenSlots(slots.path, 8, 1), m.Begin(1, 0, RECIPE), m.Train(1, 0, 1, 1, tokens(1), 16)]:
+            engine.send(m.encode(job))
+            sidecar.serve_one()
+        trained = [m.decode_report(engine.recv()) for _ in range(4)][-1]
+    assert pauses == pytest.approx([3 * trained.seconds])
+    slots.close()

@@ -22,10 +22,17 @@ def assert_holds(slots: Slots, slot: int, bank: int, owner: int, version: int, w
             assert all(torch.equal(x, y) for x, y in zip(pair, weights[name], strict=True))
 
 
-@pytest.fixture
-def slots():
+@pytest.fixture(params=["in the file", "in device memory"])
+def slots(request: pytest.FixtureRequest):
     slots = Slots.create(MODULES, max_rank=8, num_slots=3)
-    yield slots
+    if request.param == "in device memory":
+        memory = torch.zeros(Slots.size(MODULES, 8, 3), dtype=torch.uint8)
+        opened = Slots.open(slots.path, MODULES, 8, 3, memory)
+        yield opened
+        assert not slots._views(1, 1, 8)["q"][0].any(), "the file has headers only"
+        opened.close()
+    else:
+        yield slots
     slots.close()
 
 
@@ -39,7 +46,8 @@ def test_every_bank_keeps_its_own(slots: Slots):
         assert_holds(slots, slot, bank, 10 + slot, bank, weights)
 
 
-def test_other_processes_see_the_same_memory(slots: Slots):
+def test_other_processes_see_the_same_memory():
+    slots = Slots.create(MODULES, max_rank=8, num_slots=3)
     script = f"""
 import torch
 from vllm_longctx.adaptation.slots import Slots
@@ -52,6 +60,7 @@ slots.write(1, 1, 5, 3, doubled)
     slots.write(1, 0, 5, 2, weights)
     subprocess.run([sys.executable, "-c", script], check=True)
     assert_holds(slots, 1, 1, 5, 3, {name: (2 * a, 2 * b) for name, (a, b) in weights.items()})
+    slots.close()
 
 
 def test_only_the_version_asked_for_is_read(slots: Slots):
@@ -83,6 +92,23 @@ def test_an_unfinished_write_is_not_read(slots: Slots):
         slots.write(0, 0, 5, 2, torn)
     with pytest.raises(StaleSlot), slots.read(0, 0, 5, 2):
         pass
+
+
+def test_what_one_clears_no_other_reads():
+    """The scheduler clears; the worker and the trainer have the device memory."""
+    scheduler = Slots.create(MODULES, 8, 3)
+    memory = torch.zeros(Slots.size(MODULES, 8, 3), dtype=torch.uint8)
+    trainer, worker = (Slots.open(scheduler.path, MODULES, 8, 3, memory) for _ in range(2))
+    weights = random_weights(8)
+    trainer.write(2, 1, 5, 1, weights)
+    assert_holds(worker, 2, 1, 5, 1, weights)
+    scheduler.clear(2)
+    with pytest.raises(StaleSlot), worker.read(2, 1, 5, 1):
+        pass
+    with pytest.raises(ValueError, match=f"device memory is {len(memory) - 1} bytes, but this model, rank and number make"):
+        Slots.open(scheduler.path, MODULES, 8, 3, memory[1:])
+    for one in (worker, trainer, scheduler):
+        one.close()
 
 
 def test_clear_leaves_zeros_and_gives_memory_back():

@@ -121,7 +121,7 @@ def test_what_training_a_7b_model_needs():
 
 def test_too_little_memory_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch):
     options = Options(address="", model=str(BOOKLM), dtype="float32", device="cuda:1")
-    need = client.weight_bytes(options) + 2**30
+    need = client.weight_bytes(str(BOOKLM), torch.float32) + 2**30
     monkeypatch.setattr(client, "free_bytes", lambda where: need if where == torch.device("cuda:1") else 0)
     client.check_memory(options, 2**30)
     with pytest.raises(LongContextError, match=r"on cuda:1 \(.*, 1\.00 to train\).* lower gpu_memory_utilization, adapt"):
@@ -194,7 +194,8 @@ def test_xformers_is_asked_for_the_same_attention(
     MistralForCausalLM(config).save_pretrained(tmp_path)
     runs = []
     for name in ("sdpa", "xformers"):
-        trainer = Trainer(sidecar.load(Options(address="", model=str(tmp_path), dtype="float32", attention=name)))
+        options = Options(address="", model=str(tmp_path), dtype="float32", attention=name)
+        trainer = sidecar.prepare(options, None)._trainer
         trainer.begin(1, Recipe(rank=4, learning_rate=1e-2, warmup_blocks=0))
         losses = trainer.train(1, 1, [3 * i % 64 for i in range(tokens)], 16)
         runs.append((losses, trainer.weights(1)))

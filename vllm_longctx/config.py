@@ -236,7 +236,8 @@ class TrainerSection(_Section):
     """The sidecar process that trains adapters.
 
     device: what it trains on; None is the engine's own, its first GPU where it has several. attention: of its model.
-    recompute: keep only each layer's input for the backward pass; None does so on a GPU. threads: of its own, beside vLLM's.
+    recompute: keep only each layer's input for the backward pass; None does so on a GPU. duty_cycle: the share of the time in
+    which it may train, a pause behind every block. threads: of its own, beside vLLM's.
     cpus: which it may run on; None leaves that to the operating system. address: of a sidecar that is running already
     (`ipc://...`), instead of one that the engine starts. timeout_s: a block that trains for longer counts as a hang.
     max_restarts: in a row, without a trained block between.
@@ -245,6 +246,7 @@ class TrainerSection(_Section):
     device: str | None = Field(default=None, pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$")
     attention: Literal["sdpa", "xformers"] = "sdpa"
     recompute: bool | None = None
+    duty_cycle: float = Field(default=1.0, gt=0, le=1)
     threads: int = Field(default=1, ge=1)
     cpus: list[int] | None = None
     address: str | None = None
@@ -254,7 +256,7 @@ class TrainerSection(_Section):
 
     @model_validator(mode="after")
     def _own_process(self) -> Self:
-        for name in ("device", "attention", "recompute"):
+        for name in ("device", "attention", "recompute", "duty_cycle"):
             if self.address is not None and name in self.model_fields_set:
                 raise ValueError(
                     f"{name} has no effect beside address; give it to the process that runs there, or leave it out"

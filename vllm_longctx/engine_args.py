@@ -30,6 +30,7 @@ from vllm_longctx.rotary import SCALINGS
 VLLM_VERSION = "0.32.0"
 WORKER = "vllm_longctx.worker.LongContextCPUWorker"
 CUDA_WORKER = "vllm_longctx.worker_cuda.LongContextCUDAWorker"
+ADAPTING_CUDA_WORKER = "vllm_longctx.adaptation.worker_cuda.AdaptingCUDAWorker"
 CUDA_BACKEND = "vllm_longctx.attention.cuda.LambdaBackend"
 SCHEDULER = "vllm_longctx.scheduler.LongContextScheduler"
 ADAPTING_SCHEDULER = "vllm_longctx.adaptation.scheduler.TempLoraScheduler"
@@ -86,18 +87,23 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
         return config
     check_vllm_version()
     worker = worker_of_platform()
+    on_cuda = worker == CUDA_WORKER
+    if on_cuda and config.adaptation is not None:
+        worker = ADAPTING_CUDA_WORKER
     if args.worker_cls not in ("auto", worker):
         raise LongContextError(f"worker_cls = {args.worker_cls!r}, but longctx needs its own; leave worker_cls out")
     scheduler, grows = scheduler_of(config), config.attention.remembers
     if args.scheduler_cls not in (None, scheduler):
         raise LongContextError(f"scheduler_cls = {args.scheduler_cls!r}, but longctx needs its own; leave scheduler_cls out")
-    if worker == CUDA_WORKER:
+    if on_cuda:
         check_ready_on_cuda(config)
         _choose_cuda_backend(args)
     args.worker_cls, args.scheduler_cls = worker, scheduler
     if config.adaptation is not None:
         adaptation = _with_slots(args, _with_recommended(config.adaptation, args.model))
         config = config.model_copy(update={"adaptation": adaptation})
+        if on_cuda:
+            _schedule_behind_the_device(args)
     args.block_size = args.block_size or DEFAULT_BLOCK_SIZE
     if args.max_model_len in (None, -1):
         # A memory grows with the text: vLLM finds out what fits into its pool.
@@ -133,7 +139,8 @@ def _check_capability(needed: DeviceCapability, what: str, remedy: str) -> None:
 def check_ready_on_cuda(config: LongContextConfig) -> None:
     """Raises LongContextError for a method that runs on the CPU only so far."""
     missing = {
-        "adaptation (Temp-LoRA)": config.adaptation is not None,
+        "adaptation with attention.method none (presets temp-lora-quality and temp-lora-economic, kv_policy reuse and "
+        "recompute)": config.adaptation is not None and not config.slides,
         "attention.method focused": config.attention.method == "focused",
         "attention.top_k": config.slides and config.attention.top_k is not None,
     }
@@ -143,6 +150,13 @@ def check_ready_on_cuda(config: LongContextConfig) -> None:
                 f"{method} does not run on CUDA yet; leave it out, or run on vLLM's CPU platform. On CUDA there are "
                 "attention.method lm_infinite and streaming"
             )
+
+
+def _schedule_behind_the_device(args: EngineArgs) -> None:
+    """Each step with the one before done: a slot must not be given back while a worker may still have to read it."""
+    if args.async_scheduling:
+        raise LongContextError("async_scheduling = True does not go with adaptation (Temp-LoRA); leave it out")
+    args.async_scheduling = False
 
 
 def _choose_cuda_backend(args: EngineArgs) -> None:
@@ -367,6 +381,8 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
             scheduler.policy != "fcfs"
         ),
         f"pipeline_parallel_size = {parallel.pipeline_parallel_size}; set it to 1": parallel.pipeline_parallel_size > 1,
+        f"data_parallel_size = {parallel.data_parallel_size} on CUDA, where all trainers would be on the first GPU; set it to "
+        "1, and start a server for each GPU": current_platform.is_cuda() and parallel.data_parallel_size > 1,
     }
     for reason, holds in refused.items():
         if holds:

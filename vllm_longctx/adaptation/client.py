@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -26,9 +27,10 @@ logger = init_logger("vllm.longctx")
 
 
 class TrainerClient:
-    """model, dtype, device, attention, recompute, threads, cpus, adapters_root: see `messages.Options`.
+    """model, dtype, device, attention, recompute, duty_cycle, threads, cpus, adapters_root: see `messages.Options`.
 
-    training_bytes: what a trainer on a GPU needs beside the model's weights.
+    training_bytes: what a trainer on a GPU needs beside the model's weights. share: makes the message for each new process by
+    which it uses the engine's weights; None where it loads its own.
     max_rank, num_slots: of the shared memory. start_timeout_s: for the model to be loaded. train_timeout_s: for any one job;
     a trainer that takes longer is killed. max_restarts: in a row, without a block trained in between. address: of a trainer
     that runs already; it is joined and not watched over, and the arguments about the process mean nothing.
@@ -46,7 +48,9 @@ class TrainerClient:
         device: str = "cpu",
         attention: str = "sdpa",
         recompute: bool = False,
+        duty_cycle: float = 1.0,
         training_bytes: int = 0,
+        share: Callable[[], m.Share] | None = None,
         adapters_root: str | None = None,
         threads: int = 1,
         cpus: list[int] | None = None,
@@ -63,12 +67,14 @@ class TrainerClient:
             device=device,
             attention=attention,
             recompute=recompute,
+            duty_cycle=duty_cycle,
+            shares=share is not None,
             threads=threads,
             cpus=cpus,
             adapters_root=adapters_root,
             parent=os.getpid(),
         )
-        self._training_bytes = training_bytes
+        self._training_bytes, self._share = training_bytes, share
         self._joins = address is not None
         self._max_rank, self._num_slots = max_rank, num_slots
         self._start_timeout_s, self._train_timeout_s, self._max_restarts = start_timeout_s, train_timeout_s, max_restarts
@@ -145,8 +151,10 @@ class TrainerClient:
         self._directory = tempfile.mkdtemp(prefix="longctx-")
         options = msgspec.structs.replace(self._options, address=f"ipc://{self._directory}/trainer")
         command = [sys.executable, "-m", "vllm_longctx.adaptation.sidecar", msgspec.json.encode(options).decode()]
+        # Below the engine's, if the GPU runs under MPS; without it there are no priorities between processes.
+        environment = {"CUDA_MPS_CLIENT_PRIORITY": "1", **os.environ}
         # a session of its own: Ctrl-C at a terminal is the engine's to handle
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
         self._connect(options.address)
 
     def _connect(self, address: str) -> None:
@@ -154,6 +162,8 @@ class TrainerClient:
         self._socket.set_hwm(0)
         self._socket.linger = 0
         self._socket.connect(address)
+        if self._share is not None:
+            self._socket.send(m.encode(self._share()))
         self._socket.send(m.encode(m.Join()))
         self._ready, self._unanswered, self._start_at = False, 0, None
         self._since = time.monotonic()
@@ -250,7 +260,8 @@ def check_memory(options: m.Options, training_bytes: int) -> None:
 
     That is, of the host a second copy of the checkpoint's weights; of a GPU what training needs, too.
     """
-    weights, device = weight_bytes(options), torch.device(options.device)
+    weights = 0 if options.shares else weight_bytes(options.model, getattr(torch, options.dtype))
+    device = torch.device(options.device)
     if device.type == "cuda":
         need, free = weights + training_bytes, free_bytes(device)
         if need > free:
@@ -270,12 +281,11 @@ def check_memory(options: m.Options, training_bytes: int) -> None:
         )
 
 
-def weight_bytes(options: m.Options) -> int:
-    """Of the checkpoint's weights in the trainer's dtype."""
-    model = options.model
+def weight_bytes(model: str, dtype: torch.dtype) -> int:
+    """Of a checkpoint's weights in this dtype."""
     directory = Path(model if os.path.isdir(model) else snapshot_download(model, local_files_only=True))
     values = 0
     for path in directory.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             values += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    return values * getattr(torch, options.dtype).itemsize
+    return values * dtype.itemsize

@@ -38,9 +38,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What the trainer process is started with.
 
     address: ZeroMQ's, of the socket to bind. model: a checkpoint directory or a name in Hugging Face's cache. dtype, device:
-    torch's names for them. attention, recompute: see `config.TrainerSection`. cpus: logical CPUs to run on; None: all those
-    inherited. adapters_root: where adapters are saved to and started from. parent: process id; when that process ends, this one
-    removes the directory of its socket and ends too.
+    torch's names for them. attention, recompute, duty_cycle: see `config.TrainerSection`. shares: the first message is Share,
+    and there is no checkpoint to load. cpus: logical CPUs to run on; None: all those inherited. adapters_root: where adapters
+    are saved to and started from. parent: process id; when that process ends, this one removes the directory of its socket and
+    ends too.
     """
 
     address: str
@@ -49,6 +50,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "cpu"
     attention: str = "sdpa"
     recompute: bool = False
+    duty_cycle: float = 1.0
+    shares: bool = False
     threads: int = 1
     cpus: list[int] | None = None
     adapters_root: str | None = None
@@ -81,6 +84,13 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 
 class Join(Message, frozen=True):
     """An engine's first message, answered by Ready. Whatever the trainer did for another engine ends."""
+
+
+class Share(Message, frozen=True):
+    """Before Join, if Options say so: the engine's weights under vLLM's names, and its slots' device memory."""
+
+    weights: dict[str, SharedTensor]
+    slots: SharedTensor
 
 
 class Leave(Message, frozen=True):
@@ -196,7 +206,7 @@ class Dead(Message, frozen=True):
     reason: str
 
 
-Job = Join | Leave | OpenSlots | Begin | Resume | Train | Save | Drop
+Job = Share | Join | Leave | OpenSlots | Begin | Resume | Train | Save | Drop
 Report = Ready | Began | Started | Trained | Failed | Saved | SaveFailed | Lost | Restarted | Dead
 ANSWERED = (Begin, Resume, Train, Save)
 ANSWERS = (Began, Trained, Failed, Saved, SaveFailed)

@@ -25,6 +25,7 @@ from vllm_longctx.adaptation import messages
 from vllm_longctx.adaptation.blocks import Blocks, Window, example
 from vllm_longctx.adaptation.client import TrainerClient
 from vllm_longctx.adaptation.device import Shape, device_of, recomputes
+from vllm_longctx.adaptation.shared import Offer, offers
 from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, AdaptationStep, Pass, SlotsMemory, SlotUse, Weights
 from vllm_longctx.attention.selection import cdiv
 from vllm_longctx.config import KEY, AdaptationSection, LongContextError, RequestOptions, active_config
@@ -111,7 +112,8 @@ class TempLoraScheduler(LongContextScheduler):
         self.reserved_blocks = 0
         self.failed: dict[str, str] = {}  # requests to end, with the reason
         self.trainer_lost: str | None = None
-        self.trainer = trainer_client(self.vllm_config.model_config, config.adaptation)
+        offered = offers.pop(self.vllm_config.instance_id, None)
+        self.trainer = trainer_client(self.vllm_config.model_config, config.adaptation, offered)
         self.trainer.start()
 
     # --- a request's life -----------------------------------------------------------------------------------------------
@@ -474,7 +476,7 @@ def ends_by_itself(request: Request) -> bool:
     )
 
 
-def trainer_client(model: ModelConfig, settings: AdaptationSection) -> TrainerClient:
+def trainer_client(model: ModelConfig, settings: AdaptationSection, offered: Offer | None) -> TrainerClient:
     assert settings.slots is not None
     trainer, recompute = settings.trainer, recomputes(settings.trainer)
     return TrainerClient(
@@ -483,7 +485,9 @@ def trainer_client(model: ModelConfig, settings: AdaptationSection) -> TrainerCl
         device=str(device_of(trainer)),
         attention=trainer.attention,
         recompute=recompute,
+        duty_cycle=trainer.duty_cycle,
         training_bytes=Shape.of(model.hf_text_config, model.dtype).training_bytes(settings, recompute),
+        share=None if offered is None else offered.message,
         max_rank=settings.rank_limit,
         num_slots=settings.slots,
         adapters_root=settings.adapters_root,

@@ -4,14 +4,15 @@ The engine's worker exports them, the trainer on the same GPU maps them; nothing
 weights: peft freezes the base model, and gradients go to the adapters alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from vllm_longctx.adaptation.messages import SharedTensor
+from vllm_longctx.adaptation.messages import Share, SharedTensor
 
 # vLLM's names for layers whose rows are those of several layers one behind the other: `packed_modules_mapping` of its models.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -53,6 +54,22 @@ def attach(shared: SharedTensor, device: torch.device) -> Tensor:
         event_handle=shared.event_handle,
         event_sync_required=shared.wait_for_event,
     )
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What an engine's only worker offers the trainer on its GPU. weights: under vLLM's names. slots: device memory, uint8."""
+
+    weights: dict[str, Tensor]
+    slots: Tensor
+
+    def message(self) -> Share:
+        """For one process of the trainer's."""
+        return Share({name: export(weight) for name, weight in self.weights.items()}, export(self.slots))
+
+
+# Of the engines in this process, by their `VllmConfig.instance_id`: a worker adds one, the scheduler beside it takes it.
+offers: dict[str, Offer] = {}
 
 
 def engine_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -105,3 +122,10 @@ def fill(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedMod
     model.load_state_dict(own, strict=False, assign=True)  # not strict, since a tied output layer has no weights of its own
     model.tie_weights()
     return model.requires_grad_(False)
+
+
+def adapted_modules(weights: Mapping[str, Tensor], linear_layers: Collection[str]) -> dict[str, tuple[int, int]]:
+    """The trainer's `modules`, from `views`: (in, out) features of the layers whose last names are given."""
+    names = (name.removesuffix(".weight") for name in weights if name.endswith(".weight"))
+    shapes = {name: weights[f"{name}.weight"].shape for name in names if name.rpartition(".")[2] in linear_layers}
+    return {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}

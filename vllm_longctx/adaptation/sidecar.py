@@ -1,6 +1,7 @@
 """The trainer process: `python -m vllm_longctx.adaptation.sidecar '{"address": "ipc:///tmp/trainer", "model": ..., ...}'`.
 
-It has a copy of the model of its own, since an engine packs its weights for inference. It works for one engine at a time,
+It has a copy of the model of its own, unless it can use the weights of an engine on its GPU; on a CPU an engine packs them for
+inference. It works for one engine at a time,
 one job after the other; a job that fails is answered, whatever the reason, and does not end the process, unless the GPU does.
 """
 
@@ -16,20 +17,29 @@ from pathlib import Path
 import msgspec
 import torch
 import zmq
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from vllm_longctx.adaptation import attention
+from vllm_longctx.adaptation import attention, shared
 from vllm_longctx.adaptation import messages as m
 from vllm_longctx.adaptation.slots import Slots
 from vllm_longctx.adaptation.trainer import Trainer
 
 
 class Sidecar:
-    """socket: a bound ROUTER socket, on which each engine has an identity."""
+    """socket: a bound ROUTER socket, on which each engine has an identity. device_slots: the slots' device memory. duty_cycle:
+    the share of the time in which to train."""
 
-    def __init__(self, trainer: Trainer, socket: zmq.Socket, adapters_root: str | None):
+    def __init__(
+        self,
+        trainer: Trainer,
+        socket: zmq.Socket,
+        adapters_root: str | None,
+        device_slots: torch.Tensor | None = None,
+        duty_cycle: float = 1.0,
+    ):
         self._trainer, self._socket, self._adapters_root = trainer, socket, adapters_root
+        self._device_slots, self._duty_cycle = device_slots, duty_cycle
         self._slots: Slots | None = None
         self._engine: bytes | None = None
         self._jobs: deque[tuple[bytes, m.Job]] = deque()
@@ -83,7 +93,7 @@ class Sidecar:
         match job:
             case m.OpenSlots():
                 self._close_slots()
-                self._slots = Slots.open(job.path, trainer.modules, job.max_rank, job.num_slots)
+                self._slots = Slots.open(job.path, trainer.modules, job.max_rank, job.num_slots, self._device_slots)
             case m.Begin() | m.Resume():
                 slots = self._open_slots()
                 if job.recipe.rank > slots.max_rank:
@@ -121,6 +131,7 @@ class Sidecar:
         slots.write(job.slot, job.bank, job.owner, job.version, self._trainer.weights(job.owner))
         seconds = time.perf_counter() - begin
         self._send(m.Trained(job.owner, job.slot, job.bank, job.version, losses, seconds))
+        time.sleep(seconds * (1 / self._duty_cycle - 1))
 
     def _is_dropped(self, owner: int) -> bool:
         """Whether nothing will come of the owner's training any more; what it wants saved comes first."""
@@ -163,8 +174,9 @@ def end_with(parent: int, directory: Path) -> None:
     os._exit(0)
 
 
-def load(options: m.Options) -> PreTrainedModel:
-    device = torch.device(options.device)
+def prepare(options: m.Options, socket: zmq.Socket) -> Sidecar:
+    """The model where it is to be trained: the engine's own weights, if it shares them, or a copy of its own."""
+    device, slots = torch.device(options.device), None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if (
@@ -173,8 +185,17 @@ def load(options: m.Options) -> PreTrainedModel:
             torch.set_float32_matmul_precision("high")
     if options.attention == "xformers":
         attention.register()
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, attn_implementation=options.attention)
-    return model.to(device)
+    if options.shares:
+        share = m.decode_job(socket.recv_multipart()[1])
+        assert isinstance(share, m.Share)
+        weights = {name: shared.attach(tensor, device) for name, tensor in share.weights.items()}
+        model = shared.fill(shared.skeleton(options.model, options.dtype, options.attention), weights)
+        slots = shared.attach(share.slots, device)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model, dtype=options.dtype, attn_implementation=options.attention
+        ).to(device)
+    return Sidecar(Trainer(model, options.recompute), socket, options.adapters_root, slots, options.duty_cycle)
 
 
 def main() -> None:
@@ -193,7 +214,7 @@ def main() -> None:
             socket.set_hwm(0)
             socket.linger = 0
             socket.bind(options.address)
-            Sidecar(Trainer(load(options), options.recompute), socket, options.adapters_root).serve()
+            prepare(options, socket).serve()
     finally:
         path.unlink(missing_ok=True)  # ZeroMQ leaves it
 

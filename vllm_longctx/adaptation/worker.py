@@ -1,7 +1,6 @@
-"""The worker's side of Temp-LoRA: slots swapped in place, and passes whose first tokens are the text's first again."""
+"""The CPU worker's side of Temp-LoRA: LoRA layers per segment, and passes whose first tokens are the text's first again."""
 
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -10,19 +9,12 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.lora.layers import LoRAMapping
-from vllm.lora.lora_model import LoRAModel
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-from vllm.lora.request import LoRARequest
-from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_longctx.adaptation.slots import Slots
-from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, AdaptationStep, SlotUse, Weights
+from vllm_longctx.adaptation.lora import Adapts, SlotLoRAManager
 from vllm_longctx.attention.stepped import PassRow, SteppedMetadataBuilder
-from vllm_longctx.engine_args import LINEAR_MODULES
-
-EMPTY = AdaptationStep(None, [], {}, [])
 
 
 class SegmentedPunica(PunicaWrapperCPU):
@@ -74,16 +66,7 @@ class SegmentedPunica(PunicaWrapperCPU):
             offset += size
 
 
-class SlotLoRAManager(LRUCacheWorkerLoRAManager):
-    """vLLM's manager of adapters, some of which are slots whose weights are swapped in place before a forward."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.step = EMPTY
-        self.holds: dict[int, tuple[int, Weights]] = {}  # slot -> (owner, weights) in the layers
-        self.slots: Slots | None = None
-        self.swap_seconds: list[float] = []
-
+class SegmentedLoRAManager(SlotLoRAManager):
     def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> Any:
         wrapped = super().create_lora_manager(model, vllm_config)
         for wrapper in self._adapter_manager.punica_wrapper_mapping.values():
@@ -92,78 +75,11 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
             wrapper.segments, wrapper.single = [], None
         return wrapped
 
-    def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
-        if lora_request.lora_int_id < FIRST_LORA_ID:
-            adapter = super()._load_adapter(lora_request)
-            others = {name.rpartition(".")[2] for name in adapter.loras} - set(LINEAR_MODULES)
-            if others:  # vLLM would leave them out and say nothing
-                raise ValueError(
-                    f"the adapter {lora_request.lora_name!r} has weights of {', '.join(sorted(others))}; beside Temp-LoRA an "
-                    f"adapter may have those of {', '.join(LINEAR_MODULES)} only"
-                )
-            return adapter
-        return self._adapter_manager.create_dummy_lora(lora_request.lora_int_id, 1, self.embedding_modules)
 
-    def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
-        super().set_active_adapters(requests, mapping)
-        for use in self.step.slots:
-            if self.holds.get(use.slot) != (use.owner, use.weights):
-                started = time.perf_counter()
-                self._swap(use)
-                self.swap_seconds.append(time.perf_counter() - started)
-
-    def free(self, slots: Iterable[int]) -> None:
-        for slot in slots:
-            if self.holds.pop(slot, None) is not None and (index := self._index(slot)) is not None:
-                for module in self._adapter_manager.modules.values():
-                    module.reset_lora(index)
-
-    def _index(self, slot: int) -> int | None:
-        ids = self._adapter_manager.lora_index_to_id
-        return ids.index(FIRST_LORA_ID + slot) if FIRST_LORA_ID + slot in ids else None
-
-    def _swap(self, use: SlotUse) -> None:
-        """Put the weights that the scheduler approved into the layers. A slot that holds others is an error, not a wait."""
-        manager, index = self._adapter_manager, self._index(use.slot)
-        assert index is not None
-        if use.slot not in self.holds:
-            manager.pin_adapter(FIRST_LORA_ID + use.slot)
-        if use.weights.bank is None:
-            for module in manager.modules.values():
-                module.reset_lora(index)
-        else:
-            assert self.slots is not None
-            with self.slots.read(use.slot, use.weights.bank, use.owner, use.weights.version) as weights:
-                for name, module in manager.modules.items():
-                    parts = manager.packed_modules.get(name)
-                    if parts is not None:
-                        module.set_lora(index, *map(list, zip(*(weights[part] for part in parts), strict=True)))
-                    else:
-                        module.set_lora(index, *weights[name])
-        self.holds[use.slot] = (use.owner, use.weights)
-
-
-class AdaptingRunner(CPUModelRunner):
+class AdaptingRunner(Adapts, CPUModelRunner):
     """vLLM's model runner. Private methods of its that are overridden here: see `vllm_longctx.seams`."""
 
-    step = EMPTY
-
-    def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
-        self.lora_manager = SlotLoRAManager(vllm_config, device, model.embedding_modules)
-        return self.lora_manager.create_lora_manager(model, vllm_config)
-
-    def begin_step(self, scheduler_output: SchedulerOutput) -> None:
-        """Before a forward: what this step's requests compute with, and where their passes began."""
-        self.step = getattr(scheduler_output, ATTRIBUTE, EMPTY)
-        manager = self.lora_manager
-        if self.step.memory is not None and manager.slots is None:
-            manager.slots = Slots.open(**vars(self.step.memory))
-        manager.step = self.step
-        manager.free(self.step.freed)
-
-    def take_swap_seconds(self) -> list[float]:
-        seconds, self.lora_manager.swap_seconds = self.lora_manager.swap_seconds, []
-        return seconds
+    lora_manager_class = SegmentedLoRAManager
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         with self._first_tokens_before_windows():
