@@ -87,15 +87,15 @@ class Shape:
             thinner = replace(thinner, layers=thinner.layers // 2)
         return thinner
 
-    def rank_that_fits(self, streams: int, window: int, memory: int) -> int:
-        """The largest rank of an adapter, at most 64, for so many streams that learn in windows of `window` tokens.
+    def rank_that_fits(self, streams: int, tokens: int, memory: int) -> int:
+        """The largest rank of an adapter, at most 64, for so many streams that learn, each with so many tokens of KV.
 
-        A stream has its KV; its trainer's state, in float32 the weights, their gradients and two moments; two banks of a slot
-        and vLLM's buffers for one, in the weights' type.
+        Beside that a stream has its trainer's state, in float32 the weights, their gradients and two moments; and in the
+        weights' type two banks of a slot and vLLM's buffer for one.
         """
         for rank in (64, 32, 16, 8):
             adapter = self.lora_weights(rank) * (4 * 4 + 3 * ITEM_BYTES)
-            if streams * (window * self.kv_bytes + adapter) <= self.pool_bytes(memory) - 2 * RESERVE:
+            if streams * (tokens * self.kv_bytes + adapter) <= self.pool_bytes(memory) - 2 * RESERVE:
                 return rank
         return 4
 

@@ -19,7 +19,7 @@ from gpu.engines import check_plugin
 from gpu.kernels import Plan, shapes
 from gpu.models import Shape, write_model
 from lm_infinite import random_tokens
-from temp_lora import engine_speed, longctx, official_writer, writing
+from temp_lora import engine_speed, official_writer, writing
 
 from vllm_longctx.cli.engine import STOCK, running_engine
 from vllm_longctx.engine_args import LINEAR_MODULES
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 RANK = 64  # the official code's
-SIZES = {"block_tokens": 256, "train_context_tokens": 256, "window_tokens": 1024, "context_tokens": 512}
-TINY_SIZES = {"block_tokens": 32, "train_context_tokens": 32, "window_tokens": 128, "context_tokens": 64}
+SIZES = {"block_tokens": 256, "train_context_tokens": 256}
+TINY_SIZES = {"block_tokens": 32, "train_context_tokens": 32}
 BLOCKS, PROMPT = 4, 64  # written by each stream; tokens
 LEARNING = {"temp_lora": True, "train_on_prompt": False}
 
@@ -40,13 +40,13 @@ def sizes(setting: "Setting") -> dict[str, int]:
     return TINY_SIZES if setting.quick else SIZES
 
 
-def pool_tokens(setting: "Setting", streams: int) -> int:
-    """Room for the window, the block and the next pass of so many streams, and one more."""
-    return (streams + 1) * 2 * (sizes(setting)["window_tokens"] + sizes(setting)["block_tokens"])
+def text_tokens(setting: "Setting") -> int:
+    """The longest text that a stream may have."""
+    return PROMPT + 2 * BLOCKS * sizes(setting)["block_tokens"]
 
 
 def rank_for(setting: "Setting", streams: int) -> int:
-    return shapes(setting)[0].rank_that_fits(streams, pool_tokens(setting, 1), setting.memory)
+    return shapes(setting)[0].rank_that_fits(streams, text_tokens(setting), setting.memory)
 
 
 def learning_plan(setting: "Setting", most: int) -> Plan:
@@ -61,12 +61,12 @@ def learning(record: "Record", plan: Plan, setting: "Setting", most: int) -> Non
     """Tokens/s of all streams together; the mean time of a swap, from the engine's metrics; the step of one stream alone."""
     check_plugin()
     shape, rank = shapes(setting)[0], plan[0]["rank"]
-    adaptation = {**sizes(setting), "rank": rank, "slots": most}
-    written = BLOCKS * adaptation["block_tokens"]
+    block = sizes(setting)["block_tokens"]
+    written = BLOCKS * block
     record.note(model=shape.name, rank=rank, **sizes(setting), written=written)
-    with engine(shape, setting, longctx("temp-lora-quality", adaptation), most) as llm:
+    with engine(shape, setting, learns(setting, rank, most), most) as llm:
         prompts = [random_tokens(llm, PROMPT, number) for number in range(most)]
-        engine_speed(llm, prompts[:2], writing(2 * adaptation["block_tokens"], LEARNING), 2)  # warms up
+        engine_speed(llm, prompts[:2], writing(2 * block, LEARNING), 2)  # warms up
         for row in plan:
             options = LEARNING if row["what"] == "learning" else {**LEARNING, "epochs": 0}
             n = row["streams"]
@@ -88,13 +88,12 @@ def trainer_memory(record: "Record", plan: Plan, setting: "Setting") -> None:
     no block is trained (`epochs` 0), so no activations. Weights, pool and everything else of the engine are in both.
     """
     check_plugin()
-    shape = shapes(setting)[0]
-    adaptation = {**sizes(setting), "rank": RANK, "slots": 1}
+    shape, block = shapes(setting)[0], sizes(setting)["block_tokens"]
     plain = {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK, "lora_target_modules": list(LINEAR_MODULES)}
-    ways = [(STOCK, plain, None), (longctx("temp-lora-quality", adaptation), {}, {**LEARNING, "epochs": 0})]
+    ways = [(STOCK, plain, None), (learns(setting, RANK, 1), {}, {**LEARNING, "epochs": 0})]
     for row, (config, more, options) in zip(plan, ways, strict=True):
         with engine(shape, setting, config, 1, enforce_eager=True, **more) as llm:
-            engine_speed(llm, [random_tokens(llm, PROMPT, 0)], writing(2 * adaptation["block_tokens"] + 1, options), 1)
+            engine_speed(llm, [random_tokens(llm, PROMPT, 0)], writing(2 * block + 1, options), 1)
             free, total = torch.cuda.mem_get_info() if setting.cuda else (0, 0)
             record.add(**row, used_bytes=total - free)
     first, second = (row["used_bytes"] for row in record.rows)
@@ -110,8 +109,9 @@ def sequential(record: "Record", plan: Plan, setting: "Setting") -> None:
     import random
 
     shape, block = shapes(setting)[0], sizes(setting)["block_tokens"]
-    recipe = {**sizes(setting), "rank": RANK, "dropout": 0.05, "epochs": 2, "learning_rate": 5e-5, "adam_eps": 1e-7}
-    write = official_writer(random_model(shape, setting), {**recipe, "weight_decay": 0.0})
+    recipe = {**sizes(setting), "context_tokens": 2 * block, "rank": RANK, "dropout": 0.05, "epochs": 2}
+    recipe |= {"learning_rate": 5e-5, "adam_eps": 1e-7, "weight_decay": 0.0}
+    write = official_writer(random_model(shape, setting), recipe)
     prompt = random.Random(0).choices(range(3, shape.vocab), k=PROMPT)
     write(prompt, 2 * block)  # warms up
     start = time.perf_counter()
@@ -120,21 +120,27 @@ def sequential(record: "Record", plan: Plan, setting: "Setting") -> None:
     record.note(tokens_per_s=count / seconds, written=count)
 
 
+def learns(setting: "Setting", rank: int, slots: int) -> dict[str, Any]:
+    """Temp-LoRA under Λ attention, whose window lets go of old KV by itself: what runs on CUDA."""
+    adaptation = {"method": "temp_lora", **sizes(setting), "rank": rank, "slots": slots}
+    return {"longctx": {"preset": "lm-infinite", "adaptation": adaptation}}
+
+
 @contextmanager
 def engine(
     shape: Shape, setting: "Setting", additional_config: dict[str, Any], streams: int, **more: Any
 ) -> Iterator["LLMEngine"]:
+    longest = text_tokens(setting)
     kwargs = {
         "dtype": "bfloat16",
         "load_format": "dummy",
         "skip_tokenizer_init": True,
         "max_num_seqs": 2 * streams,
         "max_num_batched_tokens": 2048,
-        "kv_cache_memory_bytes": pool_tokens(setting, streams) * shape.kv_bytes,
+        "kv_cache_memory_bytes": (streams + 2) * longest * shape.kv_bytes,
         **more,
         **setting.engine_kwargs,
     }
-    longest = 2 * sizes(setting)["window_tokens"]
     with (
         tempfile.TemporaryDirectory() as directory,
         running_engine(write_model(shape, Path(directory)), additional_config, longest, **kwargs) as (llm, _),
