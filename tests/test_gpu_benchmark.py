@@ -222,6 +222,15 @@ def test_other_sizes_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert result.exit_code == 2 and "results without --quick" in result.stderr
 
 
+def test_the_exit_code_says_whether_all_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run_all, "run", lambda *args: None)
+    record_of(tmp_path, "decode")
+    for only, code in (("decode", 0), ("decode,lookup", 1)):
+        assert runner.invoke(app, ["--out", str(tmp_path), "--only", only]).exit_code == code
+    assert "owed" in (tmp_path / "results.md").read_text() and (tmp_path / "results.json").is_file()
+
+
 def test_pytests_last_line_is_understood() -> None:
     assert checks.outcome("x\n1 failed, 20 passed, 2 skipped in 3.0s\n") == {"passed": 20, "failed": 1, "skipped": 2}
     assert checks.outcome("") == {"passed": 0, "failed": 0, "skipped": 0}

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,8 @@ def tests(record: "Record", plan: Plan, setting: "Setting") -> None:
     """The tests whose names contain `kernel`, compiled, all files at once. Raises RuntimeError if one fails or none ran."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "pytest", "-q", "-k", "kernel", "-p", "no:cacheprovider"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    running = [subprocess.Popen([*command, row["file"]], cwd=ROOT, env=env, **pipes) for row in plan]
+    start = partial(subprocess.Popen, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    running = [start([*command, row["file"]]) for row in plan]
     wrong = [] if plan else ["tests/test_kernels_*.py is not there"]
     for row, process in zip(plan, running, strict=True):
         output = process.communicate()[0]

@@ -46,8 +46,8 @@ def engine_plan(setting: "Setting", number: int, method: str, thin_for: int | No
     """The shortest texts first. Stock vLLM: those that fit, and at the window's length every batch that longctx runs."""
     shape, stock = engine_shape(setting, number, thin_for), method == "stock"
     lengths = (1024, 4096) if setting.quick else (LONG,) if thin_for else LENGTHS
-    lengths = tuple(n for n in lengths if not 0.95 * shape.window < n < shape.window)  # as good as the window's length
-    common = {n: shape.common_batch(n, setting.memory) for n in (shape.window, *lengths)}
+    short = 0.95 * shape.window, shape.window  # the window's own length stands for those
+    common = {n: shape.common_batch(n, setting.memory) for n in (shape.window, *lengths) if not short[0] < n < short[1]}
     every = sorted({1, LARGEST_BATCH, *(b for b in common.values() if b)})
     plan: Plan = []
     for n in sorted(common):

@@ -139,6 +139,8 @@ def main(
         run(chosen, out, redo, minutes, quick)
     finally:
         summarise(out)
+    records = load(out)
+    raise typer.Exit(0 if all(s.name in records and records[s.name].status == "done" for s in chosen) else 1)
 
 
 def checked(names: str) -> list[str]:

@@ -22,7 +22,6 @@ from lm_infinite import random_tokens
 from temp_lora import engine_speed, official_writer, writing
 
 from vllm_longctx.cli.engine import STOCK, running_engine
-from vllm_longctx.engine_args import LINEAR_MODULES
 
 if TYPE_CHECKING:
     from gpu.report import Record
@@ -87,6 +86,8 @@ def trainer_memory(record: "Record", plan: Plan, setting: "Setting") -> None:
     The second has the trainer's process, its copy of the weights if it has one, and the adapter in it and in the slot's banks;
     no block is trained (`epochs` 0), so no activations. Weights, pool and everything else of the engine are in both.
     """
+    from vllm_longctx.engine_args import LINEAR_MODULES
+
     check_plugin()
     shape, block = shapes(setting)[0], sizes(setting)["block_tokens"]
     plain = {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK, "lora_target_modules": list(LINEAR_MODULES)}
@@ -154,4 +155,6 @@ def random_model(shape: Shape, setting: "Setting") -> Any:
     with tempfile.TemporaryDirectory() as directory:
         config = AutoConfig.from_pretrained(write_model(shape, Path(directory)))
     with torch.device("cuda" if setting.cuda else "cpu"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if setting.cuda else torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if setting.cuda else torch.float32)
+    model.generation_config.eos_token_id = None  # blocks are whole
+    return model
