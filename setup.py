@@ -9,7 +9,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11,<3.12",
+    python_requires=">=3.11,<3.13",
     packages=find_packages(include=["vllm_longctx", "vllm_longctx.*"]),
     package_data={"vllm_longctx": ["booklm/*"]},
     install_requires=[

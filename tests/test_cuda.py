@@ -1,7 +1,9 @@
 """The GPU engine's attention backend, run as vLLM runs it, but interpreted, on CPU tensors; CUDA's engine arguments."""
 
+import importlib
 import sys
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,16 +12,23 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from reference_model import ReferenceLlama
 from test_engine_args import TINY, create, save
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.sampling_params import SamplingParams
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
@@ -30,7 +39,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu import attn_utils
 
-from vllm_longctx import engine_args
+from vllm_longctx import engine_args, worker_cuda
 from vllm_longctx.attention import cuda, reference
 from vllm_longctx.attention.cuda import LambdaBackend, LambdaImpl, LambdaMetadata, LambdaMetadataBuilder
 from vllm_longctx.config import LongContextError
@@ -44,6 +53,7 @@ HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, SCALE = 4, 2, 32, 16, 0.25
 MAX_SEQS, MAX_TOKENS, MAX_LEN = 4, 64, 256
 LAMBDA = Geometry(n_global=5, n_local=24, distance_ceiling=30)
 CPU, META = torch.device("cpu"), torch.device("meta")
+DEVICE = torch.device("cuda") if torch.cuda.is_available() else CPU  # kernels are compiled there, interpreted here
 
 
 def rotary_of(alibi: bool) -> Rotary | None:
@@ -59,7 +69,8 @@ class Engine:
 
     geometry: Geometry = LAMBDA
     alibi: bool = False
-    device: torch.device = CPU
+    device: torch.device = DEVICE
+    kv_cache_dtype: str = "auto"
     texts: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     computed: dict[str, int] = field(default_factory=dict)
     tables: dict[str, list[int]] = field(default_factory=dict)
@@ -69,7 +80,7 @@ class Engine:
         if self.rotary is not None:
             self.rotary.to(self.device)
         slopes = alibi_slopes(HEADS).tolist() if self.alibi else None
-        self.impl = LambdaImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, slopes)
+        self.impl = LambdaImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, slopes, kv_cache_dtype=self.kv_cache_dtype)
         self.impl.take_over(self.geometry, self.rotary, self.device)
         config = SimpleNamespace(
             compilation_config=SimpleNamespace(static_forward_context={"layer": SimpleNamespace(impl=self.impl)}),
@@ -85,7 +96,10 @@ class Engine:
         self.table = torch.zeros(MAX_SEQS, MAX_LEN // BLOCK_SIZE, **ints)
         num_blocks = 1 + len(self.texts) * MAX_LEN // BLOCK_SIZE
         # What nobody wrote is NaN, as are freed blocks and the null block: whoever reads them shows it.
-        self.cache = torch.full((num_blocks, KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE), torch.nan, device=self.device)
+        self.nan = torch.nan if self.kv_cache_dtype == "auto" else 0x7F  # float8's
+        dtype = torch.float32 if self.kv_cache_dtype == "auto" else torch.uint8
+        shape = num_blocks, KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE
+        self.cache = torch.full(shape, self.nan, dtype=dtype, device=self.device)
         self.free = list(range(1, num_blocks))
         self.computed, self.tables = dict.fromkeys(self.texts, 0), {name: [] for name in self.texts}
 
@@ -109,7 +123,7 @@ class Engine:
 
     def capture(self, rows: int) -> LambdaMetadata:
         """Metadata of a CUDA graph of `rows` decodes, on dummy inputs."""
-        self.starts[: rows + 1] = torch.arange(rows + 1)
+        self.starts[: rows + 1] = torch.arange(rows + 1, device=self.device)
         self.seq_lens[:rows] = 1
         self.table.zero_()
         return self.builder.build_for_cudagraph_capture(self.metadata([1] * rows, rows))
@@ -129,37 +143,38 @@ class Engine:
             while len(table) * BLOCK_SIZE < end:
                 table.append(self.free.pop())
             self.seq_lens[row] = end
-            self.table[row, : len(table)] = torch.tensor(table)
+            self.table[row, : len(table)] = torch.tensor(table, device=self.device)
             slots += [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(first, end)]
             self.computed[name] = end
         count = len(slots)
-        self.starts[: len(lens) + 1] = torch.tensor([0, *lens]).cumsum(0)
+        self.starts[: len(lens) + 1] = torch.tensor([0, *lens], device=self.device).cumsum(0)
         self.starts[len(lens) + 1 :] = count
-        self.positions[:count] = torch.cat([torch.arange(self.computed[n] - tokens[n], self.computed[n]) for n in names])
+        positions = torch.cat([torch.arange(self.computed[n] - tokens[n], self.computed[n]) for n in names])
+        self.positions[:count] = positions.to(self.device)
         m = self.metadata(lens, rows or len(lens))
         metadata = self.builder.build(0, m)
 
         padded = m.num_actual_tokens
-        q, k, v = (torch.zeros(padded, heads, HEAD_SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        q, k, v = (torch.zeros(padded, heads, HEAD_SIZE, device=self.device) for heads in (HEADS, KV_HEADS, KV_HEADS))
         for x, whole in zip((q, k, v), zip(*(self.texts[n] for n in names), strict=True), strict=True):
             new = [t[self.computed[n] - tokens[n] : self.computed[n]] for t, n in zip(whole, names, strict=True)]
-            x[:count] = torch.cat(new)
+            x[:count] = torch.cat(new).to(self.device)
         if self.rotary is not None:
             flat_q, flat_k = self.rotary(self.positions[:padded], q.flatten(1), k.flatten(1))
             q, k = flat_q.view_as(q), flat_k.view_as(k)
-        slot_mapping = torch.tensor(slots + [-1] * (padded - count))
+        slot_mapping = torch.tensor(slots + [-1] * (padded - count), device=self.device)
         self.impl.do_kv_cache_update(self.layer, k, v, self.cache, slot_mapping)
         output = torch.empty_like(q)
         self.impl.forward(self.layer, q, k, v, self.cache, replay or metadata, output)
         self._free_the_middle(names)
-        return dict(zip(names, output[:count].split(lens), strict=True))
+        return dict(zip(names, output[:count].cpu().split(lens), strict=True))
 
     def _free_the_middle(self, names: list[str]) -> None:
         for name in names:
             first_blocks = -(-self.geometry.n_global // BLOCK_SIZE)
             end = max(self.computed[name] - self.geometry.n_local + 1, 0) // BLOCK_SIZE
             for block in range(first_blocks, end):
-                self.cache[self.tables[name][block]] = torch.nan
+                self.cache[self.tables[name][block]] = self.nan
                 self.tables[name][block] = 0
 
     def expected(self, name: str, new: int) -> Tensor:
@@ -169,7 +184,7 @@ class Engine:
         queries, keys = torch.arange(end - new, end), torch.arange(end)
         seen = branches(self.geometry, queries, keys)
         slopes = alibi_slopes(HEADS) if self.alibi else None
-        return reference.attention(q[-new:], k, v, seen, SCALE, self.rotary, slopes)
+        return reference.attention(q[-new:], k, v, seen, SCALE, rotary_of(self.alibi), slopes)
 
 
 def text(length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,6 +198,8 @@ def stock_cache_update(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def reshape_and_cache_flash(key, value, key_cache, value_cache, slots, kv_cache_dtype, k_scale, v_scale) -> None:
         real = slots >= 0
+        if kv_cache_dtype == "fp8":
+            key, value = (t.to(torch.float8_e4m3fn).view(torch.uint8) for t in (key, value))
         block, offset = slots[real] // BLOCK_SIZE, slots[real] % BLOCK_SIZE
         key_cache[block, offset], value_cache[block, offset] = key[: len(slots)][real], value[: len(slots)][real]
 
@@ -213,6 +230,33 @@ def test_steps_of_two_requests_attend_as_the_reference(geometry: Geometry, alibi
     check({"a": 1}, replay=graph, rows=3)
 
 
+@pytest.mark.usefixtures("stock_cache_update", "one_thread")
+def test_a_float8_cache_is_read_as_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a float32 cache of the same, already rounded, keys and values."""
+    texts = {"a": text(60)}
+    rounded, fp8 = Engine(texts=texts), Engine(texts=texts, kv_cache_dtype="fp8")
+    monkeypatch.setattr(current_platform, "fp8_dtype", lambda: torch.float8_e4m3fn, raising=False)
+    update = rounded.impl.do_kv_cache_update
+
+    def update_rounded(layer: Any, key: Tensor, value: Tensor, *args: Any) -> None:
+        update(layer, *(t.to(torch.float8_e4m3fn).float() for t in (key, value)), *args)
+
+    monkeypatch.setattr(rounded.impl, "do_kv_cache_update", update_rounded)
+    for tokens in (50, 1):
+        torch.testing.assert_close(fp8.step({"a": tokens}), rounded.step({"a": tokens}))
+    assert not torch.allclose(rounded.step({"a": 1})["a"].double(), rounded.expected("a", 1), atol=1e-4)
+
+
+def test_the_worker_takes_over_once_the_weights_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(worker_cuda.Worker, "load_model", lambda self, **kwargs: done.append(kwargs))
+    monkeypatch.setattr(worker_cuda, "take_over_attention", lambda *args: done.append(args))
+    worker = object.__new__(resolve_obj_by_qualname(engine_args.CUDA_WORKER))
+    worker.model_runner, worker.vllm_config, worker.device = SimpleNamespace(get_model=lambda: "model"), "config", CPU
+    worker.load_model(load_dummy_weights=False)
+    assert done == [{"load_dummy_weights": False}, ("model", "config", CPU)]
+
+
 @pytest.mark.parametrize("geometry", [LAMBDA, Geometry(5, 24, None, "in_cache")], ids=["relative", "in_cache"])
 @pytest.mark.parametrize("lens", [[1, 1, 1], [1, 1, 9], [7]], ids=["decodes", "mixed", "chunk"])
 def test_nothing_waits_for_the_device(geometry: Geometry, lens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,15 +277,16 @@ def test_nothing_waits_for_the_device(geometry: Geometry, lens: list[int], monke
 
 def test_a_profiling_run_has_no_metadata() -> None:
     engine = Engine()
-    output = torch.full((3, HEADS, HEAD_SIZE), torch.nan)
+    output = torch.full((3, HEADS, HEAD_SIZE), torch.nan, device=DEVICE)
     assert engine.impl.forward(engine.layer, output, output, output, engine.cache, None, output).count_nonzero() == 0
 
 
 @pytest.mark.parametrize("position", [5, 1_000_003, 2**31 - 64])
 def test_exact_angles_in_one_graph(position: int) -> None:
     """Without a break, which would be a place where the host waits; at any position the same as in eager mode."""
-    rotary = Rotary(32, 16, False, inverse_frequencies(16, {}))
-    positions, query, key = torch.arange(position, position + 3), torch.randn(3, 4 * 32), torch.randn(3, 2 * 32)
+    rotary = Rotary(32, 16, False, inverse_frequencies(16, {})).to(DEVICE)
+    positions = torch.arange(position, position + 3, device=DEVICE)
+    query, key = torch.randn(3, 4 * 32, device=DEVICE), torch.randn(3, 2 * 32, device=DEVICE)
     compiled = torch.compile(rotary, backend="aot_eager", fullgraph=True)
     for ours, eager in zip(compiled(positions, query, key), rotary(positions, query, key), strict=True):
         assert torch.equal(ours, eager)
@@ -287,7 +332,8 @@ def test_vllm_hears_what_the_backend_cannot_do(change: dict[str, Any], reason: s
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> type:
     """vLLM's one platform object is a CUDA platform: an H100, without its libraries."""
-    monkeypatch.setitem(sys.modules, "vllm._C_stable_libtorch", ModuleType("vllm._C_stable_libtorch"))
+    if not current_platform.is_cuda():
+        monkeypatch.setitem(sys.modules, "vllm._C_stable_libtorch", ModuleType("vllm._C_stable_libtorch"))
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     from vllm.platforms.cuda import NonNvmlCudaPlatform
 
@@ -324,54 +370,72 @@ def test_engine_arguments_on_cuda(gpu: type, v2: bool, monkeypatch: pytest.Monke
     assert config.scheduler_config.scheduler_cls in engine_args.SCHEDULERS
 
 
-class SelfAttention(nn.Module):
-    """As vLLM's decoder layers have it: a rotary module beside the attention."""
-
-    def __init__(self, config: VllmConfig, prefix: str):
-        super().__init__()
-        model = config.model_config
-        self.heads = model.get_num_attention_heads(config.parallel_config), model.get_num_kv_heads(config.parallel_config)
-        self.head_size = model.get_head_size()
-        self.rotary_emb = get_rope(self.head_size, 512, True, model.hf_config.rope_parameters, torch.float32)
-        heads, kv_heads = self.heads
-        self.attn = Attention(heads, self.head_size, SCALE, kv_heads, cache_config=config.cache_config, prefix=f"{prefix}.attn")
-
-    def forward(self, positions: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = self.rotary_emb(positions, q.flatten(1), k.flatten(1))
-        return self.attn(q, k, v.flatten(1)).unflatten(1, (-1, self.head_size))
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """What vLLM's loader needs and can make only before the platform looks like CUDA."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU takes the tests of whole engines")
+    importlib.import_module("vllm.model_executor.layers.quantization.online.base")
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{tmp_path / 'ranks'}", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+    yield
+    destroy_model_parallel()
+    destroy_distributed_environment()
 
 
-@pytest.mark.usefixtures("stock_cache_update", "one_thread")
-def test_vllms_own_machinery_runs_the_layers(gpu: type) -> None:
-    """Layers, KV specs, pool, builders and metadata made by vLLM's code (v1/worker/gpu/attn_utils.py), two chunks of a text."""
+@dataclass
+class Loaded:
+    """A checkpoint that vLLM has loaded as for CUDA, but to the CPU."""
+
+    config: VllmConfig
+    model: nn.Module
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        return self.config.compilation_config.static_forward_context
+
+
+@pytest.fixture
+def loaded(one_rank: None, gpu: type, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Loaded:
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 0)
     config = create(
-        additional_config={"longctx": {"attention": {"n_local": 24, "n_global": 5, "distance_ceiling": 30}}},
+        tiny_llama,
+        {"longctx": {"attention": {"n_local": 24, "n_global": 5, "distance_ceiling": 30}}},
+        dtype="float32",
         block_size=BLOCK_SIZE,
         num_gpu_blocks_override=20,
         max_num_seqs=MAX_SEQS,
         max_num_batched_tokens=MAX_TOKENS,
-        dtype="float32",
+        enforce_eager=True,
+        compilation_config={"mode": 0, "custom_ops": ["none"]},
     )
+    config.device_config.device, config.load_config.device, config.load_config.load_format = CPU, "cpu", "auto"
     with set_current_vllm_config(config):
-        layers = nn.ModuleList(SelfAttention(config, str(i)) for i in range(2))
-    take_over_attention(layers, config, CPU)
-    rotary = layers[0].rotary_emb
-    assert isinstance(rotary, Rotary) and layers[1].rotary_emb is rotary
+        model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
+    return Loaded(config, model)
 
+
+@pytest.mark.usefixtures("stock_cache_update", "one_thread")
+def test_a_model_of_vllms_gives_the_references_log_probabilities(loaded: Loaded, tiny_llama: Path) -> None:
+    """Model, weights, KV specs, pool, builders, metadata by vLLM's code (v1/worker/gpu/attn_utils.py): two chunks, a decode."""
+    config, layers = loaded.config, loaded.layers
+    take_over_attention(loaded.model, config, CPU)
+    assert sum(isinstance(module, Rotary) for module in loaded.model.modules()) == 1  # shared by all layers
     specs = attn_utils.get_kv_cache_spec(config)
     assert all(isinstance(spec, LambdaSpec) for spec in specs.values())
-    supported = get_supported_kv_cache_layouts(layer.attn.get_attn_backend() for layer in layers)
+    supported = get_supported_kv_cache_layouts(layer.get_attn_backend() for layer in layers.values())
     resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
     kv_cache_config = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, specs), available_memory=1 << 30)
     attn_groups, support, block_sizes = attn_utils.init_attn_backend(kv_cache_config, config, CPU)
     assert support.min_cg_support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    context = config.compilation_config.static_forward_context
-    attn_utils.init_kv_cache(context, kv_cache_config, CPU, block_sizes, config, attn_groups=attn_groups[0])
+    attn_utils.init_kv_cache(layers, kv_cache_config, CPU, block_sizes, config, attn_groups=attn_groups[0])
 
-    length, (heads, kv_heads), head_size = 100, layers[0].heads, layers[0].head_size
-    texts = [[torch.randn(length, n, head_size) for n in (heads, kv_heads, kv_heads)] for _ in layers]
-    table = torch.arange(1, 1 + length // BLOCK_SIZE + 1, dtype=torch.int32)[None]
-    for first, end in ((0, 60), (60, 99), (99, 100)):
+    ids = torch.randint(3, 512, (80,))
+    table = torch.arange(1, 1 + len(ids) // BLOCK_SIZE, dtype=torch.int32)[None]
+    expected = ReferenceLlama(tiny_llama).logprobs(ids.tolist(), LAMBDA)
+    for first, end in ((0, 50), (50, 79), (79, 80)):
         positions, starts = torch.arange(first, end), torch.tensor([0, end - first], dtype=torch.int32)
         slots = table[0, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
         metadata = attn_utils.build_attn_metadata(
@@ -389,21 +453,16 @@ def test_vllms_own_machinery_runs_the_layers(gpu: type) -> None:
             positions=positions,
         )
         by_layer = attn_utils.build_slot_mappings_by_layer(slots[None], kv_cache_config)
-        with set_forward_context(metadata, config, num_tokens=end - first, slot_mapping=by_layer):
-            outputs = [layer(positions, *(t[first:end] for t in text)) for layer, text in zip(layers, texts, strict=True)]
-        for output, (q, k, v) in zip(outputs, texts, strict=True):
-            seen = branches(LAMBDA, positions, torch.arange(end))
-            expected = reference.attention(q[first:end], k[:end], v[:end], seen, SCALE, rotary)
-            torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+        with torch.inference_mode(), set_forward_context(metadata, config, num_tokens=end - first, slot_mapping=by_layer):
+            logits = loaded.model.compute_logits(loaded.model(ids[first:end], positions))
+        ours = logits.double().log_softmax(-1)
+        torch.testing.assert_close(ours, expected[first:end], atol=1e-4, rtol=0)
 
 
-def test_a_layer_of_another_backend_is_not_taken_over(gpu: type) -> None:
-    config = create(max_num_seqs=MAX_SEQS)
-    with set_current_vllm_config(config):
-        layers = nn.ModuleList([SelfAttention(config, "0")])
-    layers[0].attn.impl = SimpleNamespace(attn_type="decoder", sinks=None, alibi_slopes=None)
-    with pytest.raises(RuntimeError, match=r"longctx cannot take over 0.attn \(Attention, RotaryEmbedding\)"):
-        take_over_attention(layers, config, CPU)
+def test_a_layer_of_another_backend_is_not_taken_over(loaded: Loaded) -> None:
+    next(iter(loaded.layers.values())).impl = SimpleNamespace(attn_type="decoder", sinks=None, alibi_slopes=None)
+    with pytest.raises(RuntimeError, match=r"longctx cannot take over model.layers.0.self_attn.attn \(Attention, RotaryEmb"):
+        take_over_attention(loaded.model, loaded.config, CPU)
 
 
 def test_without_async_scheduling_the_scheduler_is_the_plain_one(gpu: type) -> None:
@@ -478,10 +537,9 @@ def test_a_step_ahead_of_the_device_no_block_it_reads_is_freed(gpu: type) -> Non
         ),
         ({"worker_cls": "my.Worker"}, r"worker_cls = 'my.Worker', but longctx needs its own; leave worker_cls out"),
         ({"kv_cache_memory_bytes": 1_000_000}, r"the KV cache of 1000000 bytes \(kv_cache_memory_bytes\) gives .* blocks"),
-        ({"additional_config": {"longctx": {"preset": "temp-lora-quality"}}}, r"adaptation \(Temp-LoRA\) does not run on CUDA"),
         (
-            {"additional_config": {"longctx": {"preset": "lm-infinite", "adaptation": {}}}},
-            r"adaptation \(Temp-LoRA\) does not run on CUDA yet; leave it out, or run on vLLM's CPU platform",
+            {"additional_config": {"longctx": {"preset": "temp-lora-quality"}}},
+            r"adaptation with attention.method none .* does not run on CUDA yet; leave it out, or run on vLLM's CPU platform",
         ),
         (
             {"additional_config": {"longctx": {"attention": {"method": "focused", "mem_layers": [2]}}}},

@@ -22,7 +22,7 @@ from vllm_longctx.rotary import Rotary, inverse_frequencies
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter computes with numpy, which has no bfloat16: its dot product multiplies the bit patterns.
 HALVES = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float16]
-SMALL = Launch(rows=16, keys=16, num_warps=4, num_stages=2)  # many tiles in short texts
+SMALL = Launch(rows=32, keys=16, num_warps=4, num_stages=2)  # many tiles in short texts
 
 LAMBDA = Geometry(n_global=5, n_local=24, distance_ceiling=24)
 IN_CACHE = Geometry(n_global=5, n_local=24, distances="in_cache")
@@ -145,7 +145,8 @@ def batch_of(case: Case) -> Batch:
     for row, (length, step) in enumerate(case.lens):
         at, keys = torch.arange(length - step, length), torch.arange(length)
         query, key, value = (
-            torch.randn(n, h, d).to(case.dtype) for n, h in ((step, case.heads), (length, case.kv_heads), (length, case.kv_heads))
+            torch.randn(n, h, d).to(case.dtype)
+            for n, h in ((step, case.heads), (length, case.kv_heads), (length, case.kv_heads))
         )
         seen = branches(case.geometry, at, keys)
         expected.append(reference.attention(query, key, value, seen, d**-0.5, rotary, case.slopes()))
@@ -176,7 +177,7 @@ def batch_of(case: Case) -> Batch:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Scores of rotated keys carry one rounding of the key, those under the ceiling a second; outputs are averages of size 1."""
+    """Scores of rotated keys carry a rounding of the key, those under the ceiling two; outputs are averages of size 1."""
     return 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
 
 
@@ -187,10 +188,15 @@ def largest_error(got: Tensor, batch: Batch) -> float:
 
 
 @cases
-@pytest.mark.parametrize("splits", [1, 3])
-def test_the_decode_kernel_equals_the_reference(case: Case, splits: int) -> None:
+def test_the_decode_kernel_equals_the_reference(case: Case) -> None:
     batch = batch_of(case)
-    assert largest_error(batch.decode(splits), batch) < tolerance(case.dtype)
+    assert largest_error(batch.decode(splits=3), batch) < tolerance(case.dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 50])
+def test_the_decode_kernel_equals_the_reference_however_split(splits: int) -> None:
+    batch = batch_of(Case(lens=((70, 1), (24, 1))))
+    assert largest_error(batch.decode(splits), batch) < 1e-5
 
 
 @cases
@@ -202,7 +208,7 @@ def test_the_mixed_batch_kernel_equals_the_reference(case: Case) -> None:
 lengths = st.one_of(st.integers(1, 100), st.sampled_from([15, 16, 17, 31, 32, 33, 48]))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(
     st.builds(Geometry, st.integers(0, 20), st.integers(1, 50), st.integers(1, 70) | st.none()),
     st.lists(st.tuples(lengths, st.integers(1, 40)), min_size=1, max_size=3),
@@ -305,8 +311,8 @@ def test_decode_kernel_programs_fill_the_device_and_each_has_work(rows: int, kv_
 
 
 def test_the_kernels_compile_for_an_h100() -> None:
-    """The interpreter takes types, shapes and sizes that the compiler refuses. `compile_kernels.py` alone compiles more cases."""
-    names = [f"lambda {which}, {name}" for which in ("decode", "prefill") for name in ("7B float16", "8B bfloat16")]
+    """The interpreter takes types, shapes and sizes that the compiler refuses. `compile_kernels.py` has more cases."""
+    names = [f"lambda {which}, {name}" for which in ("decode", "prefill") for name in ("head 32 float16", "8B bfloat16")]
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script, *names], capture_output=True, text=True, env=environment)

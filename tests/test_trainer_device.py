@@ -70,6 +70,11 @@ def test_what_nobody_has_is_refused(trainer: dict, reason: str):
         LongContextConfig.parse({"adaptation": {"trainer": trainer}})
 
 
+def test_a_trainer_that_runs_elsewhere_is_still_one_when_written_out():
+    config = LongContextConfig.parse({"adaptation": {"trainer": {"address": "ipc:///x"}}})
+    assert LongContextConfig.parse(config.dump()) == config
+
+
 def settings(**given) -> AdaptationSection:
     return AdaptationSection(**{"rank": 4, "slots": 2, "block_tokens": 32, "train_context_tokens": 31, **given})
 

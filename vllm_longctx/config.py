@@ -257,7 +257,7 @@ class TrainerSection(_Section):
     @model_validator(mode="after")
     def _own_process(self) -> Self:
         for name in ("device", "attention", "recompute", "duty_cycle"):
-            if self.address is not None and name in self.model_fields_set:
+            if self.address is not None and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
                     f"{name} has no effect beside address; give it to the process that runs there, or leave it out"
                 )

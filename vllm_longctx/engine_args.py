@@ -17,7 +17,6 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_longctx.adaptation.device import check_trainer
@@ -294,12 +293,14 @@ def trained_length(model_config: ModelConfig) -> int:
 
 
 def attention_backend() -> type[AttentionBackend]:
-    """Whose limits hold on this platform."""
-    if not current_platform.is_cuda():
-        return CPUAttentionBackend
-    from vllm_longctx.attention.cuda import LambdaBackend  # with Triton, which a CPU may not have
+    """Whose limits hold on this platform. Imported here: either needs what the other platform may not have."""
+    if current_platform.is_cuda():
+        from vllm_longctx.attention.cuda import LambdaBackend
 
-    return LambdaBackend
+        return LambdaBackend
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    return CPUAttentionBackend
 
 
 def check_model(model: ModelConfig) -> None:

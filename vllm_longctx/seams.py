@@ -66,7 +66,7 @@ SEAMS = [
     ),
     Seam(
         "Attention.impl, Attention.attn_backend and the rotary_emb beside it (replaced after loading)",
-        "worker.py",
+        "layers.py, worker.py, worker_cuda.py",
         "choose the backend per layer and per engine, and know the rotation of each layer's queries",
         _has("vllm.model_executor.layers.attention:Attention", "get_attn_backend", "get_kv_cache_spec"),
         "0002-attention-backend-per-layer.diff",
@@ -165,16 +165,16 @@ SEAMS = [
     ),
     Seam(
         "SchedulerOutput (an attribute added)",
-        "adaptation/scheduler.py, adaptation/worker.py, focused/scheduler.py, focused/worker.py",
+        "adaptation/scheduler.py, adaptation/lora.py, focused/scheduler.py, focused/worker.py",
         "tell the workers which weights and which window each request of the step has",
         _open("vllm.v1.core.sched.output:SchedulerOutput"),
         "0013-plugin-data-of-a-step.diff",
     ),
     Seam(
-        "CPUWorker.model_runner (its class replaced); GPUModelRunner.load_lora_model, _prepare_inputs, "
-        "_get_prompt_logprobs_dict (overridden), input_batch.token_ids_cpu (changed while ids are gathered), "
+        "CPUWorker.model_runner, Worker._make_model_runner (the runner's class replaced); GPUModelRunner.load_lora_model, "
+        "_prepare_inputs, _get_prompt_logprobs_dict (overridden), input_batch.token_ids_cpu (changed while ids are gathered), "
         "positions (changed)",
-        "worker.py, adaptation/worker.py, focused/worker.py",
+        "worker.py, adaptation/lora.py, adaptation/worker.py, adaptation/worker_cuda.py, focused/worker.py",
         "put the first tokens before a window, keep prompt log-probabilities of the first pass, manage adapters in memory, "
         "count positions from a window",
         _all(
@@ -184,13 +184,15 @@ SEAMS = [
                 "_prepare_inputs",
                 "_get_prompt_logprobs_dict",
             ),
+            _has("vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin", "load_lora_model"),
+            _has("vllm.v1.worker.gpu_worker:Worker", "_make_model_runner"),
             _sets("vllm.v1.worker.gpu_input_batch:InputBatch", "token_ids_cpu"),
         ),
         "0014-model-runner-of-plugins.diff",
     ),
     Seam(
         "LRUCacheWorkerLoRAManager._load_adapter (overridden), _adapter_manager: its lora_index_to_id, modules, packed_modules",
-        "adaptation/worker.py",
+        "adaptation/lora.py",
         "swap the weights of a trained adapter in place, from memory",
         _all(
             _has("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager", "_load_adapter", "set_active_adapters"),
@@ -242,6 +244,18 @@ SEAMS = [
         "attention/branches.py",
         "attention with its log-sum-exp, to merge branches",
         _has("torch.ops:aten", "_scaled_dot_product_flash_attention_for_cpu"),
+        None,
+    ),
+    Seam(
+        "torch.multiprocessing.reductions: reduce_tensor, rebuild_cuda_tensor",
+        "adaptation/shared.py",
+        "the engine's weights in the trainer's process on the same GPU, without pickle",
+        _all(
+            _takes("torch.multiprocessing.reductions:reduce_tensor", "tensor"),
+            _takes(
+                "torch.multiprocessing.reductions:rebuild_cuda_tensor", "storage_handle", "ref_counter_handle", "event_handle"
+            ),
+        ),
         None,
     ),
     Seam(

@@ -24,10 +24,11 @@ logger = init_logger("vllm.longctx")
 class AdaptingCUDAWorker(LongContextCUDAWorker):
     """For both of vLLM's model runners: under Λ attention Temp-LoRA needs nothing of them but the manager of adapters."""
 
-    def init_device(self) -> None:
-        super().init_device()
-        runner = type(self.model_runner)  # vLLM names its class in the code; see seams
-        self.model_runner.__class__ = type(f"Adapting{runner.__name__}", (Adapts, runner), {})
+    def _make_model_runner(self) -> Any:
+        runner = super()._make_model_runner()
+        stock = type(runner)  # vLLM names its class in the code; see seams
+        runner.__class__ = type(f"Adapting{stock.__name__}", (Adapts, stock), {})
+        return runner
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)

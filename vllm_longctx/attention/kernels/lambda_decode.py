@@ -47,7 +47,7 @@ def decode_splits(view: View, rows: int, kv_heads: int, num_sms: int, max_seq_le
 
 
 def decode_workspace(rows: int, heads: int, head_size: int, splits: int, device: torch.device) -> Tensor:
-    """Room for the shares of `rows` rows: float32, flat. It serves every call with no more rows * splits; calls overwrite it."""
+    """Room for the shares of `rows` rows: float32, flat. Serves every call of no more rows * splits; keeps nothing."""
     return torch.empty(rows * splits * heads * (head_size + 1), dtype=torch.float32, device=device)
 
 

@@ -56,7 +56,7 @@ class View:
         return self.turns_queries and self.geometry.distances == "relative"
 
     def query_turn(self, positions: Tensor) -> Tensor | None:
-        """Positions by which to turn the queries at `positions` (int64, any shape), for `Rotary.cos_sin`; None for not at all."""
+        """By how many positions to turn the queries at `positions` (int64, any shape); None for not at all."""
         if not self.turns_queries:
             return None
         if self.geometry.distances == "in_cache":
@@ -64,7 +64,7 @@ class View:
         return self.ceiling - positions
 
     def key_turn(self) -> Tensor | None:
-        """Positions by which to turn the first keys: int64 [n_global], or None for not at all."""
+        """By how many positions to turn the first keys: int64 [n_global]; None for not at all."""
         return -torch.arange(self.geometry.n_global) if self.turns_keys else None
 
 
@@ -170,7 +170,7 @@ def finish_scores(products, scale, soft_cap, SOFT_CAP: tl.constexpr):
 
 @triton.jit
 def accumulate(scores, values, top, total, acc):
-    """One more tile. scores [rows, keys] in base 2, -inf where unseen; running top and total [rows], acc [rows, PADDED_HEAD]."""
+    """One more tile. scores [rows, keys] in base 2, -inf where unseen; top and total so far [rows], acc [rows, PADDED_HEAD]."""
     new_top = tl.maximum(top, tl.max(scores, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - base[:, None])
@@ -243,10 +243,9 @@ def attend_first(
         scores = finish_scores(products, scale, soft_cap, SOFT_CAP)
         if ALIBI:
             distance = positions[:, None] - keys[None, :]
+            distance = tl.minimum(distance, ceiling)
             if IN_CACHE:
-                distance = distance - tl.maximum(window_start - n_global, 0)[:, None]
-            else:
-                distance = tl.minimum(distance, ceiling)
+                distance -= tl.maximum(window_start - n_global, 0)[:, None]
             scores = scores - slopes[:, None] * distance
         scores = tl.where(present[None, :] & (keys[None, :] < window_start[:, None]), scores, float("-inf"))
         top, total, acc = accumulate(scores, value, top, total, acc)

@@ -1,0 +1,219 @@
+"""Temp-LoRA in vLLM's GPU engine, without a GPU: arguments, what a worker offers, and slots into vLLM's own LoRA layers."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_cuda import CPU, gpu, one_rank  # noqa: F401
+from test_engine_args import create
+from transformers import AutoModelForCausalLM
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.lora.request import LoRARequest
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_longctx import engine_args
+from vllm_longctx.adaptation import shared, worker_cuda
+from vllm_longctx.adaptation.lora import Adapts
+from vllm_longctx.adaptation.scheduler import TempLoraScheduler
+from vllm_longctx.adaptation.slots import Slots
+from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, AdaptationStep, SlotsMemory, SlotUse, Weights
+from vllm_longctx.adaptation.worker_cuda import AdaptingCUDAWorker, offer, trainer_bytes, why_not
+from vllm_longctx.config import LongContextError, active_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LAMBDA = {"n_local": 24, "n_global": 5, "distance_ceiling": 30}
+SIZES = {"rank": 4, "slots": 2, "block_tokens": 16}
+
+
+def adapting(model: Path, trainer: dict[str, Any] | None = None, **kwargs: Any) -> VllmConfig:
+    section = {"attention": LAMBDA, "adaptation": {**SIZES, "trainer": trainer or {}}}
+    kwargs = {"dtype": "float32", "block_size": 16, "num_gpu_blocks_override": 20, "max_num_seqs": 4, **kwargs}
+    return create(model, {"longctx": section}, max_num_batched_tokens=64, **kwargs)
+
+
+@pytest.fixture
+def gpus(gpu: type, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.parametrize("v2", [True, False])
+def test_engine_arguments(gpus: None, tiny_llama: Path, v2: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(v2)))
+    config = adapting(tiny_llama)
+    assert config.use_v2_model_runner == v2
+    assert config.parallel_config.worker_cls == engine_args.ADAPTING_CUDA_WORKER
+    assert not config.scheduler_config.async_scheduling
+    assert config.scheduler_config.get_scheduler_cls() is TempLoraScheduler
+    assert (config.lora_config.max_loras, config.lora_config.max_lora_rank) == (2, 8)
+    adaptation = active_config(config).adaptation
+    assert adaptation is not None and adaptation.kv_policy == "keep"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "kwargs", "reason"),
+    [
+        ({}, {"async_scheduling": True}, "async_scheduling = True does not go with adaptation"),
+        ({"device": "cuda:2"}, {}, "adaptation.trainer.device = 'cuda:2', but torch sees 2 GPUs, cuda:0 to cuda:1"),
+        ({"attention": "xformers"}, {}, "xformers is not installed here"),
+    ],
+)
+def test_what_cannot_adapt_is_refused(
+    gpus: None, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, trainer: dict, kwargs: dict, reason: str
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "xformers" else found(name, *rest))
+    with pytest.raises(LongContextError, match=reason):
+        adapting(tiny_llama, trainer, **kwargs)
+
+
+def test_one_engine_trains_on_a_gpu(gpus: None, tiny_llama: Path) -> None:
+    config = adapting(tiny_llama)
+    config.parallel_config.data_parallel_size = 2
+    with pytest.raises(LongContextError, match="data_parallel_size = 2 on CUDA, where all trainers would be on the first GPU"):
+        engine_args.check_adaptation(active_config(config).adaptation, config)
+
+
+@pytest.mark.parametrize("stock", [GPUModelRunner, GPUModelRunnerV2])
+def test_both_runners_manage_slots(stock: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = object.__new__(stock)
+    monkeypatch.setattr(worker_cuda.LongContextCUDAWorker, "_make_model_runner", lambda self: runner)
+    assert object.__new__(AdaptingCUDAWorker)._make_model_runner() is runner
+    assert isinstance(runner, stock) and isinstance(runner, Adapts)
+    assert type(runner).load_lora_model is Adapts.load_lora_model
+    added = {name for name in vars(Adapts) if not name.startswith("__")} - {"load_lora_model"}
+    assert not added & set(dir(stock)), "only the manager of adapters is another"
+
+
+@pytest.fixture
+def wrapped(one_rank: None, gpus: None, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    """A vLLM model as loaded for CUDA, but to the CPU, wrapped for LoRA by a runner of ours."""
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(
+        "vllm.lora.model_manager.get_punica_wrapper",
+        lambda tokens, max_batches, device, **kwargs: PunicaWrapperCPU(tokens, max_batches, device, **kwargs),
+    )
+    monkeypatch.setattr("vllm.lora.model_manager.PIN_MEMORY", False)
+    config = adapting(tiny_llama, {"device": "cpu"}, enforce_eager=True, compilation_config={"mode": 0, "custom_ops": ["none"]})
+    config.device_config.device, config.load_config.device, config.load_config.load_format = CPU, "cpu", "auto"
+    runner = object.__new__(type("Adapting", (Adapts, GPUModelRunner), {}))
+    with set_current_vllm_config(config):
+        model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
+        runner.load_lora_model(model, config, CPU)
+    yield SimpleNamespace(config=config, model=model, runner=runner)
+    shared.offers.clear()
+
+
+def test_a_worker_offers_what_makes_the_same_model(wrapped: Any, tiny_llama: Path) -> None:
+    memory = offer(wrapped.model, wrapped.config, CPU)
+    offered = shared.offers[wrapped.config.instance_id]
+    assert offered.slots is memory
+    model = shared.fill(shared.skeleton(str(tiny_llama), "float32", "sdpa"), offered.weights)
+    ids = torch.arange(40)[None]
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    assert torch.equal(model(ids).logits, original(ids).logits)
+    engine = {p.untyped_storage().data_ptr() for p in wrapped.model.parameters()}
+    assert {p.untyped_storage().data_ptr() for p in model.parameters()} == engine
+
+
+def test_slots_are_swapped_from_device_memory(wrapped: Any) -> None:
+    runner, manager = wrapped.runner, wrapped.runner.lora_manager
+    manager.device_slots = offer(wrapped.model, wrapped.config, CPU)
+    assert manager.device_slots is not None
+    skeleton = shared.skeleton(wrapped.config.model_config.model, "float32", "sdpa")
+    modules = shared.adapted_modules(shared.views(shared.engine_weights(wrapped.model), skeleton), engine_args.LINEAR_MODULES)
+    assert len(modules) == 3 * 7
+    slots = Slots.create(modules, 4, 2)
+    trainer = Slots.open(slots.path, modules, 4, 2, manager.device_slots)
+    weights = {name: (torch.randn(4, inputs), torch.randn(outputs, 4)) for name, (inputs, outputs) in modules.items()}
+    trainer.write(1, 0, 7, 3, weights)
+    memory = SlotsMemory(slots.path, modules, 4, 2)
+    request = LoRARequest("longctx-slot-1", FIRST_LORA_ID + 1, "longctx://slot")
+
+    def step(version: int, freed: list[int]) -> None:
+        use = SlotUse(1, 7, Weights(version, 0 if version else None))
+        runner.begin_step(SimpleNamespace(**{ATTRIBUTE: AdaptationStep(memory, [use], {}, freed)}))
+        manager.set_active_adapters({request}, None)
+
+    def held() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        index, found = manager._adapter_manager.lora_index_to_id.index(FIRST_LORA_ID + 1), {}
+        for name, module in manager._adapter_manager.modules.items():
+            parts = manager._adapter_manager.packed_modules.get(name, [name])
+            for part, a, b in zip(parts, module.lora_a_stacked, module.lora_b_stacked, strict=True):
+                found[part] = a[index, 0, :4], b[index, 0, :, :4]
+        return found
+
+    step(0, [])
+    assert not any(x.any() for pair in held().values() for x in pair)
+    step(3, [])
+    assert held().keys() == weights.keys()
+    assert all(torch.equal(x, y) for name, pair in held().items() for x, y in zip(pair, weights[name], strict=True))
+    manager.remove_all_adapters()  # as vLLM's dummy runs do
+    step(3, [])
+    assert all(torch.equal(x, y) for name, pair in held().items() for x, y in zip(pair, weights[name], strict=True))
+    assert len(runner.take_swap_seconds()) == 3 and runner.take_swap_seconds() == []
+    for one in (trainer, slots, manager.slots):
+        one.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"trainer": {"device": "cuda:1"}}, "it trains on cuda:1, and the engine runs on cuda:0"),
+        ({"parallel_config.world_size": 2}, "each of 2 workers has a part of them"),
+        ({"parallel_config.distributed_executor_backend": "mp"}, "the engine's worker is a process of its own"),
+        ({"model_config.quantization": "fp8"}, r"the engine's are quantized \(fp8\)"),
+        ({"model_config.enable_cumem_allocator": True}, "in memory that can be put to sleep"),
+    ],
+)
+def test_why_a_trainer_loads_its_own_copy(gpus: None, tiny_llama: Path, change: dict[str, Any], reason: str | None) -> None:
+    config = adapting(tiny_llama, change.pop("trainer", None))
+    for name, value in change.items():
+        part, _, key = name.partition(".")
+        setattr(getattr(config, part), key, value)
+    found = why_not(config, torch.device("cuda:0"))
+    assert found is None if reason is None else found is not None and re.search(reason, found)
+
+
+def test_what_the_trainer_needs_is_left_free(gpus: None, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = adapting(tiny_llama)
+    here, there = torch.device("cuda:0"), torch.device("cuda:1")
+    own_copy = trainer_bytes(config, here)
+    shared.offers[config.instance_id] = shared.Offer({}, torch.empty(0))
+    need = trainer_bytes(config, here)
+    del shared.offers[config.instance_id]
+    parameters = AutoModelForCausalLM.from_pretrained(tiny_llama).num_parameters()
+    assert own_copy - need == 4 * parameters
+    assert trainer_bytes(config, there) == 0
+    assert trainer_bytes(adapting(tiny_llama, {"address": "ipc:///there"}), here) == 0
+
+    available = own_copy + 1000
+    worker = object.__new__(AdaptingCUDAWorker)
+    worker.vllm_config, worker.cache_config, worker.device = config, config.cache_config, here
+    monkeypatch.setattr(worker_cuda.LongContextCUDAWorker, "determine_available_memory", lambda self: available)
+    assert worker.determine_available_memory() == 1000
+    available = own_copy
+    with pytest.raises(LongContextError, match=r"the trainer needs .* on cuda:0, but the engine has no more than .* lower"):
+        worker.determine_available_memory()
+    config.cache_config.kv_cache_memory_bytes = 5000
+    available = 5000
+    assert worker.determine_available_memory() == 5000
+
+
+def test_swaps_are_reported_with_a_steps_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = object.__new__(AdaptingCUDAWorker)
+    seconds = [0.25]
+    worker.model_runner = SimpleNamespace(take_swap_seconds=lambda: seconds)
+    for output in (ModelRunnerOutput(["r"], {"r": 0}), EMPTY_MODEL_RUNNER_OUTPUT, None):
+        monkeypatch.setattr(worker_cuda.LongContextCUDAWorker, "sample_tokens", lambda self, grammar, out=output: out)
+        assert worker.sample_tokens(None) is output
+        assert getattr(output, "longctx_swap_seconds", []) == (seconds if output and output.req_ids else [])
