@@ -576,6 +576,13 @@ def test_a_gpu_that_is_too_old_is_refused(
         create(**kwargs)
 
 
+def test_another_platform_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    tpu = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_name="tpu")
+    monkeypatch.setattr(engine_args, "current_platform", tpu)
+    with pytest.raises(LongContextError, match="longctx runs on vLLM's CPU and CUDA platforms, but this is tpu"):
+        create()
+
+
 def test_heads_beyond_the_kernels_are_refused(gpu: type, tmp_path: Path) -> None:
     config = LlamaConfig(**TINY, intermediate_size=64, head_dim=512)
     with pytest.raises(

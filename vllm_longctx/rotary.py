@@ -100,11 +100,14 @@ class Rotary(nn.Module):
     """
 
     inverse_frequencies: Tensor
+    turns_per_token: Tensor
 
     def __init__(self, head_size: int, rotary_dim: int, neox: bool, inverse_frequencies: Tensor, factor: float = 1.0):
         super().__init__()
         self.head_size, self.rotary_dim, self.neox, self.factor = head_size, rotary_dim, neox, factor
         self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
+        # Divided once: torch.compile would divide again, in float64, for every element that it rotates.
+        self.register_buffer("turns_per_token", inverse_frequencies / (2 * math.pi), persistent=False)
         self._step: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -139,7 +142,7 @@ class Rotary(nn.Module):
         Whole turns are taken off in float64; what is left is at most half a turn, whose float32 sines cost a fraction of
         float64 ones. It matters because torch.compile computes them again for every head of every layer.
         """
-        turns = positions.unsqueeze(-1) * (self.inverse_frequencies / (2 * math.pi))
+        turns = positions.unsqueeze(-1) * self.turns_per_token
         angles = ((turns - turns.round()) * (2 * math.pi)).float()
         return angles.cos(), angles.sin()
 

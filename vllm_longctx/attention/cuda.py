@@ -145,7 +145,8 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
         self.turn: Turn = None
         if impl.view.turns_queries:
             shape = scheduler.max_num_batched_tokens, impl.view.rotary_dim // 2
-            self.turn = torch.empty(shape, device=device), torch.empty(shape, device=device)
+            cos, sin = torch.empty((2, *shape), dtype=torch.float32, device=device)
+            self.turn = cos, sin
 
     def _splits(self, rows: int) -> int:
         return decode_splits(self.impl.view, rows, self.impl.num_kv_heads, self.num_sms, self.max_model_len)
