@@ -127,6 +127,7 @@ def launch_lambda(
     cache_dtype: torch.dtype | None = None,
     rows: int = 16,
     tokens: int = 2048,
+    with_lse: bool = False,
 ) -> None:
     """One of the two Λ kernels, `decode` (with its merge) or `prefill`, at a model's shape."""
     rotary_dim = 0 if alibi else head_size if rotary_dim is None else rotary_dim
@@ -135,14 +136,15 @@ def launch_lambda(
     queries = rows if which == "decode" else tokens
     query = meta(queries, heads, head_size, dtype=dtype)
     angles = [(meta(n, rotary_dim // 2, dtype=torch.float32),) * 2 for n in (queries, geometry.n_global)]
+    lse = meta(queries, heads, dtype=torch.float32) if with_lse else None
     common = (*cache.split(head_size, dim=-1), meta(rows, 1 << 15, dtype=torch.int32), meta(rows, dtype=torch.int32))
     if which == "decode":
         splits = decode_splits(view, rows, kv_heads, H100_SMS, 1 << 20)
         workspace = decode_workspace(rows, heads, head_size, splits, torch.device("meta"))
-        lambda_decode(query, *common, *angles, view, 1.0, torch.empty_like(query), workspace, splits)
+        lambda_decode(query, *common, *angles, view, 1.0, torch.empty_like(query), workspace, splits, lse=lse)
     else:
         starts = meta(rows + 1, dtype=torch.int32)
-        lambda_attention(query, *common, starts, tokens, *angles, view, 1.0, torch.empty_like(query))
+        lambda_attention(query, *common, starts, tokens, *angles, view, 1.0, torch.empty_like(query), lse=lse)
 
 
 F16, BF16, F32, F8 = torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn
@@ -159,6 +161,7 @@ CASES: dict[str, Callable[[], None]] = {
         ("8B bfloat16, one first token", (BF16, 32, 8, 128), {"geometry": Geometry(1, 4096, 4096)}),
         ("8B bfloat16, plain attention", (BF16, 32, 8, 128), {"geometry": Geometry()}),
         ("8B bfloat16, float8 cache", (BF16, 32, 8, 128), {"cache_dtype": F8}),
+        ("8B bfloat16, log-sum-exps", (BF16, 32, 8, 128), {"with_lse": True}),
         ("8B float32", (F32, 32, 8, 128), {}),
         ("GPT-J bfloat16, partial and interleaved", (BF16, 16, 16, 256), {"rotary_dim": 64, "is_neox": False}),
         ("MPT float16, ALiBi", (F16, 32, 32, 128), {"alibi": True}),

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -105,18 +106,18 @@ class Batch:
     positions: Tensor
     expected: Tensor
 
-    def decode(self, splits: int) -> Tensor:
+    def decode(self, splits: int, lse: Tensor | None = None) -> Tensor:
         c, out = self.case, torch.full_like(self.query, torch.nan)
         workspace = decode_workspace(len(self.query), c.heads, c.head_size, splits, DEVICE).fill_(torch.nan)
         common = (self.query, self.key_cache, self.value_cache, self.block_table, self.seq_lens)
-        lambda_decode(*common, *self.turns(), self.view(), c.head_size**-0.5, out, workspace, splits, launch=c.launch)
+        lambda_decode(*common, *self.turns(), self.view(), c.head_size**-0.5, out, workspace, splits, lse=lse, launch=c.launch)
         return out.cpu().double()
 
-    def attention(self) -> Tensor:
+    def attention(self, lse: Tensor | None = None) -> Tensor:
         c, out = self.case, torch.full_like(self.query, torch.nan)
         common = (self.query, self.key_cache, self.value_cache, self.block_table, self.seq_lens, self.query_start_loc)
         longest = max(step for _, step in c.lens)
-        lambda_attention(*common, longest, *self.turns(), self.view(), c.head_size**-0.5, out, launch=c.launch)
+        lambda_attention(*common, longest, *self.turns(), self.view(), c.head_size**-0.5, out, lse=lse, launch=c.launch)
         return out.cpu().double()
 
     def view(self) -> View:
@@ -249,6 +250,20 @@ def test_padding_rows_and_tokens_of_the_mixed_kernel_are_left_alone() -> None:
     assert largest_error(got[:tokens], batch) < 1e-5
 
 
+def test_the_kernels_give_log_sum_exps_of_their_scores() -> None:
+    """By which an attention over other keys, the memory's say, is joined."""
+    batch = batch_of(Case(Geometry(0, 8), ((30, 1), (5, 1))))
+    expected = []
+    for row, (length, _) in enumerate(batch.case.lens):
+        seen = torch.arange(max(length - 8, 0), length)
+        keys = batch.key_cache.cpu()[batch.block_table[row].cpu()[seen // 16].long(), seen % 16, 0].double()
+        expected.append((batch.query[row].cpu().double() @ keys.T * batch.case.head_size**-0.5).logsumexp(-1))
+    for run in (batch.attention, partial(batch.decode, 1), partial(batch.decode, 3)):
+        lse = torch.full(batch.query.shape[:2], torch.nan, device=DEVICE)
+        run(lse=lse)
+        assert (lse.cpu() - torch.stack(expected)).abs().max() < 1e-5
+
+
 def test_the_kernels_write_into_strided_outputs() -> None:
     batch = batch_of(Case(lens=MIXED))
     tokens, heads, d = batch.query.shape
@@ -296,6 +311,8 @@ def test_the_kernels_refuse_what_they_would_misread() -> None:
     common = (batch.query, batch.key_cache, batch.value_cache, batch.block_table, batch.seq_lens)
     with pytest.raises(ValueError, match="were not given"):
         lambda_decode(*common, None, None, view, 1.0, out, out, 1)
+    with pytest.raises(ValueError, match="lse must be contiguous"):
+        batch.attention(lse=torch.empty(3))
     with pytest.raises(ValueError, match="the workspace has"):
         lambda_decode(*common, *batch.turns(), view, 1.0, out, torch.empty(10), 2)
 

@@ -19,6 +19,8 @@ from vllm_longctx.attention.kernels.lambda_tile import (
     attend_window,
     cache_arguments,
     load_turned,
+    log_sum_exp,
+    lse_arguments,
     turn_arguments,
     view_arguments,
 )
@@ -31,7 +33,7 @@ def prefill_launch(head_size: int, element_size: int, group: int, max_query_len:
     elif max_query_len * group <= 16:
         launch = Launch(16, 64 if head_size <= 128 else 32, 4, 5)
     elif head_size > 128:
-        launch = Launch(64, 32, 8, 5)
+        launch = Launch(64, 32, 8, 3)
     else:
         launch = Launch(128, 64, 8, 5)
     return replace(launch, rows=max(launch.rows, triton.next_power_of_2(group)))
@@ -52,6 +54,7 @@ def lambda_attention(
     out: Tensor,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    lse: Tensor | None = None,
     launch: Launch | None = None,
 ) -> None:
     """Attention of the last query_start_loc[r + 1] - query_start_loc[r] tokens of each row r, whose keys are in the cache.
@@ -64,6 +67,7 @@ def lambda_attention(
     max_query_len: a bound on the tokens of a row; it chooses the tile only.
     turn: cos and sin float32 [tokens, rotary_dim / 2] of `view.query_turn`; key_turn: [n_global, rotary_dim / 2] of
         `view.key_turn`. None where those are None. Neither has the attention factor.
+    lse: takes the scores' log-sum-exp, float32 [tokens, heads], by which to join this attention to one over other keys.
     scale: of the scores. k_scale, v_scale: what the cache's keys and values are to be multiplied by.
     Raises ValueError for tensors of other strides or shapes.
     """
@@ -83,6 +87,7 @@ def lambda_attention(
         key_cache,
         value_cache,
         out,
+        lse_arguments(lse, (tokens, heads), query),
         block_table,
         seq_lens,
         query_start_loc,
@@ -108,6 +113,7 @@ def lambda_attention(
         TOKENS=per_tile,
         ROWS=launch.rows,
         KEYS=launch.keys,
+        WRITE_LSE=lse is not None,
         **view_arguments(view, head_size, key_cache.shape[1]),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -135,6 +141,7 @@ def _prefill(
     key_cache,
     value_cache,
     out_ptr,
+    lse,
     block_table,
     seq_lens,
     query_start_loc,
@@ -162,6 +169,7 @@ def _prefill(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PADDED_HEAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -249,3 +257,6 @@ def _prefill(
     acc = acc * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
     out_pointers = out_ptr + (token.to(tl.int64) * stride_out + heads * stride_out_head)[:, None] + d[None, :]
     tl.store(out_pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    if WRITE_LSE:
+        places = token.to(tl.int64) * (tl.num_programs(1) * GROUP) + heads
+        tl.store(lse + places, log_sum_exp(top, total) * 0.6931471805599453, mask=active)

@@ -18,6 +18,8 @@ from vllm_longctx.attention.kernels.lambda_tile import (
     attend_window,
     cache_arguments,
     load_turned,
+    log_sum_exp,
+    lse_arguments,
     turn_arguments,
     view_arguments,
 )
@@ -66,6 +68,7 @@ def lambda_decode(
     splits: int,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    lse: Tensor | None = None,
     launch: Launch | None = None,
 ) -> None:
     """Attention of the last token of each row, whose key is in the cache.
@@ -87,15 +90,17 @@ def lambda_decode(
     shares = rows * heads * splits
     if splits > 1 and workspace.numel() < shares * (head_size + 1):
         raise ValueError(f"the workspace has {workspace.numel()} elements, {shares * (head_size + 1)} are needed")
-    partial, lse = workspace[: shares * head_size], workspace[shares * head_size :]
+    partial, partial_lse = workspace[: shares * head_size], workspace[shares * head_size :]
+    out_lse = lse_arguments(lse, (rows, heads), query)
     constants = view_arguments(view, head_size, key_cache.shape[1])
     _decode[(rows, kv_heads, splits)](
         query,
         key_cache,
         value_cache,
         out,
+        out_lse,
         partial,
-        lse,
+        partial_lse,
         block_table,
         seq_lens,
         cos,
@@ -119,6 +124,7 @@ def lambda_decode(
         ROWS=launch.rows,
         KEYS=launch.keys,
         SPLIT=splits > 1,
+        WRITE_LSE=lse is not None,
         **constants,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -126,13 +132,15 @@ def lambda_decode(
     if splits > 1:
         _merge[(rows, heads)](
             partial,
-            lse,
+            partial_lse,
             out,
+            out_lse,
             out.stride(0),
             out.stride(1),
             splits,
             HEAD_SIZE=head_size,
             PADDED_HEAD=constants["PADDED_HEAD"],
+            WRITE_LSE=lse is not None,
             PADDED_SPLITS=triton.next_power_of_2(splits),
             num_warps=4,
         )
@@ -144,8 +152,9 @@ def _decode(
     key_cache,
     value_cache,
     out_ptr,
-    partial,
     lse,
+    partial,
+    partial_lse,
     block_table,
     seq_lens,
     cos,
@@ -171,6 +180,7 @@ def _decode(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PADDED_HEAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -184,7 +194,7 @@ def _decode(
     ALIBI: tl.constexpr,
     SOFT_CAP: tl.constexpr,
 ):
-    """Writes its share, partial [rows, heads, splits, HEAD_SIZE] and lse in base 2; without SPLIT the whole to `out`."""
+    """Writes its share, partial [rows, heads, splits, HEAD_SIZE] and its lse in base 2; the whole to `out` without SPLIT."""
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -239,23 +249,27 @@ def _decode(
     if SPLIT:
         shares = (row * (tl.num_programs(1) * GROUP) + heads) * splits + split
         tl.store(partial + shares[:, None] * HEAD_SIZE + d[None, :], acc, mask=mask)
-        # Where nothing was seen, top is -inf and the share weighs nothing.
-        tl.store(lse + shares, top + tl.log2(tl.where(total > 0, total, 1.0)), mask=m < GROUP)
+        tl.store(partial_lse + shares, log_sum_exp(top, total), mask=m < GROUP)
     else:
         out_pointers = out_ptr + (row * stride_out + heads * stride_out_head)[:, None] + d[None, :]
         tl.store(out_pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        if WRITE_LSE:
+            places = row * (tl.num_programs(1) * GROUP) + heads
+            tl.store(lse + places, log_sum_exp(top, total) * 0.6931471805599453, mask=m < GROUP)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def _merge(
     partial,
-    lse,
+    partial_lse,
     out_ptr,
+    lse,
     stride_out,
     stride_out_head,
     splits,
     HEAD_SIZE: tl.constexpr,
     PADDED_HEAD: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -263,7 +277,7 @@ def _merge(
     s = tl.arange(0, PADDED_SPLITS)
     d = tl.arange(0, PADDED_HEAD)
     shares = (row * tl.num_programs(1) + head) * splits + s
-    own = tl.load(lse + shares, mask=s < splits, other=float("-inf"))
+    own = tl.load(partial_lse + shares, mask=s < splits, other=float("-inf"))
     top = tl.max(own, 0)
     weights = tl.exp2(own - tl.where(top == float("-inf"), 0.0, top))
     mask = (s < splits)[:, None] & (d < HEAD_SIZE)[None, :]
@@ -272,3 +286,5 @@ def _merge(
     merged = tl.sum(values * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
     out_pointers = out_ptr + row * stride_out + head * stride_out_head + d
     tl.store(out_pointers, merged.to(out_ptr.dtype.element_ty), mask=d < HEAD_SIZE)
+    if WRITE_LSE:
+        tl.store(lse + row * tl.num_programs(1) + head, log_sum_exp(top, total) * 0.6931471805599453)

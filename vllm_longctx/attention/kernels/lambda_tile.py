@@ -100,6 +100,15 @@ def turn_arguments(turns: bool, turn: Turn, vectors: int, rotary_dim: int, unuse
     return turn
 
 
+def lse_arguments(lse: Tensor | None, shape: tuple[int, int], unused: Tensor) -> Tensor:
+    """Where to write log-sum-exps, float32 [tokens, heads] contiguous; any tensor where nobody asks for them."""
+    if lse is None:
+        return unused
+    if lse.shape != shape or lse.dtype != torch.float32 or not lse.is_contiguous():
+        raise ValueError(f"lse must be contiguous float32 {shape}, got {lse.dtype} {tuple(lse.shape)}")
+    return lse
+
+
 def view_arguments(view: View, head_size: int, block_size: int) -> dict[str, int | bool]:
     """The constants of a specialisation that come from the view and the cache."""
     first_keys = min(64, triton.next_power_of_2(max(view.geometry.n_global, 16)))
@@ -178,6 +187,12 @@ def accumulate(scores, values, top, total, acc):
     total = total * kept + tl.sum(weights, 1)
     acc = tl.dot(weights.to(values.dtype), values, acc * kept[:, None], input_precision="ieee")
     return new_top, total, acc
+
+
+@triton.jit
+def log_sum_exp(top, total):
+    """In base 2; -inf where nothing was seen, whose top is -inf."""
+    return top + tl.log2(tl.where(total > 0, total, 1.0))
 
 
 @triton.jit
