@@ -29,18 +29,22 @@ SAMPLED = 4  # queries of a chunk that are compared
 # Scores of first keys come from two vectors that were turned, so rounded, again; probabilities and the output are rounded once.
 ROUNDINGS = 8
 
+# Those that run on a GPU where there is one.
+TESTS = ("test_kernels_*.py", "test_*cuda*.py", "test_*_gpu.py")
+
 
 def tests_plan(setting: "Setting") -> Plan:
-    return [{"file": f"tests/{path.name}"} for path in sorted((ROOT / "tests").glob("test_kernels_*.py"))]
+    files = {path.name for pattern in TESTS for path in (ROOT / "tests").glob(pattern)}
+    return [{"file": f"tests/{name}"} for name in sorted(files)]
 
 
 def tests(record: "Record", plan: Plan, setting: "Setting") -> None:
-    """The tests whose names contain `kernel`, compiled, all files at once. Raises RuntimeError if one fails or none ran."""
+    """The tests of what runs on a GPU, kernels compiled, all files at once. Raises RuntimeError if one fails or none ran."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "kernel", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     start = partial(subprocess.Popen, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     running = [start([*command, row["file"]]) for row in plan]
-    wrong = [] if plan else ["tests/test_kernels_*.py is not there"]
+    wrong = [] if plan else ["tests/ is not there"]
     for row, process in zip(plan, running, strict=True):
         output = process.communicate()[0]
         print(output)
@@ -50,7 +54,7 @@ def tests(record: "Record", plan: Plan, setting: "Setting") -> None:
             wrong += re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE) or [f"{row['file']} did not run"]
     record.note(failed=len(wrong))
     if wrong:
-        raise RuntimeError(f"{len(wrong)} kernel tests fail, the first is {wrong[0]}")
+        raise RuntimeError(f"{len(wrong)} tests fail, the first is {wrong[0]}")
 
 
 def outcome(output: str) -> dict[str, int]:

@@ -152,7 +152,7 @@ def targets(records: Records) -> list[Target]:
     swap = ratio(fact(records, "temp-lora", "swap_ms"), fact(records, "temp-lora", "decode_step_ms"))
     added = ratio(*(fact(records, "trainer-memory", name) for name in ("trainer_bytes", "weight_bytes")))
     return [
-        Target("kernel tests that fail, compiled", 0, fact(records, "tests", "failed"), "tests", True, ".0f"),
+        Target("tests that fail on the device", 0, fact(records, "tests", "failed"), "tests", True, ".0f"),
         Target("largest error against float64, of the tolerance", 1, max(errors, default=None), "checks", True),
         Target("Λ decode at batch ≥ 16, of the copy bandwidth", 0.8, min(shares, default=None), "decode"),
         Target("decode at 32K, 7B, × stock", 2.72, decode_ratio(records, "7b-longctx", "7b-stock", 32 * k), "7b-*"),

@@ -73,7 +73,7 @@ class Stage:
 K = 1024
 STAGES = (
     Stage("environment", 2, "the machine, and the bandwidth of a copy in its memory", "gpu.kernels:environment"),
-    Stage("tests", 8, "the kernels' tests, compiled", "gpu.checks:tests"),
+    Stage("tests", 8, "tests of kernels, backends and the trainer, compiled", "gpu.checks:tests"),
     Stage("checks", 4, "kernels at real shapes and lengths against float64", "gpu.checks:checks"),
     Stage("decode", 3, "Λ decode of one layer against FlashAttention", "gpu.kernels:decode"),
     Stage("prefill", 3, "Λ attention of a prompt's chunk in one layer against FlashAttention", "gpu.kernels:prefill"),
