@@ -131,6 +131,7 @@ def test_targets_are_judged_by_the_worst(tmp_path: Path) -> None:
     records["decode"] = record_of(tmp_path, "decode", rows=rows)
     share = next(t for t in report.targets(records) if t.stages == "decode")
     assert share.verdict == "missed" and share.found == pytest.approx(0.45)
+    assert {t.verdict for t in report.targets({n: replace(r, quick=True) for n, r in records.items()})} == {"owed"}
     text = report.markdown(records, [(s.name, s.about) for s in run_all.STAGES])
     assert all(f"| {s.name} | {s.about} |" in text for s in run_all.STAGES)
     assert "| prefill | Λ attention of a prompt's chunk in one layer against FlashAttention | owed |" in text

@@ -141,7 +141,8 @@ def memory_ratio(records: Records, ours: str, stock: str, length: int) -> float 
 
 
 def targets(records: Records) -> list[Target]:
-    """Those of the issue and the two sets of checks; found from whatever records there are."""
+    """Those of the issue and the two sets of checks; found from whatever records there are, but for those of tiny shapes."""
+    records = {name: record for name, record in records.items() if not record.quick}
     k, copy = 1024, copy_bandwidth(records)
     shares = [bandwidth_share(r, copy) for r in done_rows(records, "decode") if copy and r["batch"] >= 16]
     errors = [r["error_to_tolerance"] for r in done_rows(records, "checks")]
