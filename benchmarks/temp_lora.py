@@ -110,13 +110,23 @@ def writing(max_tokens: int, longctx: dict[str, Any] | None) -> "SamplingParams"
 
 
 def official_loop(model: str, recipe: dict[str, Any], threads: int) -> Callable[[list[int], int], list[int]]:
-    """A function that lets one stream write so many tokens, block by block, throws its adapter away and returns the tokens."""
+    """`official_writer` for a checkpoint, on the CPU."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    base = AutoModelForCausalLM.from_pretrained(model_path(model), dtype=torch.float32)
+    return official_writer(AutoModelForCausalLM.from_pretrained(model_path(model), dtype=torch.float32), recipe)
+
+
+def official_writer(base: Any, recipe: dict[str, Any]) -> Callable[[list[int], int], list[int]]:
+    """A function that lets one stream write so many tokens, block by block, throws its adapter away and returns the tokens.
+
+    base: a model of transformers', on any device.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import GenerationConfig
+
     config = LoraConfig(
         r=recipe["rank"],
         lora_alpha=recipe.get("alpha") or recipe["rank"],
@@ -143,13 +153,15 @@ def official_loop(model: str, recipe: dict[str, Any], threads: int) -> Callable[
                 example = text[max(0, first - recipe["train_context_tokens"]) :]
                 labels = [-100] * (len(example) - block) + text[first:]
                 for _ in range(epochs):
-                    loss = stream(input_ids=torch.tensor([example]), labels=torch.tensor([labels])).loss
+                    ids, targets = (torch.tensor([x], device=base.device) for x in (example, labels))
+                    loss = stream(input_ids=ids, labels=targets).loss
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
             stream.eval()
             context = text[-recipe["context_tokens"] :] if written else text
-            text += stream.generate(torch.tensor([context]), generation_config=greedy)[0, len(context) :].tolist()
+            ids = torch.tensor([context], device=base.device)
+            text += stream.generate(ids, generation_config=greedy)[0, len(context) :].tolist()
         stream.unload()
         return text[len(prompt) :]
 

@@ -1,0 +1,319 @@
+"""The kernels alone: what they reach of the card's copy bandwidth, and their time against FlashAttention's.
+
+One layer of each shape, bfloat16. Block tables lead every request through one pool of random numbers, each from another place
+of it, so that long texts need no memory of their own: a text longer than the pool passes through it again. The pool is many
+times the L2 cache, and the calls that are timed read different parts of it, as the layers of a model do.
+
+Bytes are those of the keys and values that the queries see, each counted once: useful traffic, not what was moved.
+"""
+
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from gpu.models import GIB, GQA_8B, LLAMA_2_7B, N_GLOBAL, TINY, TINY_GQA, Shape
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gpu.report import Record
+    from gpu.run_all import Setting
+
+    from vllm_longctx.attention.kernels.lambda_tile import View
+
+BLOCK_SIZE = 32
+CHUNK = 8192  # queries of a prefill step
+K, SHARE = 64, 0.1  # of a lookup: keys for each query and head; share of the blocks that `blocks` reads
+LENGTHS = (4096, 16384, 32768, 131072, 1 << 20)
+LOOKUP_LENGTHS = (1 << 17, 1 << 20, 1 << 22, 1 << 24)
+BATCHES = (1, 16, 64)
+DTYPE = torch.bfloat16
+
+Plan = list[dict[str, Any]]
+
+
+def shapes(setting: "Setting") -> tuple[Shape, Shape]:
+    return (TINY, TINY_GQA) if setting.quick else (LLAMA_2_7B, GQA_8B)
+
+
+def environment_plan(setting: "Setting") -> Plan:
+    return [{"copy": "2 GiB"}]
+
+
+def decode_plan(setting: "Setting") -> Plan:
+    lengths, batches = ((1024, 4096), (1, 4)) if setting.quick else (LENGTHS, BATCHES)
+    return [
+        {"shape": s.name, "batch": b, "length": n, "bytes": b * min(n, s.window) * s.layer_kv_bytes}
+        for s in shapes(setting)
+        for b in batches
+        for n in lengths
+    ]
+
+
+def prefill_plan(setting: "Setting") -> Plan:
+    lengths, chunk = ((1024, 4096), 256) if setting.quick else (LENGTHS, CHUNK)
+    return [
+        {"shape": s.name, "length": n, "queries": min(n, chunk), "flops": flops(s, n, min(n, chunk))}
+        for s in shapes(setting)
+        for n in lengths
+    ]
+
+
+def lookup_plan(setting: "Setting") -> Plan:
+    lengths = (4096, 16384) if setting.quick else LOOKUP_LENGTHS
+    return [{"shape": s.name, "length": n, "bytes": n * s.layer_kv_bytes} for s in shapes(setting) for n in lengths]
+
+
+def flops(shape: Shape, length: int, queries: int) -> int:
+    """Of one layer's Λ attention for a text's last queries: 4 for a query head, a key it sees and an element."""
+    seen = sum(min(i + 1, shape.window) for i in range(length - queries, length))
+    return 4 * shape.heads * shape.head_size * seen
+
+
+def of_name(setting: "Setting", name: str) -> Shape:
+    return next(s for s in shapes(setting) if s.name == name)
+
+
+def environment(record: "Record", plan: Plan, setting: "Setting") -> None:
+    """The card, the versions, and bytes/s of a copy in its memory: read and written ones together."""
+    import platform
+
+    import triton
+    import vllm
+
+    properties = torch.cuda.get_device_properties(0)
+    record.note(
+        device=properties.name,
+        capability=f"{properties.major}.{properties.minor}",
+        memory_bytes=properties.total_memory,
+        multiprocessors=properties.multi_processor_count,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        triton=triton.__version__,
+        vllm=vllm.__version__,
+    )
+    source = torch.empty((64 << 20) if setting.quick else 2 * GIB, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = milliseconds([lambda: target.copy_(source)], rounds=15) / 1000
+    record.note(copy_bytes_per_s=2 * source.numel() / seconds)
+
+
+def decode(record: "Record", plan: Plan, setting: "Setting") -> None:
+    """Milliseconds of one layer's decode: Λ; FlashAttention over all keys, in its sliding window, and over a short text.
+
+    FlashAttention's sliding window is the larger part of what it would take in our place: no first tokens, no merge.
+    """
+    for row in plan:
+        shape, batch, length = of_name(setting, row["shape"]), row["batch"], row["length"]
+        pool = Pool.of(shape, setting.quick)
+        tables = pool.tables(length, batch, 2 if row["bytes"] > GIB else 8)
+        query = randn(batch, shape.heads, shape.head_size)
+        flashes = flash_times(pool, query, list(range(batch + 1)), length, min(length, shape.window), tables, shape)
+        record.add(**row, **lambda_decode_time(pool, query, length, tables, shape), **flashes)
+
+
+def lambda_decode_time(pool: "Pool", query: Tensor, length: int, tables: list[Tensor], shape: Shape) -> dict[str, float]:
+    from vllm_longctx.attention.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
+
+    view, batch = view_of(shape), len(query)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 1
+    splits = decode_splits(view, batch, shape.kv_heads, sms, length)
+    workspace = decode_workspace(batch, shape.heads, shape.head_size, splits, device())
+    out, lens = torch.empty_like(query), integers([length] * batch)
+    turn, key_turn = turns(shape, view, torch.full((batch,), length - 1))
+
+    def call(table: Tensor) -> None:
+        scale = shape.scale
+        lambda_decode(query, *pool.caches, table, lens, turn, key_turn, view, scale, out, workspace, splits)
+
+    return {"splits": splits, "longctx_ms": milliseconds([partial(call, t) for t in tables])}
+
+
+def prefill(record: "Record", plan: Plan, setting: "Setting") -> None:
+    """Milliseconds of one layer's attention for the last chunk of a text; the ways as in `decode`, the short text a chunk."""
+    for row in plan:
+        shape, length, queries = of_name(setting, row["shape"]), row["length"], row["queries"]
+        pool = Pool.of(shape, setting.quick)
+        tables = pool.tables(length, 1, 2)
+        query = randn(queries, shape.heads, shape.head_size)
+        flashes = flash_times(pool, query, [0, queries], length, queries, tables, shape)
+        record.add(**row, longctx_ms=lambda_prefill_time(pool, query, length, tables, shape), **flashes)
+
+
+def lambda_prefill_time(pool: "Pool", query: Tensor, length: int, tables: list[Tensor], shape: Shape) -> float:
+    from vllm_longctx.attention.kernels.lambda_attention import lambda_attention
+
+    view, queries, out = view_of(shape), len(query), torch.empty_like(query)
+    lens, starts = integers([length]), integers([0, queries])
+    turn, key_turn = turns(shape, view, torch.arange(length - queries, length))
+
+    def call(table: Tensor) -> None:
+        where = table, lens, starts, queries
+        lambda_attention(query, *pool.caches, *where, turn, key_turn, view, shape.scale, out)
+
+    return milliseconds([partial(call, t) for t in tables])
+
+
+def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
+    """Milliseconds of one query in one memory layer: all keys (FlashAttention), the exact best, the best in few blocks."""
+    from vllm_longctx.attention.kernels.lookup import Memories, Summaries, attend_best
+
+    for name, rows in itertools.groupby(plan, lambda row: row["shape"]):
+        shape = of_name(setting, name)
+        pool = Pool.of(shape, setting.quick)
+        summaries = Summaries.like(pool.caches[0])
+        for blocks in torch.arange(len(pool.numbers), device=device()).split(1024):
+            summaries.summarise(pool.caches[0], blocks, torch.full_like(blocks, BLOCK_SIZE))
+        query = randn(1, 1, shape.heads, shape.head_size)
+        for row in rows:
+            length = row["length"]
+            tables = pool.tables(length, 1, 2)
+            ranges = integers([0]), integers([length])
+
+            def call(table: Tensor, share: float | None, ranges: Any = ranges, length: int = length) -> None:
+                memories = Memories(*pool.caches, table, *ranges, length, summaries)  # noqa: B023
+                attend_best(query, memories, K, shape.scale, share)  # noqa: B023
+
+            ways = {"top_k_ms": None, "blocks_ms": SHARE}
+            ours = {way: milliseconds([partial(call, t, share) for t in tables]) for way, share in ways.items()}
+            flashes = flash_times(pool, query[0], [0, 1], length, min(length, shape.window), tables, shape)
+            record.add(**row, k=K, share=SHARE, **ours, **flashes)
+
+
+def milliseconds(calls: Sequence[Callable[[], Any]], rounds: int = 7) -> float:
+    """Median over rounds of the time per call, in a CUDA graph of all the calls, as an engine runs them.
+
+    Without a GPU, so that tests can run the stages, by the clock, of one call.
+    """
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        calls[0]()
+        return 1000 * (time.perf_counter() - start)
+    for call in calls:  # compiles
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for number in range(rounds + 2):  # two warm up
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if number > 1:
+            times.append(start.elapsed_time(end) / len(calls))
+    return statistics.median(times)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def randn(*size: int) -> Tensor:
+    return torch.randn(size, device=device()).to(DTYPE)
+
+
+def integers(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device())
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One layer's KV cache, random numbers in bfloat16, [num_blocks, kv_heads, BLOCK_SIZE, 2 * head_size].
+
+    As caches of each half [num_blocks, BLOCK_SIZE, kv_heads, head_size]: `caches` of just this layout, which longctx's backend
+    prefers, `slots_first` of the one that vLLM gives FlashAttention.
+    """
+
+    numbers: Tensor
+
+    @classmethod
+    @functools.lru_cache(maxsize=1)
+    def of(cls, shape: Shape, quick: bool) -> "Pool":
+        blocks = (4 << 20 if quick else 8 * GIB) // (BLOCK_SIZE * shape.layer_kv_bytes)
+        numbers = torch.empty(blocks, shape.kv_heads, BLOCK_SIZE, 2 * shape.head_size, dtype=DTYPE, device=device())
+        return cls(numbers.normal_())
+
+    @property
+    def caches(self) -> tuple[Tensor, ...]:
+        return self.numbers.transpose(1, 2).chunk(2, -1)
+
+    @property
+    def slots_first(self) -> tuple[Tensor, ...]:
+        blocks, kv_heads, slots, both = self.numbers.shape
+        return self.numbers.view(blocks, slots, kv_heads, both).chunk(2, -1)
+
+    def tables(self, length: int, rows: int, count: int) -> list[Tensor]:
+        """`count` block tables int32 [rows, columns]; each row of each begins in its own part of the pool."""
+        blocks = len(self.numbers)
+        order = torch.randperm(blocks, device=device()).int()
+        columns = torch.arange(-(-length // BLOCK_SIZE), device=device())
+        starts = torch.arange(rows * count, device=device()).view(rows, count, 1) * blocks // (rows * count)
+        return [table.contiguous() for table in order[(starts + columns) % blocks].unbind(1)]
+
+
+def view_of(shape: Shape) -> "View":
+    from vllm_longctx.attention.kernels.lambda_tile import View
+    from vllm_longctx.geometry import Geometry
+
+    return View(Geometry(N_GLOBAL, shape.trained, shape.trained), shape.head_size)
+
+
+def turns(shape: Shape, view: "View", positions: Tensor) -> tuple[Any, Any]:
+    """Cosines and sines that turn the queries at `positions` [n], and the first keys."""
+    from vllm_longctx.rotary import Rotary, inverse_frequencies
+
+    frequencies = inverse_frequencies(shape.head_size, {"rope_theta": shape.rope_theta})
+    rotary = Rotary(shape.head_size, shape.head_size, True, frequencies)
+    query_turn, key_turn = view.query_turn(positions), view.key_turn()
+    assert query_turn is not None and key_turn is not None
+    return tuple(tuple(t.to(device()) for t in rotary.cos_sin(by)) for by in (query_turn, key_turn))  # type: ignore[return-value]
+
+
+def flash_times(
+    pool: Pool, query: Tensor, starts: list[int], length: int, short: int, tables: list[Tensor], shape: Shape
+) -> dict[str, float]:
+    """Milliseconds of vLLM's FlashAttention over `length` keys, in its sliding window of them, and over `short` keys.
+
+    query [tokens, heads, head_size], starts: of each row's tokens in it, and their end. Empty without a GPU.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    version, out = get_flash_attn_version(), torch.empty_like(query)
+    key, value = pool.slots_first
+    longest = max(b - a for a, b in itertools.pairwise(starts))
+
+    def call(table: Tensor, starts: Tensor, lens: Tensor, keys: int, window: list[int]) -> None:
+        flash_attn_varlen_func(
+            q=query,
+            k=key,
+            v=value,
+            out=out,
+            max_seqlen_q=longest,
+            cu_seqlens_q=starts,
+            max_seqlen_k=keys,
+            seqused_k=lens,
+            block_table=table,
+            softmax_scale=shape.scale,
+            causal=True,
+            window_size=window,
+            fa_version=version,
+        )
+
+    def timed(keys: int, window: int | None = None) -> float:
+        lens, sides = integers([keys] * (len(starts) - 1)), [-1, -1] if window is None else [window - 1, 0]
+        return milliseconds([partial(call, t, integers(starts), lens, keys, sides) for t in tables])
+
+    return {"flash_ms": timed(length), "flash_window_ms": timed(length, shape.trained), "flash_short_ms": timed(short)}
