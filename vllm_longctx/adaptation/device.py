@@ -32,9 +32,7 @@ def check_trainer(trainer: TrainerSection) -> None:
         found = torch.cuda.device_count()
         if device.index >= found:
             there = f"torch sees {found} GPUs, cuda:0 to cuda:{found - 1}" if found else "torch sees no GPU"
-            raise LongContextError(
-                f"adaptation.trainer.device = {trainer.device!r}, but {there}; name another, or leave it out"
-            )
+            raise LongContextError(f"adaptation.trainer.device = {trainer.device!r}, but {there}; name another, or leave it out")
     if trainer.attention == "xformers":
         if device.type != "cuda":
             raise LongContextError(
@@ -113,10 +111,8 @@ class Shape:
         settings: filled in by `for_model`.
         """
         assert settings.slots and settings.block_tokens and settings.train_context_tokens is not None
-        tokens, adapter = (
-            settings.train_context_tokens + settings.block_tokens + 1,
-            4 * settings.rank_limit * self.adapted_features,
-        )
+        tokens = settings.train_context_tokens + settings.block_tokens + 1
+        adapter = 4 * settings.rank_limit * self.adapted_features
         # Weights and AdamW's two moments of every adapter; of the one in training a gradient, and all as they were before.
         adapters = (3 * settings.slots + 1 + 3) * adapter
         kept = self.activation_bytes * (1 if recompute else self.layers) + 4 * self.hidden  # and the last norm's input
