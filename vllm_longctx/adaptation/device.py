@@ -32,7 +32,9 @@ def check_trainer(trainer: TrainerSection) -> None:
         found = torch.cuda.device_count()
         if device.index >= found:
             there = f"torch sees {found} GPUs, cuda:0 to cuda:{found - 1}" if found else "torch sees no GPU"
-            raise LongContextError(f"adaptation.trainer.device = {trainer.device!r}, but {there}; name another, or leave it out")
+            raise LongContextError(
+                f"adaptation.trainer.device = {trainer.device!r}, but {there}; name another, or leave it out"
+            )
     if trainer.attention == "xformers":
         if device.type != "cuda":
             raise LongContextError(
