@@ -14,7 +14,7 @@ from vllm_longctx.adaptation.patience import wait_patiently
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SpinCondition, "wait", SpinCondition.wait)  # put back afterwards
-    wait_patiently()
+    wait_patiently(busy_loop_s=0.0)
 
 
 def test_a_message_arrives_whose_notification_was_dropped(patient: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from vllm_longctx.scheduler import LongContextScheduler
 logger = init_logger("vllm.longctx")
 
 # While every request is held the engine loop would spin; it waits this long for the trainer, in seconds.
-IDLE_WAIT = 0.05
+IDLE_WAIT = 0.06
 ATTEMPTS = 2  # at a block, when the trainer dies over it
 
 
@@ -101,7 +101,7 @@ class TempLoraScheduler(LongContextScheduler):
         super().__init__(*args, **kwargs)
         config = active_config(self.vllm_config)
         assert config.adaptation is not None and config.adaptation.slots is not None
-        wait_patiently()
+        wait_patiently(busy_loop_s=0.0)
         self.settings = config.adaptation
         self.bos = self.vllm_config.model_config.hf_text_config.bos_token_id
         managers = self.kv_cache_manager.coordinator.single_type_managers

@@ -25,6 +25,8 @@ from vllm_longctx.adaptation import messages as m
 from vllm_longctx.adaptation.slots import Slots
 from vllm_longctx.adaptation.trainer import Trainer
 
+NICENESS = 10  # engine and front end go first, but a busy machine leaves the trainer a share
+
 
 class Sidecar:
     """socket: a bound ROUTER socket, on which each engine has an identity. device_slots: the slots' device memory. duty_cycle:
@@ -207,6 +209,7 @@ def main() -> None:
         threading.Thread(target=end_with, args=(options.parent, path.parent), daemon=True).start()
     if options.cpus is not None:
         os.sched_setaffinity(0, options.cpus)
+    os.nice(NICENESS)
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
     try:
