@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import zmq
 from transformers import AutoModelForCausalLM
 
 from vllm_longctx.adaptation import messages as m
+from vllm_longctx.adaptation import sidecar
 from vllm_longctx.adaptation.client import TrainerClient
 from vllm_longctx.adaptation.sidecar import Sidecar
 from vllm_longctx.adaptation.slots import Slots, StaleSlot
@@ -394,3 +396,24 @@ def test_a_duty_cycle_is_kept_behind_every_block(tiny_llama: Path, monkeypatch: 
         trained = [m.decode_report(engine.recv()) for _ in range(4)][-1]
     assert pauses == pytest.approx([3 * trained.seconds])
     slots.close()
+
+
+def test_a_socket_bound_while_its_directory_is_removed_goes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    directory, rmtree, calls = tmp_path / "longctx", shutil.rmtree, []
+    directory.mkdir()
+
+    def beside_a_bind(path: Path, **kwargs) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            (path / "trainer").touch()  # after the directory was listed, so that it cannot be removed
+        else:
+            rmtree(path, **kwargs)
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(sidecar.shutil, "rmtree", beside_a_bind)
+    monkeypatch.setattr(sidecar.os, "_exit", leave)
+    with pytest.raises(SystemExit):
+        sidecar.end_with(-1, directory)
+    assert not directory.exists()

@@ -1,8 +1,8 @@
 """The trainer process: `python -m vllm_longctx.adaptation.sidecar '{"address": "ipc:///tmp/trainer", "model": ..., ...}'`.
 
-It has a copy of the model of its own, unless it can use the weights of an engine on its GPU; on a CPU an engine packs them for
-inference. It works for one engine at a time,
-one job after the other; a job that fails is answered, whatever the reason, and does not end the process, unless the GPU does.
+It has a copy of the model of its own, unless it can use the weights of an engine on its GPU; on a CPU an engine packs them
+for inference. It works for one engine at a time, one job after the other; a job that fails is answered, whatever the reason,
+and does not end the process, unless the GPU does.
 """
 
 import os
@@ -172,7 +172,8 @@ def end_with(parent: int, directory: Path) -> None:
     """Watched, not signalled by the kernel: its signal comes at the end of the thread that started us."""
     while os.getppid() == parent:
         time.sleep(0.5)
-    shutil.rmtree(directory, ignore_errors=True)
+    while directory.exists():  # again, if the main thread has bound its socket meanwhile
+        shutil.rmtree(directory, ignore_errors=True)
     os._exit(0)
 
 
@@ -181,9 +182,8 @@ def prepare(options: m.Options, socket: zmq.Socket) -> Sidecar:
     device, slots = torch.device(options.device), None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        if (
-            options.dtype != "float32"
-        ):  # else the float32 adapters would take as long as the model; TF32 has bfloat16's exponent
+        if options.dtype != "float32":
+            # Else the float32 adapters would take as long as the model; TF32 has bfloat16's exponent.
             torch.set_float32_matmul_precision("high")
     if options.attention == "xformers":
         attention.register()
