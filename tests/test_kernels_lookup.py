@@ -17,6 +17,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.4
 
 
+def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+    """One softmax over two branches: outputs [..., d], log-sum-exps [...]; a has keys everywhere. float32 [..., d]."""
+    total = torch.logaddexp(a[1], b[1])
+    weight_a, weight_b = ((lse - total).exp().unsqueeze(-1) for lse in (a[1], b[1]))
+    return torch.addcmul(a[0].float() * weight_a, b[0].float(), weight_b)
+
+
 def paged(keys: Tensor, values: Tensor, num_blocks: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Key and value caches as vLLM's backends see theirs, NaN where nothing was written, and tables of shuffled blocks.
 
@@ -142,7 +149,7 @@ def test_kernel_of_an_empty_memory_leaves_the_window() -> None:
         output, lse = lookup.attend_best(query, m, 4, SCALE, share)
         assert (output[:2] == 0).all() and lse[:2].isneginf().all() and lse[2].isfinite().all()
         window = torch.randn(3, 1, 4, 16, device=DEVICE), torch.randn(3, 1, 4, device=DEVICE)
-        merged = lookup.merge(window, (output, lse))
+        merged = merge(window, (output, lse))
         assert torch.equal(merged[:2], window[0][:2]) and not torch.equal(merged[2], window[0][2])
     nobody = Memories(m.key_cache, m.value_cache, m.block_table, m.begins, m.begins, 0)
     assert lookup.attend_best(query, nobody, 4, SCALE)[1].isneginf().all()
@@ -205,7 +212,7 @@ def test_kernel_and_window_are_the_reference() -> None:
     output, lse = (x[0].transpose(0, 1).to(DEVICE) for x in attend(*by_head, additive(local.visible[:, context:]), SCALE))
     m = memories(key[None, :context], value[None, :context], [0], [context])
     found = lookup.attend_best(turned[None].to(DEVICE), m, k, SCALE)
-    assert (lookup.merge((output, lse), (found[0][0], found[1][0])).cpu() - expected).abs().max() < 2e-6
+    assert (merge((output, lse), (found[0][0], found[1][0])).cpu() - expected).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -13,7 +13,8 @@ from vllm_longctx.adaptation.patience import wait_patiently
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SpinCondition, "wait", SpinCondition.wait)  # put back afterwards
+    stock = getattr(SpinCondition.wait, "__wrapped__", SpinCondition.wait)  # an engine in this process may have wrapped it
+    monkeypatch.setattr(SpinCondition, "wait", stock)
     wait_patiently(busy_loop_s=0.0)
 
 

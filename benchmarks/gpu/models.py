@@ -7,11 +7,13 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vllm_longctx.config import DEFAULT_N_GLOBAL
+
 ITEM_BYTES = 2  # bfloat16, weights and KV
 GIB = 1 << 30
 USABLE = 0.92  # of the card's memory
 RESERVE = 4 * GIB  # activations of a step, logits, CUDA graphs and contexts
-N_GLOBAL = 10  # of the preset lm-infinite; its n_local is the trained length
+N_GLOBAL = DEFAULT_N_GLOBAL["lm_infinite"]  # of the preset; its n_local is the trained length
 LARGEST_BATCH = 16  # of the engine's decode rows
 WRITTEN = 128  # tokens, of each request whose decoding is timed
 

@@ -101,8 +101,9 @@ class TempLoraScheduler(LongContextScheduler):
         super().__init__(*args, **kwargs)
         config = active_config(self.vllm_config)
         assert config.adaptation is not None and config.adaptation.slots is not None
-        wait_patiently(busy_loop_s=0.0)
         self.settings = config.adaptation
+        on_the_cpu = device_of(self.settings.trainer).type == "cpu"  # where polling would take the trainer's core
+        wait_patiently(busy_loop_s=0.0 if on_the_cpu else None)
         self.bos = self.vllm_config.model_config.hf_text_config.bos_token_id
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.private_managers = [m for m in managers if isinstance(m, PrivateRequests)]

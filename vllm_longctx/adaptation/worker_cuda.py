@@ -13,6 +13,7 @@ from vllm_longctx.adaptation import shared
 from vllm_longctx.adaptation.client import weight_bytes
 from vllm_longctx.adaptation.device import Shape, device_of, recomputes
 from vllm_longctx.adaptation.lora import Adapts
+from vllm_longctx.adaptation.patience import wait_patiently
 from vllm_longctx.adaptation.slots import Slots
 from vllm_longctx.config import LongContextError, active_config
 from vllm_longctx.engine_args import LINEAR_MODULES
@@ -31,6 +32,7 @@ class AdaptingCUDAWorker(LongContextCUDAWorker):
         return runner
 
     def load_model(self, **kwargs: Any) -> None:
+        wait_patiently()
         super().load_model(**kwargs)
         self.model_runner.lora_manager.device_slots = offer(self.model_runner.get_model(), self.vllm_config, self.device)
 

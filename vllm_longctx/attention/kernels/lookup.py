@@ -134,13 +134,6 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32), _places(packed)
 
 
-def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
-    """One softmax over two branches: outputs [..., d], log-sum-exps [...]; a has keys everywhere. float32 [..., d]."""
-    total = torch.logaddexp(a[1], b[1])
-    weight_a, weight_b = ((lse - total).exp().unsqueeze(-1) for lse in (a[1], b[1]))
-    return torch.addcmul(a[0].float() * weight_a, b[0].float(), weight_b)
-
-
 def _most_blocks(query: Tensor, memories: Memories, k: int, share: float, least: int) -> int:
     """The host's upper bound of the blocks that `best_blocks` chooses."""
     n, group = memories.num_columns, query.shape[2] // memories.kv_heads
