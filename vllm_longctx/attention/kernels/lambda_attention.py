@@ -121,8 +121,11 @@ def lambda_attention(
 
 
 @triton.jit
-def _row_of(query_start_loc, tile, rows, TOKENS: tl.constexpr):
-    """The row a tile belongs to: row r begins with tile query_start_loc[r] // TOKENS + r."""
+def tile_of(query_start_loc, tile, rows, TOKENS: tl.constexpr):
+    """The row a tile belongs to, its first token and length, and where in it the tile begins, which may be behind its end.
+
+    Row r begins with tile query_start_loc[r] // TOKENS + r.
+    """
     low = tile * 0
     high = low + rows
     while low < high:
@@ -131,7 +134,10 @@ def _row_of(query_start_loc, tile, rows, TOKENS: tl.constexpr):
             low = middle + 1
         else:
             high = middle
-    return low - 1
+    row = low - 1
+    row_begin = tl.load(query_start_loc + row)
+    query_len = tl.load(query_start_loc + row + 1) - row_begin
+    return row, row_begin, query_len, (tile - (row_begin // TOKENS + row)) * TOKENS
 
 
 # What changes from step to step must not ask for another compilation.
@@ -183,12 +189,8 @@ def _prefill(
     ALIBI: tl.constexpr,
     SOFT_CAP: tl.constexpr,
 ):
-    tile = tl.program_id(0)
     kv_head = tl.program_id(1)
-    row = _row_of(query_start_loc, tile, rows, TOKENS)
-    row_begin = tl.load(query_start_loc + row)
-    query_len = tl.load(query_start_loc + row + 1) - row_begin
-    tile_begin = (tile - (row_begin // TOKENS + row)) * TOKENS
+    row, row_begin, query_len, tile_begin = tile_of(query_start_loc, tl.program_id(0), rows, TOKENS)
     seq_len = tl.load(seq_lens + row)
     if tile_begin >= query_len or seq_len == 0:
         return

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_longctx.attention.kernels.lambda_attention import _row_of, prefill_launch
+from vllm_longctx.attention.kernels.lambda_attention import prefill_launch, tile_of
 from vllm_longctx.attention.kernels.lambda_tile import LOG2_E, UNBOUNDED, attend_window, cache_arguments
 
 
@@ -106,12 +106,8 @@ def _stepped(
     FURTHER: tl.constexpr,
     UNSEEN: tl.constexpr,
 ):
-    tile = tl.program_id(0)
     kv_head = tl.program_id(1)
-    row = _row_of(query_start_loc, tile, rows, TOKENS)
-    row_begin = tl.load(query_start_loc + row)
-    query_len = tl.load(query_start_loc + row + 1) - row_begin
-    tile_begin = (tile - (row_begin // TOKENS + row)) * TOKENS
+    row, row_begin, query_len, tile_begin = tile_of(query_start_loc, tl.program_id(0), rows, TOKENS)
     seq_len = tl.load(seq_lens + row)
     if tile_begin >= query_len or seq_len == 0:
         return
