@@ -35,7 +35,7 @@ AT_ONCE = 10
 SLOTS = 4
 LEAVES = 0.2
 PLAIN_PROMPTS = 4  # those that do not adapt come again and again, to be compared
-TRAINER_TIMEOUT_S = 20.0
+TRAINER = {"timeout_s": 20.0, "start_timeout_s": 90.0, "max_restarts": 10}  # a trainer stopped while it starts is found by the second
 GRACE_S = 10
 
 
@@ -86,7 +86,7 @@ def main(
     json_out: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     rng, counts, problems = random.Random(seed), Counter[str](), []
-    adaptation = {"slots": SLOTS, "block_tokens": 64, "trainer": {"timeout_s": TRAINER_TIMEOUT_S, "max_restarts": 10}}
+    adaptation = {"slots": SLOTS, "block_tokens": 64, "trainer": TRAINER}
     config = {"longctx": {"preset": "temp-lora-quality", "adaptation": adaptation}}
     kwargs: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": AT_ONCE, "enable_prefix_caching": True}
     plain: dict[int, list[int]] = {}

@@ -139,7 +139,8 @@ class TrainerClient:
         """End the trainer, or leave it if it was joined. Nothing is left of it: no process, file or memory."""
         if self._joins and self._socket is not None:
             self._socket.send(m.encode(m.Leave()), zmq.NOBLOCK)
-        self._end_process(grace_s=5.0 if self._unanswered else 0.0)  # an adapter may be being saved
+        # An adapter may be being saved; vLLM gives its engine core 5 s for all of its shutdown.
+        self._end_process(grace_s=3.0 if self._unanswered else 0.0)
         self._disconnect(linger_ms=1000 if self._joins else 0)
         self._context.term()
         self._ended = True
@@ -227,7 +228,11 @@ class TrainerClient:
         if code is not None:
             self._restart(f"ended with code {code}")
         elif not self._ready and now - self._since > self._start_timeout_s:
-            self._die(f"was not ready after {self._start_timeout_s:g} s; if its model takes longer to load, allow it more")
+            reason = f"was not ready after {self._start_timeout_s:g} s"
+            if self.slots is None:
+                self._die(f"{reason}; if its model takes longer to load, allow it more")
+            else:  # one before it was, so the time is enough and this one hangs
+                self._restart(reason)
         elif self._unanswered and now - self._since > self._train_timeout_s:
             self._restart(f"took more than {self._train_timeout_s:g} s for one job")
 
