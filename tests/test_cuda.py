@@ -541,10 +541,6 @@ def test_a_step_ahead_of_the_device_no_block_it_reads_is_freed(gpu: type) -> Non
             {"additional_config": {"longctx": {"preset": "temp-lora-quality"}}},
             r"adaptation with attention.method none .* does not run on CUDA yet; leave it out, or run on vLLM's CPU platform",
         ),
-        (
-            {"additional_config": {"longctx": {"attention": {"top_k": 4}}}},
-            r"attention.top_k with method lm_infinite does not run on CUDA yet",
-        ),
     ],
 )
 def test_what_cuda_cannot_do_is_refused(kwargs: dict[str, Any], message: str, gpu: type) -> None:

@@ -97,7 +97,7 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     if on_cuda:
         check_ready_on_cuda(config)
         _choose_cuda_backend(args)
-        if config.adaptation is not None or config.attention.method == "focused":
+        if config.adaptation is not None or grows:
             _schedule_behind_the_device(args, config)
     args.worker_cls, args.scheduler_cls = worker, scheduler
     if config.adaptation is not None:
@@ -141,7 +141,6 @@ def check_ready_on_cuda(config: LongContextConfig) -> None:
         "adaptation with attention.method none (presets temp-lora-quality and temp-lora-economic, kv_policy reuse and "
         "recompute)": config.adaptation is not None and not config.slides,
         "attention.memory_limit_gib": config.attention.memory_limit_gib is not None,
-        "attention.top_k with method lm_infinite": config.slides and config.attention.top_k is not None,
     }
     for method, asked in missing.items():
         if asked:
@@ -154,7 +153,7 @@ def check_ready_on_cuda(config: LongContextConfig) -> None:
 def _schedule_behind_the_device(args: EngineArgs, config: LongContextConfig) -> None:
     """Each step with the one before done: a slot must not be given back, nor a window closed, under a step that reads it."""
     if args.async_scheduling:
-        method = "attention.method focused" if config.adaptation is None else "adaptation (Temp-LoRA)"
+        method = memory_of(config) if config.adaptation is None else "adaptation (Temp-LoRA)"
         raise LongContextError(f"async_scheduling = True does not go with {method}; leave it out")
     args.async_scheduling = False
 
@@ -254,7 +253,7 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig) -> None:
     if config.attention.remembers:
         check_memory(vllm_config)
         if current_platform.is_cuda():
-            _check_focused_on_cuda(config, vllm_config)
+            _check_memory_on_cuda(config, vllm_config)
     config = config.for_model(
         trained_length(model),
         vllm_config.cache_config.block_size,
@@ -368,19 +367,25 @@ def check_settings(vllm_config: VllmConfig) -> None:
         _check_capability(MIN_FP8_CAPABILITY, f"kv_cache_dtype = {cache.cache_dtype!r}", "leave kv_cache_dtype at 'auto'")
 
 
-def _check_focused_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -> None:
-    cache, looks_up = vllm_config.cache_config, config.attention.lookup not in (None, "all")
+def memory_of(config: LongContextConfig) -> str:
+    """What the user asked for, of those configurations in which layers keep the whole text."""
+    return "attention.method focused" if config.attention.method == "focused" else "attention.top_k"
+
+
+def _check_memory_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -> None:
+    cache, looks_up = vllm_config.cache_config, config.attention.top_k is not None
+    asked = "attention.top_k" if config.attention.lookup is None else "attention.lookup"
     refused = {
         "the Model Runner V1 is chosen; leave VLLM_USE_V2_MODEL_RUNNER out": not vllm_config.use_v2_model_runner,
         f"kv_cache_dtype = {cache.cache_dtype!r}; leave it at 'auto'": cache.cache_dtype != "auto",
         "microbatches are on; leave enable_dbo and ubatch_size out": vllm_config.parallel_config.use_ubatching,
-        f"block_size = {cache.block_size}; with attention.lookup give a power of two": (
+        f"block_size = {cache.block_size}; with {asked} give a power of two": (
             looks_up and cache.block_size & (cache.block_size - 1) != 0
         ),
     }
     for setting, holds in refused.items():
         if holds:
-            raise LongContextError(f"attention.method focused does not run on CUDA with this setting: {setting}")
+            raise LongContextError(f"{memory_of(config)} does not run on CUDA with this setting: {setting}")
 
 
 def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> None:

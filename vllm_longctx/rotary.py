@@ -134,7 +134,7 @@ class Rotary(nn.Module):
 
     def _rotate_flat(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = (t.unsqueeze(-2) for t in cos_sin)
-        return self._rotate(x.unflatten(-1, (-1, self.head_size)), cos, sin).view(x.shape)
+        return self.rotate(x.unflatten(-1, (-1, self.head_size)), cos, sin).view(x.shape)
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """float32 [*positions, rotary_dim / 2] each, from float64 angles.
@@ -152,10 +152,10 @@ class Rotary(nn.Module):
         R(a)·R(b) = R(a + b): turning a vector rotated at position p gives the one rotated at p + by, up to one rounding.
         The attention factor is in a rotated vector once, whatever it is turned by.
         """
-        cos, sin = self.cos_sin(by)
-        return self._rotate(x, cos, sin)
+        return self.rotate(x, *self.cos_sin(by))
 
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [..., head_size] rotated by angles at hand: cos, sin as from `cos_sin`, broadcastable to [..., rotary_dim / 2]."""
         rotated = x[..., : self.rotary_dim].to(cos.dtype)
         a, b = rotated.chunk(2, -1) if self.neox else (rotated[..., ::2], rotated[..., 1::2])
         halves = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)

@@ -23,8 +23,9 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_longctx.adaptation.patience import wait_patiently
 from vllm_longctx.adaptation.worker import AdaptingRunner
-from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, TopK, scratch_layout
+from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, scratch_layout
 from vllm_longctx.attention.focused import Lookup, MemoryBackend, MemoryImpl
+from vllm_longctx.attention.memory import TopK
 from vllm_longctx.attention.stepped import SteppedBackend
 from vllm_longctx.config import LongContextConfig, active_config
 from vllm_longctx.engine_args import memory_blocks, trained_length

@@ -13,11 +13,12 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_longctx.attention.cuda import LambdaBackend, LambdaImpl
 from vllm_longctx.attention.cuda_focused import LookupBackend, SteppedBackend, SteppedImpl, pool_beside_lookups
-from vllm_longctx.attention.memory import Lookup
+from vllm_longctx.attention.cuda_top_k import TopKBackend, TopKImpl
+from vllm_longctx.attention.memory import Lookup, TopK
 from vllm_longctx.config import LongContextConfig, active_config
-from vllm_longctx.focused.worker_cuda import FocusedCUDARunner
+from vllm_longctx.focused.worker_cuda import FocusedCUDARunner, TopKCUDARunner
 from vllm_longctx.geometry import Geometry
-from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, WindowSpec
+from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, MiddleSpec, WindowSpec
 from vllm_longctx.layers import take_over_rotary, with_spec
 from vllm_longctx.rotary import NoRotation, Rotary
 
@@ -25,10 +26,11 @@ from vllm_longctx.rotary import NoRotation, Rotary
 class LongContextCUDAWorker(Worker):
     def init_device(self) -> None:
         super().init_device()
-        if active_config(self.vllm_config).windows is not None:
+        config = active_config(self.vllm_config)
+        if config.windows is not None or config.top_k_layers:
             if type(self.model_runner) is not GPUModelRunner:
                 raise RuntimeError(f"longctx cannot take over {type(self.model_runner)}")
-            self.model_runner.__class__ = FocusedCUDARunner
+            self.model_runner.__class__ = TopKCUDARunner if config.windows is None else FocusedCUDARunner
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
@@ -46,6 +48,8 @@ class LongContextCUDAWorker(Worker):
         super().initialize_from_config(kv_cache_config)
         if isinstance(self.model_runner, FocusedCUDARunner):
             self.model_runner.look_into_memory()
+        elif isinstance(self.model_runner, TopKCUDARunner):
+            self.model_runner.warm_up()
 
 
 def take_over_attention(model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -55,11 +59,15 @@ def take_over_attention(model: nn.Module, vllm_config: VllmConfig, device: torch
     if config.windows is not None:
         take_over_focused(layers, parents, config, rotary, device)
         return
-    geometry = config.geometry
-    backend = with_spec(LambdaBackend, lambda spec: LambdaSpec.from_attention_spec(spec, geometry))
-    for layer in layers.values():
+    attention, geometry = config.attention, config.geometry
+    sliding = with_spec(LambdaBackend, lambda spec: LambdaSpec.from_attention_spec(spec, geometry))
+    kept = with_spec(TopKBackend, MiddleSpec.of)
+    for name, layer in layers.items():
         layer.impl.take_over(geometry, rotary, device)
-        layer.attn_backend = backend
+        layer.attn_backend = sliding
+        if extract_layer_index(name) in config.top_k_layers:
+            assert attention.top_k is not None and attention.top_k_insert_at is not None
+            layer.impl, layer.attn_backend = TopKImpl(layer.impl, TopK(attention.top_k, attention.top_k_insert_at)), kept
 
 
 def take_over_focused(
@@ -86,8 +94,6 @@ def take_over_focused(
 
 
 def lookup_of(config: LongContextConfig) -> Lookup | None:
-    """Of memory layers; None where they see all."""
+    """Of memory layers, or those with a top-k branch; None where there are none or they see all."""
     attention = config.attention
-    if config.windows is None or attention.top_k is None:
-        return None
-    return Lookup(attention.top_k, attention.lookup_share)
+    return None if attention.top_k is None else Lookup(attention.top_k, attention.lookup_share)

@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_longctx.attention.memory import TopK
 from vllm_longctx.attention.retrieval import Memory, Pages, top_k
 from vllm_longctx.attention.scratch import Scratch, as_kernel_cache, extend, packed_order, unpack
 from vllm_longctx.attention.selection import KernelTables, ScratchLayout, cdiv, kernel_tables, next_tables
@@ -30,14 +31,6 @@ from vllm_longctx.attention.tiles import ChunkPlan, attend_chunk, plan_chunk
 from vllm_longctx.config import active_config
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.rotary import Rotary
-
-
-@dataclass(frozen=True)
-class TopK:
-    """LM-Infinite's top-k branch of a layer: the k best keys between first tokens and window, seen at distance insert_at."""
-
-    k: int
-    insert_at: int
 
 
 @dataclass(frozen=True)

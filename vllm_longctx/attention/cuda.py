@@ -42,12 +42,16 @@ MIN_FP8_CAPABILITY = DeviceCapability(8, 9)  # float8_e4m3 in Triton
 
 @dataclass(frozen=True)
 class Decodes:
-    """The first rows of a batch, those with one query: row r's is token r. splits: programs that share a row's keys."""
+    """The first rows of a batch, those with one query: row r's is token r. splits: programs that share a row's keys.
+
+    lse: takes the scores' log-sum-exps, float32 [rows, heads], where the layers see further keys.
+    """
 
     block_table: Tensor
     seq_lens: Tensor
     turn: Turn
     splits: int
+    lse: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -263,6 +267,7 @@ class LambdaImpl(AttentionImpl[LambdaMetadata]):
                 decodes.splits,
                 k_scale,
                 v_scale,
+                decodes.lse,
             )
         if (chunks := attn_metadata.chunks) is not None:
             tokens = slice(chunks.first_token, attn_metadata.num_actual_tokens)

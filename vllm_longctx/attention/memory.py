@@ -16,6 +16,14 @@ class Lookup:
 
 
 @dataclass(frozen=True)
+class TopK:
+    """LM-Infinite's top-k branch of a layer: the k best keys between first tokens and window, seen at distance insert_at."""
+
+    k: int
+    insert_at: int
+
+
+@dataclass(frozen=True)
 class ClosedWindow:
     """Tokens of a request that become memory: positions start .. end - 1. blocks [n]: from the one that holds `start` on.
 

@@ -1,13 +1,17 @@
 """The GPU worker's side of Focused Transformers: positions counted from each request's window, and windows that become memory.
 
-For vLLM's Model Runner V2. What it computes from a request's true positions (slots, the sampler's random numbers) stays; the
-model alone is given others, in a buffer of its own that CUDA graphs may hold.
+And of LM-Infinite's top-k branch, whose memory is what the window has left behind when a request writes.
+
+For vLLM's Model Runner V2. What it computes from a request's true positions (slots, the sampler's random numbers) stays; where
+they are counted from windows the model alone is given others, in a buffer of its own that CUDA graphs may hold.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -15,6 +19,8 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_longctx.attention.cuda_focused import SteppedImpl, SteppedMetadataBuilder, remember
+from vllm_longctx.attention.cuda_top_k import TopKMetadataBuilder, turn_back
+from vllm_longctx.attention.kernels.lookup import WORKSPACE
 from vllm_longctx.attention.memory import ClosedWindow, covering
 from vllm_longctx.config import active_config
 from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow
@@ -111,3 +117,50 @@ class FocusedCUDARunner(GPUModelRunner):
     def _rotary_of(self, layer_name: str) -> Rotary | None:
         rotary = self.model.get_submodule(layer_name.rpartition(".")[0]).rotary_emb
         return rotary if isinstance(rotary, Rotary) else None
+
+
+class TopKCUDARunner(GPUModelRunner):
+    """vLLM's Model Runner V2. Methods of its that are overridden here: see `vllm_longctx.seams`."""
+
+    def warm_up(self) -> None:
+        """Once the KV cache is there."""
+        for builder, table in self._builders(self.block_tables.input_block_tables):
+            builder.impl.warm_up(builder.layers[0].kv_cache, table)
+
+    def prepare_attn(self, input_batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+        block_tables, slot_mappings = super().prepare_attn(input_batch)
+        positions = input_batch.num_computed_tokens_np.astype(np.int64)  # of the first query of each row, a writing one's only
+        last = self.req_states.prompt_len.np[input_batch.idx_mapping_np] - 1
+        for builder, table in self._builders(block_tables):
+            n_global, n_local = builder.geometry.n_global, builder.geometry.n_local
+            assert n_local is not None
+            builder.ends = np.where(positions >= last, positions + 1 - n_local, 0)
+            # Since the step before one token has left the window; at the prompt's last, none was turned back before.
+            starts = np.where(positions == last, n_global, np.maximum(builder.ends - 1, n_global))
+            self._leave_behind(builder, table, starts, builder.ends)
+        return block_tables, slot_mappings
+
+    def _leave_behind(
+        self, builder: TopKMetadataBuilder, table: Tensor, starts: NDArray[np.int64], ends: NDArray[np.int64]
+    ) -> None:
+        """Un-rotate the keys starts .. ends - 1 of each row. A long prompt's middle comes in parts, within bounded memory."""
+        impl = builder.impl
+        assert impl.rotary is not None
+        lengths = np.maximum(ends - starts, 0)
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        positions = np.arange(len(rows)) + np.repeat(starts - lengths.cumsum() + lengths, lengths)
+        both, at_once = np.stack((rows, positions)), WORKSPACE // (4 * impl.num_kv_heads * impl.head_size)
+        for first in range(0, len(rows), at_once):
+            row, position = async_tensor_h2d(both[:, first : first + at_once], device=self.device)
+            block_size = builder.layers[0].kv_cache.shape[2]
+            blocks, offsets = table[row, position // block_size].long(), position % block_size
+            cos, sin = impl.rotary.cos_sin(-position[:, None])
+            for layer in builder.layers:
+                turn_back(layer.kv_cache, blocks, offsets, impl.rotary, cos, sin)
+
+    def _builders(self, block_tables: Iterable[Tensor]) -> Iterator[tuple[TopKMetadataBuilder, Tensor]]:
+        """Those of layers with a top-k branch, each with its group's block table."""
+        for table, groups in zip(block_tables, self.attn_groups, strict=True):
+            for group in groups:
+                if isinstance(builder := group.get_metadata_builder(), TopKMetadataBuilder):
+                    yield builder, table
