@@ -32,7 +32,10 @@ from vllm_longctx.geometry import Geometry
 from vllm_longctx.kv_cache import LambdaSpec, MiddleSpec
 from vllm_longctx.worker_cuda import LongContextCUDAWorker, Worker, lookup_of, pool_beside_lookups, take_over_attention
 
-TOP_K = {"n_global": 5, "n_local": 24, "top_k": 3, "top_k_from_layer": 1, "top_k_to_layer": 2, "top_k_insert_at": 20}
+TOP_K = {
+    "n_global": 5, "n_local": 24, "distance_ceiling": 24,
+    "top_k": 3, "top_k_from_layer": 1, "top_k_to_layer": 2, "top_k_insert_at": 20,
+}  # fmt: skip
 
 
 def configure(model: Path, attention: dict[str, Any] = TOP_K, **kwargs: Any) -> VllmConfig:
@@ -156,7 +159,7 @@ def test_requests_that_write_see_the_best_keys_of_their_middle(tiny_llama: Path,
     assert engine.support.min_cg_support == AttentionCGSupport.NEVER
     reference, expected = ReferenceLlama(tiny_llama), {}
     for name, length in prompts.items():
-        seen = with_top_k(Geometry(5, 24, 128), length, range(1, 2), 3, 20)
+        seen = with_top_k(Geometry(5, 24, 24), length, range(1, 2), 3, 20)
         expected[name] = reference.logprobs(texts[name], seen)
         assert min(reference.margins) > 1e-5  # no two keys are equally good
 
@@ -171,23 +174,23 @@ def test_requests_that_write_see_the_best_keys_of_their_middle(tiny_llama: Path,
     assert not engine.looked_up
     check({"long": 1, "short": 1, "middling": 1})
     assert engine.looked_up == {"model.layers.1.self_attn.attn"}
-    for _ in range(3):
+    for _ in range(2):
         check({"middling": 1, "long": 1, "short": 1})
     engine.preempt("long")
     check({"short": 1, "long": 39})
-    for _ in range(5):
-        check({"long": 1, "middling": 1})
+    for _ in range(4):
+        check({"long": 1})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
 @pytest.mark.usefixtures("one_rank", "gpu", "stock_cache_update", "one_thread")
 def test_it_is_the_official_code(goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last row of prompts that have one key more than enough between first tokens and window, and many more."""
+    """What it says behind a prompt of 160 tokens, of which 22 stand between first tokens and window."""
     case = goldens / "lminf_topk"
     p = json.loads((case / "case.json").read_text())
     ids, rows = np.load(case / "input_ids.npy").flatten().tolist(), np.load(case / "logprobs.npy")
-    chosen = {str(n): row for n, row in zip(np.load(case / "prefix_lengths.npy").tolist(), rows, strict=True)}
-    prompts = {name: int(name) for name in ("144", "160")}
+    length = 160
+    expected = torch.from_numpy(rows[np.load(case / "prefix_lengths.npy").tolist().index(length)])
     attention = {
         "n_global": p["global_branch"],
         "n_local": p["local_branch"],
@@ -197,11 +200,9 @@ def test_it_is_the_official_code(goldens: Path, monkeypatch: pytest.MonkeyPatch)
         "top_k_from_layer": p["top_k_from_layer"],
         "top_k_to_layer": p["top_k_to_layer"],
     }
-    texts = {name: ids[:length] for name, length in prompts.items()}
-    engine = Engine(goldens / "models" / "llama", attention, texts, prompts, monkeypatch)
-    engine.step({name: length - 1 for name, length in prompts.items()})
-    for name, ours in engine.step(dict.fromkeys(prompts, 1)).items():
-        assert (ours[-1] - torch.from_numpy(chosen[name])).abs().max() <= 1e-4
+    engine = Engine(goldens / "models" / "llama", attention, {"": ids[:length]}, {"": length}, monkeypatch)
+    engine.step({"": length - 1})
+    assert (engine.step({"": 1})[""][-1] - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.usefixtures("gpu")
