@@ -100,10 +100,9 @@ class Trainer:
     """Answers at the next poll. weights: of each version, by module of Hugging Face's."""
 
     def __init__(self, model: Path):
-        linear = {
-            n: m for n, m in AutoModelForCausalLM.from_pretrained(model).named_modules() if isinstance(m, torch.nn.Linear)
-        }
-        self.modules = {n: (m.in_features, m.out_features) for n, m in linear.items() if n != "lm_head"}
+        parts = AutoModelForCausalLM.from_pretrained(model).named_modules()
+        linear = {name: part for name, part in parts if isinstance(part, torch.nn.Linear) and name != "lm_head"}
+        self.modules = {name: (part.in_features, part.out_features) for name, part in linear.items()}
         self.slots = Slots.create(self.modules, RANK, 2)
         self.reports: list[Any] = []
 
@@ -250,8 +249,7 @@ class Engine:
 def replayed(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> Replay:
     """By the independent replay, which reads with the weights that the trainer made up."""
     request, policy = engine.requests[name], active_config(engine.config).adaptation.kv_policy
-    sizes = {k: v for k, v in SIZES.items() if k != "slots"}
-    options = Options(**sizes, rank=RANK, kv_policy=policy, kv_block=BLOCK_SIZE)
+    options = Options(**SIZES, rank=RANK, kv_policy=policy, kv_block=BLOCK_SIZE)
     path = "base_model.model.{}.lora_{}.default.weight".format
 
     class Given(Learner):
@@ -309,8 +307,7 @@ def text(length: int) -> list[int]:
 def test_passes_beside_a_request_that_does_not_adapt(engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both in chunks, then one's decodes beside the other's chunks and passes; against Hugging Face's model and peft's."""
     prompt = text(56)
-    scored = np.array([[token, -1] for token in prompt[1:]])
-    engine.add("adapts", prompt, True, max_tokens=10, prompt_logprob_token_ids=scored)
+    engine.add("adapts", prompt, True, max_tokens=10)
     engine.step()
     engine.add("plain", text(20), False, max_tokens=6)
     engine.run()
@@ -321,10 +318,7 @@ def test_passes_beside_a_request_that_does_not_adapt(engine: Engine, model: Path
     assert any(frontier > len(prompt) for frontier, _ in engine.passes)
     assert list(engine.requests["adapts"].output_token_ids) == expected.tokens
     assert engine.logprobs("adapts") == pytest.approx(expected.logprobs, abs=1e-4)
-    ours = engine.prompt_logprobs("adapts")
-    assert ours.tolist() == pytest.approx(expected.prompt_logprobs, abs=1e-4)
-    (scores,) = [t for one in engine.outputs["adapts"] if (t := one.prompt_token_id_logprobs) is not None]
-    assert scores[:, 0].tolist() == pytest.approx(ours.tolist(), abs=1e-5) and scores[:, 1].isneginf().all()
+    assert engine.prompt_logprobs("adapts").tolist() == pytest.approx(expected.prompt_logprobs, abs=1e-4)
 
     plain = engine.requests["plain"]
     ids = torch.tensor(plain.all_token_ids)
@@ -339,7 +333,8 @@ def test_passes_beside_a_request_that_does_not_adapt(engine: Engine, model: Path
 def test_a_preempted_pass_is_computed_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a prompt and of a pass, which the runner gets as a new request: rows of the passes before stay."""
     prompt = text(70)
-    engine.add("adapts", prompt, True, max_tokens=2, prompt_logprob_token_ids=np.array([[token] for token in prompt[1:]]))
+    scored = np.array([[token, -1] for token in prompt[1:]])
+    engine.add("adapts", prompt, True, max_tokens=2, prompt_logprob_token_ids=scored)
     request = engine.requests["adapts"]
     while request.num_computed_tokens != 53:
         engine.step()
@@ -352,10 +347,25 @@ def test_a_preempted_pass_is_computed_again(engine: Engine, monkeypatch: pytest.
     ours = engine.prompt_logprobs("adapts").tolist()
     assert ours == pytest.approx(expected.prompt_logprobs, abs=1e-4)
     (scores,) = [t for one in engine.outputs["adapts"] if (t := one.prompt_token_id_logprobs) is not None]
-    assert scores[:, 0].tolist() == pytest.approx(ours, abs=1e-5)
-    assert list(request.output_token_ids) == expected.tokens and engine.logprobs("adapts") == pytest.approx(
-        expected.logprobs, abs=1e-4
+    assert scores[:, 0].tolist() == pytest.approx(ours, abs=1e-5) and scores[:, 1].isneginf().all()
+    assert list(request.output_token_ids) == expected.tokens
+    assert engine.logprobs("adapts") == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize(("begin", "ids"), [(13, [100, 101]), (15, [102, 1]), (16, [0, 1])])
+def test_first_tokens_of_a_pass_cut_into_steps(begin: int, ids: list[int]) -> None:
+    """Two positions a step, of a pass that keeps 3 tokens before its window at 16."""
+    runner: Any = PassesCUDARunner.__new__(PassesCUDARunner)
+    runner.req_states = SimpleNamespace(all_token_ids=SimpleNamespace(gpu=torch.arange(200).view(2, 100)))
+    batch: Any = SimpleNamespace(
+        num_computed_tokens_np=np.array([7, begin]),
+        num_scheduled_tokens=np.array([1, 2]),
+        query_start_loc_np=np.array([0, 1, 3]),
+        idx_mapping_np=np.array([0, 1]),
+        input_ids=torch.tensor([9, 0, 1, 9]),
     )
+    runner._put_first_tokens(batch, 1, Pass(13, 16, 40))
+    assert batch.input_ids.tolist() == [9, *ids, 9]
 
 
 STEPPED = {"longctx": {"preset": "temp-lora-quality", "adaptation": {"trainer": {"device": "cpu"}}}}
@@ -364,7 +374,7 @@ STEPPED = {"longctx": {"preset": "temp-lora-quality", "adaptation": {"trainer": 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("policy", ["reuse", "recompute"])
 def test_engine_arguments(policy: str) -> None:
-    section = {**STEPPED["longctx"], "adaptation": {"trainer": {"device": "cpu"}, "kv_policy": policy}}
+    section = {"preset": "temp-lora-economic", "adaptation": {"trainer": {"device": "cpu"}, "kv_policy": policy}}
     config = create(additional_config={"longctx": section}, max_num_seqs=4)
     assert config.use_v2_model_runner and not config.scheduler_config.async_scheduling
     assert config.parallel_config.worker_cls == engine_args.ADAPTING_CUDA_WORKER
