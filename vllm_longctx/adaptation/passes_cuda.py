@@ -36,11 +36,11 @@ class FirstPassWins(PromptLogprobsWorker):
 
     def add_request(self, req_id: str, req_idx: int, sampling_params: SamplingParams) -> None:
         super().add_request(req_id, req_idx, sampling_params)
-        rows, scores = self.aside.pop(req_id, (None, None))
-        if req_id not in self.passes:  # computes all of its prompt again
+        in_progress, scores = self.aside.pop(req_id, (None, None))
+        if req_id not in self.passes:  # it computes all of its prompt again
             return
-        if rows is not None:
-            self.in_progress_prompt_logprobs[req_id] = rows
+        if in_progress is not None:
+            self.in_progress_prompt_logprobs[req_id] = in_progress
         if scores is not None:
             self.token_id_scores[req_id] = scores
 
