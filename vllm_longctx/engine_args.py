@@ -138,8 +138,6 @@ def _check_capability(needed: DeviceCapability, what: str, remedy: str) -> None:
 def check_ready_on_cuda(config: LongContextConfig) -> None:
     """Raises LongContextError for a method that runs on the CPU only so far."""
     missing = {
-        "adaptation with attention.method none (presets temp-lora-quality and temp-lora-economic, kv_policy reuse and "
-        "recompute)": config.adaptation is not None and not config.slides,
         "attention.memory_limit_gib": config.attention.memory_limit_gib is not None,
         "attention.top_k with method lm_infinite": config.slides and config.attention.top_k is not None,
     }
@@ -250,11 +248,13 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig) -> None:
         scheduler.scheduler_cls = ASYNC_SCHEDULERS[scheduler.scheduler_cls]
     if config.adaptation is not None:
         check_adaptation(config.adaptation, vllm_config)
+        if current_platform.is_cuda() and not config.slides:
+            _check_stepped_on_cuda(config, vllm_config)
     model = vllm_config.model_config
     if config.attention.remembers:
         check_memory(vllm_config)
         if current_platform.is_cuda():
-            _check_focused_on_cuda(config, vllm_config)
+            _check_stepped_on_cuda(config, vllm_config)
     config = config.for_model(
         trained_length(model),
         vllm_config.cache_config.block_size,
@@ -368,7 +368,8 @@ def check_settings(vllm_config: VllmConfig) -> None:
         _check_capability(MIN_FP8_CAPABILITY, f"kv_cache_dtype = {cache.cache_dtype!r}", "leave kv_cache_dtype at 'auto'")
 
 
-def _check_focused_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -> None:
+def _check_stepped_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -> None:
+    """Raises LongContextError naming an engine setting that does not go with stepped windows there."""
     cache, looks_up = vllm_config.cache_config, config.attention.lookup not in (None, "all")
     refused = {
         "the Model Runner V1 is chosen; leave VLLM_USE_V2_MODEL_RUNNER out": not vllm_config.use_v2_model_runner,
@@ -378,9 +379,12 @@ def _check_focused_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -
             looks_up and cache.block_size & (cache.block_size - 1) != 0
         ),
     }
+    method = "adaptation with " if config.adaptation is not None else ""
     for setting, holds in refused.items():
         if holds:
-            raise LongContextError(f"attention.method focused does not run on CUDA with this setting: {setting}")
+            raise LongContextError(
+                f"{method}attention.method {config.attention.method} does not run on CUDA with this setting: {setting}"
+            )
 
 
 def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> None:

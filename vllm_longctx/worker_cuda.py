@@ -15,9 +15,10 @@ from vllm_longctx.attention.cuda import LambdaBackend, LambdaImpl
 from vllm_longctx.attention.cuda_focused import LookupBackend, SteppedBackend, SteppedImpl, pool_beside_lookups
 from vllm_longctx.attention.memory import Lookup
 from vllm_longctx.config import LongContextConfig, active_config
+from vllm_longctx.engine_args import trained_length
 from vllm_longctx.focused.worker_cuda import FocusedCUDARunner
 from vllm_longctx.geometry import Geometry
-from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, WindowSpec
+from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, SteppedSpec, WindowSpec
 from vllm_longctx.layers import take_over_rotary, with_spec
 from vllm_longctx.rotary import NoRotation, Rotary
 
@@ -56,10 +57,16 @@ def take_over_attention(model: nn.Module, vllm_config: VllmConfig, device: torch
         take_over_focused(layers, parents, config, rotary, device)
         return
     geometry = config.geometry
-    backend = with_spec(LambdaBackend, lambda spec: LambdaSpec.from_attention_spec(spec, geometry))
+    if config.slides:
+        backend = with_spec(LambdaBackend, lambda spec: LambdaSpec.from_attention_spec(spec, geometry))
+    else:
+        most_tokens = trained_length(vllm_config.model_config)
+        backend = with_spec(SteppedBackend, lambda spec: SteppedSpec.from_attention_spec(spec, most_tokens))
     for layer in layers.values():
         layer.impl.take_over(geometry, rotary, device)
         layer.attn_backend = backend
+        if not config.slides:
+            layer.impl = SteppedImpl(layer.impl)
 
 
 def take_over_focused(
