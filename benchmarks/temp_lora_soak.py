@@ -35,7 +35,7 @@ AT_ONCE = 10
 SLOTS = 4
 LEAVES = 0.2
 PLAIN_PROMPTS = 4  # those that do not adapt come again and again, to be compared
-TRAINER = {"timeout_s": 20.0, "start_timeout_s": 90.0, "max_restarts": 10}  # a trainer stopped while it starts is found by the second
+TRAINER = {"timeout_s": 20.0, "start_timeout_s": 90.0, "max_restarts": 10}  # the second is for one stopped while it starts
 GRACE_S = 10
 
 

@@ -217,6 +217,29 @@ CASES |= {
 }
 
 
+def launch_stepped(dtype: torch.dtype, heads: int, kv_heads: int, head_size: int, tokens: int, block_size: int = 32) -> None:
+    """Stepped windows alone: 16 rows of which each reads `tokens` tokens."""
+    rows = 16
+    cache = meta(100, kv_heads, block_size, 2 * head_size, dtype=dtype).transpose(1, 2)
+    table, query = meta(rows, (1 << 20) // block_size, dtype=torch.int32), meta(rows * tokens, heads, head_size, dtype=dtype)
+    starts, lens, begins = (meta(n, dtype=torch.int32) for n in (rows, rows, rows + 1))
+    caches = cache.split(head_size, dim=-1)
+    stepped_attention(query, *caches, table, starts, lens, begins, tokens, 1.0, torch.empty_like(query))
+
+
+CASES |= {
+    f"windows, {name}, {step}": partial(launch_stepped, *arguments, tokens)
+    for name, arguments in (
+        ("7B bfloat16", (BF16, 32, 32, 128)),
+        ("8B bfloat16", (BF16, 32, 8, 128)),
+        ("8B float32", (F32, 32, 8, 128)),
+        ("head 64 float16, group 7", (F16, 14, 2, 64)),
+        ("head 256 float32", (F32, 16, 8, 256)),
+    )
+    for step, tokens in (("decode", 1), ("chunk", 128))
+}
+
+
 def main(names: list[str]) -> int:
     failed = 0
     for name in names or CASES:

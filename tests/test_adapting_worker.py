@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -223,11 +224,14 @@ def test_what_the_trainer_needs_is_left_free(gpus: None, tiny_llama: Path, monke
     assert worker.determine_available_memory() == 5000
 
 
-def test_swaps_are_reported_with_a_steps_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wrap", [lambda output: output, lambda output: SimpleNamespace(model_runner_output=output)])
+def test_swaps_are_reported_with_a_steps_tokens(wrap: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By either model runner: V2's gives its output with the copies that are still under way."""
     worker = object.__new__(AdaptingCUDAWorker)
     seconds = [0.25]
     worker.model_runner = SimpleNamespace(take_swap_seconds=lambda: seconds)
     for output in (ModelRunnerOutput(["r"], {"r": 0}), EMPTY_MODEL_RUNNER_OUTPUT, None):
-        monkeypatch.setattr(worker_cuda.LongContextCUDAWorker, "sample_tokens", lambda self, grammar, out=output: out)
-        assert worker.sample_tokens(None) is output
+        given = wrap(output)
+        monkeypatch.setattr(worker_cuda.LongContextCUDAWorker, "sample_tokens", lambda self, grammar, out=given: out)
+        assert worker.sample_tokens(None) is given
         assert getattr(output, "longctx_swap_seconds", []) == (seconds if output and output.req_ids else [])

@@ -537,10 +537,6 @@ def test_a_step_ahead_of_the_device_no_block_it_reads_is_freed(gpu: type) -> Non
         ),
         ({"worker_cls": "my.Worker"}, r"worker_cls = 'my.Worker', but longctx needs its own; leave worker_cls out"),
         ({"kv_cache_memory_bytes": 1_000_000}, r"the KV cache of 1000000 bytes \(kv_cache_memory_bytes\) gives .* blocks"),
-        (
-            {"additional_config": {"longctx": {"preset": "temp-lora-quality"}}},
-            r"adaptation with attention.method none .* does not run on CUDA yet; leave it out, or run on vLLM's CPU platform",
-        ),
     ],
 )
 def test_what_cuda_cannot_do_is_refused(kwargs: dict[str, Any], message: str, gpu: type) -> None:

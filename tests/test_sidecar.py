@@ -282,6 +282,22 @@ def test_a_start_that_takes_too_long_is_the_end(checkpoint: Path):
     client.close()
 
 
+def test_a_restart_that_hangs_is_restarted(checkpoint: Path):
+    client = TrainerClient(str(checkpoint), "float32", start_timeout_s=60, **SLOTS)
+    client.start()
+    hear(client, m.Ready)
+    os.kill(client.process_id, signal.SIGKILL)
+    assert hear(client, m.Restarted, m.Dead) == [m.Restarted()]
+    wait_until(lambda: client.poll() == [] and client.process_id is not None)
+    os.kill(hung := client.process_id, signal.SIGSTOP)
+    client._start_timeout_s = 0.1
+    assert hear(client, m.Restarted, m.Dead) == [m.Restarted()]
+    assert is_gone(hung)
+    client._start_timeout_s = 60
+    assert hear(client, m.Ready)
+    client.close()
+
+
 def run_engine(checkpoint: Path, connection) -> None:
     client = TrainerClient(str(checkpoint), "float32", **SLOTS)
     client.start()

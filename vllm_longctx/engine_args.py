@@ -138,8 +138,6 @@ def _check_capability(needed: DeviceCapability, what: str, remedy: str) -> None:
 def check_ready_on_cuda(config: LongContextConfig) -> None:
     """Raises LongContextError for a method that runs on the CPU only so far."""
     missing = {
-        "adaptation with attention.method none (presets temp-lora-quality and temp-lora-economic, kv_policy reuse and "
-        "recompute)": config.adaptation is not None and not config.slides,
         "attention.memory_limit_gib": config.attention.memory_limit_gib is not None,
     }
     for method, asked in missing.items():
@@ -153,7 +151,7 @@ def check_ready_on_cuda(config: LongContextConfig) -> None:
 def _schedule_behind_the_device(args: EngineArgs, config: LongContextConfig) -> None:
     """Each step with the one before done: a slot must not be given back, nor a window closed, under a step that reads it."""
     if args.async_scheduling:
-        method = memory_of(config) if config.adaptation is None else "adaptation (Temp-LoRA)"
+        method = _asked_for(config) if config.adaptation is None else "adaptation (Temp-LoRA)"
         raise LongContextError(f"async_scheduling = True does not go with {method}; leave it out")
     args.async_scheduling = False
 
@@ -249,11 +247,13 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig) -> None:
         scheduler.scheduler_cls = ASYNC_SCHEDULERS[scheduler.scheduler_cls]
     if config.adaptation is not None:
         check_adaptation(config.adaptation, vllm_config)
+        if current_platform.is_cuda() and not config.slides:
+            _check_settings_on_cuda(config, vllm_config)
     model = vllm_config.model_config
     if config.attention.remembers:
         check_memory(vllm_config)
         if current_platform.is_cuda():
-            _check_memory_on_cuda(config, vllm_config)
+            _check_settings_on_cuda(config, vllm_config)
     config = config.for_model(
         trained_length(model),
         vllm_config.cache_config.block_size,
@@ -367,12 +367,15 @@ def check_settings(vllm_config: VllmConfig) -> None:
         _check_capability(MIN_FP8_CAPABILITY, f"kv_cache_dtype = {cache.cache_dtype!r}", "leave kv_cache_dtype at 'auto'")
 
 
-def memory_of(config: LongContextConfig) -> str:
-    """What the user asked for, of those configurations in which layers keep the whole text."""
-    return "attention.method focused" if config.attention.method == "focused" else "attention.top_k"
+def _asked_for(config: LongContextConfig) -> str:
+    """What needs more of an engine on CUDA than Λ attention does."""
+    if config.slides:
+        return "attention.top_k"
+    return f"{'' if config.adaptation is None else 'adaptation with '}attention.method {config.attention.method}"
 
 
-def _check_memory_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -> None:
+def _check_settings_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -> None:
+    """Raises LongContextError naming an engine setting that does not go with stepped windows, or a top-k branch, there."""
     cache, looks_up = vllm_config.cache_config, config.attention.top_k is not None
     asked = "attention.top_k" if config.attention.lookup is None else "attention.lookup"
     refused = {
@@ -385,7 +388,7 @@ def _check_memory_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) ->
     }
     for setting, holds in refused.items():
         if holds:
-            raise LongContextError(f"{memory_of(config)} does not run on CUDA with this setting: {setting}")
+            raise LongContextError(f"{_asked_for(config)} does not run on CUDA with this setting: {setting}")
 
 
 def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> None:

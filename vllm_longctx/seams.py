@@ -150,7 +150,7 @@ SEAMS = [
     Seam(
         "Scheduler._make_cached_request_data (overridden), resumed_req_ids of requests that run on; "
         "SingleTypeKVCacheManager.req_to_blocks, num_cached_block, _null_block",
-        "adaptation/scheduler.py, kv_cache.py",
+        "adaptation/scheduler.py, adaptation/passes_cuda.py, kv_cache.py",
         "begin a new pass: give a running request's KV back and compute its window again, never shared with others",
         _all(
             _has("vllm.v1.core.sched.scheduler:Scheduler", "_make_cached_request_data"),
@@ -173,10 +173,11 @@ SEAMS = [
     Seam(
         "CPUWorker.model_runner, Worker._make_model_runner (the runner's class replaced); GPUModelRunner.load_lora_model, "
         "_prepare_inputs, _get_prompt_logprobs_dict (overridden), input_batch.token_ids_cpu (changed while ids are gathered), "
-        "positions (changed); on CUDA GPUModelRunner.prepare_inputs, prepare_attn, DefaultModelState.prepare_inputs, "
-        "prepare_dummy_inputs (overridden)",
-        "worker.py, worker_cuda.py, adaptation/lora.py, adaptation/worker.py, adaptation/worker_cuda.py, focused/worker.py, "
-        "focused/worker_cuda.py",
+        "positions (changed); on CUDA GPUModelRunner.prepare_inputs, prepare_attn, add_requests, finish_requests, "
+        "DefaultModelState.prepare_inputs, prepare_dummy_inputs, PromptLogprobsWorker (overridden), RequestState.prefill_len, "
+        "num_computed_tokens, BlockTables.num_blocks (changed)",
+        "worker.py, worker_cuda.py, adaptation/lora.py, adaptation/worker.py, adaptation/worker_cuda.py, "
+        "adaptation/passes_cuda.py, focused/worker.py, focused/worker_cuda.py",
         "put the first tokens before a window, keep prompt log-probabilities of the first pass, manage adapters in memory, "
         "count positions from a window",
         _all(
@@ -189,7 +190,20 @@ SEAMS = [
             _has("vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin", "load_lora_model"),
             _has("vllm.v1.worker.gpu_worker:Worker", "_make_model_runner"),
             _sets("vllm.v1.worker.gpu_input_batch:InputBatch", "token_ids_cpu"),
-            _has("vllm.v1.worker.gpu.model_runner:GPUModelRunner", "prepare_inputs", "prepare_attn"),
+            _has(
+                "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
+                "prepare_inputs",
+                "prepare_attn",
+                "add_requests",
+                "finish_requests",
+            ),
+            _has(
+                "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker",
+                "compute_prompt_logprobs",
+                "compute_prompt_token_id_logprobs",
+            ),
+            _sets("vllm.v1.worker.gpu.states:RequestState", "prefill_len", "num_computed_tokens", "prompt_len"),
+            _sets("vllm.v1.worker.gpu.block_table:BlockTables", "num_blocks"),
             _has("vllm.v1.worker.gpu.model_states.default:DefaultModelState", "prepare_inputs", "prepare_dummy_inputs"),
         ),
         "0014-model-runner-of-plugins.diff",

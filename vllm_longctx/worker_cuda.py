@@ -16,9 +16,10 @@ from vllm_longctx.attention.cuda_focused import LookupBackend, SteppedBackend, S
 from vllm_longctx.attention.cuda_top_k import TopKBackend, TopKImpl
 from vllm_longctx.attention.memory import Lookup, TopK
 from vllm_longctx.config import LongContextConfig, active_config
+from vllm_longctx.engine_args import trained_length
 from vllm_longctx.focused.worker_cuda import FocusedCUDARunner, TopKCUDARunner
 from vllm_longctx.geometry import Geometry
-from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, MiddleSpec, WindowSpec
+from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, MiddleSpec, SteppedSpec, WindowSpec
 from vllm_longctx.layers import take_over_rotary, with_spec
 from vllm_longctx.rotary import NoRotation, Rotary
 
@@ -59,6 +60,20 @@ def take_over_attention(model: nn.Module, vllm_config: VllmConfig, device: torch
     if config.windows is not None:
         take_over_focused(layers, parents, config, rotary, device)
         return
+    if config.slides:
+        take_over_lambda(layers, config, rotary, device)
+        return
+    most_tokens = trained_length(vllm_config.model_config)
+    backend = with_spec(SteppedBackend, lambda spec: SteppedSpec.from_attention_spec(spec, most_tokens))
+    for layer in layers.values():
+        layer.impl.take_over(config.geometry, rotary, device)
+        layer.impl, layer.attn_backend = SteppedImpl(layer.impl), backend
+
+
+def take_over_lambda(
+    layers: dict[str, Attention], config: LongContextConfig, rotary: Rotary | None, device: torch.device
+) -> None:
+    """Layers with a top-k branch keep all blocks, the others those of first tokens and window."""
     attention, geometry = config.attention, config.geometry
     sliding = with_spec(LambdaBackend, lambda spec: LambdaSpec.from_attention_spec(spec, geometry))
     kept = with_spec(TopKBackend, MiddleSpec.of)

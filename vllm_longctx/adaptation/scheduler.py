@@ -275,7 +275,8 @@ class TempLoraScheduler(LongContextScheduler):
                 # The worker replaces the block table of a resumed request and keeps all the rest.
                 data.resumed_req_ids.add(request_id)
                 data.new_block_ids[row] = self.kv_cache_manager.get_block_ids(request_id)
-                data.all_token_ids.setdefault(request_id, self.requests[request_id].all_token_ids.copy())
+                if not self.use_v2_model_runner:  # which keeps a request's tokens as long as it lives
+                    data.all_token_ids.setdefault(request_id, self.requests[request_id].all_token_ids.copy())
                 adapted.new_table = False
         return data
 

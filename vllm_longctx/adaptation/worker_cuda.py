@@ -8,11 +8,13 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_longctx.adaptation import shared
 from vllm_longctx.adaptation.client import weight_bytes
 from vllm_longctx.adaptation.device import Shape, device_of, recomputes
 from vllm_longctx.adaptation.lora import Adapts
+from vllm_longctx.adaptation.passes_cuda import PassesCUDARunner
 from vllm_longctx.adaptation.patience import wait_patiently
 from vllm_longctx.adaptation.slots import Slots
 from vllm_longctx.config import LongContextError, active_config
@@ -23,13 +25,20 @@ logger = init_logger("vllm.longctx")
 
 
 class AdaptingCUDAWorker(LongContextCUDAWorker):
-    """For both of vLLM's model runners: under Λ attention Temp-LoRA needs nothing of them but the manager of adapters."""
+    """Under Λ attention for both of vLLM's model runners, of which it needs the manager of adapters only; else for V2."""
 
     def _make_model_runner(self) -> Any:
         runner = super()._make_model_runner()
         stock = type(runner)  # vLLM names its class in the code; see seams
         runner.__class__ = type(f"Adapting{stock.__name__}", (Adapts, stock), {})
         return runner
+
+    def init_device(self) -> None:
+        super().init_device()
+        if not active_config(self.vllm_config).slides:
+            if not isinstance(self.model_runner, GPUModelRunner):
+                raise RuntimeError(f"longctx cannot take over {type(self.model_runner)}")
+            self.model_runner.__class__ = PassesCUDARunner
 
     def load_model(self, **kwargs: Any) -> None:
         wait_patiently()
@@ -55,8 +64,9 @@ class AdaptingCUDAWorker(LongContextCUDAWorker):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
-        if isinstance(output, ModelRunnerOutput) and output.req_ids:  # else it may be vLLM's one empty output
-            output.longctx_swap_seconds = self.model_runner.take_swap_seconds()
+        report = getattr(output, "model_runner_output", output)  # Model Runner V2 gives it with copies under way
+        if isinstance(report, ModelRunnerOutput) and report.req_ids:  # else it may be vLLM's one empty output
+            report.longctx_swap_seconds = self.model_runner.take_swap_seconds()
         return output
 
 
