@@ -127,9 +127,13 @@ class Codes:
         for head in range(kv_heads):
             for begin in range(0, len(blocks), per_tile):
                 tile = slice(begin, min(begin + per_tile, len(blocks)))
-                where = slice(first + tile.start, first + tile.stop) if is_slice else blocks[tile]
-                codes, steps = self.codes[head, where].flatten(0, 1), self.steps[head, where]
-                high, low = torch._int_mm(halves[head].flatten(0, 1), codes.T).chunk(2)
+                codes, steps = self.codes[head], self.steps[head]
+                if is_slice:
+                    where = slice(first + tile.start, first + tile.stop)
+                    codes, steps = codes[where], steps[where]
+                else:  # indexing would copy element by element
+                    codes, steps = (x.index_select(0, blocks[tile]) for x in (codes, steps))
+                high, low = torch._int_mm(halves[head].flatten(0, 1), codes.flatten(0, 1).T).chunk(2)
                 best = high.mul_(FINE).add_(low).unflatten(1, (-1, block_size)).amax(-1).unflatten(0, (length, -1))
                 bounds[head, ..., tile] = (best * fine_step[head] + margin[head].unsqueeze(-1)) * steps
         return bounds
