@@ -6,6 +6,9 @@
 Endless-looking documents of three kinds of sentences. Facts: pass keys as in `vllm-longctx passkey`, and the same of other keys
 with names of their own, asked for later. Lists of random words, said again later: every one of their words can be looked up,
 which teaches the lookup itself much sooner than five digits in a text do. And the task's filler, which is neither.
+
+With --task-only documents hold one pass key and filler, and ask for the key again and again: for a model that knows the task
+inside its window (`passkey_texts.py`) and is to learn that what it looks for may stand in the memory.
 """
 
 import heapq
@@ -61,12 +64,26 @@ def document(rng: random.Random, tokenizer: object, words: list[str], tokens: in
     return " ".join(parts)
 
 
+def task_document(rng: random.Random, tokenizer: object, tokens: int) -> str:
+    """About `tokens` tokens: one pass key somewhere in the first three fifths, asked for about every seventh sentence after."""
+    key, at, told, length = rng.randrange(10_000, 100_000), rng.uniform(0, 0.6) * tokens, False, 0
+    parts = [TASK]
+    while (length := length + len(tokenizer(parts[-1], add_special_tokens=False)["input_ids"])) < tokens:
+        if not told and length >= at:
+            told = True
+            parts.append(KEY.format(key=key))
+        else:
+            parts.append(f"{QUESTION} {key}." if told and rng.random() < 1 / 7 else FILLER)
+    return " ".join(parts)
+
+
 def main(
     out_dir: Path,
     documents: int = 32,
     tokens: Annotated[int, typer.Option(help="Of a document, about.")] = 100_000,
     apart: Annotated[int, typer.Option(help="Tokens between a thing and its repetition: a context's length.")] = 512,
     lists: Annotated[float, typer.Option(help="Share of the sentences that are lists; half of the rest are facts.")] = 0.4,
+    task_only: Annotated[bool, typer.Option("--task-only", help="One pass key in each document; --tokens 1110 suits.")] = False,
     model: str = "booklm",
     seed: int = 11,
 ) -> None:
@@ -77,7 +94,8 @@ def main(
     out_dir.mkdir(parents=True, exist_ok=True)
     for number in range(documents):
         rng = random.Random(f"{seed}/{number}")
-        (out_dir / f"{number:03}.txt").write_text(document(rng, tokenizer, words, tokens, apart, share))
+        text = task_document(rng, tokenizer, tokens) if task_only else document(rng, tokenizer, words, tokens, apart, share)
+        (out_dir / f"{number:03}.txt").write_text(text)
 
 
 if __name__ == "__main__":
