@@ -58,7 +58,7 @@ def take_over_attention(model: nn.Module, vllm_config: VllmConfig, device: torch
     layers, parents, rotary = take_over_rotary(model, vllm_config, LambdaImpl)
     config = active_config(vllm_config)
     if config.windows is not None:
-        take_over_focused(layers, parents, config, rotary, device)
+        take_over_focused(layers, parents, config, rotary, device, vllm_config.max_concurrent_batches)
         return
     if config.slides:
         take_over_lambda(layers, config, rotary, device)
@@ -91,11 +91,15 @@ def take_over_focused(
     config: LongContextConfig,
     rotary: Rotary | None,
     device: torch.device,
+    steps: int,
 ) -> None:
-    """Memory layers keep all blocks, the others those of the window. A memory layer that sees all is plain attention."""
+    """Memory layers keep all blocks, the others those of the window. A memory layer that sees all is plain attention.
+
+    steps: that may be under way at once.
+    """
     windows, attention, lookup = config.windows, config.attention, lookup_of(config)
     assert windows is not None and attention.mem_layers is not None
-    window = with_spec(SteppedBackend, lambda spec: WindowSpec.of(spec, windows))
+    window = with_spec(SteppedBackend, lambda spec: WindowSpec.of(spec, windows, steps))
     seen = LambdaBackend if lookup is None else LookupBackend
     memory = with_spec(seen, lambda spec: MemorySpec.of(spec, windows, None))
     for name, layer in layers.items():
