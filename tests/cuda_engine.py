@@ -19,6 +19,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import triton
+from reference_model import Layers, ReferenceLlama
 from test_engine_args import create
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -133,20 +134,16 @@ class Engine:
         steps_ahead: int,
         **kwargs: Any,
     ):
-        self.config = config = to_cpu(
-            create(
-                model,
-                {"longctx": section},
-                dtype="float32",
-                block_size=BLOCK_SIZE,
-                max_model_len=512,
-                max_num_seqs=4,
-                enforce_eager=True,
-                compilation_config={"mode": 0, "custom_ops": ["none"]},
-                async_scheduling=bool(steps_ahead),
-                **kwargs,
-            )
-        )
+        settings = {
+            "dtype": "float32",
+            "block_size": BLOCK_SIZE,
+            "max_model_len": 512,
+            "max_num_seqs": 4,
+            "enforce_eager": True,
+            "compilation_config": {"mode": 0, "custom_ops": ["none"]},
+            "async_scheduling": bool(steps_ahead),
+        }
+        self.config = config = to_cpu(create(model, {"longctx": section}, **{**settings, **kwargs}))
         self.steps_ahead = steps_ahead
         assert config.scheduler_config.get_scheduler_cls() is schedulers[steps_ahead]
         assert config.max_concurrent_batches == steps_ahead + 1
@@ -174,6 +171,8 @@ class Engine:
         self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[EngineCoreOutput]] = {}
+        self.reference = ReferenceLlama(model)
+        self.stale: set[str] = set()  # requests that were preempted with a step under way
         self.under_way: deque[SchedulerOutput] = deque()
         self.sent: deque[SchedulerOutput] = deque()
 
@@ -188,6 +187,7 @@ class Engine:
     def step(self) -> None:
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
+            self.stale |= {name for name, request in self.requests.items() if request.num_stale_output_tokens}
             self.under_way.append(output)
             self.sent.append(pickle.loads(pickle.dumps(output)) if self.steps_ahead else output)
             if len(self.under_way) <= self.steps_ahead and output.total_num_scheduled_tokens:
@@ -229,6 +229,17 @@ class Engine:
         prompt = self.requests[name].prompt_token_ids
         assert prompt is not None and tensors.logprob_token_ids[:, 0].tolist() == prompt[1:]
         return tensors.logprobs[:, 0].double()
+
+    def check(self, name: str, seen: Layers) -> None:
+        """The request's tokens are the likeliest ones, and its log-probabilities those of the dense reference."""
+        request = self.requests[name]
+        tokens, prompt = list(request.all_token_ids), request.num_prompt_tokens
+        expected = self.reference.logprobs(tokens[:-1], seen)
+        assert expected[prompt - 1 :].argmax(-1).tolist() == tokens[prompt:]
+        rows = expected.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        if request.sampling_params.prompt_logprobs is not None:
+            torch.testing.assert_close(self.prompt_logprobs(name), rows[: prompt - 1], atol=1e-4, rtol=0)
+        assert self.logprobs(name) == pytest.approx(rows[prompt - 1 :].tolist(), abs=1e-4)
 
     def is_empty(self) -> bool:
         """Whether nothing of any request is left."""
