@@ -31,6 +31,7 @@ from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, Pass, SlotUse
 from vllm_longctx.kv_cache import SteppedSpec
 
 STOP, VOCABULARY, NUM_BLOCKS, SEEDS = 7, 40, 14, 20
+SIZES = {"block_tokens": 16, "window_tokens": 48, "context_tokens": 20, "keep_first": 3, "rank": 4, "slots": 2}
 SETTINGS = {
     "dtype": "float32",
     "block_size": BLOCK_SIZE,
@@ -76,10 +77,16 @@ class Trainer:
         self.jobs: deque[tuple[int, Any]] = deque()
         self.made: dict[int, int] = {}  # by owner: a digest of its weights
         self.saved: dict[str, tuple[int, int]] = {}
+        self.resumed: list[Report] = []
 
     def start(self) -> None: ...
 
     def send(self, job: Any) -> None:
+        if isinstance(job, Resume):  # else it may come when its request has ended, and with that what it wants saved
+            owner, version, self.made[owner] = self.slots.held[job.slot, job.bank]
+            assert (owner, version) == (job.owner, job.version)
+            self.resumed.append(Began(owner))
+            return
         at = self.jobs[-1][0] if self.jobs else self.polls
         self.jobs.append((at + self.rng.randrange(4), job))
 
@@ -89,25 +96,24 @@ class Trainer:
             gone = {job.owner for _, job in self.jobs if isinstance(job, Drop)}  # what they want saved is not lost here
             self.jobs = deque((at, job) for at, job in self.jobs if job.owner in gone)
             return [Restarted()]
-        reports: list[Report] = []
+        reports, self.resumed = self.resumed, []
         while self.jobs and self.jobs[0][0] <= self.polls:
             reports += self._do(self.jobs.popleft()[1])
         return reports
 
     def _do(self, job: Any) -> list[Report]:
+        gone = {other.owner for _, other in self.jobs if isinstance(other, Drop)}
         match job:
             case Begin():
-                self.made[job.owner] = 0
-                return [Began(job.owner)]
-            case Resume():
-                owner, version, self.made[job.owner] = self.slots.held[job.slot, job.bank]
-                assert (owner, version) == (job.owner, job.version)
+                self.made[job.owner] = digest(job.start_from) if job.start_from else 0
+                if job.start_from and job.owner not in gone:
+                    self.slots.held[job.slot, 0] = job.owner, 0, self.made[job.owner]
                 return [Began(job.owner)]
             case Train():
                 if digest(job.tokens) % 7 == 0:
                     return [Failed(job.owner, job.version, "it so happens")]
                 self.made[job.owner] = made = digest(self.made[job.owner], job.tokens, job.num_targets)
-                if not any(isinstance(other, Drop) and other.owner == job.owner for _, other in self.jobs):
+                if job.owner not in gone:
                     self.slots.held[job.slot, job.bank] = job.owner, job.version, made
                 return [Trained(job.owner, job.slot, job.bank, job.version, [1.0, 1.0], 0.1)]
             case Save():
@@ -123,12 +129,16 @@ class Crowd(Core):
     scored: by request and position, what was computed there first.
     """
 
-    def __init__(self, config: VllmConfig, spec: SteppedSpec, seed: int, steps_ahead: int, monkeypatch: pytest.MonkeyPatch):
+    abort_rate, reset_rate = 0.005, 0.0  # per step
+
+    def __init__(self, config: VllmConfig, seed: int, steps_ahead: int, monkeypatch: pytest.MonkeyPatch):
         rng, self.timing = random.Random(seed), random.Random(f"{seed} {steps_ahead}")
         self.trainer = Trainer(self.timing, self.timing.randrange(20, 60))
         monkeypatch.setattr(scheduler, "wait_patiently", lambda **kwargs: None)
         monkeypatch.setattr(scheduler, "trainer_client", lambda *args: self.trainer)
         cls = (TempLoraScheduler, AsyncTempLoraScheduler)[steps_ahead]
+        full = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
+        spec = SteppedSpec.from_attention_spec(full, 64)
         pool = KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)])
         super().__init__(cls(config, pool, MagicMock(), BLOCK_SIZE, log_stats=True), steps_ahead)
         self.texts: dict[str, list[int]] = {}
@@ -147,6 +157,7 @@ class Crowd(Core):
                 "epochs": rng.choice([0, 1, 1]),
                 "train_on_prompt": rng.random() < 0.7,
                 **({"save_as": f"{number}"} if rng.random() < 0.5 else {}),
+                **({"start_from": "old"} if rng.random() < 0.3 else {}),
             }
             adapts = {"longctx": options} if rng.random() < 0.7 else None
             stop = [STOP] if rng.random() < 0.5 else None
@@ -192,6 +203,7 @@ class Crowd(Core):
             self.kv[place(position)] = name, position, digest(token, weights)
             if position >= frontier:
                 computed = digest(weights, [self.kv[place(q)] for q in range(first, position + 1)])
+                assert name not in self.slots or position not in self.scored[name]
                 assert self.scored[name].setdefault(position, computed) == computed
         if positions.stop < len(text):
             return []
@@ -206,26 +218,33 @@ class Crowd(Core):
             self.step()
             steps += 1
             assert steps < 3000, "nobody goes on"
-            if self.timing.random() < 0.005:
+            if self.timing.random() < self.abort_rate:
                 self.abort(self.timing.choice(list(self.requests)))
+            if self.timing.random() < self.reset_rate:
+                self.scheduler.reset_prefix_cache(reset_running_requests=True)
         while self.trainer.jobs:
             self.trainer.poll()
         assert sorted(self.scheduler.free_slots) == [0, 1] and not self.trainer.slots.held
         assert self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
 
 
-@pytest.mark.usefixtures("gpu")
-def test_a_step_ahead_every_text_is_the_same(small_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    adaptation = {"block_tokens": 16, "window_tokens": 48, "context_tokens": 20, "keep_first": 3, "rank": 4, "slots": 2}
-    section = {"attention": {"method": "none"}, "adaptation": {**adaptation, "adapters_root": "/nowhere"}}
-    section["adaptation"]["trainer"] = {"device": "cpu"}
-    config = [create(small_llama, {"longctx": section}, **SETTINGS, async_scheduling=ahead) for ahead in (False, True)]
-    for one in config:
-        one.cache_config.num_gpu_blocks = NUM_BLOCKS
-    full = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
-    spec, compared, stale = SteppedSpec.from_attention_spec(full, 64), 0, 0
+@pytest.fixture
+def configs(gpu: type, small_llama: Path, tmp_path: Path) -> list[VllmConfig]:  # noqa: F811
+    """Without and with a step ahead."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "adapter_config.json").write_text('{"r": 4}')
+    adaptation: dict[str, Any] = {**SIZES, "trainer": {"device": "cpu"}, "adapters_root": str(tmp_path)}
+    section = {"attention": {"method": "none"}, "adaptation": adaptation}
+    made = [create(small_llama, {"longctx": section}, **SETTINGS, async_scheduling=ahead) for ahead in (False, True)]
+    for config in made:
+        config.cache_config.num_gpu_blocks = NUM_BLOCKS
+    return made
+
+
+def test_a_step_ahead_every_text_is_the_same(configs: list[VllmConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = stale = 0
     for seed in range(SEEDS):
-        crowds = [Crowd(config[ahead], spec, seed, ahead, monkeypatch) for ahead in (0, 1)]
+        crowds = [Crowd(configs[ahead], seed, ahead, monkeypatch) for ahead in (0, 1)]
         for crowd in crowds:
             crowd.run()
         stale += len(crowds[1].stale)
@@ -241,3 +260,23 @@ def test_a_step_ahead_every_text_is_the_same(small_llama: Path, monkeypatch: pyt
                 assert sorted(crowd.scored[name])[:length] == list(range(length))
             assert all(crowds[0].scored[name][i] == crowds[1].scored[name][i] for i in range(length))
     assert compared > 4 * SEEDS and stale
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_windows_computed_again_by_force_count_once(
+    steps_ahead: int, configs: list[VllmConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of a step under way was computed when all requests are preempted: the text goes on where it was."""
+    monkeypatch.setattr(Crowd, "reset_rate", 0.03)
+    monkeypatch.setattr(Crowd, "abort_rate", 0.0)
+    stale = set()
+    for seed in range(SEEDS):
+        crowd = Crowd(configs[steps_ahead], seed, steps_ahead, monkeypatch)
+        adapting = set(crowd.scheduler.adapted)
+        crowd.run()
+        stale |= crowd.stale & adapting
+        for name, request in crowd.requests.items():
+            length = request.num_tokens - 1
+            assert sorted(crowd.scored[name])[:length] == list(range(length))
+            assert request.num_output_tokens == request.max_tokens or request.output_token_ids[-1] == STOP
+    assert bool(stale) == bool(steps_ahead)
