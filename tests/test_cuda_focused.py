@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_engine import Engine as WholeEngine
-from cuda_engine import host, no_gpu_memory, small_llama, text  # noqa: F401 (fixtures)
+from cuda_engine import host, metadata_of, no_gpu_memory, places, small_llama, text  # noqa: F401 (fixtures)
 from reference_model import focused
 from test_cuda import SCALE, gpu, one_rank, stock_cache_update  # noqa: F401 (fixtures)
 from test_engine_args import TINY, create, save
@@ -148,9 +148,7 @@ class Engine:
             self.open[name], self.computed[name] = start, end
         rows = [list(self.prompts).index(name) for name in names]
         tables = [table[rows] for table in self.tables]
-        positions = torch.cat([torch.arange(f, e) for f, e in zip(first, ends, strict=True)])
-        row = torch.repeat_interleave(torch.arange(len(names)), torch.tensor(lens))
-        slots = torch.stack([t[row, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE for t in tables])
+        positions, slots = places(first, ends, tables)
         count = len(positions)
         batch = SimpleNamespace(
             req_ids=names,
@@ -162,21 +160,7 @@ class Engine:
         )
         self.runner.prepare_inputs(SimpleNamespace(**{ATTRIBUTE: windows}), batch)
         tables, slots = self.runner.prepare_attn(batch)
-        query_starts = torch.tensor([0, *lens]).cumsum(0).int()
-        metadata = attn_utils.build_attn_metadata(
-            self.attn_groups,
-            num_reqs=len(names),
-            num_tokens=count,
-            query_start_loc_gpu=query_starts,
-            query_start_loc_cpu=query_starts,
-            max_query_len=max(lens),
-            seq_lens=torch.tensor(ends, dtype=torch.int32),
-            max_seq_len=max(ends),
-            block_tables=tables,
-            slot_mappings=slots,
-            kv_cache_config=self.kv_cache_config,
-            positions=positions,
-        )
+        metadata = metadata_of(self.attn_groups, self.kv_cache_config, first, ends, tables, slots)
         seen = self.runner.model_state.prepare_inputs(batch, None)["positions"]
         assert torch.equal(positions, torch.cat([torch.arange(f, e) for f, e in zip(first, ends, strict=True)]))
         by_layer = attn_utils.build_slot_mappings_by_layer(slots, self.kv_cache_config)
