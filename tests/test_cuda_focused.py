@@ -226,18 +226,16 @@ def test_windows_become_memory(attention: dict[str, Any], tiny: Path, monkeypatc
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
 @pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread")
-@pytest.mark.parametrize("attention", LOOKUPS[::2], ids=["all", "blocks"])
-def test_windows_end_with_a_step_under_way(attention: dict[str, Any], small_llama: Path) -> None:  # noqa: F811
+def test_windows_end_with_a_step_under_way(small_llama: Path) -> None:  # noqa: F811
     """So it is preempted, too; found in the prefix cache by the step behind; a request ends whose next step is computed."""
-    windows = SteppedWindows(16, 11)
+    windows, attention = SteppedWindows(16, 11), LOOKUPS[2]
     section = {"attention": {**FOCUSED, "n_local": windows.tokens, **attention}}
     pool = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 40, "max_model_len": 80}
     engine = WholeEngine(small_llama, section, FocusedCUDARunner, [FocusedScheduler, AsyncFocusedScheduler], 1, **pool)
     seen, in_vain = {}, set()
 
     def add(name: str, prompt: list[int], new: int, **params: Any) -> Request:
-        mem_positionals = attention.get("mem_positionals", True)
-        seen[name] = focused(windows, len(prompt), [1], mem_positionals, attention.get("top_k"))
+        seen[name] = focused(windows, len(prompt), [1], best=attention["top_k"])
         return engine.add(name, prompt, max_tokens=new, **params)
 
     with set_current_vllm_config(engine.config):
