@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from gpu.report import Record
     from gpu.run_all import Setting
 
+Run = Callable[[Shape, Tensor, Tensor, Tensor, int], Tensor]
 ROOT = Path(__file__).parents[2]
 BLOCK_SIZE = 32
 SAMPLED = 4  # queries of a chunk that are compared
@@ -90,8 +92,11 @@ def checks(record: "Record", plan: Plan, setting: "Setting") -> None:
         raise RuntimeError(f"{len(wrong)} of {len(plan)} checks fail, the first is {wrong[0]}")
 
 
-def lambda_error(shape: Shape, dtype: torch.dtype, length: int, queries: int) -> float:
-    """Of the last `queries` tokens of a text, by the decode kernel if there is one and by the kernel for chunks otherwise."""
+def lambda_error(shape: Shape, dtype: torch.dtype, length: int, queries: int, run: Run | None = None) -> float:
+    """Of the last `queries` tokens of a text, by the decode kernel if there is one and by the kernel for chunks otherwise.
+
+    run: something else, called as `run_lambda` is.
+    """
     from vllm_longctx.attention import reference
     from vllm_longctx.geometry import branches
     from vllm_longctx.rotary import Rotary, inverse_frequencies
@@ -115,7 +120,7 @@ def lambda_error(shape: Shape, dtype: torch.dtype, length: int, queries: int) ->
         Rotary(shape.head_size, shape.head_size, True, frequencies),
     )
     cache, table = paged(key, value, keys_at, length)
-    got = run_lambda(shape, query.to(device()), cache, table, length)
+    got = (run or run_lambda)(shape, query.to(device()), cache, table, length)
     return float((got[sample].cpu().double() - expected).abs().max().nan_to_num(torch.inf))
 
 

@@ -77,6 +77,7 @@ STAGES = (
     Stage("checks", 4, "kernels at real shapes and lengths against float64", "gpu.checks:checks"),
     Stage("decode", 3, "Λ decode of one layer against FlashAttention", "gpu.kernels:decode"),
     Stage("prefill", 3, "Λ attention of a prompt's chunk in one layer against FlashAttention", "gpu.kernels:prefill"),
+    Stage("flash-merge", 3, "FlashAttention and an LSE merge in the place of Λ kernels", "gpu.flash_merge:flash_merge"),
     Stage("lookup", 3, "looking up a memory in one layer", "gpu.kernels:lookup"),
     Stage("7b-stock", 5, "stock vLLM, Llama-2-7B's shape", "gpu.engines:engine", (0, "stock")),
     Stage("7b-longctx", 6, "LM-Infinite, Llama-2-7B's shape", "gpu.engines:engine", (0, "longctx")),
