@@ -11,12 +11,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from gpu.kernels import Plan, device, integers, of_name, shapes, turns, view_of
+from gpu.kernels import Plan, device, in_host_memory, integers, of_name, shapes, turns, view_of
 from gpu.models import N_GLOBAL, Shape
 from torch import Tensor
 
@@ -71,7 +72,7 @@ def checks_plan(setting: "Setting") -> Plan:
     for s, dtype in itertools.product(shapes(setting), ("float16", "bfloat16")):
         lengths = (s.trained // 2, 4 * s.trained, 1 << 20)
         kernels = [("decode", 1, n) for n in lengths] + [("prefill", min(512, s.trained // 4), n) for n in lengths]
-        kernels.append(("lookup", 1, 1 << 17))
+        kernels += [("lookup", 1, 1 << 17), ("lookup in host memory", 1, 1 << 17)]
         plan += [{"kernel": k, "shape": s.name, "dtype": dtype, "length": n, "queries": q} for k, q, n in kernels]
     return plan
 
@@ -82,7 +83,7 @@ def checks(record: "Record", plan: Plan, setting: "Setting") -> None:
     wrong = []
     for row in plan:
         shape, dtype = of_name(setting, row["shape"]), getattr(torch, row["dtype"])
-        check = lookup_error if row["kernel"] == "lookup" else lambda_error
+        check = CHECKS.get(row["kernel"], lambda_error)
         error = check(shape, dtype, row["length"], row["queries"])
         tolerated = ROUNDINGS * torch.finfo(dtype).eps
         record.add(**row, error=error, error_to_tolerance=error / tolerated)
@@ -140,8 +141,8 @@ def run_lambda(shape: Shape, query: Tensor, cache: Tensor, table: Tensor, length
     return out
 
 
-def lookup_error(shape: Shape, dtype: torch.dtype, length: int, queries: int) -> float:
-    """Of the attention to a memory's exactly best keys."""
+def lookup_error(shape: Shape, dtype: torch.dtype, length: int, queries: int, apart: bool = False) -> float:
+    """Of the attention to a memory's exactly best keys. apart: in host memory."""
     from vllm_longctx.attention.kernels.lookup import Memories, attend_best
 
     k, group = 64, shape.heads // shape.kv_heads
@@ -149,8 +150,9 @@ def lookup_error(shape: Shape, dtype: torch.dtype, length: int, queries: int) ->
     cache = torch.randn(-(-length // BLOCK_SIZE), BLOCK_SIZE, shape.kv_heads, 2 * shape.head_size, device=device()).to(dtype)
     key_cache, value_cache = cache.chunk(2, -1)
     order = torch.randperm(len(cache), device=device())
-    memories = Memories(key_cache, value_cache, order.int()[None], integers([0]), integers([length]), length)
-    output, _ = attend_best(query, memories, k, shape.scale)
+    with in_host_memory(cache) if apart else nullcontext(cache) as read:
+        memories = Memories(*read.chunk(2, -1), order.int()[None], integers([0]), integers([length]), length)
+        output = attend_best(query, memories, k, shape.scale)[0].cpu().to(device())  # waits
     worst = 0.0
     for head in range(shape.heads):  # one at a time: all in float64 would not fit
         key, value = (x[order, :, head // group].flatten(0, 1)[:length].double() for x in (key_cache, value_cache))
@@ -158,6 +160,9 @@ def lookup_error(shape: Shape, dtype: torch.dtype, length: int, queries: int) ->
         expected = torch.einsum("tk,tkd->td", best.values.softmax(-1), value[best.indices])
         worst = max(worst, float((output[0, :, head].double() - expected).abs().max().nan_to_num(torch.inf)))
     return worst
+
+
+CHECKS = {"lookup": lookup_error, "lookup in host memory": partial(lookup_error, apart=True)}
 
 
 def rotated(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
