@@ -72,9 +72,12 @@ def lookup_plan(setting: "Setting") -> Plan:
 
 
 def memory_plan(setting: "Setting") -> Plan:
-    length, lookups = 4096 if setting.quick else 1 << 17, {"blocks": SHARE, "top_k": None}
-    rows = itertools.product(shapes(setting), lookups.items())
-    return [{"shape": s.name, "lookup": name, "length": length, "k": K, "share": share} for s, (name, share) in rows]
+    length, queries = (4096, (1, 16)) if setting.quick else (1 << 17, (1, 128))
+    every = itertools.product(shapes(setting), queries, {"blocks": SHARE, "top_k": None}.items())
+    return [
+        {"shape": s.name, "queries": n, "lookup": name, "length": length, "k": K, "share": share}
+        for s, n, (name, share) in every
+    ]
 
 
 def flops(shape: Shape, length: int, queries: int) -> int:
@@ -202,37 +205,37 @@ def summaries_of(pool: "Pool") -> "Summaries":
 
 
 def memory(record: "Record", plan: Plan, setting: "Setting") -> None:
-    """Milliseconds of one decode in a memory layer, window and lookup, its KV in the GPU's memory and in the host's.
+    """Milliseconds of a decode, or of a few queries of a prompt, in a memory layer: its KV on the GPU, and in host memory.
 
     The window, as long as the trained length, is read whole; summaries are in the GPU's memory both times.
     """
     for name, rows in itertools.groupby(plan, lambda row: row["shape"]):
         shape = of_name(setting, name)
         pool = Pool.of(shape, setting.quick)
-        query, summaries = randn(1, 1, shape.heads, shape.head_size), summaries_of(pool)
+        summaries = summaries_of(pool)
         with in_host_memory(pool.numbers) as numbers:
             for row in rows:
-                tables = pool.tables(row["length"], 1, 4)
+                tables, query = pool.tables(row["length"], 1, 4), randn(1, row["queries"], shape.heads, shape.head_size)
                 times = {
-                    where: memory_decode_time(p, query, row["length"], tables, shape, summaries, row["share"])
+                    where: memory_time(p, query, row["length"], tables, shape, summaries, row["share"])
                     for where, p in (("gpu_ms", pool), ("host_ms", Pool(numbers)))
                 }
                 record.add(**row, window=min(row["length"], shape.trained), **times)
 
 
-def memory_decode_time(
+def memory_time(
     pool: "Pool", query: Tensor, length: int, tables: list[Tensor], shape: Shape, summaries: "Summaries", share: float | None
 ) -> float:
     from vllm_longctx.attention.kernels.lookup import Memories, attend_best
     from vllm_longctx.attention.kernels.stepped import stepped_attention
 
-    start, out = max(length - shape.trained, 0), torch.empty_like(query[0])
-    zeros, starts, lens, tokens = (integers(values) for values in ([0], [start], [length], [0, 1]))
+    start, out, queries = max(length - shape.trained, 0), torch.empty_like(query[0]), query.shape[1]
+    zeros, starts, lens, tokens = (integers(values) for values in ([0], [start], [length], [0, queries]))
 
     def call(table: Tensor) -> None:
         memories = Memories(*pool.caches, table, zeros, starts, start, summaries)
         best, lse = attend_best(query, memories, K, shape.scale, share)
-        stepped_attention(query[0], *pool.caches, table, starts, lens, tokens, 1, shape.scale, out, (best[0], lse[0]))
+        stepped_attention(query[0], *pool.caches, table, starts, lens, tokens, queries, shape.scale, out, (best[0], lse[0]))
 
     return milliseconds([partial(call, t) for t in tables])
 

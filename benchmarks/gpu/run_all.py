@@ -79,7 +79,7 @@ STAGES = (
     Stage("prefill", 3, "Λ attention of a prompt's chunk in one layer against FlashAttention", "gpu.kernels:prefill"),
     Stage("flash-merge", 3, "FlashAttention and an LSE merge in the place of Λ kernels", "gpu.flash_merge:flash_merge"),
     Stage("lookup", 3, "looking up a memory in one layer", "gpu.kernels:lookup"),
-    Stage("memory", 3, "a decode in a memory layer, its KV on the GPU and in host memory", "gpu.kernels:memory"),
+    Stage("memory", 4, "queries of a memory layer, its KV on the GPU and in host memory", "gpu.kernels:memory"),
     Stage("7b-stock", 5, "stock vLLM, Llama-2-7B's shape", "gpu.engines:engine", (0, "stock")),
     Stage("7b-longctx", 6, "LM-Infinite, Llama-2-7B's shape", "gpu.engines:engine", (0, "longctx")),
     Stage("7b-128k-stock", 4, "stock at 128K, as many layers as fit", "gpu.engines:engine", (0, "stock", 128 * K)),
