@@ -51,9 +51,14 @@ ARCHITECTURES = (
     "MPTForCausalLM",
     longllama.ARCHITECTURE,
 )
-# Over vLLM's AsyncScheduler, where vLLM schedules ahead of the device.
-ASYNC_SCHEDULERS = {SCHEDULER: "vllm_longctx.scheduler.AsyncLongContextScheduler"}
-SCHEDULERS = (SCHEDULER, ADAPTING_SCHEDULER, FOCUSED_SCHEDULER, TOP_K_SCHEDULER, *ASYNC_SCHEDULERS.values())
+# Over vLLM's AsyncScheduler, where vLLM schedules ahead of the device; its platform for the CPU never does.
+ASYNC_SCHEDULERS = {
+    SCHEDULER: "vllm_longctx.scheduler.AsyncLongContextScheduler",
+    ADAPTING_SCHEDULER: "vllm_longctx.adaptation.scheduler.AsyncTempLoraScheduler",
+    TOP_K_SCHEDULER: "vllm_longctx.focused.scheduler.AsyncTopKScheduler",
+    FOCUSED_SCHEDULER: "vllm_longctx.focused.scheduler.AsyncFocusedScheduler",
+}
+SCHEDULERS = (*ASYNC_SCHEDULERS, *ASYNC_SCHEDULERS.values())
 # Those whose layers can be given a memory: each has its rotary module beside its attention, and nothing else is positional.
 FOCUSABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", longllama.ARCHITECTURE)
 # Those whose linear layers vLLM adapts, under Hugging Face's names for them.
@@ -96,8 +101,6 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
         raise LongContextError(f"scheduler_cls = {args.scheduler_cls!r}, but longctx needs its own; leave scheduler_cls out")
     if on_cuda:
         _choose_cuda_backend(args)
-        if config.adaptation is not None or grows:
-            _schedule_behind_the_device(args, config)
     args.worker_cls, args.scheduler_cls = worker, scheduler
     if config.adaptation is not None:
         adaptation = _with_slots(args, _with_recommended(config.adaptation, args.model))
@@ -132,14 +135,6 @@ def _check_capability(needed: DeviceCapability, what: str, remedy: str) -> None:
             f"the compute capability of {current_platform.get_device_name()} is {version}, but {what} needs "
             f"{needed.as_version_str()} or newer; {remedy}"
         )
-
-
-def _schedule_behind_the_device(args: EngineArgs, config: LongContextConfig) -> None:
-    """Each step with the one before done: a slot must not be given back, nor a window closed, under a step that reads it."""
-    if args.async_scheduling:
-        method = _asked_for(config) if config.adaptation is None else "adaptation (Temp-LoRA)"
-        raise LongContextError(f"async_scheduling = True does not go with {method}; leave it out")
-    args.async_scheduling = False
 
 
 def _choose_cuda_backend(args: EngineArgs) -> None:

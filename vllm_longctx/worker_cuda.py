@@ -78,7 +78,7 @@ def take_over_attention(model: nn.Module, vllm_config: VllmConfig, device: torch
     layers, parents, rotary = take_over_rotary(model, vllm_config, LambdaImpl)
     config = active_config(vllm_config)
     if config.windows is not None:
-        take_over_focused(layers, parents, config, rotary, device, memory_blocks(config, vllm_config))
+        take_over_focused(layers, parents, vllm_config, rotary, device)
         return
     if config.slides:
         take_over_lambda(layers, config, rotary, device)
@@ -108,17 +108,18 @@ def take_over_lambda(
 def take_over_focused(
     layers: dict[str, Attention],
     parents: dict[str, nn.Module],
-    config: LongContextConfig,
+    vllm_config: VllmConfig,
     rotary: Rotary | None,
     device: torch.device,
-    memory_blocks: int | None,
 ) -> None:
     """Memory layers keep all blocks, the others those of the window. A memory layer that sees all is plain attention."""
+    config = active_config(vllm_config)
     windows, attention, lookup = config.windows, config.attention, lookup_of(config)
     assert windows is not None and attention.mem_layers is not None
-    window = with_spec(SteppedBackend, lambda spec: WindowSpec.of(spec, windows))
+    steps, blocks = vllm_config.max_concurrent_batches, memory_blocks(config, vllm_config)
+    window = with_spec(SteppedBackend, lambda spec: WindowSpec.of(spec, windows, steps))
     seen = LambdaBackend if lookup is None else LookupBackend
-    memory = with_spec(seen, lambda spec: MemorySpec.of(spec, windows, memory_blocks))
+    memory = with_spec(seen, lambda spec: MemorySpec.of(spec, windows, blocks))
     for name, layer in layers.items():
         layer.impl.take_over(Geometry(), rotary, device)
         is_memory = extract_layer_index(name) in attention.mem_layers
