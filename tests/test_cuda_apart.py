@@ -1,4 +1,4 @@
-"""Memory layers' KV apart from vLLM's pool on CUDA: as `test_cuda_focused`, with the blocks that vLLM's managers give."""
+"""Memory layers' KV apart from vLLM's pool on CUDA, in vLLM's engine as `cuda_engine` runs it."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,19 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from test_cuda import gpu, stock_cache_update  # noqa: F401 (fixtures)
-from test_cuda_focused import BLOCK_SIZE, LOOKUPS, Engine, configure
+from cuda_engine import Engine as WholeEngine
+from cuda_engine import host, no_gpu_memory, small_llama, text  # noqa: F401 (fixtures)
+from reference_model import focused
+from test_cuda import gpu, one_rank, stock_cache_update  # noqa: F401 (fixtures)
+from test_cuda_focused import BLOCK_SIZE, FOCUSED, LOOKUPS, Engine, configure
 from test_engine_args import TINY, save
-from torch import Tensor
 from transformers import LlamaConfig
 from vllm import _custom_ops as ops
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
-from vllm.sampling_params import SamplingParams
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.request import Request
 from vllm.v1.worker.gpu import attn_utils
+from vllm.v1.worker.gpu.warmup import warmup_kernels
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_longctx.attention.cuda_focused import remember
@@ -27,10 +26,14 @@ from vllm_longctx.attention.memory import ClosedWindow
 from vllm_longctx.config import LongContextError
 from vllm_longctx.focused import host_memory
 from vllm_longctx.focused.host_memory import HostMemory, check_host_memory, keep_apart
+from vllm_longctx.focused.scheduler import AsyncFocusedScheduler, FocusedScheduler
+from vllm_longctx.focused.worker_cuda import FocusedCUDARunner
+from vllm_longctx.geometry import SteppedWindows
+from vllm_longctx.kv_cache import MemoryManager
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 from vllm_longctx.worker_cuda import LongContextCUDAWorker
 
-MAX_LEN, POOL = 80, 3  # tokens of a request; blocks of vLLM's pool, the null block among them
+MAX_LEN = 80  # tokens of a request
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
 BLOCK_GIB = 2 * 32 * 4 * BLOCK_SIZE / 2**30  # of the tiny model's one memory layer
 
@@ -44,6 +47,7 @@ def tiny(tmp_path: Path) -> Path:
 def unmapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where device and host are one."""
     monkeypatch.setattr(host_memory, "mapped", lambda pages: pages)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
 
 
 def apart(model: Path, attention: dict[str, Any], blocks: int, **kwargs: Any) -> VllmConfig:
@@ -51,80 +55,86 @@ def apart(model: Path, attention: dict[str, Any], blocks: int, **kwargs: Any) ->
     return configure(model, {**attention, "memory_limit_gib": blocks * BLOCK_GIB}, **kwargs)
 
 
-class ApartEngine(Engine):
-    """manager: vLLM's own, over a pool in which the request's memory would find no room."""
-
-    def __init__(self, config: VllmConfig, monkeypatch: pytest.MonkeyPatch, prompts: dict[str, int], pool: int = POOL):
-        super().__init__(config, monkeypatch, prompts, MAX_LEN)
+class Layers(Engine):
+    def __init__(self, config: VllmConfig, monkeypatch: pytest.MonkeyPatch):
+        super().__init__(config, monkeypatch, {"a": 60}, MAX_LEN)
         self.tables.zero_()  # as vLLM's at this time
-        layers, runner = config.compilation_config.static_forward_context, self.runner
-        self.memory = keep_apart(layers, runner.kv_cache_config)
-        self.layers[1].attn.kv_cache.fill_(torch.nan)
-        runner.look_into_memory()
-        pools = KVCacheConfig(pool, [], self.kv_cache_config.kv_cache_groups)
-        sizes = MAX_LEN, BLOCK_SIZE, BLOCK_SIZE
-        self.manager = KVCacheManager(pools, *sizes, max_in_flight_tokens=64, enable_caching=False)
-        parameters = SamplingParams(max_tokens=MAX_LEN)
-        self.requests = {name: Request(name, [1] * n, parameters, None) for name, n in prompts.items()}
+        self.memory = keep_apart(config.compilation_config.static_forward_context, self.runner.kv_cache_config)
+        self.runner.look_into_memory()
 
-    def step(self, tokens: dict[str, int]) -> dict[str, list[Tensor]]:
-        for name, n in tokens.items():
-            request, row = self.requests[name], list(self.prompts).index(name)
-            if request.num_computed_tokens == request.num_tokens:
-                request.append_output_token_ids(1)
-            is_new = request.num_computed_tokens == 0
-            assert self.manager.allocate_slots(request, n, full_sequence_must_fit=is_new) is not None
-            request.num_computed_tokens += n
-            for table, blocks in zip(self.tables, self.manager.get_block_ids(name), strict=True):
-                table[row, : len(blocks)] = torch.tensor(blocks)
-        return super().step(tokens)
+
+class Apart(WholeEngine):
+    """pool, blocks: of vLLM's pool and of the memory's, each with a null block."""
+
+    def __init__(self, model: Path, attention: dict[str, Any], pool: int, blocks: int, steps_ahead: int):
+        windows = SteppedWindows(16, 11)
+        section = {"attention": {**FOCUSED, **attention, "n_local": windows.tokens, "memory_limit_gib": blocks * BLOCK_GIB}}
+        sizes = {"num_gpu_blocks_override": pool, "max_num_batched_tokens": 40, "max_model_len": MAX_LEN, "max_num_seqs": 4}
+        schedulers = FocusedScheduler, AsyncFocusedScheduler
+        super().__init__(model, section, FocusedCUDARunner, schedulers, steps_ahead, **sizes)
+        layers = self.config.compilation_config.static_forward_context
+        self.memory = keep_apart(layers, self.runner.kv_cache_config)
+        self.cache = layers["model.layers.1.self_attn.attn"].kv_cache
+        with set_current_vllm_config(self.config):
+            self.runner.look_into_memory()
+            warmup_kernels(self.runner, self.runner.execute_model, self.sample_nothing)
+        self.cache.fill_(torch.nan)
+        self.pools = [manager.block_pool for manager in self.managers]
+        self.of_memory = [isinstance(manager, MemoryManager) for manager in self.managers].index(True)
+        self.seen: dict[str, Any] = {}
+        self.most: dict[str, int] = {}  # blocks of each request in the memory
+
+        def seen(prompt: int) -> Any:
+            return focused(windows, prompt, [1], attention.get("mem_positionals", True), attention.get("top_k"))
+
+        self.sees = seen
+
+    def sample_nothing(self, grammar_output: Any) -> None:
+        self.runner.execute_model_state = None
+
+    def check_inputs(self) -> None:
+        for name in self.runner.execute_model_state.input_batch.req_ids:
+            row = self.runner.req_states.req_id_to_index[name]
+            self.most[name] = max(self.most.get(name, 0), int(self.runner.block_tables.num_blocks.np[self.of_memory, row]))
+
+    def check_all(self) -> None:
+        with set_current_vllm_config(self.config):
+            self.run()
+        for name, request in self.requests.items():
+            self.check(name, self.sees(request.num_prompt_tokens))
+        assert self.is_empty() and all(pool.get_num_free_blocks() == pool.num_gpu_blocks - 1 for pool in self.pools)
 
 
 @interpreted
-@pytest.mark.usefixtures("gpu", "stock_cache_update", "one_thread", "unmapped")
-@pytest.mark.parametrize("attention", LOOKUPS, ids=["all", "top_k", "blocks"])
-def test_a_memory_longer_than_the_pool(attention: dict[str, Any], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = ApartEngine(apart(tiny, attention, 31), monkeypatch, {"a": 60})
-    windows, memory = (engine.layers[i].attn.kv_cache for i in range(2))
-    assert len(memory) == 31 and memory.is_contiguous()
-    assert memory.untyped_storage().data_ptr() == engine.memory.pages.untyped_storage().data_ptr() != windows.data_ptr()
-    assert engine.runner.kv_cache_config.num_blocks == 31  # vLLM's pool has more; so many has the memory
-    managers = engine.manager.coordinator.single_type_managers
-    free = [manager.block_pool.get_num_free_blocks() for manager in managers]
-    assert free[engine.memory_group] == 30 and free[1 - engine.memory_group] == POOL - 1
-    for n in (12, 12, 12, 12, 1, 11, 1, 1, 1):
-        for layer, output in enumerate(engine.step({"a": n})["a"]):
-            expected, margin = engine.expected("a", n, layer, attention.get("top_k"))
-            assert margin > 1e-5
-            torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
-    kept = engine.manager.get_block_ids("a")[engine.memory_group]
-    assert len(kept) * BLOCK_SIZE == 64 > POOL * BLOCK_SIZE and max(kept) >= POOL
-    engine.manager.free(engine.requests["a"])
-    assert [manager.block_pool.get_num_free_blocks() for manager in managers] == free
+@pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread", "unmapped")
+@pytest.mark.parametrize(("attention", "steps_ahead"), [(LOOKUPS[0], 1), (LOOKUPS[2], 0)], ids=["all", "blocks"])
+def test_a_memory_longer_than_the_pool(attention: dict[str, Any], steps_ahead: int, small_llama: Path) -> None:  # noqa: F811
+    """With a step ahead and without; behind vLLM's own warm-up."""
+    engine = Apart(small_llama, attention, pool=4, blocks=31, steps_ahead=steps_ahead)
+    assert [pool.num_gpu_blocks for pool in engine.pools] == [31 if i == engine.of_memory else 4 for i in range(2)]
+    assert len(engine.cache) == 31 and engine.cache.data_ptr() == engine.memory.pages.data_ptr()
+    engine.add("a", text(60), max_tokens=8)
+    engine.check_all()
+    assert engine.most == {"a": 5} and engine.requests["a"].num_preemptions == 0
+    assert (~engine.cache.isnan()).flatten(1).any(1).sum() == 5
 
 
 @interpreted
-@pytest.mark.usefixtures("gpu", "unmapped")
-def test_what_does_not_fit_into_the_memory_waits(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is taken of either pool, though vLLM's has room."""
-    engine = ApartEngine(apart(tiny, {}, blocks=6), monkeypatch, {"a": 60, "b": 30}, pool=20)
-    a, b = engine.requests.values()
-
-    assert engine.manager.allocate_slots(a, 60, full_sequence_must_fit=True) is not None  # 4 of 5 blocks
-    pools = [manager.block_pool for manager in engine.manager.coordinator.single_type_managers]
-    free = [pool.get_num_free_blocks() for pool in pools]
-    assert free[engine.memory_group] == 1 and free[1 - engine.memory_group] > 10
-    assert engine.manager.allocate_slots(b, 12, full_sequence_must_fit=True) is None
-    assert [pool.get_num_free_blocks() for pool in pools] == free
-    engine.manager.free(a)
-    assert engine.manager.allocate_slots(b, 12, full_sequence_must_fit=True) is not None
+@pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread", "unmapped")
+def test_what_does_not_fit_into_the_memory_waits(small_llama: Path) -> None:  # noqa: F811
+    """Though vLLM's pool has room for both. To warm its kernels, vLLM made up fewer block ids than that has, too."""
+    engine = Apart(small_llama, LOOKUPS[0], pool=20, blocks=6, steps_ahead=1)
+    engine.add("a", text(60), max_tokens=8)
+    engine.add("b", text(40), max_tokens=4, prompt_logprobs=None)
+    engine.check_all()
+    assert engine.most == {"a": 5, "b": 3}
 
 
 @interpreted
 @pytest.mark.usefixtures("gpu", "unmapped")
 def test_blocks_that_vllm_makes_up_to_warm_its_kernels_are_there(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for each group behind the null block, however small the memory; more only up to num_blocks."""
-    engine = ApartEngine(apart(tiny, {}, blocks=2, max_model_len=16), monkeypatch, {"a": 60})
+    engine = Layers(apart(tiny, {}, blocks=2, max_model_len=16), monkeypatch)
     (memory,) = [g.kv_cache_spec for g in engine.kv_cache_config.kv_cache_groups if hasattr(g.kv_cache_spec, "memory_blocks")]
     assert memory.memory_blocks == 2
     assert engine.runner.kv_cache_config.num_blocks == len(engine.layers[1].attn.kv_cache) == 3
@@ -136,7 +146,7 @@ class Stock:
     available = 60 << 30
 
     def __init__(self, config: VllmConfig, monkeypatch: pytest.MonkeyPatch):
-        self.engine = engine = ApartEngine(config, monkeypatch, {"a": 60})
+        self.engine = engine = Layers(config, monkeypatch)
         stock = {
             "init_device": lambda worker: None,
             "determine_available_memory": lambda worker: self.available,
@@ -212,7 +222,7 @@ def test_memory_that_cannot_be_pinned_is_named(error: int, message: str, tiny: P
 
     monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *args: Code(error)))
     with pytest.raises(LongContextError, match=message):
-        ApartEngine(apart(tiny, {}, blocks=31), monkeypatch, {"a": 60})
+        Layers(apart(tiny, {}, blocks=31), monkeypatch)
 
 
 @pytest.mark.usefixtures("gpu")
