@@ -69,7 +69,7 @@ class Apart(WholeEngine):
     def __init__(self, model: Path, attention: dict[str, Any], pool: int, blocks: int, steps_ahead: int):
         windows = SteppedWindows(16, 11)
         section = {"attention": {**FOCUSED, **attention, "n_local": windows.tokens, "memory_limit_gib": blocks * BLOCK_GIB}}
-        sizes = {"num_gpu_blocks_override": pool, "max_num_batched_tokens": 40, "max_model_len": MAX_LEN, "max_num_seqs": 4}
+        sizes = {"num_gpu_blocks_override": pool, "max_num_batched_tokens": 40, "max_model_len": MAX_LEN, "max_num_seqs": 3}
         schedulers = FocusedScheduler, AsyncFocusedScheduler
         super().__init__(model, section, FocusedCUDARunner, schedulers, steps_ahead, **sizes)
         layers = self.config.compilation_config.static_forward_context
@@ -113,7 +113,7 @@ def test_a_memory_longer_than_the_pool(attention: dict[str, Any], steps_ahead: i
     engine = Apart(small_llama, attention, pool=4, blocks=31, steps_ahead=steps_ahead)
     assert [pool.num_gpu_blocks for pool in engine.pools] == [31 if i == engine.of_memory else 4 for i in range(2)]
     assert len(engine.cache) == 31 and engine.cache.data_ptr() == engine.memory.pages.data_ptr()
-    engine.add("a", text(60), max_tokens=8)
+    engine.add("a", text(60), max_tokens=6)
     engine.check_all()
     assert engine.most == {"a": 5} and engine.requests["a"].num_preemptions == 0
     assert (~engine.cache.isnan()).flatten(1).any(1).sum() == 5
@@ -124,10 +124,10 @@ def test_a_memory_longer_than_the_pool(attention: dict[str, Any], steps_ahead: i
 def test_what_does_not_fit_into_the_memory_waits(small_llama: Path) -> None:  # noqa: F811
     """Though vLLM's pool has room for both. To warm its kernels, vLLM made up fewer block ids than that has, too."""
     engine = Apart(small_llama, LOOKUPS[0], pool=20, blocks=6, steps_ahead=1)
-    engine.add("a", text(60), max_tokens=8)
-    engine.add("b", text(40), max_tokens=4, prompt_logprobs=None)
+    engine.add("a", text(60), max_tokens=2)
+    engine.add("b", text(40), max_tokens=2, prompt_logprobs=None)
     engine.check_all()
-    assert engine.most == {"a": 5, "b": 3}
+    assert engine.most == {"a": 4, "b": 3}
 
 
 @interpreted

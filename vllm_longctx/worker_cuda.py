@@ -71,6 +71,7 @@ class LongContextCUDAWorker(Worker):
         super().shutdown()
         if self.host_memory is not None:
             self.host_memory.release()
+            self.host_memory = None
 
 
 def take_over_attention(model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> None:

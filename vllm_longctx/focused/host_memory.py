@@ -32,6 +32,7 @@ class HostMemory:
 
     def __init__(self, num_bytes: int):
         pages = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_DONTFORK)  # Linux copies pinned pages for a child
         with contextlib.suppress(OSError):  # a kernel without huge pages, of which a device needs fewer addresses
             pages.madvise(mmap.MADV_HUGEPAGE)
         self.pages = torch.frombuffer(pages, dtype=torch.int8)
