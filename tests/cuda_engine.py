@@ -118,60 +118,19 @@ def to_cpu(config: VllmConfig) -> VllmConfig:
     return config
 
 
-class Engine:
+class Core:
     """What vLLM's engine core does in a step (v1/engine/core.py).
 
     steps_ahead: 1 as `step_with_batch_queue`, which looks at a step's outputs once the next one is scheduled and sent off; 0 as
     `step`. What is sent ahead is computed as late as can be, from a copy, as by a worker in a process of its own.
     """
 
-    def __init__(
-        self,
-        model: Path,
-        section: dict[str, Any],
-        runner: type,
-        schedulers: Sequence[type[Scheduler]],
-        steps_ahead: int,
-        **kwargs: Any,
-    ):
-        settings = {
-            "dtype": "float32",
-            "block_size": BLOCK_SIZE,
-            "max_model_len": 512,
-            "max_num_seqs": 4,
-            "enforce_eager": True,
-            "compilation_config": {"mode": 0, "custom_ops": ["none"]},
-            "async_scheduling": bool(steps_ahead),
-        }
-        self.config = config = to_cpu(create(model, {"longctx": section}, **{**settings, **kwargs}))
-        self.steps_ahead = steps_ahead
-        assert config.scheduler_config.get_scheduler_cls() is schedulers[steps_ahead]
-        assert config.max_concurrent_batches == steps_ahead + 1
-        with set_current_vllm_config(config):
-            self.runner = runner(config, CPU)
-            self.runner.load_model()
-            take_over_attention(self.runner.get_model(), config, CPU)
-            if isinstance(self.runner, FocusedCUDARunner):
-                self.runner.count_from_windows()
-            specs = self.runner.get_kv_cache_spec()
-            layers = config.compilation_config.static_forward_context.values()
-            supported = get_supported_kv_cache_layouts(layer.get_attn_backend() for layer in layers)
-            resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
-            kv = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, specs), available_memory=1 << 30)
-            config.cache_config.num_gpu_blocks = kv.num_blocks
-            self.runner.initialize_kv_cache(kv)
-            if isinstance(self.runner, FocusedCUDARunner):
-                self.runner.look_into_memory()
-            elif isinstance(self.runner, TopKCUDARunner):
-                self.runner.warm_up()
-        for layer in layers:
-            layer.kv_cache.fill_(torch.nan)
-        self.scheduler: Any = schedulers[steps_ahead](config, kv, MagicMock(), BLOCK_SIZE, log_stats=True)
+    def __init__(self, scheduler: Any, steps_ahead: int):
+        self.scheduler, self.steps_ahead = scheduler, steps_ahead
+        self.managers = scheduler.kv_cache_manager.coordinator.single_type_managers
         init_none_hash(sha256)
-        self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[EngineCoreOutput]] = {}
-        self.reference = ReferenceLlama(model)
         self.stale: set[str] = set()  # requests that were preempted with a step under way
         self.under_way: deque[SchedulerOutput] = deque()
         self.sent: deque[SchedulerOutput] = deque()
@@ -204,14 +163,7 @@ class Engine:
 
     def compute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """What a worker does in a step."""
-        done = self.runner.execute_model(output)
-        if done is not None:
-            return done
-        self.check_inputs()
-        return self.runner.sample_tokens(None).get_output()
-
-    def check_inputs(self) -> None:
-        """Of the step whose sampling is still to come."""
+        raise NotImplementedError
 
     def abort(self, name: str) -> None:
         self.scheduler.finish_requests([name], RequestStatus.FINISHED_ABORTED)
@@ -220,6 +172,63 @@ class Engine:
         """To the end of all requests, and until the runner has heard who has finished."""
         while self.scheduler.has_requests() or self.under_way:
             self.step()
+
+
+class Engine(Core):
+    """With a model and its runner."""
+
+    def __init__(
+        self,
+        model: Path,
+        section: dict[str, Any],
+        runner: type,
+        schedulers: Sequence[type[Scheduler]],
+        steps_ahead: int,
+        **kwargs: Any,
+    ):
+        settings = {
+            "dtype": "float32",
+            "block_size": BLOCK_SIZE,
+            "max_model_len": 512,
+            "max_num_seqs": 4,
+            "enforce_eager": True,
+            "compilation_config": {"mode": 0, "custom_ops": ["none"]},
+            "async_scheduling": bool(steps_ahead),
+        }
+        self.config = config = to_cpu(create(model, {"longctx": section}, **{**settings, **kwargs}))
+        assert config.scheduler_config.get_scheduler_cls() is schedulers[steps_ahead]
+        assert config.max_concurrent_batches == steps_ahead + 1
+        with set_current_vllm_config(config):
+            self.runner = runner(config, CPU)
+            self.runner.load_model()
+            take_over_attention(self.runner.get_model(), config, CPU)
+            if isinstance(self.runner, FocusedCUDARunner):
+                self.runner.count_from_windows()
+            specs = self.runner.get_kv_cache_spec()
+            layers = config.compilation_config.static_forward_context.values()
+            supported = get_supported_kv_cache_layouts(layer.get_attn_backend() for layer in layers)
+            resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
+            kv = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, specs), available_memory=1 << 30)
+            config.cache_config.num_gpu_blocks = kv.num_blocks
+            self.runner.initialize_kv_cache(kv)
+            if isinstance(self.runner, FocusedCUDARunner):
+                self.runner.look_into_memory()
+            elif isinstance(self.runner, TopKCUDARunner):
+                self.runner.warm_up()
+        for layer in layers:
+            layer.kv_cache.fill_(torch.nan)
+        super().__init__(schedulers[steps_ahead](config, kv, MagicMock(), BLOCK_SIZE, log_stats=True), steps_ahead)
+        self.reference = ReferenceLlama(model)
+
+    def compute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        done = self.runner.execute_model(output)
+        if done is not None:
+            return done
+        self.check_inputs()
+        return self.runner.sample_tokens(None).get_output()
+
+    def check_inputs(self) -> None:
+        """Of the step whose sampling is still to come."""
 
     def logprobs(self, name: str) -> list[float]:
         return [float(one.new_logprobs.logprobs[0, 0]) for one in self.outputs[name] if one.new_token_ids]

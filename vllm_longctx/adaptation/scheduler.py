@@ -421,9 +421,9 @@ class TempLoraScheduler(LongContextScheduler):
         adapted = self.adapted[request_id]
         match message:
             case messages.Began():
-                adapted.ready = True
-                if adapted.start_from is not None:
-                    adapted.weights = adapted.trained_weights = Weights(0, 0)
+                if not adapted.ready:  # else it is of a trainer that was restarted: the weights in use stay
+                    adapted.ready, adapted.weights = True, Weights(0, 0)
+                    adapted.trained_weights = adapted.weights
                 self._train(self.requests[request_id], adapted)
             case messages.Trained() if message.version == adapted.sent:
                 self.step_stats.blocks_trained += 1
