@@ -2,28 +2,27 @@
 
 import importlib.util
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from cuda_engine import lora_on_the_cpu, no_gpu_memory, to_cpu  # noqa: F401 (fixtures)
 from test_cuda import CPU, gpu, one_rank  # noqa: F401
 from test_engine_args import create
 from transformers import AutoModelForCausalLM
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader import get_model_loader
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_longctx import engine_args
 from vllm_longctx.adaptation import shared, worker_cuda
 from vllm_longctx.adaptation.lora import Adapts
-from vllm_longctx.adaptation.scheduler import TempLoraScheduler
+from vllm_longctx.adaptation.scheduler import AsyncTempLoraScheduler, TempLoraScheduler
 from vllm_longctx.adaptation.slots import Slots, StaleSlot
 from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, AdaptationStep, SlotsMemory, SlotUse, Weights
 from vllm_longctx.adaptation.worker_cuda import AdaptingCUDAWorker, offer, trainer_bytes, why_not
@@ -51,8 +50,9 @@ def test_engine_arguments(gpus: None, tiny_llama: Path, v2: bool, monkeypatch: p
     config = adapting(tiny_llama)
     assert config.use_v2_model_runner == v2
     assert config.parallel_config.worker_cls == engine_args.ADAPTING_CUDA_WORKER
-    assert not config.scheduler_config.async_scheduling
-    assert config.scheduler_config.get_scheduler_cls() is TempLoraScheduler
+    assert config.scheduler_config.async_scheduling
+    assert config.scheduler_config.get_scheduler_cls() is AsyncTempLoraScheduler
+    assert adapting(tiny_llama, async_scheduling=False).scheduler_config.get_scheduler_cls() is TempLoraScheduler
     assert (config.lora_config.max_loras, config.lora_config.max_lora_rank) == (2, 8)
     adaptation = active_config(config).adaptation
     assert adaptation is not None and adaptation.kv_policy == "keep"
@@ -61,7 +61,6 @@ def test_engine_arguments(gpus: None, tiny_llama: Path, v2: bool, monkeypatch: p
 @pytest.mark.parametrize(
     ("trainer", "kwargs", "reason"),
     [
-        ({}, {"async_scheduling": True}, "async_scheduling = True does not go with adaptation"),
         ({"device": "cuda:2"}, {}, "adaptation.trainer.device = 'cuda:2', but torch sees 2 GPUs, cuda:0 to cuda:1"),
         ({"attention": "xformers"}, {}, "xformers is not installed here"),
     ],
@@ -94,17 +93,10 @@ def test_both_runners_manage_slots(stock: type, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def wrapped(one_rank: None, gpus: None, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+def wrapped(one_rank: None, gpus: None, no_gpu_memory: None, lora_on_the_cpu: None, tiny_llama: Path):  # noqa: F811
     """A vLLM model as loaded for CUDA, but to the CPU, wrapped for LoRA by a runner of ours."""
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 0)
-    monkeypatch.setattr(
-        "vllm.lora.model_manager.get_punica_wrapper",
-        lambda tokens, max_batches, device, **kwargs: PunicaWrapperCPU(tokens, max_batches, device, **kwargs),
-    )
-    monkeypatch.setattr("vllm.lora.model_manager.PIN_MEMORY", False)
-    config = adapting(tiny_llama, {"device": "cpu"}, enforce_eager=True, compilation_config={"mode": 0, "custom_ops": ["none"]})
-    config.device_config.device, config.load_config.device, config.load_config.load_format = CPU, "cpu", "auto"
+    eager = {"enforce_eager": True, "compilation_config": {"mode": 0, "custom_ops": ["none"]}}
+    config = to_cpu(adapting(tiny_llama, {"device": "cpu"}, **eager))
     runner = object.__new__(type("Adapting", (Adapts, GPUModelRunner), {}))
     with set_current_vllm_config(config):
         model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
@@ -224,14 +216,27 @@ def test_what_the_trainer_needs_is_left_free(gpus: None, tiny_llama: Path, monke
     assert worker.determine_available_memory() == 5000
 
 
-@pytest.mark.parametrize("wrap", [lambda output: output, lambda output: SimpleNamespace(model_runner_output=output)])
-def test_swaps_are_reported_with_a_steps_tokens(wrap: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By either model runner: V2's gives its output with the copies that are still under way."""
+@pytest.mark.parametrize("is_async", [False, True])
+def test_swaps_are_reported_with_a_steps_tokens(is_async: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By either model runner: V2 gives its output with the copies still under way, V1 where steps are scheduled ahead."""
+
+    class UnderWay(AsyncModelRunnerOutput):
+        def get_output(self) -> ModelRunnerOutput:
+            return ModelRunnerOutput(["r"], {"r": 0})
+
     worker = object.__new__(AdaptingCUDAWorker)
     seconds = [0.25]
-    worker.model_runner = SimpleNamespace(take_swap_seconds=lambda: seconds)
-    for output in (ModelRunnerOutput(["r"], {"r": 0}), EMPTY_MODEL_RUNNER_OUTPUT, None):
-        given = wrap(output)
-        monkeypatch.setattr(worker_cuda.LongContextCUDAWorker, "sample_tokens", lambda self, grammar, out=given: out)
-        assert worker.sample_tokens(None) is given
-        assert getattr(output, "longctx_swap_seconds", []) == (seconds if output and output.req_ids else [])
+    worker.model_runner = SimpleNamespace(take_swap_seconds=lambda: [seconds.pop()])
+    given = UnderWay() if is_async else ModelRunnerOutput(["r"], {"r": 0})
+    monkeypatch.setattr(worker_cuda.LongContextCUDAWorker, "sample_tokens", lambda self, grammar: given)
+    output = worker.sample_tokens(None)
+    assert isinstance(output, AsyncModelRunnerOutput) == is_async and not seconds
+    assert (output.get_output() if is_async else output).longctx_swap_seconds == [0.25]
+
+
+@pytest.mark.parametrize("output", [EMPTY_MODEL_RUNNER_OUTPUT, None])
+def test_a_step_without_tokens_reports_no_swaps(output: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's one empty output is that of all such steps."""
+    worker = object.__new__(AdaptingCUDAWorker)
+    monkeypatch.setattr(worker_cuda.LongContextCUDAWorker, "sample_tokens", lambda self, grammar: output)
+    assert worker.sample_tokens(None) is output and not hasattr(output, "longctx_swap_seconds")

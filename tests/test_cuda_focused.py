@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cuda import SCALE, gpu, stock_cache_update  # noqa: F401 (fixtures)
+from cuda_engine import Engine as WholeEngine
+from cuda_engine import host, no_gpu_memory, small_llama, text  # noqa: F401 (fixtures)
+from reference_model import focused
+from test_cuda import SCALE, gpu, one_rank, stock_cache_update  # noqa: F401 (fixtures)
 from test_engine_args import TINY, create, save
 from torch import Tensor, nn
 from transformers import LlamaConfig
@@ -18,6 +21,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.gpu import attn_utils
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -27,7 +31,8 @@ from vllm_longctx.attention.cuda_focused import pool_beside_lookups, remember
 from vllm_longctx.attention.kernels.lookup import WORKSPACE, Summaries
 from vllm_longctx.attention.memory import ClosedWindow, Lookup
 from vllm_longctx.config import LongContextError, active_config
-from vllm_longctx.engine_args import FOCUSED_SCHEDULER
+from vllm_longctx.engine_args import ASYNC_SCHEDULERS, FOCUSED_SCHEDULER
+from vllm_longctx.focused.scheduler import AsyncFocusedScheduler, FocusedScheduler
 from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow
 from vllm_longctx.focused.worker_cuda import FocusedCUDARunner
 from vllm_longctx.geometry import SteppedWindows, local_branch, memory_branch
@@ -235,6 +240,43 @@ def test_windows_become_memory(attention: dict[str, Any], tiny: Path, monkeypatc
         assert torch.equal(kept.codes[blocks], anew.codes[blocks]) and torch.equal(kept.steps[blocks], anew.steps[blocks])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
+@pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread")
+@pytest.mark.parametrize("attention", LOOKUPS[::2], ids=["all", "blocks"])
+def test_windows_end_with_a_step_under_way(attention: dict[str, Any], small_llama: Path) -> None:  # noqa: F811
+    """So it is preempted, too; found in the prefix cache by the step behind; a request ends whose next step is computed."""
+    windows = SteppedWindows(16, 11)
+    section = {"attention": {**FOCUSED, "n_local": windows.tokens, **attention}}
+    pool = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 40, "max_model_len": 80}
+    engine = WholeEngine(small_llama, section, FocusedCUDARunner, [FocusedScheduler, AsyncFocusedScheduler], 1, **pool)
+    seen, in_vain = {}, set()
+
+    def add(name: str, prompt: list[int], new: int, **params: Any) -> Request:
+        mem_positionals = attention.get("mem_positionals", True)
+        seen[name] = focused(windows, len(prompt), [1], mem_positionals, attention.get("top_k"))
+        return engine.add(name, prompt, max_tokens=new, **params)
+
+    with set_current_vllm_config(engine.config):
+        first = add("first", text(40), 9)
+        engine.step()
+        engine.step()
+        add("again", [*first.prompt_token_ids], 4, prompt_logprobs=None)
+        add("one", text(5), 1)
+        other = add("other", text(9), 16)
+        while engine.scheduler.has_requests() or engine.under_way:
+            engine.step()
+            if first.num_output_tokens == 5 and "ends" not in seen:
+                stop = first.output_token_ids[3]
+                ends = add("ends", [*first.prompt_token_ids], 9, stop_token_ids=[stop], prompt_logprobs=None)
+            in_vain |= {n for step in engine.under_way for n in step.num_scheduled_tokens if n not in engine.scheduler.requests}
+    assert engine.stale == {"other", "ends"} and other.num_preemptions
+    assert in_vain == {"ends"} and ends.status == RequestStatus.FINISHED_STOPPED
+    assert [engine.outputs[name][0].prefill_stats.num_cached_tokens for name in ("again", "ends")] == [BLOCK_SIZE] * 2
+    for name, layers in seen.items():
+        engine.check(name, layers)
+    assert engine.is_empty()
+
+
 @pytest.mark.parametrize(("mem_dtype", "turned"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
 def test_a_closed_window_is_turned_back_and_rounded(mem_dtype: torch.dtype, turned: bool) -> None:
     """From inside a block on, and nothing else changes; a layer without positions is rounded only."""
@@ -287,8 +329,6 @@ def test_vllms_own_warm_up_steps_have_no_windows(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("attention", "kwargs", "v2", "message"),
     [
-        ({"memory_limit_gib": 1}, {}, True, "attention.memory_limit_gib does not run on CUDA yet; leave it out"),
-        ({}, {"async_scheduling": True}, True, "async_scheduling = True does not go with attention.method focused; leave"),
         ({}, {"kv_cache_dtype": "fp8"}, True, "not run on CUDA with this setting: kv_cache_dtype = 'fp8'; leave it at 'auto'"),
         (
             {},
@@ -311,5 +351,7 @@ def test_what_focused_cannot_do_on_cuda_is_refused(
 @pytest.mark.usefixtures("gpu")
 def test_engine_arguments_of_focused_on_cuda(tiny: Path) -> None:
     config = configure(tiny, LOOKUPS[0], block_size=48)
-    assert config.use_v2_model_runner and not config.scheduler_config.async_scheduling
-    assert config.scheduler_config.scheduler_cls == FOCUSED_SCHEDULER
+    assert config.use_v2_model_runner and config.scheduler_config.async_scheduling
+    assert config.scheduler_config.scheduler_cls == ASYNC_SCHEDULERS[FOCUSED_SCHEDULER]
+    config = configure(tiny, LOOKUPS[0], async_scheduling=False)
+    assert config.scheduler_config.scheduler_cls == FOCUSED_SCHEDULER and config.max_concurrent_batches == 1

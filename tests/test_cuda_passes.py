@@ -1,44 +1,27 @@
 """Temp-LoRA's passes in vLLM's Model Runner V2: scheduler, runner, model and sampler of vLLM's, on CPU tensors.
 
-All of a step is vLLM's own code, its Triton kernels interpreted. What a GPU alone can do is replaced: streams and events, the
-operator that writes the KV cache, memory that both sides see, LoRA's kernels. The trainer makes its weights up.
+The trainer makes its weights up. With a step ahead of the outputs, what comes out is the same.
 """
 
-import inspect
-import pkgutil
 from collections.abc import Iterator
-from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import temp_lora_replay
 import torch
-import triton
+from cuda_engine import BLOCK_SIZE, Engine, host, lora_on_the_cpu, no_gpu_memory, small_llama, text  # noqa: F401 (fixtures)
 from temp_lora_replay import Learner, Options, Replay, replay
-from test_cuda import CPU, gpu, one_rank, stock_cache_update  # noqa: F401 (fixtures)
+from test_cuda import gpu, one_rank, stock_cache_update  # noqa: F401 (fixtures)
 from test_engine_args import create
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from vllm.config import set_current_vllm_config
-from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
-from vllm.v1.core.kv_cache_utils import (
-    get_kv_cache_config_from_groups,
-    get_kv_cache_groups,
-    get_request_block_hasher,
-    init_none_hash,
-)
-from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.worker import gpu as v2
-from vllm.v1.worker.gpu import buffer_utils
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as GPUModelRunnerV1
 
@@ -46,58 +29,19 @@ from vllm_longctx import engine_args
 from vllm_longctx.adaptation import messages, scheduler, worker_cuda
 from vllm_longctx.adaptation.lora import Adapts
 from vllm_longctx.adaptation.passes_cuda import PassesCUDARunner
-from vllm_longctx.adaptation.scheduler import TempLoraScheduler
+from vllm_longctx.adaptation.scheduler import AsyncTempLoraScheduler, TempLoraScheduler
 from vllm_longctx.adaptation.slots import Slots
-from vllm_longctx.adaptation.step import Pass
+from vllm_longctx.adaptation.step import ATTRIBUTE, Pass
 from vllm_longctx.adaptation.worker import SegmentedLoRAManager
 from vllm_longctx.adaptation.worker_cuda import AdaptingCUDAWorker
-from vllm_longctx.config import LongContextError, active_config
-from vllm_longctx.worker_cuda import take_over_attention
+from vllm_longctx.config import LongContextError
 
-BLOCK_SIZE, RANK, NUM_BLOCKS, MAX_TOKENS = 16, 4, 30, 24
+RANK, NUM_BLOCKS, MAX_TOKENS = 4, 30, 24
 SIZES = {"block_tokens": 16, "window_tokens": 48, "context_tokens": 20, "keep_first": 3}
-KERNELS = ("buffer_utils", "input_batch", "block_table", "prompt_logprob", "logprob", "gumbel", "penalties")
-
-
-class HostBuffer:
-    """Of memory that host and device see."""
-
-    def __init__(self, size: Any, dtype: torch.dtype):
-        self.cpu = torch.zeros(size, dtype=dtype)
-        self.np = self.cpu.numpy()
-
-    def uva(self, n: int | None = None) -> Tensor:
-        return self.cpu[:n]
-
-
-@pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Model Runner V2 on the CPU, where vLLM leaves its kernels undecorated."""
-    for module in pkgutil.walk_packages(v2.__path__, v2.__name__ + "."):
-        if module.name.rpartition(".")[2] in KERNELS:
-            names = vars(import_module(module.name))
-            monkeypatch.setitem(names, "tl", triton.language)
-            monkeypatch.setitem(names, "triton", triton)
-            for name, function in list(names.items()):
-                if inspect.isfunction(function) and inspect.getsource(function).startswith("@triton.jit"):
-                    monkeypatch.setitem(names, name, triton.jit(function))
-    monkeypatch.setattr(buffer_utils, "is_uva_available", lambda: False)
-    monkeypatch.setattr(buffer_utils, "NonUvaBuffer", HostBuffer)
-    for name in ("Stream", "Event", "set_stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
-    profiled = nullcontext(SimpleNamespace(consumed_memory=0))
-    monkeypatch.setattr("vllm.v1.worker.gpu.model_runner.DeviceMemoryProfiler", lambda: profiled)
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 0)
-    monkeypatch.setattr(
-        "vllm.lora.model_manager.get_punica_wrapper",
-        lambda tokens, max_batches, device, **kwargs: PunicaWrapperCPU(tokens, max_batches, device, **kwargs),
-    )
-    monkeypatch.setattr("vllm.lora.model_manager.PIN_MEMORY", False)
 
 
 class Trainer:
-    """Answers at the next poll. weights: of each version, by module of Hugging Face's."""
+    """Answers at the next poll. weights: of each version, by module of Hugging Face's. jobs: all that it got."""
 
     def __init__(self, model: Path):
         parts = AutoModelForCausalLM.from_pretrained(model).named_modules()
@@ -105,6 +49,7 @@ class Trainer:
         self.modules = {name: (part.in_features, part.out_features) for name, part in linear.items()}
         self.slots = Slots.create(self.modules, RANK, 2)
         self.reports: list[Any] = []
+        self.jobs: list[Any] = []
 
     def weights(self, version: int) -> dict[str, tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(version)
@@ -117,6 +62,7 @@ class Trainer:
     def start(self) -> None: ...
 
     def send(self, job: Any) -> None:
+        self.jobs.append(job)
         if isinstance(job, messages.Train):
             self.slots.write(job.slot, job.bank, job.owner, job.version, self.weights(job.version))
             self.reports.append(messages.Trained(job.owner, job.slot, job.bank, job.version, [1.0, 1.0], 0.1))
@@ -132,78 +78,48 @@ class Runner(PassesCUDARunner):
     lora_manager_class = SegmentedLoRAManager  # the stock one for the CPU gives every token an adapter
 
 
-class Engine:
-    """What vLLM's engine core does in a step."""
+class PassesEngine(Engine):
+    """changes: of `adaptation`. passes: those that steps began, each with the frontier."""
 
-    def __init__(self, model: Path, policy: str, monkeypatch: pytest.MonkeyPatch):
-        adaptation = {**SIZES, "rank": RANK, "slots": 2, "kv_policy": policy, "trainer": {"device": "cpu"}}
-        section = {"attention": {"method": "none"}, "adaptation": adaptation}
-        self.config = config = create(
-            model,
-            {"longctx": section},
-            dtype="float32",
-            block_size=BLOCK_SIZE,
-            num_gpu_blocks_override=NUM_BLOCKS,
-            max_model_len=512,
-            max_num_seqs=4,
-            max_num_batched_tokens=MAX_TOKENS,
-            enforce_eager=True,
-            compilation_config={"mode": 0, "custom_ops": ["none"]},
-        )
-        config.device_config.device, config.load_config.device, config.load_config.load_format = CPU, "cpu", "auto"
+    def __init__(self, model: Path, monkeypatch: pytest.MonkeyPatch, steps_ahead: int, **changes: Any):
+        self.sizes = {**SIZES, **changes}
+        adaptation = {**self.sizes, "rank": RANK, "slots": 2, "trainer": {"device": "cpu"}, "adapters_root": str(model)}
         self.trainer = Trainer(model)
         monkeypatch.setattr(scheduler, "wait_patiently", lambda **kwargs: None)
         monkeypatch.setattr(scheduler, "trainer_client", lambda *args: self.trainer)
-        with set_current_vllm_config(config):
-            self.runner = Runner(config, CPU)
-            self.runner.load_model()
-            take_over_attention(self.runner.get_model(), config, CPU)
-            specs = self.runner.get_kv_cache_spec()
-            layers = config.compilation_config.static_forward_context.values()
-            supported = get_supported_kv_cache_layouts(layer.get_attn_backend() for layer in layers)
-            resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
-            kv = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, specs), available_memory=1 << 30)
-            config.cache_config.num_gpu_blocks = kv.num_blocks
-            self.runner.initialize_kv_cache(kv)
-        for layer in layers:
-            layer.kv_cache.fill_(torch.nan)
-        self.scheduler = TempLoraScheduler(config, kv, MagicMock(), BLOCK_SIZE, log_stats=True)
-
-        init_none_hash(sha256)
-        self.manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
-        self.requests: dict[str, Request] = {}
-        self.outputs: dict[str, list[EngineCoreOutput]] = {}
+        section = {"attention": {"method": "none"}, "adaptation": adaptation}
+        pool = {"num_gpu_blocks_override": NUM_BLOCKS, "max_num_batched_tokens": MAX_TOKENS}
+        super().__init__(model, section, Runner, [TempLoraScheduler, AsyncTempLoraScheduler], steps_ahead, **pool)
+        self.manager = self.managers[0]
         self.passes: list[tuple[int, Pass]] = []
 
-    def add(self, name: str, prompt: list[int], adapts: bool, **params: Any) -> None:
-        params = {"temperature": 0, "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 0, **params}
-        sampling = SamplingParams(**params, extra_args={"longctx": {"temp_lora": True}} if adapts else None)
-        request = Request(name, prompt, sampling, None, block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256))
-        self.requests[name], self.outputs[name] = request, []
-        self.scheduler.add_request(request)
+    def add(self, name: str, prompt: list[int], adapts: bool, options: dict[str, Any] | None = None, **params: Any) -> Request:
+        return super().add(name, prompt, {"longctx": {"temp_lora": True, **(options or {})}} if adapts else None, **params)
 
-    def step(self) -> None:
-        output = self.scheduler.schedule()
-        known = {name: self.requests[name].num_tokens for name in output.num_scheduled_tokens}
+    def compute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        cached = output.scheduled_cached_reqs
+        firsts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        firsts |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        for name, p in getattr(output, ATTRIBUTE).passes.items():
+            if firsts[name] == p.first < p.frontier:
+                self.passes.append((p.frontier, p))
         self.runner.begin_step(output)
-        done = self.runner.execute_model(output)
-        if done is None:
-            self.check_inputs()
-            done = self.runner.sample_tokens(None).get_output()
-        for name, sampled in zip(done.req_ids, done.sampled_token_ids, strict=True):
-            assert len(sampled) == (self.requests[name].num_computed_tokens == known[name])
-        for outputs in self.scheduler.update_from_output(output, done).values():
-            for one in outputs.outputs:
-                self.outputs[one.request_id].append(one)
-        self.check_states()
+        known = {name: self.requests[name].num_tokens for name in output.num_scheduled_tokens}
+        done = super().compute(output)
+        if not self.steps_ahead:
+            for name, sampled in zip(done.req_ids, done.sampled_token_ids, strict=True):
+                assert len(sampled) == (self.requests[name].num_computed_tokens == known[name])
+        return done
 
-    def run(self) -> None:
-        while self.scheduler.requests:
-            self.step()
-        self.step()  # in which the runner hears who has finished
+    def look_at_outputs(self) -> None:
+        super().look_at_outputs()
+        if not self.under_way:
+            self.check_states()
 
     def check_inputs(self) -> None:
         """Of the step whose sampling is still to come, against what the scheduler knows."""
+        if self.steps_ahead:  # then it knows more
+            return
         runner = self.runner
         batch, (builder,) = runner.execute_model_state.input_batch, [g.get_metadata_builder() for g in runner.attn_groups[0]]
         for row, name in enumerate(batch.req_ids):
@@ -212,8 +128,6 @@ class Engine:
             first, last = request.num_computed_tokens - (end - begin), request.num_computed_tokens
             positions = list(range(first, last))
             text = list(request.all_token_ids)
-            if first == p.first < p.frontier:
-                self.passes.append((p.frontier, p))
             text[p.first : p.start] = text[: p.start - p.first]
             assert batch.positions[begin:end].tolist() == positions
             assert batch.input_ids[begin:end].tolist() == text[first:last]
@@ -236,20 +150,11 @@ class Engine:
                 counts = self.runner.sampler.penalties_state.output_bin_counts[index]
                 assert counts.sum() == request.num_output_tokens
 
-    def logprobs(self, name: str) -> list[float]:
-        return [float(one.new_logprobs.logprobs[0, 0]) for one in self.outputs[name]]
 
-    def prompt_logprobs(self, name: str) -> Tensor:
-        (tensors,) = [t for one in self.outputs[name] if (t := one.new_prompt_logprobs_tensors) is not None]
-        prompt = self.requests[name].prompt_token_ids
-        assert prompt is not None and tensors.logprob_token_ids[:, 0].tolist() == prompt[1:]
-        return tensors.logprobs[:, 0].double()
-
-
-def replayed(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> Replay:
+def replayed(engine: PassesEngine, name: str, monkeypatch: pytest.MonkeyPatch) -> Replay:
     """By the independent replay, which reads with the weights that the trainer made up."""
-    request, policy = engine.requests[name], active_config(engine.config).adaptation.kv_policy
-    options = Options(**SIZES, rank=RANK, kv_policy=policy, kv_block=BLOCK_SIZE)
+    request = engine.requests[name]
+    options = Options(**engine.sizes, rank=RANK, kv_block=BLOCK_SIZE)
     path = "base_model.model.{}.lora_{}.default.weight".format
 
     class Given(Learner):
@@ -269,42 +174,34 @@ def replayed(engine: Engine, name: str, monkeypatch: pytest.MonkeyPatch) -> Repl
     return replay(engine.config.model_config.model, request.prompt_token_ids, request.num_output_tokens, options)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose attention is far from uniform; small, since interpreted."""
-    path = tmp_path_factory.mktemp("model")
-    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(**sizes, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.12)
-    torch.manual_seed(5)
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def engine(
     request: pytest.FixtureRequest,
     one_rank: None,  # noqa: F811
     gpu: type,  # noqa: F811
-    host: None,
+    host: None,  # noqa: F811
+    lora_on_the_cpu: None,  # noqa: F811
     stock_cache_update: None,  # noqa: F811
     one_thread: None,
-    model: Path,
+    small_llama: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Engine]:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    made = Engine(model, request.param, monkeypatch)
+) -> Iterator[PassesEngine]:
+    """param: steps ahead, and changes of SIZES."""
+    steps_ahead, changes = request.param
+    made = PassesEngine(small_llama, monkeypatch, steps_ahead, **{"kv_policy": "reuse", **changes})
     with set_current_vllm_config(made.config):
         yield made
     made.trainer.slots.close()
 
 
-def text(length: int) -> list[int]:
-    return torch.randint(3, 128, (length,)).tolist()
+RECOMPUTE = {"kv_policy": "recompute"}
 
 
-@pytest.mark.parametrize("engine", ["reuse", "recompute"], indirect=True)
-def test_passes_beside_a_request_that_does_not_adapt(engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", [(0, {}), (0, RECOMPUTE), (1, {}), (1, RECOMPUTE)], indirect=True)
+def test_passes_beside_a_request_that_does_not_adapt(
+    engine: PassesEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Both in chunks, then one's decodes beside the other's chunks and passes; against Hugging Face's model and peft's."""
     prompt = text(56)
     engine.add("adapts", prompt, True, max_tokens=10)
@@ -323,14 +220,16 @@ def test_passes_beside_a_request_that_does_not_adapt(engine: Engine, model: Path
     plain = engine.requests["plain"]
     ids = torch.tensor(plain.all_token_ids)
     with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids[None]).logits[0, :-1]
+        logits = AutoModelForCausalLM.from_pretrained(engine.config.model_config.model, dtype=torch.float32)(ids[None]).logits[
+            0, :-1
+        ]
     rows = logits.double().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
     assert [*engine.prompt_logprobs("plain").tolist(), *engine.logprobs("plain")] == pytest.approx(rows.tolist(), abs=1e-4)
-    assert not engine.runner.req_states.req_id_to_index and engine.manager.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
+    assert engine.is_empty()
 
 
-@pytest.mark.parametrize("engine", ["reuse"], indirect=True)
-def test_a_preempted_pass_is_computed_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", [(0, {}), (1, {})], indirect=True)
+def test_a_preempted_pass_is_computed_again(engine: PassesEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a prompt and of a pass, which the runner gets as a new request: rows of the passes before stay."""
     prompt = text(70)
     scored = np.array([[token, -1] for token in prompt[1:]])
@@ -350,6 +249,71 @@ def test_a_preempted_pass_is_computed_again(engine: Engine, monkeypatch: pytest.
     assert scores[:, 0].tolist() == pytest.approx(ours, abs=1e-5) and scores[:, 1].isneginf().all()
     assert list(request.output_token_ids) == expected.tokens
     assert engine.logprobs("adapts") == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", [(1, {**RECOMPUTE, "update_mode": "parallel"})], indirect=True)
+def test_a_block_that_needs_no_new_version_begins_a_pass_all_the_same(
+    engine: PassesEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step ahead its end is not in sight: block 2 of `parallel` is computed with version 0, as block 1 is."""
+    engine.add("adapts", text(30), True, max_tokens=22)
+    engine.run()
+    expected = replayed(engine, "adapts", monkeypatch)
+    assert [(frontier, p.start) for frontier, p in engine.passes] == expected.passes[1:]
+    assert [frontier for frontier, _ in engine.passes] == [16, 32, 48]
+    assert list(engine.requests["adapts"].output_token_ids) == expected.tokens
+    assert engine.logprobs("adapts") == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", [(1, {"context_tokens": 8})], indirect=True)
+def test_a_slot_is_not_given_on_before_the_steps_that_read_it(engine: PassesEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client leaves when a step has been sent off that puts a new version into the layers; another waits for the slot."""
+    prompts = {name: text(20) for name in ("stays", "leaves", "waits")}
+    for name, prompt in prompts.items():
+        engine.add(name, prompt, True, max_tokens=14, prompt_logprobs=None)
+    adapted, holds = engine.scheduler.adapted["leaves"], engine.runner.lora_manager.holds
+    while adapted.weights.bank is None or holds.get(adapted.slot) == (adapted.owner, adapted.weights):
+        engine.step()
+    assert "leaves" in engine.under_way[-1].num_scheduled_tokens and adapted.weights.version == 1
+    engine.abort("leaves")
+    assert not engine.scheduler.free_slots and engine.scheduler.adapted["waits"].slot is None
+    engine.step()
+    assert engine.scheduler.adapted["waits"].slot is None
+    engine.run()
+    assert engine.scheduler.free_slots and engine.is_empty()
+    for name in ("stays", "waits"):
+        expected = replayed(engine, name, monkeypatch)
+        assert list(engine.requests[name].output_token_ids) == expected.tokens
+        assert engine.logprobs(name) == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", [(1, {})], indirect=True)
+def test_requests_that_stop_while_their_next_step_is_under_way(engine: PassesEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a token that nobody knew when that step was scheduled, by length, after one token. What is saved is what was said."""
+    prompt = text(28)
+    whole = engine.add("whole", prompt, True, max_tokens=9, prompt_logprobs=None)
+    one = engine.add("one", prompt, True, max_tokens=1, prompt_logprobs=None)
+    engine.run()
+    expected = replayed(engine, "whole", monkeypatch)
+    tokens = list(whole.output_token_ids)
+    assert tokens == expected.tokens and list(one.output_token_ids) == tokens[:1]
+    last = tokens[5]
+    cut = engine.add(
+        "cut", prompt, True, {"save_as": "cut"}, max_tokens=9, ignore_eos=False, stop_token_ids=[last], prompt_logprobs=None
+    )
+    after = []
+    while "cut" in engine.scheduler.requests:
+        engine.step()
+        after = [name for output in engine.under_way for name in output.num_scheduled_tokens]
+    assert after == ["cut"]  # computed in vain
+    engine.run()
+    length = tokens.index(last) + 1
+    assert list(cut.output_token_ids) == tokens[:length] and cut.status == RequestStatus.FINISHED_STOPPED
+    (save,) = [job for job in engine.trainer.jobs if isinstance(job, messages.Save)]
+    trained = [job for job in engine.trainer.jobs if isinstance(job, messages.Train) and job.owner == save.owner]
+    assert save.position == cut.num_tokens == 28 + length
+    assert [job.version for job in trained] == list(range(1, (cut.num_tokens - 1) // 16 + 1))
+    assert len(engine.scheduler.free_slots) == 2 and engine.is_empty()
 
 
 @pytest.mark.parametrize(("begin", "ids"), [(13, [100, 101]), (15, [102, 1]), (16, [0, 1])])
@@ -376,9 +340,9 @@ STEPPED = {"longctx": {"preset": "temp-lora-quality", "adaptation": {"trainer": 
 def test_engine_arguments(policy: str) -> None:
     section = {"preset": "temp-lora-economic", "adaptation": {"trainer": {"device": "cpu"}, "kv_policy": policy}}
     config = create(additional_config={"longctx": section}, max_num_seqs=4)
-    assert config.use_v2_model_runner and not config.scheduler_config.async_scheduling
+    assert config.use_v2_model_runner and config.scheduler_config.async_scheduling
     assert config.parallel_config.worker_cls == engine_args.ADAPTING_CUDA_WORKER
-    assert config.scheduler_config.get_scheduler_cls() is TempLoraScheduler
+    assert config.scheduler_config.get_scheduler_cls() is AsyncTempLoraScheduler
 
 
 @pytest.mark.usefixtures("gpu")

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cuda_engine import Engine as WholeEngine
+from cuda_engine import host, no_gpu_memory, small_llama, text, to_cpu  # noqa: F401 (fixtures)
 from reference_model import ReferenceLlama, with_top_k
 from test_cuda import BLOCK_SIZE, CPU, gpu, one_rank, stock_cache_update  # noqa: F401 (fixtures)
 from test_engine_args import create
@@ -18,6 +20,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.gpu import attn_utils
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -25,8 +28,9 @@ from vllm_longctx.attention.kernels import lambda_attention, lambda_decode
 from vllm_longctx.attention.kernels.lambda_tile import Launch
 from vllm_longctx.attention.kernels.lookup import WORKSPACE
 from vllm_longctx.config import LongContextError, active_config
-from vllm_longctx.engine_args import TOP_K_SCHEDULER
+from vllm_longctx.engine_args import ASYNC_SCHEDULERS, TOP_K_SCHEDULER
 from vllm_longctx.focused import worker_cuda as focused_worker
+from vllm_longctx.focused.scheduler import AsyncTopKScheduler, TopKScheduler
 from vllm_longctx.focused.worker_cuda import TopKCUDARunner
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.kv_cache import LambdaSpec, MiddleSpec
@@ -40,6 +44,13 @@ TOP_K = {
 
 def configure(model: Path, attention: dict[str, Any] = TOP_K, **kwargs: Any) -> VllmConfig:
     return create(model, {"longctx": {"attention": attention}}, max_num_seqs=4, **kwargs)
+
+
+@pytest.fixture
+def one_tile(no_gpu_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """The fewer tiles, the sooner they are interpreted."""
+    monkeypatch.setattr(lambda_attention, "prefill_launch", lambda *args: Launch(128, 128, 4, 1))
+    monkeypatch.setattr(lambda_decode, "decode_launch", lambda *args: Launch(16, 128, 4, 1))
 
 
 class Engine:
@@ -56,22 +67,18 @@ class Engine:
         prompts: dict[str, int],
         monkeypatch: pytest.MonkeyPatch,
     ):
-        monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-        monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 0)
-        # The fewer tiles, the sooner they are interpreted.
-        monkeypatch.setattr(lambda_attention, "prefill_launch", lambda *args: Launch(128, 128, 4, 1))
-        monkeypatch.setattr(lambda_decode, "decode_launch", lambda *args: Launch(16, 128, 4, 1))
         self.texts, self.prompts, self.computed = texts, prompts, dict.fromkeys(prompts, 0)
-        self.config = config = configure(
-            path,
-            attention,
-            dtype="float32",
-            block_size=BLOCK_SIZE,
-            max_num_batched_tokens=512,
-            enforce_eager=True,
-            compilation_config={"mode": 0, "custom_ops": ["none"]},
+        self.config = config = to_cpu(
+            configure(
+                path,
+                attention,
+                dtype="float32",
+                block_size=BLOCK_SIZE,
+                max_num_batched_tokens=512,
+                enforce_eager=True,
+                compilation_config={"mode": 0, "custom_ops": ["none"]},
+            )
         )
-        config.device_config.device, config.load_config.device, config.load_config.load_format = CPU, "cpu", "auto"
         with set_current_vllm_config(config):
             self.model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
         take_over_attention(self.model, config, CPU)
@@ -149,7 +156,7 @@ class Engine:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
-@pytest.mark.usefixtures("one_rank", "gpu", "stock_cache_update", "one_thread")
+@pytest.mark.usefixtures("one_rank", "gpu", "one_tile", "stock_cache_update", "one_thread")
 def test_requests_that_write_see_the_best_keys_of_their_middle(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long and short prompts, chunks beside decodes, middles that are empty, too small, just enough; one is preempted."""
     monkeypatch.setattr(focused_worker, "WORKSPACE", 4 * 2 * 32 * 7)  # seven keys are turned back at once
@@ -183,7 +190,37 @@ def test_requests_that_write_see_the_best_keys_of_their_middle(tiny_llama: Path,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
-@pytest.mark.usefixtures("one_rank", "gpu", "stock_cache_update", "one_thread")
+@pytest.mark.usefixtures("one_rank", "gpu", "host", "one_tile", "stock_cache_update", "one_thread")
+def test_the_middle_grows_with_a_step_under_way(small_llama: Path) -> None:  # noqa: F811
+    """Of requests that write, one of them preempted meanwhile; one ends by a token with its next step computed, one at once."""
+    pool = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 40, "max_model_len": 80}
+    engine = WholeEngine(small_llama, {"attention": TOP_K}, TopKCUDARunner, [TopKScheduler, AsyncTopKScheduler], 1, **pool)
+    seen, in_vain = {}, set()
+
+    def add(name: str, prompt: list[int], new: int, **params: Any) -> Request:
+        seen[name] = with_top_k(Geometry(5, 24, 24), len(prompt), range(1, 2), 3, 20)
+        return engine.add(name, prompt, max_tokens=new, **params)
+
+    with set_current_vllm_config(engine.config):
+        first = add("first", text(31), 9)
+        add("one", text(5), 1)
+        other = add("other", text(28), 12)
+        while engine.scheduler.has_requests() or engine.under_way:
+            engine.step()
+            if first.num_output_tokens == 5 and "ends" not in seen:
+                stop = first.output_token_ids[1]
+                ends = add("ends", [*first.prompt_token_ids], 9, stop_token_ids=[stop])
+            in_vain |= {n for step in engine.under_way for n in step.num_scheduled_tokens if n not in engine.scheduler.requests}
+    for name, layers in seen.items():
+        engine.check(name, layers)
+    assert min(engine.reference.margins) > 1e-5
+    assert engine.stale == {"other"} and other.num_preemptions
+    assert in_vain == {"ends"} and ends.status == RequestStatus.FINISHED_STOPPED
+    assert engine.is_empty()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
+@pytest.mark.usefixtures("one_rank", "gpu", "one_tile", "stock_cache_update", "one_thread")
 def test_it_is_the_official_code(goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it says behind a prompt of 160 tokens, of which 22 stand between first tokens and window."""
     case = goldens / "lminf_topk"
@@ -208,8 +245,9 @@ def test_it_is_the_official_code(goldens: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.usefixtures("gpu")
 def test_engine_arguments_of_the_top_k_branch_on_cuda(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure(tiny_llama)
-    assert config.use_v2_model_runner and not config.scheduler_config.async_scheduling
-    assert config.scheduler_config.scheduler_cls == TOP_K_SCHEDULER
+    assert config.use_v2_model_runner and config.scheduler_config.async_scheduling
+    assert config.scheduler_config.scheduler_cls == ASYNC_SCHEDULERS[TOP_K_SCHEDULER]
+    assert configure(tiny_llama, async_scheduling=False).scheduler_config.scheduler_cls == TOP_K_SCHEDULER
     assert pool_beside_lookups(1 << 36, lookup_of(active_config(config)), 2) == (1 << 36) - 4 * 8 * WORKSPACE
     worker = LongContextCUDAWorker.__new__(LongContextCUDAWorker)
     worker.vllm_config = config
@@ -225,7 +263,6 @@ def test_engine_arguments_of_the_top_k_branch_on_cuda(tiny_llama: Path, monkeypa
 @pytest.mark.parametrize(
     ("kwargs", "v2", "message"),
     [
-        ({"async_scheduling": True}, True, "async_scheduling = True does not go with attention.top_k; leave it out"),
         (
             {"kv_cache_dtype": "fp8"},
             True,

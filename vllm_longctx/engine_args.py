@@ -51,9 +51,14 @@ ARCHITECTURES = (
     "MPTForCausalLM",
     longllama.ARCHITECTURE,
 )
-# Over vLLM's AsyncScheduler, where vLLM schedules ahead of the device.
-ASYNC_SCHEDULERS = {SCHEDULER: "vllm_longctx.scheduler.AsyncLongContextScheduler"}
-SCHEDULERS = (SCHEDULER, ADAPTING_SCHEDULER, FOCUSED_SCHEDULER, TOP_K_SCHEDULER, *ASYNC_SCHEDULERS.values())
+# Over vLLM's AsyncScheduler, where vLLM schedules ahead of the device; its platform for the CPU never does.
+ASYNC_SCHEDULERS = {
+    SCHEDULER: "vllm_longctx.scheduler.AsyncLongContextScheduler",
+    ADAPTING_SCHEDULER: "vllm_longctx.adaptation.scheduler.AsyncTempLoraScheduler",
+    TOP_K_SCHEDULER: "vllm_longctx.focused.scheduler.AsyncTopKScheduler",
+    FOCUSED_SCHEDULER: "vllm_longctx.focused.scheduler.AsyncFocusedScheduler",
+}
+SCHEDULERS = (*ASYNC_SCHEDULERS, *ASYNC_SCHEDULERS.values())
 # Those whose layers can be given a memory: each has its rotary module beside its attention, and nothing else is positional.
 FOCUSABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", longllama.ARCHITECTURE)
 # Those whose linear layers vLLM adapts, under Hugging Face's names for them.
@@ -95,10 +100,7 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     if args.scheduler_cls not in (None, scheduler):
         raise LongContextError(f"scheduler_cls = {args.scheduler_cls!r}, but longctx needs its own; leave scheduler_cls out")
     if on_cuda:
-        check_ready_on_cuda(config)
         _choose_cuda_backend(args)
-        if config.adaptation is not None or grows:
-            _schedule_behind_the_device(args, config)
     args.worker_cls, args.scheduler_cls = worker, scheduler
     if config.adaptation is not None:
         adaptation = _with_slots(args, _with_recommended(config.adaptation, args.model))
@@ -133,27 +135,6 @@ def _check_capability(needed: DeviceCapability, what: str, remedy: str) -> None:
             f"the compute capability of {current_platform.get_device_name()} is {version}, but {what} needs "
             f"{needed.as_version_str()} or newer; {remedy}"
         )
-
-
-def check_ready_on_cuda(config: LongContextConfig) -> None:
-    """Raises LongContextError for a method that runs on the CPU only so far."""
-    missing = {
-        "attention.memory_limit_gib": config.attention.memory_limit_gib is not None,
-    }
-    for method, asked in missing.items():
-        if asked:
-            raise LongContextError(
-                f"{method} does not run on CUDA yet; leave it out, or run on vLLM's CPU platform. On CUDA there are "
-                "attention.method lm_infinite, streaming and focused"
-            )
-
-
-def _schedule_behind_the_device(args: EngineArgs, config: LongContextConfig) -> None:
-    """Each step with the one before done: a slot must not be given back, nor a window closed, under a step that reads it."""
-    if args.async_scheduling:
-        method = _asked_for(config) if config.adaptation is None else "adaptation (Temp-LoRA)"
-        raise LongContextError(f"async_scheduling = True does not go with {method}; leave it out")
-    args.async_scheduling = False
 
 
 def _choose_cuda_backend(args: EngineArgs) -> None:
@@ -376,7 +357,7 @@ def _asked_for(config: LongContextConfig) -> str:
 
 def _check_settings_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -> None:
     """Raises LongContextError naming an engine setting that does not go with stepped windows, or a top-k branch, there."""
-    cache, looks_up = vllm_config.cache_config, config.attention.top_k is not None
+    cache, looks_up, limit = vllm_config.cache_config, config.attention.top_k is not None, config.attention.memory_limit_gib
     asked = "attention.top_k" if config.attention.lookup is None else "attention.lookup"
     refused = {
         "the Model Runner V1 is chosen; leave VLLM_USE_V2_MODEL_RUNNER out": not vllm_config.use_v2_model_runner,
@@ -384,6 +365,9 @@ def _check_settings_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) 
         "microbatches are on; leave enable_dbo and ubatch_size out": vllm_config.parallel_config.use_ubatching,
         f"block_size = {cache.block_size}; with {asked} give a power of two": (
             looks_up and cache.block_size & (cache.block_size - 1) != 0
+        ),
+        f"attention.memory_limit_gib = {limit}, where vLLM has no pinned host memory that the GPU can address; leave it out": (
+            limit is not None and not current_platform.is_pin_memory_available()
         ),
     }
     for setting, holds in refused.items():
@@ -454,9 +438,10 @@ def _fit_memory(config: LongContextConfig, vllm_config: VllmConfig, blocks: int)
     attention, model = config.attention, vllm_config.model_config
     assert attention.mem_layers is not None
     if len(attention.mem_layers) == model.get_total_num_hidden_layers():
+        room = "gpu_memory_utilization" if current_platform.is_cuda() else "VLLM_CPU_KVCACHE_SPACE"
         raise LongContextError(
             f"attention.memory_limit_gib = {attention.memory_limit_gib} with memory in every layer leaves nothing in vLLM's "
-            "pool; leave it out, and give that pool the room (VLLM_CPU_KVCACHE_SPACE)"
+            f"pool; leave it out, and give that pool the room ({room})"
         )
     block_size = vllm_config.cache_config.block_size
     tokens = (blocks - 1) * block_size

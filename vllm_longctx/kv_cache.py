@@ -278,18 +278,22 @@ class SteppedManager(PrivateRequests, FullAttentionManager):
 
 @dataclass(frozen=True, kw_only=True)
 class WindowSpec(LambdaSpec):
-    """KV of a Focused Transformer's layer without memory: that of the window; `sliding_window` is a whole window's tokens."""
+    """KV of a Focused Transformer's layer without memory: that of the window; `sliding_window` is a whole window's tokens.
+
+    steps: of a request under way at once, at most; each is one of a single window.
+    """
 
     windows: SteppedWindows
+    steps: int = 1
 
     @classmethod
-    def of(cls, spec: AttentionSpec, windows: SteppedWindows) -> "WindowSpec":
+    def of(cls, spec: AttentionSpec, windows: SteppedWindows, steps: int = 1) -> "WindowSpec":
         common = LambdaSpec.from_attention_spec(spec, Geometry(0, windows.tokens))
-        return cls(**{f.name: getattr(common, f.name) for f in fields(LambdaSpec) if f.init}, windows=windows)
+        return cls(**{f.name: getattr(common, f.name) for f in fields(LambdaSpec) if f.init}, windows=windows, steps=steps)
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """A window's blocks, the first of them ragged: no step goes past a window's end."""
-        return min(cdiv(self.sliding_window, self.block_size) + 1, cdiv(max_model_len, self.block_size))
+        """Those of as many windows as steps are under way, since no step goes past a window's end; the first is ragged."""
+        return min(cdiv(self.steps * self.sliding_window, self.block_size) + 1, cdiv(max_model_len, self.block_size))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(isinstance(s, WindowSpec) and s.windows == self.windows for s in kv_cache_specs.values())
@@ -348,6 +352,11 @@ class MemorySpec(FullAttentionSpec):
         # vLLM takes an AssertionError to mean that layers belong to different groups.
         assert all(spec == specs[0] for spec in specs), "memory layers beside others"
         return specs[0]
+
+
+def blocks_apart(spec: KVCacheSpec) -> int:
+    """Blocks of the pool that the spec's layers have to themselves, 0 if they share vLLM's."""
+    return (isinstance(spec, MemorySpec) and spec.memory_blocks) or 0
 
 
 class MemoryManager(FullAttentionManager):

@@ -4,6 +4,10 @@ A request's life here: it waits for a slot and for room for its live context; it
 block goes to the trainer as soon as its tokens are known; the next block is computed once the version it needs is trained; a
 full window starts a new pass, which is a roll-back of `num_computed_tokens`. Nothing else of vLLM's scheduling changes: a
 held request is one that may compute no token in this step.
+
+Steps may be scheduled ahead of the device (vLLM's AsyncScheduler, which counts tokens before it knows them). Inside a block and
+a window that makes no difference. A request that has come to the end of one waits until the outputs of all its steps have
+come: only then a version is approved, a bank free to be written, or a pass begun.
 """
 
 import itertools
@@ -15,6 +19,7 @@ from typing import Any
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
@@ -45,8 +50,9 @@ class Adapted:
     """A request that adapts. Positions in tokens.
 
     owner: names this request to the trainer, never used again. most_blocks: KV blocks reserved for it. frontier: first
-    position never computed so far; what is computed before it again belongs to a new pass. start: of the window. first: what
-    the pass computed first. passed_at: the frontier when it began. Versions: `approved` is computed with, `trained` is there,
+    position never computed so far; what is computed before it again belongs to a new pass. checked: the frontier when version
+    and pass were last found to be right for what comes next. start: of the window. first: what the pass computed first.
+    passed_at: the frontier when it began. Versions: `approved` is computed with, `trained` is there,
     `sent` is at the trainer; a block that failed leaves the weights of the version before.
     """
 
@@ -61,6 +67,7 @@ class Adapted:
     admitted: bool = False
     ready: bool = True
     frontier: int = 0
+    checked: int = 0
     start: int = 0
     first: int = 0
     passed_at: int = 0
@@ -88,7 +95,8 @@ class Adapted:
         """Tokens that may be computed from `computed` on: to the end of the block and of the window; 0 while it is held."""
         if not self.ready or self.needed_version() > self.approved:
             return 0
-        ends = [self.blocks.end_of_block(max(self.frontier, self.blocks.origin))] if self.trains else []
+        by_block = self.trains or self.window.policy == "recompute"
+        ends = [self.blocks.end_of_block(max(self.checked, self.blocks.origin))] if by_block else []
         if self.window.policy != "keep":
             ends.append(self.window.last_position(self.start))
         return max(min(ends) - computed, 0) if ends else 1 << 62
@@ -112,6 +120,8 @@ class TempLoraScheduler(LongContextScheduler):
         self.owners = itertools.count(1)
         self.free_slots = deque(range(config.adaptation.slots))
         self.freed_slots: list[int] = []
+        self.steps_scheduled = self.steps_done = 0  # only those that compute anything
+        self.leaving: deque[tuple[int, int]] = deque()  # slots whose request has ended, each with its last step
         self.reserved_blocks = 0
         self.failed: dict[str, str] = {}  # requests to end, with the reason
         self.trainer_lost: str | None = None
@@ -163,7 +173,7 @@ class TempLoraScheduler(LongContextScheduler):
         if adapted is not None:
             if not adapted.admitted and not self._admit(request, adapted):
                 return False
-            if not self._approve(request, adapted):
+            if request.num_in_flight_tokens or not self._approve(request, adapted):
                 return False
         return super()._handle_blocked_waiting_request(request)
 
@@ -204,10 +214,17 @@ class TempLoraScheduler(LongContextScheduler):
                 pass
             self.trainer.send(messages.Save(adapted.owner, adapted.save_as, request.num_tokens))
         self.trainer.send(messages.Drop(adapted.owner))
-        if self.trainer.slots is not None:
-            self.trainer.slots.clear(adapted.slot)
-        self.free_slots.append(adapted.slot)
-        self.freed_slots.append(adapted.slot)
+        self.leaving.append((self.steps_scheduled, adapted.slot))
+        self._free_slots()
+
+    def _free_slots(self) -> None:
+        """Those that no step under way has still to read: a worker may be behind, and its copies behind the worker."""
+        while self.leaving and self.leaving[0][0] <= self.steps_done:
+            _, slot = self.leaving.popleft()
+            if self.trainer.slots is not None:
+                self.trainer.slots.clear(slot)
+            self.free_slots.append(slot)
+            self.freed_slots.append(slot)
 
     # --- a step ---------------------------------------------------------------------------------------------------------
 
@@ -221,7 +238,9 @@ class TempLoraScheduler(LongContextScheduler):
         # vLLM preempts the last: those that adapt cannot be replayed and have their blocks reserved, so they go first.
         self.running.sort(key=lambda request: request.request_id not in self.adapted)
         output = super().schedule(*args, **kwargs)
-        if output.total_num_scheduled_tokens == 0 and any(a.admitted for a in self.adapted.values()):
+        if output.total_num_scheduled_tokens:
+            self.steps_scheduled += 1
+        elif self.steps_scheduled == self.steps_done and any(a.admitted for a in self.adapted.values()):
             self.step_stats.idle_steps += 1
             self.trainer.wait(IDLE_WAIT)
         return output
@@ -229,6 +248,7 @@ class TempLoraScheduler(LongContextScheduler):
     def _prepare(self, request: Request, adapted: Adapted) -> None:
         """Before a request's next new position: the version it needs, and a new pass if one is due."""
         if request.num_computed_tokens == adapted.frontier and self._approve(request, adapted):
+            adapted.checked = adapted.frontier
             self._begin_pass(request, adapted)
 
     def _approve(self, request: Request, adapted: Adapted) -> bool:
@@ -307,10 +327,13 @@ class TempLoraScheduler(LongContextScheduler):
                 step.passes[request_id] = Pass(adapted.first, adapted.start, adapted.frontier)
         return step
 
-    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Only `reset_prefix_cache` with running requests comes here for one that adapts: it computes its pass again."""
-        super()._preempt_request(request, *args, **kwargs)
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        """Only `reset_prefix_cache` with running requests comes here for one that adapts: it computes its pass again.
+
+        What its steps under way give is not dropped then, as vLLM would: it counts as computed, and the first pass wins.
+        """
         adapted = self.adapted.get(request.request_id)
+        super()._preempt_request(request, timestamp, drop_stale_output and adapted is None)
         if adapted is None:
             return
         logger.warning(
@@ -329,6 +352,9 @@ class TempLoraScheduler(LongContextScheduler):
             if request_id in self.adapted:
                 self.step_stats.adapted_tokens += scheduler_output.num_scheduled_tokens[request_id]
         self.step_stats.swap_seconds = getattr(model_runner_output, "longctx_swap_seconds", [])
+        if scheduler_output.total_num_scheduled_tokens:
+            self.steps_done += 1
+            self._free_slots()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request_id in scheduler_output.num_scheduled_tokens:
             adapted = self.adapted.get(request_id)
@@ -395,9 +421,9 @@ class TempLoraScheduler(LongContextScheduler):
         adapted = self.adapted[request_id]
         match message:
             case messages.Began():
-                adapted.ready = True
-                if adapted.start_from is not None:
-                    adapted.weights = adapted.trained_weights = Weights(0, 0)
+                if not adapted.ready:  # else it is of a trainer that was restarted: the weights in use stay
+                    adapted.ready, adapted.weights = True, Weights(0, 0)
+                    adapted.trained_weights = adapted.weights
                 self._train(self.requests[request_id], adapted)
             case messages.Trained() if message.version == adapted.sent:
                 self.step_stats.blocks_trained += 1
@@ -465,6 +491,10 @@ class TempLoraScheduler(LongContextScheduler):
     def shutdown(self) -> None:
         self.trainer.close()
         super().shutdown()
+
+
+class AsyncTempLoraScheduler(TempLoraScheduler, AsyncScheduler):
+    """For engines that schedule a step while the device still computes the one before."""
 
 
 def ends_by_itself(request: Request) -> bool:

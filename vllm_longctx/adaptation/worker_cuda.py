@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_longctx.adaptation import shared
@@ -22,6 +22,18 @@ from vllm_longctx.engine_args import LINEAR_MODULES
 from vllm_longctx.worker_cuda import LongContextCUDAWorker
 
 logger = init_logger("vllm.longctx")
+
+
+class SwappedOutput(AsyncModelRunnerOutput):
+    """vLLM's, whose copies to the host are under way, with the seconds that the step's swaps took."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, swap_seconds: list[float]):
+        self.output, self.swap_seconds = output, swap_seconds
+
+    def get_output(self) -> ModelRunnerOutput:
+        report = self.output.get_output()
+        report.longctx_swap_seconds = self.swap_seconds
+        return report
 
 
 class AdaptingCUDAWorker(LongContextCUDAWorker):
@@ -64,9 +76,10 @@ class AdaptingCUDAWorker(LongContextCUDAWorker):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
-        report = getattr(output, "model_runner_output", output)  # Model Runner V2 gives it with copies under way
-        if isinstance(report, ModelRunnerOutput) and report.req_ids:  # else it may be vLLM's one empty output
-            report.longctx_swap_seconds = self.model_runner.take_swap_seconds()
+        if isinstance(output, AsyncModelRunnerOutput):  # always by Model Runner V2, by V1 where steps are scheduled ahead
+            return SwappedOutput(output, self.model_runner.take_swap_seconds())
+        if isinstance(output, ModelRunnerOutput) and output.req_ids:  # else it may be vLLM's one empty output
+            output.longctx_swap_seconds = self.model_runner.take_swap_seconds()
         return output
 
 

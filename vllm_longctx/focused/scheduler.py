@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
@@ -11,7 +12,11 @@ from vllm_longctx.scheduler import LongContextScheduler
 
 
 class FocusedScheduler(LongContextScheduler):
-    """Also a mixin: `class X(FocusedScheduler, AsyncScheduler)` cuts the same over vLLM's other scheduler."""
+    """Also a mixin: `class X(FocusedScheduler, AsyncScheduler)` cuts the same over vLLM's other scheduler.
+
+    Nothing here depends on which tokens stand where, so a step may be cut before those of the step before are known. A window
+    is closed by the step after its last one, in the order in which the device computes them.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -62,3 +67,11 @@ class TopKScheduler(LongContextScheduler):
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         allowed = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         return min(allowed, max(request.num_prompt_tokens - 1 - num_computed_tokens, 1))
+
+
+class AsyncFocusedScheduler(FocusedScheduler, AsyncScheduler):
+    """For engines that schedule a step while the device still computes the one before."""
+
+
+class AsyncTopKScheduler(TopKScheduler, AsyncScheduler):
+    """For engines that schedule a step while the device still computes the one before."""

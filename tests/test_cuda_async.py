@@ -1,0 +1,282 @@
+"""Temp-LoRA's scheduler over both of vLLM's: with a step ahead of the outputs, every text is what it is without.
+
+The worker is a caricature, and late: it computes what the scheduler sent just before the outputs are looked at. KV is a digest
+of a token and of the weights, in the physical place that the scheduler named; the next token is a digest of all KV of the pass.
+So whoever is computed with another version, in another pass, or over KV that is not its own, says another text.
+"""
+
+import random
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+from zlib import crc32
+
+import pytest
+import torch
+from cuda_engine import BLOCK_SIZE, Core, small_llama  # noqa: F401 (fixtures)
+from test_cuda import gpu  # noqa: F401 (fixtures)
+from test_engine_args import create
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import RequestStatus
+
+from vllm_longctx.adaptation import scheduler
+from vllm_longctx.adaptation.messages import Began, Begin, Drop, Failed, Report, Restarted, Resume, Save, Train, Trained
+from vllm_longctx.adaptation.scheduler import AsyncTempLoraScheduler, TempLoraScheduler
+from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, Pass, SlotUse, Weights
+from vllm_longctx.kv_cache import SteppedSpec
+
+STOP, VOCABULARY, NUM_BLOCKS, SEEDS = 7, 40, 14, 20
+SIZES = {"block_tokens": 16, "window_tokens": 48, "context_tokens": 20, "keep_first": 3, "rank": 4, "slots": 2}
+SETTINGS = {
+    "dtype": "float32",
+    "block_size": BLOCK_SIZE,
+    "max_model_len": 256,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 24,
+    "num_gpu_blocks_override": NUM_BLOCKS,
+}
+
+
+def digest(*values: Any) -> int:
+    return crc32(repr(values).encode())
+
+
+@dataclass
+class Banks:
+    """Of all slots: (owner, version, digest of the weights)."""
+
+    path: str = ""
+    modules: dict[str, tuple[int, int]] = field(default_factory=dict)
+    max_rank: int = 4
+    num_slots: int = 2
+    held: dict[tuple[int, int], tuple[int, int, int]] = field(default_factory=dict)
+
+    def read(self, use: SlotUse) -> int:
+        if use.weights.bank is None:
+            return 0
+        owner, version, made = self.held[use.slot, use.weights.bank]
+        assert (owner, version) == (use.owner, use.weights.version)
+        return made
+
+    def clear(self, slot: int) -> None:
+        for bank in range(2):
+            self.held.pop((slot, bank), None)
+
+
+class Trainer:
+    """Answers after some polls; what it makes of a text depends on nothing else. restart_at: the poll at which it dies once."""
+
+    def __init__(self, rng: random.Random, restart_at: int):
+        self.rng, self.restart_at, self.polls = rng, restart_at, 0
+        self.slots = Banks()
+        self.jobs: deque[tuple[int, Any]] = deque()
+        self.made: dict[int, int] = {}  # by owner: a digest of its weights
+        self.saved: dict[str, tuple[int, int]] = {}
+        self.resumed: list[Report] = []
+
+    def start(self) -> None: ...
+
+    def send(self, job: Any) -> None:
+        if isinstance(job, Resume):  # else it may come when its request has ended, and with that what it wants saved
+            owner, version, self.made[owner] = self.slots.held[job.slot, job.bank]
+            assert (owner, version) == (job.owner, job.version)
+            self.resumed.append(Began(owner))
+            return
+        at = self.jobs[-1][0] if self.jobs else self.polls
+        self.jobs.append((at + self.rng.randrange(4), job))
+
+    def poll(self) -> list[Report]:
+        self.polls += 1
+        if self.polls == self.restart_at:
+            gone = {job.owner for _, job in self.jobs if isinstance(job, Drop)}  # what they want saved is not lost here
+            self.jobs = deque((at, job) for at, job in self.jobs if job.owner in gone)
+            return [Restarted()]
+        reports, self.resumed = self.resumed, []
+        while self.jobs and self.jobs[0][0] <= self.polls:
+            reports += self._do(self.jobs.popleft()[1])
+        return reports
+
+    def _do(self, job: Any) -> list[Report]:
+        gone = {other.owner for _, other in self.jobs if isinstance(other, Drop)}
+        match job:
+            case Begin():
+                self.made[job.owner] = digest(job.start_from) if job.start_from else 0
+                if job.start_from and job.owner not in gone:
+                    self.slots.held[job.slot, 0] = job.owner, 0, self.made[job.owner]
+                return [Began(job.owner)]
+            case Train():
+                if digest(job.tokens) % 7 == 0:
+                    return [Failed(job.owner, job.version, "it so happens")]
+                self.made[job.owner] = made = digest(self.made[job.owner], job.tokens, job.num_targets)
+                if job.owner not in gone:
+                    self.slots.held[job.slot, job.bank] = job.owner, job.version, made
+                return [Trained(job.owner, job.slot, job.bank, job.version, [1.0, 1.0], 0.1)]
+            case Save():
+                self.saved[job.name] = job.position, self.made[job.owner]
+        return []
+
+    def wait(self, seconds: float) -> None: ...
+
+
+class Crowd(Core):
+    """Requests as `seed` has them, of which two at once may adapt. timing: when the trainer answers, and who leaves when.
+
+    scored: by request and position, what was computed there first.
+    """
+
+    abort_rate, reset_rate = 0.005, 0.0  # per step
+
+    def __init__(self, config: VllmConfig, seed: int, steps_ahead: int, monkeypatch: pytest.MonkeyPatch):
+        rng, self.timing = random.Random(seed), random.Random(f"{seed} {steps_ahead}")
+        self.trainer = Trainer(self.timing, self.timing.randrange(20, 60))
+        monkeypatch.setattr(scheduler, "wait_patiently", lambda **kwargs: None)
+        monkeypatch.setattr(scheduler, "trainer_client", lambda *args: self.trainer)
+        cls = (TempLoraScheduler, AsyncTempLoraScheduler)[steps_ahead]
+        full = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
+        spec = SteppedSpec.from_attention_spec(full, 64)
+        pool = KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)])
+        super().__init__(cls(config, pool, MagicMock(), BLOCK_SIZE, log_stats=True), steps_ahead)
+        self.texts: dict[str, list[int]] = {}
+        self.tables: dict[str, list[int]] = {}
+        self.slots: dict[str, int] = {}
+        self.kv: dict[int, tuple[str, int, int]] = {}
+        self.holds: dict[int, tuple[int, Weights]] = {}
+        self.weights: dict[int, int] = {}  # by slot, in the layers
+        self.scored: defaultdict[str, dict[int, int]] = defaultdict(dict)
+        for number in range(6):
+            options = {
+                "temp_lora": True,
+                "block_tokens": rng.choice([16, 17, 24]),
+                "update_mode": rng.choice(["cascaded", "parallel"]),
+                "kv_policy": rng.choice(["reuse", "recompute"]),
+                "epochs": rng.choice([0, 1, 1]),
+                "train_on_prompt": rng.random() < 0.7,
+                **({"save_as": f"{number}"} if rng.random() < 0.5 else {}),
+                **({"start_from": "old"} if rng.random() < 0.3 else {}),
+            }
+            adapts = {"longctx": options} if rng.random() < 0.7 else None
+            stop = [STOP] if rng.random() < 0.5 else None
+            prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 100))]
+            new = rng.choice([1, 2, rng.randrange(1, 60)])
+            self.add(f"{number}", prompt, adapts, max_tokens=new, stop_token_ids=stop, logprobs=None, prompt_logprobs=None)
+
+    def compute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        step, firsts = getattr(output, ATTRIBUTE), {}
+        for slot in step.freed:
+            self.holds.pop(slot, None)
+        for new in output.scheduled_new_reqs:
+            name, firsts[new.req_id] = new.req_id, new.num_computed_tokens
+            self.texts[name], self.tables[name] = list(new.prefill_token_ids), list(new.block_ids[0])
+            if new.lora_request is not None:
+                self.slots[name] = new.lora_request.lora_int_id - FIRST_LORA_ID
+        cached = output.scheduled_cached_reqs
+        for name, first, blocks in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
+            known = [] if name in cached.resumed_req_ids else self.tables[name]
+            self.tables[name], firsts[name] = [*known, *(blocks[0] if blocks else [])], first
+        for use in step.slots:
+            if self.holds.get(use.slot) != (use.owner, use.weights):
+                self.holds[use.slot] = use.owner, use.weights
+                self.weights[use.slot] = self.trainer.slots.read(use)
+        tokens = []
+        for name, count in output.num_scheduled_tokens.items():
+            tokens.append(self._read(name, range(firsts[name], firsts[name] + count), step.passes.get(name)))
+        names = list(output.num_scheduled_tokens)
+        return ModelRunnerOutput(names, {name: row for row, name in enumerate(names)}, tokens)
+
+    def _read(self, name: str, positions: range, p: Pass | None) -> list[int]:
+        """The token that comes behind them, if that is not known."""
+        text, weights = self.texts[name], self.weights[self.slots[name]] if name in self.slots else 0
+        first, start, frontier = (0, 0, 0) if p is None else (p.first, p.start, p.frontier)
+
+        def place(position: int) -> int:
+            block = self.tables[name][position // BLOCK_SIZE]
+            assert block
+            return block * BLOCK_SIZE + position % BLOCK_SIZE
+
+        for position in positions:
+            token = text[position if position >= start else position - first]
+            self.kv[place(position)] = name, position, digest(token, weights)
+            if position >= frontier:
+                computed = digest(weights, [self.kv[place(q)] for q in range(first, position + 1)])
+                assert name not in self.slots or position not in self.scored[name]
+                assert self.scored[name].setdefault(position, computed) == computed
+        if positions.stop < len(text):
+            return []
+        seen = [self.kv[place(q)] for q in range(first, positions.stop)]
+        assert [entry[:2] for entry in seen] == [(name, q) for q in range(first, positions.stop)]
+        text.append(digest(seen) % VOCABULARY)
+        return text[-1:]
+
+    def run(self) -> None:
+        steps = 0
+        while self.scheduler.has_requests() or self.under_way:
+            self.step()
+            steps += 1
+            assert steps < 3000, "nobody goes on"
+            if self.timing.random() < self.abort_rate:
+                self.abort(self.timing.choice(list(self.requests)))
+            if self.timing.random() < self.reset_rate:
+                self.scheduler.reset_prefix_cache(reset_running_requests=True)
+        while self.trainer.jobs:
+            self.trainer.poll()
+        assert sorted(self.scheduler.free_slots) == [0, 1] and not self.trainer.slots.held
+        assert self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
+
+
+@pytest.fixture
+def configs(gpu: type, small_llama: Path, tmp_path: Path) -> list[VllmConfig]:  # noqa: F811
+    """Without and with a step ahead."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "adapter_config.json").write_text('{"r": 4}')
+    adaptation: dict[str, Any] = {**SIZES, "trainer": {"device": "cpu"}, "adapters_root": str(tmp_path)}
+    section = {"attention": {"method": "none"}, "adaptation": adaptation}
+    made = [create(small_llama, {"longctx": section}, **SETTINGS, async_scheduling=ahead) for ahead in (False, True)]
+    for config in made:
+        config.cache_config.num_gpu_blocks = NUM_BLOCKS
+    return made
+
+
+def test_a_step_ahead_every_text_is_the_same(configs: list[VllmConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = stale = 0
+    for seed in range(SEEDS):
+        crowds = [Crowd(configs[ahead], seed, ahead, monkeypatch) for ahead in (0, 1)]
+        for crowd in crowds:
+            crowd.run()
+        stale += len(crowds[1].stale)
+        for name, request in crowds[0].requests.items():
+            other = crowds[1].requests[name]
+            if RequestStatus.FINISHED_ABORTED in (request.status, other.status):
+                continue
+            compared += 1
+            assert (other.status, list(other.output_token_ids)) == (request.status, list(request.output_token_ids))
+            assert crowds[0].trainer.saved.get(name) == crowds[1].trainer.saved.get(name)
+            length = request.num_tokens - 1  # what a step in vain computes nobody reads
+            for crowd in crowds:
+                assert sorted(crowd.scored[name])[:length] == list(range(length))
+            assert all(crowds[0].scored[name][i] == crowds[1].scored[name][i] for i in range(length))
+    assert compared > 4 * SEEDS and stale
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_windows_computed_again_by_force_count_once(
+    steps_ahead: int, configs: list[VllmConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of a step under way was computed when all requests are preempted: the text goes on where it was."""
+    monkeypatch.setattr(Crowd, "reset_rate", 0.03)
+    monkeypatch.setattr(Crowd, "abort_rate", 0.0)
+    stale = set()
+    for seed in range(SEEDS):
+        crowd = Crowd(configs[steps_ahead], seed, steps_ahead, monkeypatch)
+        adapting = set(crowd.scheduler.adapted)
+        crowd.run()
+        stale |= crowd.stale & adapting
+        for name, request in crowd.requests.items():
+            length = request.num_tokens - 1
+            assert sorted(crowd.scored[name])[:length] == list(range(length))
+            assert request.num_output_tokens == request.max_tokens or request.output_token_ids[-1] == STOP
+    assert bool(stale) == bool(steps_ahead)
