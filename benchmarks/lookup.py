@@ -2,8 +2,9 @@
 
     python benchmarks/lookup.py --texts DIR --json OUT.json --plot OUT.png --recall-plot RECALL.png
 
-Cost: milliseconds of one query and layer (median over rounds, the ways in turn) with random keys, against the length of the
-memory. `all` is vLLM's own kernel over every key; the others find the best keys and attend to them. Prefill is one chunk.
+Cost: milliseconds of one query and layer (median over rounds, the ways in turn) with random keys in blocks that lie anywhere
+in the pool, as after some traffic, against the length of the memory. `all` is vLLM's own kernel over every key; the others find
+the best keys and attend to them. Prefill is one chunk.
 
 Recall: the model reads every text of `--texts` in windows of its trained length. Each `--recall-lengths` first tokens are the
 memory of the window that follows, whose queries see it as LongLLaMA does. recall@k is the share of the k exactly best keys
@@ -33,6 +34,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm_longctx.attention import retrieval
 from vllm_longctx.attention.retrieval import Codes, Memory, Pages, attend_best, best_blocks, recall, top_k
 from vllm_longctx.attention.scratch import as_kernel_cache, packed_order
+from vllm_longctx.attention.selection import cdiv
 from vllm_longctx.cli.engine import console, model_path, plot
 from vllm_longctx.cli.score import tokenize
 
@@ -52,13 +54,14 @@ class Shape:
         return self.head_size**-0.5
 
 
-def empty_memory(shape: Shape, length: int, dtype: torch.dtype) -> Memory:
-    """A memory of `length` tokens, in blocks that follow each other, with nothing in it."""
-    blocks = -(-length // BLOCK_SIZE)
+def empty_memory(shape: Shape, length: int, dtype: torch.dtype, scattered: bool = False) -> Memory:
+    """A memory of `length` tokens with nothing in it, in blocks that follow each other or lie anywhere."""
+    blocks = cdiv(length, BLOCK_SIZE)
     cache = torch.zeros(blocks, shape.kv_heads, BLOCK_SIZE, 2 * shape.head_size, dtype=dtype)
     places = packed_order(BLOCK_SIZE, shape.head_size, dtype, isa(shape, dtype))
     codes = Codes.empty(blocks, shape.kv_heads, BLOCK_SIZE, shape.head_size)
-    return Memory(Pages(cache, places), torch.arange(blocks), 0, length, codes)
+    table = torch.randperm(blocks) if scattered else torch.arange(blocks)
+    return Memory(Pages(cache, places), table, 0, length, codes)
 
 
 def isa(shape: Shape, dtype: torch.dtype) -> str:
@@ -109,7 +112,7 @@ def kernel_attention(query: Tensor, memory: Memory, shape: Shape) -> Callable[[]
 
 def costs(shape: Shape, length: int, queries: int, k: int, share: float, dtype: torch.dtype, rounds: int) -> dict[str, float]:
     """Milliseconds of one lookup and the attention over what it found, by way."""
-    memory = empty_memory(shape, length, dtype)
+    memory = empty_memory(shape, length, dtype, scattered=True)
     memory.pages.cache.normal_()
     assert memory.codes is not None
     memory.codes.summarise(memory.pages, memory.blocks)

@@ -311,7 +311,6 @@ def test_vllms_own_warm_up_steps_have_no_windows(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("attention", "kwargs", "v2", "message"),
     [
-        ({"memory_limit_gib": 1}, {}, True, "attention.memory_limit_gib does not run on CUDA yet; leave it out"),
         ({}, {"kv_cache_dtype": "fp8"}, True, "not run on CUDA with this setting: kv_cache_dtype = 'fp8'; leave it at 'auto'"),
         (
             {},

@@ -17,6 +17,8 @@ from gpu.report import Record
 from gpu.run_all import Setting, Stage
 from typer.testing import CliRunner
 
+from vllm_longctx.focused import host_memory
+
 H100, H200 = Setting(False, 79 * GIB), Setting(False, 139 * GIB)
 QUICK = Setting(True, 6 * GIB, cuda=False)
 
@@ -276,12 +278,19 @@ def interpretable(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.Pool.of.cache_clear()
 
 
-@pytest.mark.usefixtures("interpretable", "one_thread")
-@pytest.mark.parametrize("stage", ["decode", "prefill", "lookup"])
-def test_a_kernel_stage_runs_as_planned(stage: str, tmp_path: Path) -> None:
+@pytest.fixture
+def one_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of host and device."""
+    monkeypatch.setattr(host_memory, "mapped", lambda pages: pages)
+    monkeypatch.setattr(host_memory.HostMemory, "release", lambda self: None)
+
+
+@pytest.mark.usefixtures("interpretable", "one_thread", "one_memory")
+@pytest.mark.parametrize(("stage", "length"), [("decode", 200), ("prefill", 200), ("lookup", 200), ("memory", 700)])
+def test_a_kernel_stage_runs_as_planned(stage: str, length: int, tmp_path: Path) -> None:
     record = Record(tmp_path / "a.json")
     planned = next(row for row in getattr(kernels, f"{stage}_plan")(QUICK) if row["shape"] == TINY_GQA.name)
-    small = {**planned, "length": 200, **({"queries": 32} if "queries" in planned else {})}
+    small = {**planned, "length": length, **({"queries": min(planned["queries"], 32)} if "queries" in planned else {})}
     getattr(kernels, stage)(record, [small], QUICK)
     (row,) = record.rows
     times = [value for name, value in row.items() if name.endswith("_ms")]
@@ -302,6 +311,9 @@ def test_a_kernel_check_passes_and_sees_a_wrong_distance(queries: int, monkeypat
     assert checks.lambda_error(small, torch.float16, 3000, queries) > tolerated
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "one_memory")
 def test_a_kernel_check_of_the_lookup_passes() -> None:
-    assert checks.lookup_error(TINY_GQA, torch.float16, 700, 1) < 1e-3
+    torch.manual_seed(0)
+    found = checks.lookup_error(TINY_GQA, torch.float16, 700, 1)
+    torch.manual_seed(0)
+    assert checks.CHECKS["lookup in host memory"](TINY_GQA, torch.float16, 700, 1) == found < 1e-3

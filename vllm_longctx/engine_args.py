@@ -100,7 +100,6 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     if args.scheduler_cls not in (None, scheduler):
         raise LongContextError(f"scheduler_cls = {args.scheduler_cls!r}, but longctx needs its own; leave scheduler_cls out")
     if on_cuda:
-        check_ready_on_cuda(config)
         _choose_cuda_backend(args)
     args.worker_cls, args.scheduler_cls = worker, scheduler
     if config.adaptation is not None:
@@ -136,19 +135,6 @@ def _check_capability(needed: DeviceCapability, what: str, remedy: str) -> None:
             f"the compute capability of {current_platform.get_device_name()} is {version}, but {what} needs "
             f"{needed.as_version_str()} or newer; {remedy}"
         )
-
-
-def check_ready_on_cuda(config: LongContextConfig) -> None:
-    """Raises LongContextError for a method that runs on the CPU only so far."""
-    missing = {
-        "attention.memory_limit_gib": config.attention.memory_limit_gib is not None,
-    }
-    for method, asked in missing.items():
-        if asked:
-            raise LongContextError(
-                f"{method} does not run on CUDA yet; leave it out, or run on vLLM's CPU platform. On CUDA there are "
-                "attention.method lm_infinite, streaming and focused"
-            )
 
 
 def _choose_cuda_backend(args: EngineArgs) -> None:
@@ -371,7 +357,7 @@ def _asked_for(config: LongContextConfig) -> str:
 
 def _check_settings_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -> None:
     """Raises LongContextError naming an engine setting that does not go with stepped windows, or a top-k branch, there."""
-    cache, looks_up = vllm_config.cache_config, config.attention.top_k is not None
+    cache, looks_up, limit = vllm_config.cache_config, config.attention.top_k is not None, config.attention.memory_limit_gib
     asked = "attention.top_k" if config.attention.lookup is None else "attention.lookup"
     refused = {
         "the Model Runner V1 is chosen; leave VLLM_USE_V2_MODEL_RUNNER out": not vllm_config.use_v2_model_runner,
@@ -379,6 +365,9 @@ def _check_settings_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) 
         "microbatches are on; leave enable_dbo and ubatch_size out": vllm_config.parallel_config.use_ubatching,
         f"block_size = {cache.block_size}; with {asked} give a power of two": (
             looks_up and cache.block_size & (cache.block_size - 1) != 0
+        ),
+        f"attention.memory_limit_gib = {limit}, where vLLM has no pinned host memory that the GPU can address; leave it out": (
+            limit is not None and not current_platform.is_pin_memory_available()
         ),
     }
     for setting, holds in refused.items():
@@ -449,9 +438,10 @@ def _fit_memory(config: LongContextConfig, vllm_config: VllmConfig, blocks: int)
     attention, model = config.attention, vllm_config.model_config
     assert attention.mem_layers is not None
     if len(attention.mem_layers) == model.get_total_num_hidden_layers():
+        room = "gpu_memory_utilization" if current_platform.is_cuda() else "VLLM_CPU_KVCACHE_SPACE"
         raise LongContextError(
             f"attention.memory_limit_gib = {attention.memory_limit_gib} with memory in every layer leaves nothing in vLLM's "
-            "pool; leave it out, and give that pool the room (VLLM_CPU_KVCACHE_SPACE)"
+            f"pool; leave it out, and give that pool the room ({room})"
         )
     block_size = vllm_config.cache_config.block_size
     tokens = (blocks - 1) * block_size

@@ -354,6 +354,11 @@ class MemorySpec(FullAttentionSpec):
         return specs[0]
 
 
+def blocks_apart(spec: KVCacheSpec) -> int:
+    """Blocks of the pool that the spec's layers have to themselves, 0 if they share vLLM's."""
+    return (isinstance(spec, MemorySpec) and spec.memory_blocks) or 0
+
+
 class MemoryManager(FullAttentionManager):
     """Publishes closed windows, whose keys are un-rotated, where another prompt would have been cut into the same windows.
 

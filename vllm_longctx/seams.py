@@ -248,8 +248,9 @@ SEAMS = [
         "0018-block-hashes-of-a-request.diff",
     ),
     Seam(
-        "SingleTypeKVCacheManager.block_pool (another one), Attention.kv_cache (replaced after allocation)",
-        "kv_cache.py, worker.py",
+        "SingleTypeKVCacheManager.block_pool (another one), Attention.kv_cache (replaced after allocation); on CUDA the model "
+        "runner's KVCacheConfig.num_blocks (lowered)",
+        "kv_cache.py, worker.py, focused/host_memory.py",
         "a pool of their own, in host memory, for layers that keep everything",
         _all(
             _takes("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager", "block_pool"),

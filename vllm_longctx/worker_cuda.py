@@ -15,8 +15,9 @@ from vllm_longctx.attention.cuda import LambdaBackend, LambdaImpl
 from vllm_longctx.attention.cuda_focused import LookupBackend, SteppedBackend, SteppedImpl, pool_beside_lookups
 from vllm_longctx.attention.cuda_top_k import TopKBackend, TopKImpl
 from vllm_longctx.attention.memory import Lookup, TopK
-from vllm_longctx.config import LongContextConfig, active_config
-from vllm_longctx.engine_args import trained_length
+from vllm_longctx.config import LongContextConfig, LongContextError, active_config
+from vllm_longctx.engine_args import memory_blocks, trained_length
+from vllm_longctx.focused.host_memory import HostMemory, check_host_memory, keep_apart
 from vllm_longctx.focused.worker_cuda import FocusedCUDARunner, TopKCUDARunner
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, MiddleSpec, SteppedSpec, WindowSpec
@@ -25,7 +26,10 @@ from vllm_longctx.rotary import NoRotation, Rotary
 
 
 class LongContextCUDAWorker(Worker):
+    host_memory: HostMemory | None = None
+
     def init_device(self) -> None:
+        check_host_memory(self.vllm_config)
         super().init_device()
         config = active_config(self.vllm_config)
         if config.windows is not None or config.top_k_layers:
@@ -41,16 +45,33 @@ class LongContextCUDAWorker(Worker):
 
     def determine_available_memory(self) -> int:
         available = super().determine_available_memory()
-        if self.cache_config.kv_cache_memory_bytes:  # as the user says
+        config = active_config(self.vllm_config)
+        lookup, limit = lookup_of(config), config.attention.memory_limit_gib
+        if lookup is None or self.cache_config.kv_cache_memory_bytes:  # then the user has said what the KV cache gets
             return available
-        return pool_beside_lookups(available, lookup_of(active_config(self.vllm_config)), self.model_config.dtype.itemsize)
+        left = pool_beside_lookups(available, lookup, self.model_config.dtype.itemsize, self.get_kv_cache_spec().values())
+        if left <= 0:
+            remedy = "" if limit is None else f", or lower attention.memory_limit_gib = {limit}, whose summaries are among them"
+            raise LongContextError(
+                f"lookups need {(available - left) / 2**30:.2f} GiB of GPU memory, but beside the model there are "
+                f"{available / 2**30:.2f} GiB for them and the KV cache; raise gpu_memory_utilization{remedy}"
+            )
+        return left
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
         if isinstance(self.model_runner, FocusedCUDARunner):
+            layers = self.vllm_config.compilation_config.static_forward_context
+            self.host_memory = keep_apart(layers, self.model_runner.kv_cache_config)
             self.model_runner.look_into_memory()
         elif isinstance(self.model_runner, TopKCUDARunner):
             self.model_runner.warm_up()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.host_memory is not None:
+            self.host_memory.release()
+            self.host_memory = None
 
 
 def take_over_attention(model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -58,7 +79,7 @@ def take_over_attention(model: nn.Module, vllm_config: VllmConfig, device: torch
     layers, parents, rotary = take_over_rotary(model, vllm_config, LambdaImpl)
     config = active_config(vllm_config)
     if config.windows is not None:
-        take_over_focused(layers, parents, config, rotary, device, vllm_config.max_concurrent_batches)
+        take_over_focused(layers, parents, vllm_config, rotary, device)
         return
     if config.slides:
         take_over_lambda(layers, config, rotary, device)
@@ -88,20 +109,18 @@ def take_over_lambda(
 def take_over_focused(
     layers: dict[str, Attention],
     parents: dict[str, nn.Module],
-    config: LongContextConfig,
+    vllm_config: VllmConfig,
     rotary: Rotary | None,
     device: torch.device,
-    steps: int,
 ) -> None:
-    """Memory layers keep all blocks, the others those of the window. A memory layer that sees all is plain attention.
-
-    steps: that may be under way at once.
-    """
+    """Memory layers keep all blocks, the others those of the window. A memory layer that sees all is plain attention."""
+    config = active_config(vllm_config)
     windows, attention, lookup = config.windows, config.attention, lookup_of(config)
     assert windows is not None and attention.mem_layers is not None
+    steps, blocks = vllm_config.max_concurrent_batches, memory_blocks(config, vllm_config)
     window = with_spec(SteppedBackend, lambda spec: WindowSpec.of(spec, windows, steps))
     seen = LambdaBackend if lookup is None else LookupBackend
-    memory = with_spec(seen, lambda spec: MemorySpec.of(spec, windows, None))
+    memory = with_spec(seen, lambda spec: MemorySpec.of(spec, windows, blocks))
     for name, layer in layers.items():
         layer.impl.take_over(Geometry(), rotary, device)
         is_memory = extract_layer_index(name) in attention.mem_layers

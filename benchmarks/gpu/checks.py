@@ -10,12 +10,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from gpu.kernels import Plan, device, integers, of_name, shapes, turns, view_of
+from gpu.kernels import Plan, device, in_host_memory, integers, of_name, shapes, turns, view_of
 from gpu.models import N_GLOBAL, Shape
 from torch import Tensor
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from gpu.report import Record
     from gpu.run_all import Setting
 
+Run = Callable[[Shape, Tensor, Tensor, Tensor, int], Tensor]
 ROOT = Path(__file__).parents[2]
 BLOCK_SIZE = 32
 SAMPLED = 4  # queries of a chunk that are compared
@@ -69,7 +72,7 @@ def checks_plan(setting: "Setting") -> Plan:
     for s, dtype in itertools.product(shapes(setting), ("float16", "bfloat16")):
         lengths = (s.trained // 2, 4 * s.trained, 1 << 20)
         kernels = [("decode", 1, n) for n in lengths] + [("prefill", min(512, s.trained // 4), n) for n in lengths]
-        kernels.append(("lookup", 1, 1 << 17))
+        kernels += [("lookup", 1, 1 << 17), ("lookup in host memory", 1, 1 << 17)]
         plan += [{"kernel": k, "shape": s.name, "dtype": dtype, "length": n, "queries": q} for k, q, n in kernels]
     return plan
 
@@ -80,7 +83,7 @@ def checks(record: "Record", plan: Plan, setting: "Setting") -> None:
     wrong = []
     for row in plan:
         shape, dtype = of_name(setting, row["shape"]), getattr(torch, row["dtype"])
-        check = lookup_error if row["kernel"] == "lookup" else lambda_error
+        check = CHECKS.get(row["kernel"], lambda_error)
         error = check(shape, dtype, row["length"], row["queries"])
         tolerated = ROUNDINGS * torch.finfo(dtype).eps
         record.add(**row, error=error, error_to_tolerance=error / tolerated)
@@ -90,8 +93,11 @@ def checks(record: "Record", plan: Plan, setting: "Setting") -> None:
         raise RuntimeError(f"{len(wrong)} of {len(plan)} checks fail, the first is {wrong[0]}")
 
 
-def lambda_error(shape: Shape, dtype: torch.dtype, length: int, queries: int) -> float:
-    """Of the last `queries` tokens of a text, by the decode kernel if there is one and by the kernel for chunks otherwise."""
+def lambda_error(shape: Shape, dtype: torch.dtype, length: int, queries: int, run: Run | None = None) -> float:
+    """Of the last `queries` tokens of a text, by the decode kernel if there is one and by the kernel for chunks otherwise.
+
+    run: something else, called as `run_lambda` is.
+    """
     from vllm_longctx.attention import reference
     from vllm_longctx.geometry import branches
     from vllm_longctx.rotary import Rotary, inverse_frequencies
@@ -115,7 +121,7 @@ def lambda_error(shape: Shape, dtype: torch.dtype, length: int, queries: int) ->
         Rotary(shape.head_size, shape.head_size, True, frequencies),
     )
     cache, table = paged(key, value, keys_at, length)
-    got = run_lambda(shape, query.to(device()), cache, table, length)
+    got = (run or run_lambda)(shape, query.to(device()), cache, table, length)
     return float((got[sample].cpu().double() - expected).abs().max().nan_to_num(torch.inf))
 
 
@@ -135,8 +141,8 @@ def run_lambda(shape: Shape, query: Tensor, cache: Tensor, table: Tensor, length
     return out
 
 
-def lookup_error(shape: Shape, dtype: torch.dtype, length: int, queries: int) -> float:
-    """Of the attention to a memory's exactly best keys."""
+def lookup_error(shape: Shape, dtype: torch.dtype, length: int, queries: int, apart: bool = False) -> float:
+    """Of the attention to a memory's exactly best keys. apart: in host memory."""
     from vllm_longctx.attention.kernels.lookup import Memories, attend_best
 
     k, group = 64, shape.heads // shape.kv_heads
@@ -144,8 +150,9 @@ def lookup_error(shape: Shape, dtype: torch.dtype, length: int, queries: int) ->
     cache = torch.randn(-(-length // BLOCK_SIZE), BLOCK_SIZE, shape.kv_heads, 2 * shape.head_size, device=device()).to(dtype)
     key_cache, value_cache = cache.chunk(2, -1)
     order = torch.randperm(len(cache), device=device())
-    memories = Memories(key_cache, value_cache, order.int()[None], integers([0]), integers([length]), length)
-    output, _ = attend_best(query, memories, k, shape.scale)
+    with in_host_memory(cache) if apart else nullcontext(cache) as read:
+        memories = Memories(*read.chunk(2, -1), order.int()[None], integers([0]), integers([length]), length)
+        output = attend_best(query, memories, k, shape.scale)[0].cpu().to(device())  # waits
     worst = 0.0
     for head in range(shape.heads):  # one at a time: all in float64 would not fit
         key, value = (x[order, :, head // group].flatten(0, 1)[:length].double() for x in (key_cache, value_cache))
@@ -153,6 +160,9 @@ def lookup_error(shape: Shape, dtype: torch.dtype, length: int, queries: int) ->
         expected = torch.einsum("tk,tkd->td", best.values.softmax(-1), value[best.indices])
         worst = max(worst, float((output[0, :, head].double() - expected).abs().max().nan_to_num(torch.inf)))
     return worst
+
+
+CHECKS = {"lookup": lookup_error, "lookup in host memory": partial(lookup_error, apart=True)}
 
 
 def rotated(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:

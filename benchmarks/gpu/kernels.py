@@ -7,11 +7,12 @@ times the L2 cache, and the calls that are timed read different parts of it, as 
 Bytes are those of the keys and values that the queries see, each counted once: useful traffic, not what was moved.
 """
 
+import contextlib
 import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from gpu.run_all import Setting
 
     from vllm_longctx.attention.kernels.lambda_tile import View
+    from vllm_longctx.attention.kernels.lookup import Summaries
 
 BLOCK_SIZE = 32
 CHUNK = 8192  # queries of a prefill step
@@ -67,6 +69,15 @@ def prefill_plan(setting: "Setting") -> Plan:
 def lookup_plan(setting: "Setting") -> Plan:
     lengths = (4096, 16384) if setting.quick else LOOKUP_LENGTHS
     return [{"shape": s.name, "length": n, "bytes": n * s.layer_kv_bytes} for s in shapes(setting) for n in lengths]
+
+
+def memory_plan(setting: "Setting") -> Plan:
+    length, queries = (4096, (1, 16)) if setting.quick else (1 << 17, (1, 128))
+    every = itertools.product(shapes(setting), queries, {"blocks": SHARE, "top_k": None}.items())
+    return [
+        {"shape": s.name, "queries": n, "lookup": name, "length": length, "k": K, "share": share}
+        for s, n, (name, share) in every
+    ]
 
 
 def flops(shape: Shape, length: int, queries: int) -> int:
@@ -162,14 +173,12 @@ def lambda_prefill_time(pool: "Pool", query: Tensor, length: int, tables: list[T
 
 def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
     """Milliseconds of one query in one memory layer: all keys (FlashAttention), the exact best, the best in few blocks."""
-    from vllm_longctx.attention.kernels.lookup import Memories, Summaries, attend_best
+    from vllm_longctx.attention.kernels.lookup import Memories, attend_best
 
     for name, rows in itertools.groupby(plan, lambda row: row["shape"]):
         shape = of_name(setting, name)
         pool = Pool.of(shape, setting.quick)
-        summaries = Summaries.like(pool.caches[0])
-        for blocks in torch.arange(len(pool.numbers), device=device()).split(1024):
-            summaries.summarise(pool.caches[0], blocks, torch.full_like(blocks, BLOCK_SIZE))
+        summaries = summaries_of(pool)
         query = randn(1, 1, shape.heads, shape.head_size)
         for row in rows:
             length = row["length"]
@@ -184,6 +193,64 @@ def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
             ours = {way: milliseconds([partial(call, t, share) for t in tables]) for way, share in ways.items()}
             flashes = flash_times(pool, query[0], [0, 1], length, min(length, shape.window), tables, shape)
             record.add(**row, k=K, share=SHARE, **ours, **flashes)
+
+
+def summaries_of(pool: "Pool") -> "Summaries":
+    from vllm_longctx.attention.kernels.lookup import Summaries
+
+    summaries = Summaries.like(pool.caches[0])
+    for blocks in torch.arange(len(pool.numbers), device=device()).split(1024):
+        summaries.summarise(pool.caches[0], blocks, torch.full_like(blocks, BLOCK_SIZE))
+    return summaries
+
+
+def memory(record: "Record", plan: Plan, setting: "Setting") -> None:
+    """Milliseconds of a decode, or of a few queries of a prompt, in a memory layer: its KV on the GPU, and in host memory.
+
+    The window, as long as the trained length, is read whole; summaries are in the GPU's memory both times.
+    """
+    for name, rows in itertools.groupby(plan, lambda row: row["shape"]):
+        shape = of_name(setting, name)
+        pool = Pool.of(shape, setting.quick)
+        summaries = summaries_of(pool)
+        with in_host_memory(pool.numbers) as numbers:
+            for row in rows:
+                tables, query = pool.tables(row["length"], 1, 4), randn(1, row["queries"], shape.heads, shape.head_size)
+                times = {
+                    where: memory_time(p, query, row["length"], tables, shape, summaries, row["share"])
+                    for where, p in (("gpu_ms", pool), ("host_ms", Pool(numbers)))
+                }
+                record.add(**row, window=min(row["length"], shape.trained), **times)
+
+
+def memory_time(
+    pool: "Pool", query: Tensor, length: int, tables: list[Tensor], shape: Shape, summaries: "Summaries", share: float | None
+) -> float:
+    from vllm_longctx.attention.kernels.lookup import Memories, attend_best
+    from vllm_longctx.attention.kernels.stepped import stepped_attention
+
+    start, out, queries = max(length - shape.trained, 0), torch.empty_like(query[0]), query.shape[1]
+    zeros, starts, lens, tokens = (integers(values) for values in ([0], [start], [length], [0, queries]))
+
+    def call(table: Tensor) -> None:
+        memories = Memories(*pool.caches, table, zeros, starts, start, summaries)
+        best, lse = attend_best(query, memories, K, shape.scale, share)
+        stepped_attention(query[0], *pool.caches, table, starts, lens, tokens, queries, shape.scale, out, (best[0], lse[0]))
+
+    return milliseconds([partial(call, t) for t in tables])
+
+
+@contextlib.contextmanager
+def in_host_memory(x: Tensor) -> Iterator[Tensor]:
+    """x, contiguous, copied to where `memory_limit_gib` keeps KV."""
+    from vllm_longctx.focused.host_memory import HostMemory
+
+    memory = HostMemory(x.nbytes)
+    memory.pages.copy_(x.flatten().view(torch.int8))
+    try:
+        yield memory.on_device.view(x.dtype).view(x.shape)
+    finally:
+        memory.release()
 
 
 def milliseconds(calls: Sequence[Callable[[], Any]], rounds: int = 7) -> float:

@@ -188,11 +188,13 @@ def rows_table(rows: list[Row]) -> str:
 
 
 def readable(row: Row, copy: float | None) -> Row:
-    """Memory in GiB; of a kernel's decode the share of the copy bandwidth."""
+    """Memory in GiB; of a kernel's decode the share of the copy bandwidth; how much faster the other way is."""
     memory = ("kv_bytes", "used_bytes")
     result = {k.replace("bytes", "GiB") if k in memory else k: v / GIB if k in memory else v for k, v in row.items()}
     if copy and "splits" in row:
         result["of_copy"] = bandwidth_share(row, copy)
+    if "flash_merge_ms" in row:
+        result["FlashAttention + LSE merge, × our kernel"] = row["longctx_ms"] / row["flash_merge_ms"]
     return result
 
 

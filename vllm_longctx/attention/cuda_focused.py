@@ -6,6 +6,7 @@ the other layers, and where queries look up the best keys, a kernel takes the ke
 are vLLM's own; where windows start comes in one tensor per step.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,12 +22,13 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from vllm_longctx.attention.cuda import LambdaBackend, LambdaImpl
 from vllm_longctx.attention.kernels.lookup import WORKSPACE, Memories, Summaries, attend_best
 from vllm_longctx.attention.kernels.stepped import stepped_attention
 from vllm_longctx.attention.memory import ClosedWindow, Lookup
+from vllm_longctx.kv_cache import blocks_apart
 from vllm_longctx.rotary import Rotary
 
 
@@ -233,11 +235,22 @@ def remember(kv_cache: Tensor, window: ClosedWindow, rotary: Rotary | None, mem_
     by_token[blocks, offsets] = torch.cat((keys, values), -1).to(mem_dtype).to(kv_cache.dtype)
 
 
-def pool_beside_lookups(available: int, lookup: Lookup | None, element_size: int) -> int:
-    """What is left for the KV cache of `available` bytes: lookups need workspaces, and summaries a byte per key element."""
+def pool_beside_lookups(available: int, lookup: Lookup | None, element_size: int, specs: Iterable[KVCacheSpec] = ()) -> int:
+    """What is left for the KV cache of `available` bytes: lookups need workspaces, and summaries a byte per key element.
+
+    specs: of all layers. The summaries of a memory apart are here too, though its KV is not; without such, they grow with the
+    pool.
+    """
     if lookup is None:
         return available
     available -= 4 * WORKSPACE * 8
-    if lookup.share is not None:
-        available = available * 2 * element_size // (2 * element_size + 1) - (available >> 8)  # and their steps
-    return available
+    if lookup.share is None:
+        return available
+    apart = [
+        Summaries.nbytes(blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
+        for spec in specs
+        if (blocks := blocks_apart(spec))
+    ]
+    if apart:
+        return available - sum(apart)
+    return available * 2 * element_size // (2 * element_size + 1) - (available >> 8)  # and their steps

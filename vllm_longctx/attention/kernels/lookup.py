@@ -41,6 +41,10 @@ class Summaries:
         codes = torch.zeros(key_cache.shape, dtype=torch.int8, device=key_cache.device)
         return cls(codes, torch.zeros(num_blocks, kv_heads, device=key_cache.device))
 
+    @staticmethod
+    def nbytes(num_blocks: int, block_size: int, kv_heads: int, head_size: int) -> int:
+        return num_blocks * kv_heads * (block_size * head_size + 4)
+
     def summarise(self, key_cache: Tensor, blocks: Tensor, filled: Tensor) -> None:
         """Write the codes of blocks, int64 [n], whose first `filled` keys, int64 [n], are there."""
         keys = key_cache[blocks].float()
