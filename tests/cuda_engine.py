@@ -37,10 +37,11 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker import gpu as v2
-from vllm.v1.worker.gpu import buffer_utils
+from vllm.v1.worker.gpu import attn_utils, buffer_utils
 
 from vllm_longctx.focused.worker_cuda import FocusedCUDARunner, TopKCUDARunner
 from vllm_longctx.worker_cuda import take_over_attention
@@ -116,6 +117,36 @@ def to_cpu(config: VllmConfig) -> VllmConfig:
     """As for CUDA, but models are loaded to the CPU."""
     config.device_config.device, config.load_config.device, config.load_config.load_format = CPU, "cpu", "auto"
     return config
+
+
+def places(firsts: list[int], ends: list[int], tables: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of a step's tokens, first .. end - 1 of each request: positions [tokens], and slots by the tables [groups, tokens]."""
+    positions = torch.cat([torch.arange(first, end) for first, end in zip(firsts, ends, strict=True)])
+    row = torch.repeat_interleave(torch.arange(len(ends)), torch.tensor(ends) - torch.tensor(firsts))
+    slots = [t[row, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE for t in tables]
+    return positions, torch.stack(slots)
+
+
+def metadata_of(
+    attn_groups: Any, pool: KVCacheConfig, firsts: list[int], ends: list[int], tables: Any, slots: Tensor
+) -> dict[str, Any]:
+    """Of such a step, as the Model Runner V2 has it made; by layer."""
+    lens = [end - first for first, end in zip(firsts, ends, strict=True)]
+    starts = torch.tensor([0, *lens]).cumsum(0).int()
+    return attn_utils.build_attn_metadata(
+        attn_groups,
+        num_reqs=len(lens),
+        num_tokens=sum(lens),
+        query_start_loc_gpu=starts,
+        query_start_loc_cpu=starts,
+        max_query_len=max(lens),
+        seq_lens=torch.tensor(ends, dtype=torch.int32),
+        max_seq_len=max(ends),
+        block_tables=tables,
+        slot_mappings=slots,
+        kv_cache_config=pool,
+        positions=torch.cat([torch.arange(first, end) for first, end in zip(firsts, ends, strict=True)]),
+    )
 
 
 class Core:

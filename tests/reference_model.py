@@ -1,8 +1,9 @@
 """Dense float64 decoders for tests: every layer attends by `attention.reference`, literally."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -57,6 +58,13 @@ def with_top_k(geometry: Geometry, prompt_length: int, layers: range, top_k: int
         return by_position, True
 
     return seen
+
+
+def official_top_k(case: Mapping[str, Any]) -> dict[str, Any]:
+    """`attention` for what the case.json of a golden says of the official LM-Infinite code with its top-k branch."""
+    names = {"n_global": "global_branch", "n_local": "local_branch", "distance_ceiling": "limit_distance"}
+    names |= {"top_k": "top_k_attention"} | {name: name for name in ("top_k_insert_at", "top_k_from_layer", "top_k_to_layer")}
+    return {ours: case[theirs] for ours, theirs in names.items()}
 
 
 class Reference:

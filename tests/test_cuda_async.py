@@ -28,17 +28,18 @@ from vllm_longctx.adaptation import scheduler
 from vllm_longctx.adaptation.messages import Began, Begin, Drop, Failed, Report, Restarted, Resume, Save, Train, Trained
 from vllm_longctx.adaptation.scheduler import AsyncTempLoraScheduler, TempLoraScheduler
 from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, Pass, SlotUse, Weights
-from vllm_longctx.kv_cache import SteppedSpec
+from vllm_longctx.config import active_config
+from vllm_longctx.kv_cache import LambdaSpec, SteppedSpec
 
-STOP, VOCABULARY, NUM_BLOCKS, SEEDS = 7, 40, 14, 20
-SIZES = {"block_tokens": 16, "window_tokens": 48, "context_tokens": 20, "keep_first": 3, "rank": 4, "slots": 2}
+STOP, VOCABULARY, SEEDS = 7, 40, 20
+NUM_BLOCKS = {"stepped": 12, "keep": 10}  # so few that requests which do not adapt are preempted
+SIZES, WINDOW = {"block_tokens": 16, "rank": 4, "slots": 2}, {"window_tokens": 48, "context_tokens": 20, "keep_first": 3}
 SETTINGS = {
     "dtype": "float32",
     "block_size": BLOCK_SIZE,
     "max_model_len": 256,
     "max_num_seqs": 4,
     "max_num_batched_tokens": 24,
-    "num_gpu_blocks_override": NUM_BLOCKS,
 }
 
 
@@ -77,7 +78,7 @@ class Trainer:
         self.jobs: deque[tuple[int, Any]] = deque()
         self.made: dict[int, int] = {}  # by owner: a digest of its weights
         self.saved: dict[str, tuple[int, int]] = {}
-        self.resumed: list[Report] = []
+        self.reports: list[Report] = []
 
     def start(self) -> None: ...
 
@@ -85,7 +86,10 @@ class Trainer:
         if isinstance(job, Resume):  # else it may come when its request has ended, and with that what it wants saved
             owner, version, self.made[owner] = self.slots.held[job.slot, job.bank]
             assert (owner, version) == (job.owner, job.version)
-            self.resumed.append(Began(owner))
+            self.reports.append(Began(owner))
+            return
+        if not self.jobs and self.rng.random() < 0.5:  # at once, before anybody hears of it
+            self.reports += self._do(job)
             return
         at = self.jobs[-1][0] if self.jobs else self.polls
         self.jobs.append((at + self.rng.randrange(4), job))
@@ -95,8 +99,8 @@ class Trainer:
         if self.polls == self.restart_at:
             gone = {job.owner for _, job in self.jobs if isinstance(job, Drop)}  # what they want saved is not lost here
             self.jobs = deque((at, job) for at, job in self.jobs if job.owner in gone)
-            return [Restarted()]
-        reports, self.resumed = self.resumed, []
+            self.reports = [Restarted()]
+        reports, self.reports = self.reports, []
         while self.jobs and self.jobs[0][0] <= self.polls:
             reports += self._do(self.jobs.popleft()[1])
         return reports
@@ -129,7 +133,7 @@ class Crowd(Core):
     scored: by request and position, what was computed there first.
     """
 
-    abort_rate, reset_rate = 0.005, 0.0  # per step
+    abort_rate, reset_rate = 0.01, 0.0  # per step
 
     def __init__(self, config: VllmConfig, seed: int, steps_ahead: int, monkeypatch: pytest.MonkeyPatch):
         rng, self.timing = random.Random(seed), random.Random(f"{seed} {steps_ahead}")
@@ -138,8 +142,11 @@ class Crowd(Core):
         monkeypatch.setattr(scheduler, "trainer_client", lambda *args: self.trainer)
         cls = (TempLoraScheduler, AsyncTempLoraScheduler)[steps_ahead]
         full = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
-        spec = SteppedSpec.from_attention_spec(full, 64)
-        pool = KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)])
+        self.geometry, slides = active_config(config).geometry, active_config(config).slides
+        spec: Any = SteppedSpec.from_attention_spec(full, 64)
+        if slides:
+            spec = LambdaSpec.from_attention_spec(full, self.geometry)
+        pool = KVCacheConfig(config.cache_config.num_gpu_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
         super().__init__(cls(config, pool, MagicMock(), BLOCK_SIZE, log_stats=True), steps_ahead)
         self.texts: dict[str, list[int]] = {}
         self.tables: dict[str, list[int]] = {}
@@ -153,13 +160,13 @@ class Crowd(Core):
                 "temp_lora": True,
                 "block_tokens": rng.choice([16, 17, 24]),
                 "update_mode": rng.choice(["cascaded", "parallel"]),
-                "kv_policy": rng.choice(["reuse", "recompute"]),
+                "kv_policy": "keep" if slides else rng.choice(["reuse", "recompute"]),
                 "epochs": rng.choice([0, 1, 1]),
                 "train_on_prompt": rng.random() < 0.7,
                 **({"save_as": f"{number}"} if rng.random() < 0.5 else {}),
                 **({"start_from": "old"} if rng.random() < 0.3 else {}),
             }
-            adapts = {"longctx": options} if rng.random() < 0.7 else None
+            adapts = {"longctx": options} if rng.random() < 0.6 else None
             stop = [STOP] if rng.random() < 0.5 else None
             prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 100))]
             new = rng.choice([1, 2, rng.randrange(1, 60)])
@@ -198,18 +205,25 @@ class Crowd(Core):
             assert block
             return block * BLOCK_SIZE + position % BLOCK_SIZE
 
+        def seen(position: int) -> list[tuple[str, int, int]]:
+            n_global, window = self.geometry.n_global, 0
+            if self.geometry.n_local is not None:
+                window = max(position - self.geometry.n_local + 1, 0)
+            where = [*range(first, min(n_global, window)), *range(max(first, window), position + 1)]
+            found = [self.kv[place(q)] for q in where]
+            assert [entry[:2] for entry in found] == [(name, q) for q in where]
+            return found
+
         for position in positions:
             token = text[position if position >= start else position - first]
             self.kv[place(position)] = name, position, digest(token, weights)
             if position >= frontier:
-                computed = digest(weights, [self.kv[place(q)] for q in range(first, position + 1)])
+                computed = digest(weights, seen(position))
                 assert name not in self.slots or position not in self.scored[name]
                 assert self.scored[name].setdefault(position, computed) == computed
         if positions.stop < len(text):
             return []
-        seen = [self.kv[place(q)] for q in range(first, positions.stop)]
-        assert [entry[:2] for entry in seen] == [(name, q) for q in range(first, positions.stop)]
-        text.append(digest(seen) % VOCABULARY)
+        text.append(digest(seen(positions[-1])) % VOCABULARY)
         return text[-1:]
 
     def run(self) -> None:
@@ -225,19 +239,23 @@ class Crowd(Core):
         while self.trainer.jobs:
             self.trainer.poll()
         assert sorted(self.scheduler.free_slots) == [0, 1] and not self.trainer.slots.held
-        assert self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
+        pool = self.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
 
 
-@pytest.fixture
-def configs(gpu: type, small_llama: Path, tmp_path: Path) -> list[VllmConfig]:  # noqa: F811
+@pytest.fixture(params=["stepped", "keep"])
+def configs(request: pytest.FixtureRequest, gpu: type, small_llama: Path, tmp_path: Path) -> list[VllmConfig]:  # noqa: F811
     """Without and with a step ahead."""
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "adapter_config.json").write_text('{"r": 4}')
     adaptation: dict[str, Any] = {**SIZES, "trainer": {"device": "cpu"}, "adapters_root": str(tmp_path)}
-    section = {"attention": {"method": "none"}, "adaptation": adaptation}
-    made = [create(small_llama, {"longctx": section}, **SETTINGS, async_scheduling=ahead) for ahead in (False, True)]
+    section = {"attention": {"n_local": 24, "n_global": 5, "distance_ceiling": 30}, "adaptation": adaptation}
+    if request.param == "stepped":
+        section = {"attention": {"method": "none"}, "adaptation": {**adaptation, **WINDOW}}
+    settings = {**SETTINGS, "num_gpu_blocks_override": NUM_BLOCKS[request.param]}
+    made = [create(small_llama, {"longctx": section}, **settings, async_scheduling=ahead) for ahead in (False, True)]
     for config in made:
-        config.cache_config.num_gpu_blocks = NUM_BLOCKS
+        config.cache_config.num_gpu_blocks = NUM_BLOCKS[request.param]
     return made
 
 

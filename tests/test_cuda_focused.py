@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_engine import Engine as WholeEngine
-from cuda_engine import host, no_gpu_memory, small_llama, text  # noqa: F401 (fixtures)
+from cuda_engine import host, metadata_of, no_gpu_memory, places, small_llama, text  # noqa: F401 (fixtures)
 from reference_model import focused
 from test_cuda import SCALE, gpu, one_rank, stock_cache_update  # noqa: F401 (fixtures)
 from test_engine_args import TINY, create, save
@@ -148,9 +148,7 @@ class Engine:
             self.open[name], self.computed[name] = start, end
         rows = [list(self.prompts).index(name) for name in names]
         tables = [table[rows] for table in self.tables]
-        positions = torch.cat([torch.arange(f, e) for f, e in zip(first, ends, strict=True)])
-        row = torch.repeat_interleave(torch.arange(len(names)), torch.tensor(lens))
-        slots = torch.stack([t[row, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE for t in tables])
+        positions, slots = places(first, ends, tables)
         count = len(positions)
         batch = SimpleNamespace(
             req_ids=names,
@@ -162,21 +160,7 @@ class Engine:
         )
         self.runner.prepare_inputs(SimpleNamespace(**{ATTRIBUTE: windows}), batch)
         tables, slots = self.runner.prepare_attn(batch)
-        query_starts = torch.tensor([0, *lens]).cumsum(0).int()
-        metadata = attn_utils.build_attn_metadata(
-            self.attn_groups,
-            num_reqs=len(names),
-            num_tokens=count,
-            query_start_loc_gpu=query_starts,
-            query_start_loc_cpu=query_starts,
-            max_query_len=max(lens),
-            seq_lens=torch.tensor(ends, dtype=torch.int32),
-            max_seq_len=max(ends),
-            block_tables=tables,
-            slot_mappings=slots,
-            kv_cache_config=self.kv_cache_config,
-            positions=positions,
-        )
+        metadata = metadata_of(self.attn_groups, self.kv_cache_config, first, ends, tables, slots)
         seen = self.runner.model_state.prepare_inputs(batch, None)["positions"]
         assert torch.equal(positions, torch.cat([torch.arange(f, e) for f, e in zip(first, ends, strict=True)]))
         by_layer = attn_utils.build_slot_mappings_by_layer(slots, self.kv_cache_config)
@@ -242,18 +226,16 @@ def test_windows_become_memory(attention: dict[str, Any], tiny: Path, monkeypatc
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
 @pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread")
-@pytest.mark.parametrize("attention", LOOKUPS[::2], ids=["all", "blocks"])
-def test_windows_end_with_a_step_under_way(attention: dict[str, Any], small_llama: Path) -> None:  # noqa: F811
+def test_windows_end_with_a_step_under_way(small_llama: Path) -> None:  # noqa: F811
     """So it is preempted, too; found in the prefix cache by the step behind; a request ends whose next step is computed."""
-    windows = SteppedWindows(16, 11)
+    windows, attention = SteppedWindows(16, 11), LOOKUPS[2]
     section = {"attention": {**FOCUSED, "n_local": windows.tokens, **attention}}
     pool = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 40, "max_model_len": 80}
     engine = WholeEngine(small_llama, section, FocusedCUDARunner, [FocusedScheduler, AsyncFocusedScheduler], 1, **pool)
     seen, in_vain = {}, set()
 
     def add(name: str, prompt: list[int], new: int, **params: Any) -> Request:
-        mem_positionals = attention.get("mem_positionals", True)
-        seen[name] = focused(windows, len(prompt), [1], mem_positionals, attention.get("top_k"))
+        seen[name] = focused(windows, len(prompt), [1], best=attention["top_k"])
         return engine.add(name, prompt, max_tokens=new, **params)
 
     with set_current_vllm_config(engine.config):

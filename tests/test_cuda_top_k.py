@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from cuda_engine import Engine as WholeEngine
-from cuda_engine import host, no_gpu_memory, small_llama, text, to_cpu  # noqa: F401 (fixtures)
-from reference_model import ReferenceLlama, with_top_k
+from cuda_engine import host, metadata_of, no_gpu_memory, places, small_llama, text, to_cpu  # noqa: F401 (fixtures)
+from reference_model import ReferenceLlama, official_top_k, with_top_k
 from test_cuda import BLOCK_SIZE, CPU, gpu, one_rank, stock_cache_update  # noqa: F401 (fixtures)
 from test_engine_args import create
 from torch import Tensor
@@ -117,28 +117,12 @@ class Engine:
         self.computed.update(zip(names, ends, strict=True))
         count = sum(lens)
         tables = [table[rows] for table in self.tables]
-        positions = torch.cat([torch.arange(f, e) for f, e in zip(first, ends, strict=True)])
-        row = torch.repeat_interleave(torch.arange(len(names)), torch.tensor(lens))
-        slots = torch.stack([t[row, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE for t in tables])
+        positions, slots = places(first, ends, tables)
         batch = SimpleNamespace(
             num_computed_tokens_np=np.array(first, dtype=np.int32), idx_mapping_np=np.array(rows), attn=(tables, slots)
         )
         tables, slots = self.runner.prepare_attn(batch)
-        starts = torch.tensor([0, *lens]).cumsum(0).int()
-        metadata = attn_utils.build_attn_metadata(
-            self.attn_groups,
-            num_reqs=len(names),
-            num_tokens=count,
-            query_start_loc_gpu=starts,
-            query_start_loc_cpu=starts,
-            max_query_len=max(lens),
-            seq_lens=torch.tensor(ends, dtype=torch.int32),
-            max_seq_len=max(ends),
-            block_tables=tables,
-            slot_mappings=slots,
-            kv_cache_config=self.kv_cache_config,
-            positions=positions,
-        )
+        metadata = metadata_of(self.attn_groups, self.kv_cache_config, first, ends, tables, slots)
         self.looked_up = {name for name, of_layer in metadata.items() if getattr(of_layer, "middles", None) is not None}
         by_layer = attn_utils.build_slot_mappings_by_layer(slots, self.kv_cache_config)
         ids = torch.tensor([i for n, f, e in zip(names, first, ends, strict=True) for i in self.texts[n][f:e]])
@@ -228,16 +212,7 @@ def test_it_is_the_official_code(goldens: Path, monkeypatch: pytest.MonkeyPatch)
     ids, rows = np.load(case / "input_ids.npy").flatten().tolist(), np.load(case / "logprobs.npy")
     length = 160
     expected = torch.from_numpy(rows[np.load(case / "prefix_lengths.npy").tolist().index(length)])
-    attention = {
-        "n_global": p["global_branch"],
-        "n_local": p["local_branch"],
-        "distance_ceiling": p["limit_distance"],
-        "top_k": p["top_k_attention"],
-        "top_k_insert_at": p["top_k_insert_at"],
-        "top_k_from_layer": p["top_k_from_layer"],
-        "top_k_to_layer": p["top_k_to_layer"],
-    }
-    engine = Engine(goldens / "models" / "llama", attention, {"": ids[:length]}, {"": length}, monkeypatch)
+    engine = Engine(goldens / "models" / "llama", official_top_k(p), {"": ids[:length]}, {"": length}, monkeypatch)
     engine.step({"": length - 1})
     assert (engine.step({"": 1})[""][-1] - expected).abs().max() <= 1e-4
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest_engine import a_core_for_each_of_two_ranks, generate, logprobs_of, running, running_here
+from reference_model import official_top_k
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -56,17 +57,8 @@ def test_lm_infinite_with_top_k(goldens: Path) -> None:
     ids = np.load(case / "input_ids.npy").flatten().tolist()
     lengths, rows = np.load(case / "prefix_lengths.npy").tolist(), np.load(case / "logprobs.npy")
     greedy = np.load(case / "greedy_tokens.npy").flatten().tolist()
-    attention = {
-        "n_global": p["global_branch"],
-        "n_local": p["local_branch"],
-        "distance_ceiling": p["limit_distance"],
-        "top_k": p["top_k_attention"],
-        "top_k_insert_at": p["top_k_insert_at"],
-        "top_k_from_layer": p["top_k_from_layer"],
-        "top_k_to_layer": p["top_k_to_layer"],
-    }
     vocab = rows.shape[1]
-    with running_here(goldens / "models" / "llama", attention, max_logprobs=vocab, max_model_len=2048) as llm:
+    with running_here(goldens / "models" / "llama", official_top_k(p), max_logprobs=vocab, max_model_len=2048) as llm:
         outputs = generate(llm, [ids[:n] for n in lengths], 1, logprobs=vocab)
         (written,) = generate(llm, [ids], len(greedy))
     for output, row in zip(outputs, rows, strict=True):
