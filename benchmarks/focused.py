@@ -1,4 +1,4 @@
-"""Tables "What a memory is good for" of the README: Focused Transformers beside other ways to attend, through the real engine.
+"""Tables on memories of benchmarks/README.md: Focused Transformers beside other ways to attend, through the real engine.
 
     python benchmarks/focused.py TASK MODEL [MODEL ...] --json OUT.json --plot OUT.png
 

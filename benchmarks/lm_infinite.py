@@ -1,4 +1,4 @@
-"""Table "Speed" of the README: prefill and decode of LM-Infinite against stock vLLM, side by side in one run.
+"""Table "Speed" of benchmarks/README.md: prefill and decode of LM-Infinite against stock vLLM, side by side in one run.
 
     python benchmarks/lm_infinite.py --json OUT.json --plot OUT.png
     python benchmarks/lm_infinite.py --batch 16 --lengths 1024,32768,131072,1000000 --stock-up-to 0 --json OUT.json

@@ -1,4 +1,4 @@
-"""Tables "Lookup" of the README: what finding a memory's best keys costs, and how many of them `blocks` finds.
+"""Tables "Looking up a memory" of benchmarks/README.md: what finding the best keys costs, and how many `blocks` finds.
 
     python benchmarks/lookup.py --texts DIR --json OUT.json --plot OUT.png --recall-plot RECALL.png
 

@@ -4,7 +4,7 @@
     python benchmarks/train_booklm.py DIR/train DIR/validation OUT --minutes 15 --init vllm_longctx/booklm
     vllm-longctx passkey --model OUT --methods lm-infinite,streaming,window,plain --stock-tokens 4096
 
-More minutes: again with `--init OUT`, until the answers are right. The README's figures had 1.25 million tokens.
+More minutes: again with `--init OUT`, until the answers are right. The figures of benchmarks/README.md had 1.25 million tokens.
 
 Keys are random, so there is none to be learnt by heart; prompts have at most about 350 tokens of booklm, answer included.
 """

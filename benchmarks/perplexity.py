@@ -1,4 +1,4 @@
-"""Table "Reading past the trained length" of the README: NLL per token by position, for each way to attend.
+"""Table "Reading past the trained length" of benchmarks/README.md: NLL per token by position, for each way to attend.
 
     python benchmarks/perplexity.py --texts DIR --json OUT.json --plot OUT.png
 

@@ -1,4 +1,4 @@
-"""Where a decode step's time goes: milliseconds per step by what is done, for the section "Architecture" of the README.
+"""Where a decode step's time goes: milliseconds per step by what is done (README, "Architecture").
 
     python benchmarks/profile_step.py
 

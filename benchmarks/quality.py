@@ -1,4 +1,4 @@
-"""Table "Generation quality" of the README: what is written after long texts, against what the texts really go on with.
+"""Table "Generation quality" of benchmarks/README.md: what is written after long texts against the texts themselves.
 
     python benchmarks/quality.py --texts DIR --json OUT.json --plot OUT.png
 

@@ -1,4 +1,4 @@
-"""Table "Under load" of the README: a real server, 16 clients at once, a fifth of their requests abandoned at random.
+"""Table "Under load" of benchmarks/README.md: a real server, 16 clients at once, a fifth of their requests abandoned at random.
 
     python benchmarks/soak.py --minutes 10 --json OUT.json
 

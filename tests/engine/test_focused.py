@@ -9,11 +9,15 @@ import pytest
 import torch
 from conftest_engine import generate, logprobs_of, metric, prompt, running_here, tokens_of
 from reference_model import Layers, ReferenceLlama, focused, with_top_k
+from transformers import AutoTokenizer
 from vllm import LLM
 from vllm.outputs import RequestOutput
 
+from vllm_longctx.cli.engine import METHODS
+from vllm_longctx.cli.passkey import ANSWER_TOKENS, Task, tells, windows
 from vllm_longctx.geometry import Geometry, SteppedWindows
 
+BOOKLM_MEMORY = Path(__file__).parents[2] / "benchmarks" / "booklm-memory"
 LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 300, 641]
 TOLERANCE = 1e-4
 # Two keys whose scores differ by less are equally good to float32; which of them a lookup takes, shows.
@@ -50,6 +54,19 @@ VARIANTS = {
     "blocks": Variant(SteppedWindows(50, 20), [1, 2], {"lookup": "blocks", "top_k": 5}, {"max_model_len": 2048}),
     "no_positions": Variant(SteppedWindows(128, 40), [0, 1, 2], {"mem_positionals": False}),
 }
+
+
+def test_a_trained_memory_tells_what_no_window_holds() -> None:
+    """A checkpoint as it is, with nothing said to vLLM. In benchmarks/README.md it tells 19 of 20."""
+    task = Task(AutoTokenizer.from_pretrained(BOOKLM_MEMORY, model_max_length=1 << 60))
+    seen = windows(str(BOOKLM_MEMORY), [{"attention": {"method": "focused"}}, METHODS["lm-infinite"]])
+    asked = [trial for trial in task.trials(1500, seen, 8, 0) if trial.place == "outside"]
+    engine = {"skip_tokenizer_init": False, "max_num_batched_tokens": 2048}
+    with running_here(BOOKLM_MEMORY, None, **engine) as llm:
+        outputs = generate(llm, [trial.prompt for trial in asked], ANSWER_TOKENS, detokenize=True)
+    told = [tells(output.outputs[0].text, trial.key) for output, trial in zip(outputs, asked, strict=True)]
+    assert len(told) == 8
+    assert sum(told) >= 6
 
 
 def test_lm_infinite_with_top_k_equals_the_reference(tiny_llama: Path, reference: ReferenceLlama) -> None:
