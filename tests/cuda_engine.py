@@ -163,6 +163,7 @@ class Core:
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[EngineCoreOutput]] = {}
         self.stale: set[str] = set()  # requests that were preempted with a step under way
+        self.in_vain: set[str] = set()  # requests that ended with a step under way
         self.under_way: deque[SchedulerOutput] = deque()
         self.sent: deque[SchedulerOutput] = deque()
 
@@ -191,6 +192,7 @@ class Core:
         for outputs in self.scheduler.update_from_output(output, done).values():
             for one in outputs.outputs:
                 self.outputs[one.request_id].append(one)
+        self.in_vain |= {n for step in self.under_way for n in step.num_scheduled_tokens if n not in self.scheduler.requests}
 
     def compute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """What a worker does in a step."""

@@ -62,8 +62,10 @@ def free_host_bytes() -> int:
 def check_host_memory(vllm_config: VllmConfig) -> None:
     """Before any rank has pinned its own. Raises LongContextError if the host has less than all its ranks ask for."""
     limit = active_config(vllm_config).attention.memory_limit_gib
+    if limit is None:
+        return
     ranks, free = vllm_config.parallel_config.local_world_size, free_host_bytes()
-    if limit is not None and limit * GIB * ranks > free:
+    if limit * GIB * ranks > free:
         of_ranks = "" if ranks == 1 else f" for each of {ranks} ranks"
         raise LongContextError(
             f"attention.memory_limit_gib = {limit}{of_ranks} is to be pinned, but this host has {free / GIB:.1f} GiB free; "
