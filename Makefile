@@ -7,9 +7,15 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: test demo setup lint format fast engine clean
+# Tests marked `slow` are left to `make test-all`.
+SELECTED := -m "not slow"
+
+.PHONY: test test-all demo setup lint format fast engine clean
 
 test: lint fast engine
+
+test-all: SELECTED :=
+test-all: lint fast engine
 
 lint: setup
 	$(BIN)/ruff check .
@@ -17,10 +23,10 @@ lint: setup
 	$(BIN)/mypy
 
 fast: setup
-	$(BIN)/pytest -q --durations 10 tests --ignore tests/engine
+	$(BIN)/pytest -q --durations 20 $(SELECTED) tests --ignore tests/engine
 
 engine: setup
-	$(BIN)/pytest -q --durations 10 tests/engine
+	$(BIN)/pytest -q --durations 20 $(SELECTED) tests/engine
 
 demo: setup
 	$(BIN)/python benchmarks/demo.py
