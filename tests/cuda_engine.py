@@ -43,6 +43,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker import gpu as v2
 from vllm.v1.worker.gpu import attn_utils, buffer_utils
 
+from vllm_longctx.adaptation.lora import with_slots
 from vllm_longctx.focused.worker_cuda import FocusedCUDARunner, TopKCUDARunner
 from vllm_longctx.worker_cuda import take_over_attention
 
@@ -232,7 +233,7 @@ class Engine(Core):
         assert config.scheduler_config.get_scheduler_cls() is schedulers[steps_ahead]
         assert config.max_concurrent_batches == steps_ahead + 1
         with set_current_vllm_config(config):
-            self.runner = runner(config, CPU)
+            self.runner = runner(with_slots(config), CPU)
             self.runner.load_model()
             take_over_attention(self.runner.get_model(), config, CPU)
             if isinstance(self.runner, FocusedCUDARunner):

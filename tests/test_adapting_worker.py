@@ -13,18 +13,18 @@ from test_cuda import CPU, gpu, one_rank  # noqa: F401
 from test_engine_args import create
 from transformers import AutoModelForCausalLM
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_longctx import engine_args
 from vllm_longctx.adaptation import shared, worker_cuda
-from vllm_longctx.adaptation.lora import Adapts
+from vllm_longctx.adaptation.lora import Adapts, with_slots
 from vllm_longctx.adaptation.scheduler import AsyncTempLoraScheduler, TempLoraScheduler
 from vllm_longctx.adaptation.slots import Slots, StaleSlot
-from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, AdaptationStep, SlotsMemory, SlotUse, Weights
+from vllm_longctx.adaptation.step import ATTRIBUTE, AdaptationStep, SlotsMemory, SlotUse, Weights
 from vllm_longctx.adaptation.worker_cuda import AdaptingCUDAWorker, offer, trainer_bytes, why_not
 from vllm_longctx.config import LongContextError, active_config
 
@@ -53,7 +53,9 @@ def test_engine_arguments(gpus: None, tiny_llama: Path, v2: bool, monkeypatch: p
     assert config.scheduler_config.async_scheduling
     assert config.scheduler_config.get_scheduler_cls() is AsyncTempLoraScheduler
     assert adapting(tiny_llama, async_scheduling=False).scheduler_config.get_scheduler_cls() is TempLoraScheduler
-    assert (config.lora_config.max_loras, config.lora_config.max_lora_rank) == (2, 8)
+    assert config.lora_config is None
+    layers = with_slots(config).lora_config
+    assert layers is not None and (layers.max_loras, layers.max_lora_rank) == (2, 8)
     adaptation = active_config(config).adaptation
     assert adaptation is not None and adaptation.kv_policy == "keep"
 
@@ -84,11 +86,12 @@ def test_one_engine_trains_on_a_gpu(gpus: None, tiny_llama: Path) -> None:
 @pytest.mark.parametrize("stock", [GPUModelRunner, GPUModelRunnerV2])
 def test_both_runners_manage_slots(stock: type, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = object.__new__(stock)
-    monkeypatch.setattr(worker_cuda.LongContextCUDAWorker, "_make_model_runner", lambda self: runner)
+    monkeypatch.setattr(Worker, "_make_model_runner", lambda self: runner)
     assert object.__new__(AdaptingCUDAWorker)._make_model_runner() is runner
     assert isinstance(runner, stock) and isinstance(runner, Adapts)
     assert type(runner).load_lora_model is Adapts.load_lora_model
-    added = {name for name in vars(Adapts) if not name.startswith("__")} - {"load_lora_model"}
+    others = {"load_lora_model", "add_lora", "remove_lora", "pin_lora", "list_loras"}
+    added = {name for name in vars(Adapts) if not name.startswith("__")} - others
     assert not added & set(dir(stock)), "only the manager of adapters is another"
 
 
@@ -96,7 +99,7 @@ def test_both_runners_manage_slots(stock: type, monkeypatch: pytest.MonkeyPatch)
 def wrapped(one_rank: None, gpus: None, no_gpu_memory: None, lora_on_the_cpu: None, tiny_llama: Path):  # noqa: F811
     """A vLLM model as loaded for CUDA, but to the CPU, wrapped for LoRA by a runner of ours."""
     eager = {"enforce_eager": True, "compilation_config": {"mode": 0, "custom_ops": ["none"]}}
-    config = to_cpu(adapting(tiny_llama, {"device": "cpu"}, **eager))
+    config = with_slots(to_cpu(adapting(tiny_llama, {"device": "cpu"}, **eager)))
     runner = object.__new__(type("Adapting", (Adapts, GPUModelRunner), {}))
     with set_current_vllm_config(config):
         model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
@@ -134,15 +137,17 @@ def test_slots_are_swapped_from_device_memory(wrapped: Any) -> None:
 
     weights = write(3, 4)
     memory = SlotsMemory(slots.path, modules, 4, 2)
-    request = LoRARequest("longctx-slot-1", FIRST_LORA_ID + 1, "longctx://slot")
 
     def step(version: int, freed: list[int]) -> None:
         use = SlotUse(1, 7, Weights(version, version % 2 if version else None))
-        runner.begin_step(SimpleNamespace(**{ATTRIBUTE: AdaptationStep(memory, [use], {}, freed)}))
-        manager.set_active_adapters({request}, None)
+        new = SimpleNamespace(req_id="request", lora_request=None)
+        output = SimpleNamespace(scheduled_new_reqs=[new])
+        setattr(output, ATTRIBUTE, AdaptationStep(memory, {"request": use}, {}, freed))
+        runner.begin_step(output)
+        manager.set_active_adapters({new.lora_request}, None)
 
     def assert_held(weights: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        index, found = manager._adapter_manager.lora_index_to_id.index(FIRST_LORA_ID + 1), set()
+        index, found = 1, set()
         for name, module in manager._adapter_manager.modules.items():
             parts = manager._adapter_manager.packed_modules.get(name, [name])
             for part, a, b in zip(parts, module.lora_a_stacked, module.lora_b_stacked, strict=True):
@@ -226,17 +231,19 @@ def test_swaps_are_reported_with_a_steps_tokens(is_async: bool, monkeypatch: pyt
 
     worker = object.__new__(AdaptingCUDAWorker)
     seconds = [0.25]
-    worker.model_runner = SimpleNamespace(take_swap_seconds=lambda: [seconds.pop()])
+    report = {"take_swap_seconds": lambda: [seconds.pop()], "take_failed_adapters": lambda: {3: "no such file"}}
+    worker.model_runner = SimpleNamespace(**report)
     given = UnderWay() if is_async else ModelRunnerOutput(["r"], {"r": 0})
-    monkeypatch.setattr(worker_cuda.LongContextCUDAWorker, "sample_tokens", lambda self, grammar: given)
+    monkeypatch.setattr(Worker, "sample_tokens", lambda self, grammar: given)
     output = worker.sample_tokens(None)
     assert isinstance(output, AsyncModelRunnerOutput) == is_async and not seconds
-    assert (output.get_output() if is_async else output).longctx_swap_seconds == [0.25]
+    told = output.get_output() if is_async else output
+    assert told.longctx_swap_seconds == [0.25] and told.longctx_failed_adapters == {3: "no such file"}
 
 
 @pytest.mark.parametrize("output", [EMPTY_MODEL_RUNNER_OUTPUT, None])
 def test_a_step_without_tokens_reports_no_swaps(output: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's one empty output is that of all such steps."""
     worker = object.__new__(AdaptingCUDAWorker)
-    monkeypatch.setattr(worker_cuda.LongContextCUDAWorker, "sample_tokens", lambda self, grammar: output)
+    monkeypatch.setattr(Worker, "sample_tokens", lambda self, grammar: output)
     assert worker.sample_tokens(None) is output and not hasattr(output, "longctx_swap_seconds")

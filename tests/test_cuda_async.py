@@ -27,7 +27,7 @@ from vllm.v1.request import RequestStatus
 from vllm_longctx.adaptation import scheduler
 from vllm_longctx.adaptation.messages import Began, Begin, Drop, Failed, Report, Restarted, Resume, Save, Train, Trained
 from vllm_longctx.adaptation.scheduler import AsyncTempLoraScheduler, TempLoraScheduler
-from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, Pass, SlotUse, Weights
+from vllm_longctx.adaptation.step import ATTRIBUTE, Pass, SlotUse, Weights
 from vllm_longctx.config import active_config
 from vllm_longctx.kv_cache import LambdaSpec, SteppedSpec
 
@@ -179,13 +179,13 @@ class Crowd(Core):
         for new in output.scheduled_new_reqs:
             name, firsts[new.req_id] = new.req_id, new.num_computed_tokens
             self.texts[name], self.tables[name] = list(new.prefill_token_ids), list(new.block_ids[0])
-            if new.lora_request is not None:
-                self.slots[name] = new.lora_request.lora_int_id - FIRST_LORA_ID
+            if name in step.slots:
+                self.slots[name] = step.slots[name].slot
         cached = output.scheduled_cached_reqs
         for name, first, blocks in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
             known = [] if name in cached.resumed_req_ids else self.tables[name]
             self.tables[name], firsts[name] = [*known, *(blocks[0] if blocks else [])], first
-        for use in step.slots:
+        for use in step.slots.values():
             if self.holds.get(use.slot) != (use.owner, use.weights):
                 self.holds[use.slot] = use.owner, use.weights
                 self.weights[use.slot] = self.trainer.slots.read(use)

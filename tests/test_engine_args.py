@@ -1,6 +1,7 @@
 """What the plugin makes of engine arguments, without starting an engine."""
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 import pytest
 import vllm
 from transformers import AutoConfig, BloomConfig, GPT2Config, GPTJConfig, LlamaConfig, MambaConfig, MistralConfig, MptConfig
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_longctx import BOOKLM, engine_args
-from vllm_longctx.config import LongContextError, active_config
+from vllm_longctx.adaptation.lora import LoRAConfigWithSlots, with_slots
+from vllm_longctx.config import PRESETS, LongContextError, active_config
 from vllm_longctx.geometry import Geometry, SteppedWindows
 
 LM_INFINITE = {"longctx": {"preset": "lm-infinite"}}
@@ -184,11 +186,58 @@ def test_temp_lora_asks_vllm_for_its_slots() -> None:
     adaptation = active_config(config).adaptation
     assert adaptation is not None and adaptation.slots == 4
     assert (adaptation.rank, adaptation.learning_rate) == (8, 5e-4)  # what booklm recommends
-    assert (config.lora_config.max_loras, config.lora_config.max_lora_rank) == (4, 8)
+    assert config.lora_config is None and config.compilation_config.mode == CompilationMode.NONE
     assert config.scheduler_config.get_scheduler_cls().__name__ == "TempLoraScheduler"
-    both = create(additional_config=QUALITY, max_num_seqs=4, enable_lora=True, max_loras=3, max_lora_rank=64)
-    assert (both.lora_config.max_loras, both.lora_config.max_lora_rank) == (7, 64)
-    assert both.lora_config.target_modules == config.lora_config.target_modules == list(engine_args.LINEAR_MODULES)
+
+
+@pytest.mark.parametrize(
+    ("targets", "wrapped"),
+    [(None, None), (["q_proj", "lm_head"], ["q_proj", "lm_head", *engine_args.LINEAR_MODULES])],
+)
+def test_workers_have_places_for_slots_behind_the_users_adapters(targets: Any, wrapped: Any) -> None:
+    plain = create(additional_config=QUALITY, max_num_seqs=4)
+    layers = with_slots(plain).lora_config
+    assert layers is not None and plain.lora_config is None
+    assert (layers.max_loras, layers.max_lora_rank, layers.target_modules) == (4, 8, list(engine_args.LINEAR_MODULES))
+    users = {"enable_lora": True, "max_loras": 3, "max_cpu_loras": 9, "max_lora_rank": 64, "lora_target_modules": targets}
+    both = create(additional_config=QUALITY, max_num_seqs=4, **users)
+    assert both.lora_config == create(additional_config={}, **users).lora_config
+    layers = with_slots(both).lora_config
+    assert isinstance(layers, LoRAConfigWithSlots) and layers.users is both.lora_config
+    assert (layers.max_loras, layers.max_cpu_loras, layers.max_lora_rank, layers.target_modules) == (7, 9, 64, wrapped)
+    without = create(max_num_seqs=4, **users)
+    assert with_slots(without) is without
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("users", [{}, {"enable_lora": True, "max_loras": 2, "max_num_seqs": 16, "hf_overrides": {"a": 1}}])
+def test_the_same_arguments_make_the_same_engine(preset: str, users: dict[str, Any]) -> None:
+    """Of today's code: each time with a preset's slots more, and with what we had set as if the user had."""
+    args = EngineArgs(model=str(BOOKLM), additional_config={"longctx": {"preset": preset}}, **users)
+    given = copy.deepcopy(vars(args))
+    made = [args.create_engine_config() for _ in range(3)]
+    for config in made:
+        config.instance_id = made[0].instance_id
+    assert repr(made[1]) == repr(made[0]) == repr(made[2])
+    for config in made[1:]:
+        for name, value in vars(made[0]).items():
+            assert repr(vars(config)[name]) == repr(value), name
+    stock = EngineArgs(model=str(BOOKLM), additional_config={"longctx": {"preset": preset}}, **users)
+    ours = {name for name, value in vars(args).items() if repr(value) != repr(given[name])}
+    create_engine_config = EngineArgs.create_engine_config.__wrapped__
+    stock.additional_config = {}
+    create_engine_config(stock)
+    of_vllm = {name for name, value in vars(stock).items() if repr(value) != repr(given[name])} - {"additional_config"}
+    assert ours == of_vllm
+
+
+def test_arguments_that_are_refused_are_left_as_they_were() -> None:
+    args = EngineArgs(model=str(BOOKLM), additional_config=QUALITY, num_gpu_blocks_override=3)
+    ours = ("worker_cls", "scheduler_cls", "hf_overrides", "block_size", "max_model_len", "enable_lora", "additional_config")
+    given = copy.deepcopy({name: getattr(args, name) for name in ours})
+    with pytest.raises(LongContextError):
+        args.create_engine_config()
+    assert {name: getattr(args, name) for name in ours} == given
 
 
 def test_what_the_user_says_goes_before_what_a_checkpoint_recommends() -> None:
@@ -203,10 +252,6 @@ def test_what_the_user_says_goes_before_what_a_checkpoint_recommends() -> None:
     [
         ({"max_num_seqs": 2, "slots": 3}, "adaptation.slots = 3, but max_num_seqs = 2 requests run at once; lower slots"),
         ({"scheduling_policy": "priority"}, "scheduling_policy = 'priority' may preempt a request that adapts"),
-        (
-            {"enable_lora": True, "lora_target_modules": ["q_proj"]},
-            r"lora_target_modules = \['q_proj'\], but Temp-LoRA adapts q_proj, k_proj, .*; leave it out",
-        ),
         ({"num_gpu_blocks_override": 17}, "17 blocks, but one request holds up to 17 .* give at least 18 blocks"),
     ],
 )

@@ -5,14 +5,14 @@ Two steps around vLLM's own `create_engine_config`: `prepare` parses the configu
 `longctx` configuration is not touched.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import vllm
 from transformers import PretrainedConfig
 from vllm.config import AttentionConfig, ModelConfig, VllmConfig
-from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
@@ -70,6 +70,20 @@ RECOMMENDED = "longctx.json"  # in the model's directory: an `adaptation` sectio
 LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "seq_length")
 
 
+@contextmanager
+def prepared(args: EngineArgs) -> Iterator[LongContextConfig | None]:
+    """As `prepare`; afterwards the arguments are the user's again, so that the next engine made from them is the same."""
+    given = dict(vars(args))
+    ours = set(given)
+    try:
+        config = prepare(args)
+        ours = {name for name, value in given.items() if getattr(args, name) is not value}
+        yield config
+    finally:
+        for name in ours:
+            setattr(args, name, given[name])
+
+
 def prepare(args: EngineArgs) -> LongContextConfig | None:
     """Parse `additional_config["longctx"]` and set the engine arguments it needs; None if there is no configuration.
 
@@ -103,8 +117,10 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
         _choose_cuda_backend(args)
     args.worker_cls, args.scheduler_cls = worker, scheduler
     if config.adaptation is not None:
-        adaptation = _with_slots(args, _with_recommended(config.adaptation, args.model))
-        config = config.model_copy(update={"adaptation": adaptation})
+        adaptation = _with_recommended(config.adaptation, args.model)
+        slots = adaptation.slots or min(DEFAULT_SLOTS, args.max_num_seqs or DEFAULT_SLOTS)
+        config = config.model_copy(update={"adaptation": adaptation.model_copy(update={"slots": slots})})
+        args.enable_lora = True  # what vLLM decides is to go with LoRA layers; `complete` takes it back
     args.block_size = args.block_size or DEFAULT_BLOCK_SIZE
     if args.max_model_len in (None, -1):
         # A memory grows with the text: vLLM finds out what fits into its pool.
@@ -175,23 +191,6 @@ def _with_recommended(adaptation: AdaptationSection, model: str) -> AdaptationSe
     return adaptation.model_copy(update={name: getattr(recommended, name) for name in missing})
 
 
-def _with_slots(args: EngineArgs, adaptation: AdaptationSection) -> AdaptationSection:
-    """LoRA of vLLM's with room for our slots, beside the adapters that the user asks for."""
-    slots = adaptation.slots or min(DEFAULT_SLOTS, args.max_num_seqs or DEFAULT_SLOTS)
-    static = args.max_loras if args.enable_lora else 0
-    rank = max(adaptation.rank_limit, args.max_lora_rank if args.enable_lora else 1)
-    if args.lora_target_modules is not None and set(args.lora_target_modules) != set(LINEAR_MODULES):
-        raise LongContextError(
-            f"lora_target_modules = {args.lora_target_modules}, but Temp-LoRA adapts {', '.join(LINEAR_MODULES)}; leave it out"
-        )
-    args.lora_target_modules = list(LINEAR_MODULES)  # or vLLM wraps embeddings and the output layer, too
-    args.enable_lora = True
-    args.max_loras = static + slots
-    args.max_cpu_loras = max(args.max_cpu_loras or 0, args.max_loras)
-    args.max_lora_rank = next(allowed for allowed in get_args(MaxLoRARanks) if allowed >= rank)
-    return adaptation.model_copy(update={"slots": slots})
-
-
 def check_vllm_version() -> None:
     """Raises LongContextError unless vLLM is the version whose seams were tested."""
     if vllm.__version__.partition("+")[0] != VLLM_VERSION:
@@ -214,10 +213,11 @@ def _with_max_length(overrides: Any, max_model_len: int) -> Any:
     return {**(overrides or {}), "model_max_length": max_model_len}
 
 
-def complete(config: LongContextConfig, vllm_config: VllmConfig) -> None:
+def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bool) -> None:
     """Fill in the configuration for the model and put it where every process finds it.
 
-    Raises LongContextError for a model or a setting that cannot work.
+    enable_lora: the user's; all but the workers know of the users' adapters only. Raises LongContextError for a model or a
+    setting that cannot work.
     """
     if not config.changes_engine:
         return
@@ -228,6 +228,8 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig) -> None:
         scheduler.scheduler_cls = ASYNC_SCHEDULERS[scheduler.scheduler_cls]
     if config.adaptation is not None:
         check_adaptation(config.adaptation, vllm_config)
+        if not enable_lora:
+            vllm_config.lora_config = None
         if current_platform.is_cuda() and not config.slides:
             _check_settings_on_cuda(config, vllm_config)
     model = vllm_config.model_config
@@ -394,6 +396,7 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
         f"pipeline_parallel_size = {parallel.pipeline_parallel_size}; set it to 1": parallel.pipeline_parallel_size > 1,
         f"data_parallel_size = {parallel.data_parallel_size} on CUDA, where all trainers would be on the first GPU; set it to "
         "1, and start a server for each GPU": current_platform.is_cuda() and parallel.data_parallel_size > 1,
+        "microbatches are on, which go with no LoRA; leave enable_dbo and ubatch_size out": parallel.use_ubatching,
     }
     for reason, holds in refused.items():
         if holds:

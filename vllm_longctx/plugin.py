@@ -43,10 +43,10 @@ def _wrap_create_engine_config() -> None:
 
     @functools.wraps(create_engine_config)
     def create(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
-        config = engine_args.prepare(self)
-        vllm_config = create_engine_config(self, *args, **kwargs)
+        with engine_args.prepared(self) as config:
+            vllm_config = create_engine_config(self, *args, **kwargs)
         if config is not None:
-            engine_args.complete(config, vllm_config)
+            engine_args.complete(config, vllm_config, self.enable_lora)
             from vllm_longctx import serving  # the front end's modules, which other processes do not load
 
             serving.check_engine_requests()

@@ -6,9 +6,10 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_longctx.config import KEY, active_config
 from vllm_longctx.engine_args import trained_length
@@ -29,6 +30,7 @@ class LongContextScheduler(Scheduler):
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.lambda_managers = [m for m in managers if isinstance(m, LambdaManager)]
         self.memory_pools = [m.block_pool for m in managers if isinstance(m, MemoryManager) and m.is_apart]
+        self.failed: dict[str, str] = {}  # requests to end, with the reason
         self.step_stats = StepStats()
         self._log_start()
 
@@ -65,7 +67,48 @@ class LongContextScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         self.step_stats.selection_seconds = getattr(model_runner_output, "longctx_selection_seconds", None)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        ended: dict[int, EngineCoreOutputs] = {}
+        if failed := getattr(model_runner_output, "longctx_failed_adapters", None):
+            self._fail_adapters(failed)
+            self._end_failed(ended)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for client, more in ended.items():
+            outputs.setdefault(client, EngineCoreOutputs()).outputs.extend(more.outputs)
+        return outputs
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        return self._has_room_for_adapter(request) and super()._handle_blocked_waiting_request(request)
+
+    def _has_room_for_adapter(self, request: Request) -> bool:
+        """Whether requests that run have no more than max_loras adapters with this one's, whether this step computes them or
+        not: vLLM counts those of the step only, and a later step may have them all."""
+        if self.lora_config is None or request.lora_request is None:
+            return True
+        running = {other.lora_request.lora_int_id for other in self.running if other.lora_request is not None}
+        return len(running | {request.lora_request.lora_int_id}) <= self.lora_config.max_loras
+
+    def _fail_adapters(self, failed: dict[int, str]) -> None:
+        """The requests that run with these were computed without them: nobody may see their tokens, nor hit their blocks."""
+        for request in self.running:
+            if request.lora_request is not None and request.lora_request.lora_int_id in failed:
+                self.failed[request.request_id] = failed[request.lora_request.lora_int_id]
+                for manager in self.kv_cache_manager.coordinator.single_type_managers:
+                    blocks = manager.req_to_blocks.get(request.request_id, ())
+                    manager.block_pool.evict_blocks({block.block_id for block in blocks if not block.is_null})
+
+    def _end_failed(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        reasons, self.failed = self.failed, {}
+        for request in self.finish_requests(list(reasons), RequestStatus.FINISHED_ERROR):
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                    stop_reason=reasons[request.request_id],
+                    events=request.take_events(),
+                    trace_headers=request.trace_headers,
+                )
+            )
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """As vLLM's, with ours in the open dict that is there for KV connectors; longctx runs with none."""

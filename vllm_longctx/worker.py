@@ -21,8 +21,9 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_longctx.adaptation.lora import with_slots
 from vllm_longctx.adaptation.patience import wait_patiently
-from vllm_longctx.adaptation.worker import AdaptingRunner
+from vllm_longctx.adaptation.worker import AdaptingRunner, LongContextRunner
 from vllm_longctx.attention.cpu import LambdaBackend, LambdaImpl, scratch_layout
 from vllm_longctx.attention.focused import Lookup, MemoryBackend, MemoryImpl
 from vllm_longctx.attention.memory import TopK
@@ -36,6 +37,11 @@ from vllm_longctx.rotary import NoRotation, Rotary
 
 
 class LongContextCPUWorker(CPUWorker):
+    model_runner: LongContextRunner
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
+        super().__init__(with_slots(vllm_config), *args, **kwargs)
+
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
         take_over_attention(self.model_runner.get_model(), self.vllm_config)
@@ -53,17 +59,18 @@ class LongContextCPUWorker(CPUWorker):
     def init_device(self) -> None:
         super().init_device()
         config = active_config(self.vllm_config)
+        runner: type[LongContextRunner] = LongContextRunner
         if config.adaptation is not None:
             wait_patiently()
-            self.model_runner.__class__ = AdaptingRunner  # vLLM names its class in the code; see seams
+            runner = AdaptingRunner
         elif config.windows is not None:
-            self.model_runner.__class__ = FocusedRunner
+            runner = FocusedRunner
         elif config.top_k_layers:
-            self.model_runner.__class__ = TopKRunner
+            runner = TopKRunner
+        self.model_runner.__class__ = runner  # vLLM names its class in the code; see seams
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        if isinstance(self.model_runner, AdaptingRunner | FocusedRunner):
-            self.model_runner.begin_step(scheduler_output)
+        self.model_runner.begin_step(scheduler_output)
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -72,8 +79,8 @@ class LongContextCPUWorker(CPUWorker):
         seconds = take_selection_seconds(self.model_runner)
         if output.req_ids:  # else it may be vLLM's one empty output, which all steps share
             output.longctx_selection_seconds = seconds
-            if isinstance(self.model_runner, AdaptingRunner):
-                output.longctx_swap_seconds = self.model_runner.take_swap_seconds()
+            output.longctx_failed_adapters = self.model_runner.take_failed_adapters()
+            output.longctx_swap_seconds = self.model_runner.take_swap_seconds()
         return output
 
 

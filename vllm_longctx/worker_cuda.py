@@ -7,10 +7,13 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_longctx.adaptation.lora import Adapts, with_slots
 from vllm_longctx.attention.cuda import LambdaBackend, LambdaImpl
 from vllm_longctx.attention.cuda_focused import LookupBackend, SteppedBackend, SteppedImpl, pool_beside_lookups
 from vllm_longctx.attention.cuda_top_k import TopKBackend, TopKImpl
@@ -25,15 +28,38 @@ from vllm_longctx.layers import take_over_rotary, with_spec
 from vllm_longctx.rotary import NoRotation, Rotary
 
 
+class ReportedOutput(AsyncModelRunnerOutput):
+    """vLLM's, whose copies to the host are under way, with what the worker reports of the step beside it."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, report: dict[str, Any]):
+        self.output, self.report = output, report
+
+    def get_output(self) -> ModelRunnerOutput:
+        output = self.output.get_output()
+        vars(output).update(self.report)
+        return output
+
+
 class LongContextCUDAWorker(Worker):
+    """Of both of vLLM's model runners it needs the manager of adapters only; more under windows and lookups, of V2."""
+
     host_memory: HostMemory | None = None
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
+        super().__init__(with_slots(vllm_config), *args, **kwargs)
+
+    def _make_model_runner(self) -> Any:
+        runner = super()._make_model_runner()
+        stock = type(runner)  # vLLM names its class in the code; see seams
+        runner.__class__ = type(f"LongContext{stock.__name__}", (Adapts, stock), {})
+        return runner
 
     def init_device(self) -> None:
         check_host_memory(self.vllm_config)
         super().init_device()
         config = active_config(self.vllm_config)
         if config.windows is not None or config.top_k_layers:
-            if type(self.model_runner) is not GPUModelRunner:
+            if not isinstance(self.model_runner, GPUModelRunner):
                 raise RuntimeError(f"longctx cannot take over {type(self.model_runner)}")
             self.model_runner.__class__ = TopKCUDARunner if config.windows is None else FocusedCUDARunner
 
@@ -57,6 +83,23 @@ class LongContextCUDAWorker(Worker):
                 f"{available / 2**30:.2f} GiB for them and the KV cache; raise gpu_memory_utilization{remedy}"
             )
         return left
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        self.model_runner.begin_step(scheduler_output)
+        return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)
+        is_async = isinstance(output, AsyncModelRunnerOutput)  # always by Model Runner V2, by V1 where steps are ahead
+        if is_async or (isinstance(output, ModelRunnerOutput) and output.req_ids):  # else it may be vLLM's one empty output
+            report = {
+                "longctx_swap_seconds": self.model_runner.take_swap_seconds(),
+                "longctx_failed_adapters": self.model_runner.take_failed_adapters(),
+            }
+            if is_async:
+                return ReportedOutput(output, report)
+            vars(output).update(report)
+        return output
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)

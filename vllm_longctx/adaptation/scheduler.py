@@ -18,10 +18,9 @@ from typing import Any
 
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
-from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -32,7 +31,7 @@ from vllm_longctx.adaptation.client import TrainerClient
 from vllm_longctx.adaptation.device import Shape, device_of, recomputes
 from vllm_longctx.adaptation.patience import wait_patiently
 from vllm_longctx.adaptation.shared import Offer, offers
-from vllm_longctx.adaptation.step import ATTRIBUTE, FIRST_LORA_ID, AdaptationStep, Pass, SlotsMemory, SlotUse, Weights
+from vllm_longctx.adaptation.step import ATTRIBUTE, AdaptationStep, Pass, SlotsMemory, SlotUse, Weights
 from vllm_longctx.attention.selection import cdiv
 from vllm_longctx.config import KEY, AdaptationSection, LongContextError, RequestOptions, active_config
 from vllm_longctx.kv_cache import LambdaManager, PrivateRequests, SteppedManager
@@ -123,7 +122,6 @@ class TempLoraScheduler(LongContextScheduler):
         self.steps_scheduled = self.steps_done = 0  # only those that compute anything
         self.leaving: deque[tuple[int, int]] = deque()  # slots whose request has ended, each with its last step
         self.reserved_blocks = 0
-        self.failed: dict[str, str] = {}  # requests to end, with the reason
         self.trainer_lost: str | None = None
         offered = offers.pop(self.vllm_config.instance_id, None)
         self.trainer = trainer_client(self.vllm_config.model_config, config.adaptation, offered)
@@ -188,7 +186,6 @@ class TempLoraScheduler(LongContextScheduler):
         adapted.admitted = True
         if adapted.needs_slot:
             adapted.slot = self.free_slots.popleft()
-            request.lora_request = LoRARequest(f"longctx-slot-{adapted.slot}", FIRST_LORA_ID + adapted.slot, "longctx://slot")
             self._begin(adapted)
             self._train(request, adapted)
         return True
@@ -314,14 +311,14 @@ class TempLoraScheduler(LongContextScheduler):
                 adapted.frontier = max(adapted.frontier, self.requests[request_id].num_computed_tokens)
 
     def _step(self, output: SchedulerOutput) -> AdaptationStep:
-        step = AdaptationStep(self.memory, [], {}, self.freed_slots)
+        step = AdaptationStep(self.memory, {}, {}, self.freed_slots)
         self.freed_slots = []
         for request_id, new in output.num_scheduled_tokens.items():
             adapted = self.adapted.get(request_id)
             if adapted is None:
                 continue
             if adapted.slot is not None:
-                step.slots.append(SlotUse(adapted.slot, adapted.owner, adapted.weights))
+                step.slots[request_id] = SlotUse(adapted.slot, adapted.owner, adapted.weights)
             again = self.requests[request_id].num_computed_tokens - new < adapted.frontier
             if adapted.start or again:
                 step.passes[request_id] = Pass(adapted.first, adapted.start, adapted.frontier)
@@ -363,20 +360,6 @@ class TempLoraScheduler(LongContextScheduler):
         if self.failed:
             self._end_failed(outputs)
         return outputs
-
-    def _end_failed(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        reasons, self.failed = self.failed, {}
-        for request in self.finish_requests(list(reasons), RequestStatus.FINISHED_ERROR):
-            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(
-                EngineCoreOutput(
-                    request_id=request.request_id,
-                    new_token_ids=[],
-                    finish_reason=request.get_finished_reason(),
-                    stop_reason=reasons[request.request_id],
-                    events=request.take_events(),
-                    trace_headers=request.trace_headers,
-                )
-            )
 
     # --- the trainer ----------------------------------------------------------------------------------------------------
 

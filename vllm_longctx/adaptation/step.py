@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 
 ATTRIBUTE = "longctx_adaptation"
-# LoRA ids of slots: above any that a user gives a static adapter.
-FIRST_LORA_ID = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,13 @@ class Pass:
 
 @dataclass(frozen=True)
 class AdaptationStep:
-    """For one step. memory: where the slots are, None while nothing is trained. slots: of the requests computed.
+    """For one step. memory: where the slots are, None while nothing is trained. slots: of the requests computed, by request.
 
     passes: of requests whose window does not start at 0, or that compute a part of their text again. freed: slots given back
     since the last step.
     """
 
     memory: SlotsMemory | None
-    slots: list[SlotUse]
+    slots: dict[str, SlotUse]
     passes: dict[str, Pass]
     freed: list[int]

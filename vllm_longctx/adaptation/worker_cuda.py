@@ -6,14 +6,11 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_longctx.adaptation import shared
 from vllm_longctx.adaptation.client import weight_bytes
 from vllm_longctx.adaptation.device import Shape, device_of, recomputes
-from vllm_longctx.adaptation.lora import Adapts
 from vllm_longctx.adaptation.passes_cuda import PassesCUDARunner
 from vllm_longctx.adaptation.patience import wait_patiently
 from vllm_longctx.adaptation.slots import Slots
@@ -24,27 +21,7 @@ from vllm_longctx.worker_cuda import LongContextCUDAWorker
 logger = init_logger("vllm.longctx")
 
 
-class SwappedOutput(AsyncModelRunnerOutput):
-    """vLLM's, whose copies to the host are under way, with the seconds that the step's swaps took."""
-
-    def __init__(self, output: AsyncModelRunnerOutput, swap_seconds: list[float]):
-        self.output, self.swap_seconds = output, swap_seconds
-
-    def get_output(self) -> ModelRunnerOutput:
-        report = self.output.get_output()
-        report.longctx_swap_seconds = self.swap_seconds
-        return report
-
-
 class AdaptingCUDAWorker(LongContextCUDAWorker):
-    """Under Λ attention for both of vLLM's model runners, of which it needs the manager of adapters only; else for V2."""
-
-    def _make_model_runner(self) -> Any:
-        runner = super()._make_model_runner()
-        stock = type(runner)  # vLLM names its class in the code; see seams
-        runner.__class__ = type(f"Adapting{stock.__name__}", (Adapts, stock), {})
-        return runner
-
     def init_device(self) -> None:
         super().init_device()
         if not active_config(self.vllm_config).slides:
@@ -69,18 +46,6 @@ class AdaptingCUDAWorker(LongContextCUDAWorker):
                 "adaptation.block_tokens, raise gpu_memory_utilization, or name another GPU in adaptation.trainer.device"
             )
         return available - need
-
-    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        self.model_runner.begin_step(scheduler_output)
-        return super().execute_model(scheduler_output)
-
-    def sample_tokens(self, grammar_output: Any) -> Any:
-        output = super().sample_tokens(grammar_output)
-        if isinstance(output, AsyncModelRunnerOutput):  # always by Model Runner V2, by V1 where steps are scheduled ahead
-            return SwappedOutput(output, self.model_runner.take_swap_seconds())
-        if isinstance(output, ModelRunnerOutput) and output.req_ids:  # else it may be vLLM's one empty output
-            output.longctx_swap_seconds = self.model_runner.take_swap_seconds()
-        return output
 
 
 def trainer_bytes(vllm_config: VllmConfig, device: torch.device) -> int:

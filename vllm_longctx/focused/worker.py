@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from vllm_longctx.adaptation.worker import LongContextRunner
 from vllm_longctx.attention.cpu import LambdaMetadataBuilder
 from vllm_longctx.attention.focused import MemoryImpl, MemoryMetadataBuilder, remember
 from vllm_longctx.attention.memory import ClosedWindow, covering
@@ -18,13 +18,14 @@ from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow
 from vllm_longctx.rotary import Rotary
 
 
-class FocusedRunner(CPUModelRunner):
+class FocusedRunner(LongContextRunner):
     """vLLM's model runner. Private methods of its that are overridden here: see `vllm_longctx.seams`."""
 
     windows: dict[str, RequestWindow]
     mem_dtype: torch.dtype
 
     def begin_step(self, scheduler_output: SchedulerOutput) -> None:
+        super().begin_step(scheduler_output)
         self.windows = getattr(scheduler_output, ATTRIBUTE)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +81,7 @@ class FocusedRunner(CPUModelRunner):
         return rotary if isinstance(rotary, Rotary) else None
 
 
-class TopKRunner(CPUModelRunner):
+class TopKRunner(LongContextRunner):
     """vLLM's model runner. Private methods of its that are overridden here: see `vllm_longctx.seams`."""
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:

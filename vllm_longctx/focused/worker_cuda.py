@@ -18,6 +18,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from vllm_longctx.adaptation.lora import Adapts
 from vllm_longctx.attention.cuda_focused import SteppedImpl, SteppedMetadataBuilder, remember
 from vllm_longctx.attention.cuda_top_k import TopKMetadataBuilder, turn_back
 from vllm_longctx.attention.kernels.lookup import WORKSPACE
@@ -43,7 +44,7 @@ class WindowedModelState(DefaultModelState):
         return {**inputs, "positions": self.window_positions[:num_tokens]}
 
 
-class FocusedCUDARunner(GPUModelRunner):
+class FocusedCUDARunner(Adapts, GPUModelRunner):
     """vLLM's Model Runner V2. Methods of its that are overridden here: see `vllm_longctx.seams`."""
 
     windows: dict[str, RequestWindow]
@@ -119,7 +120,7 @@ class FocusedCUDARunner(GPUModelRunner):
         return rotary if isinstance(rotary, Rotary) else None
 
 
-class TopKCUDARunner(GPUModelRunner):
+class TopKCUDARunner(Adapts, GPUModelRunner):
     """vLLM's Model Runner V2. Methods of its that are overridden here: see `vllm_longctx.seams`."""
 
     def warm_up(self) -> None:

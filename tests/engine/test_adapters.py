@@ -1,0 +1,214 @@
+"""The users' LoRA adapters in engines of ours, beside requests that learn: two pools of places, each its own weights."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest_engine import generate, logprobs_of, prompt, running_here, tokens_of
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from vllm import LLM, SamplingParams
+from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from lora_adapters import write_adapter, write_bad_adapters
+
+RECIPE = {"rank": 8, "dropout": 0.0, "learning_rate": 2e-3, "block_tokens": 32, "train_context_tokens": 64}
+STEPPED = {**RECIPE, "window_tokens": 128, "context_tokens": 64, "slots": 2}
+LAMBDA = {"method": "lm_infinite", "n_global": 10, "n_local": 64, "distance_ceiling": 64}
+ADAPTS = {"extra_args": {"longctx": {"temp_lora": True}}}
+ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoRARequest]:
+    root = tmp_path_factory.mktemp("adapters")
+    paths = {
+        "a": write_adapter(root / "a", tiny_llama, 11),
+        "b": write_adapter(root / "b", tiny_llama, 12, rank=8),
+        "c": write_adapter(root / "c", tiny_llama, 13, modules=("q_proj", "down_proj")),
+        "whole": write_adapter(root / "whole", tiny_llama, 14, modules=ALL_MODULES),
+    }
+    return {name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(paths.items(), 1)}
+
+
+@pytest.fixture(scope="module")
+def bad(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoRARequest]:
+    paths = write_bad_adapters(tmp_path_factory.mktemp("bad"), tiny_llama)
+    return {name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(paths.items(), 101)}
+
+
+@pytest.fixture(scope="module")
+def learning(tiny_llama: Path) -> Iterator[LLM]:
+    """Two slots, and one place for the users' adapters."""
+    with running_here(
+        tiny_llama, {"method": "none"}, STEPPED, enable_lora=True, max_loras=1, max_cpu_loras=2, max_lora_rank=8
+    ) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def sliding(tiny_llama: Path) -> Iterator[LLM]:
+    with running_here(tiny_llama, LAMBDA, enable_lora=True, max_loras=2, max_lora_rank=8) as llm:
+        yield llm
+
+
+def write(llm: LLM, requests: list[tuple[list[int], int, LoRARequest | None, dict[str, Any]]]) -> list[RequestOutput]:
+    """All at once: (prompt, tokens to write, adapter, more parameters) of each."""
+    params = [
+        SamplingParams(**{"max_tokens": n, "temperature": 0, "logprobs": 0, "ignore_eos": True, "detokenize": False, **more})
+        for _, n, _, more in requests
+    ]
+    prompts = [tokens_input(p) for p, _, _, _ in requests]
+    return llm.generate(prompts, params, use_tqdm=False, lora_request=[adapter for _, _, adapter, _ in requests])
+
+
+def expected(model: Path, adapter: LoRARequest | None, output: RequestOutput) -> torch.Tensor:
+    """Log-probabilities of what was written (and of the prompt, where it was scored), by peft."""
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if adapter is not None:
+        base = PeftModel.from_pretrained(base, adapter.lora_path)
+    tokens = torch.tensor([tokens_of(output)])
+    with torch.no_grad():
+        logprobs = base(tokens).logits.double().log_softmax(-1)[0, :-1]
+    values = logprobs.gather(1, tokens[0, 1:, None])[:, 0]
+    return values[-len(logprobs_of(output)) :]
+
+
+def assert_right(model: Path, adapter: LoRARequest | None, output: RequestOutput) -> None:
+    torch.testing.assert_close(logprobs_of(output), expected(model, adapter, output), rtol=0, atol=1e-4)
+
+
+def test_adapters_after_all_slots_were_used(learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest]) -> None:
+    """Of today's code: `ValueError: 2 is not in list` in the step, and the engine is gone."""
+    generate(learning, [prompt(40, seed) for seed in range(10)], 40, **ADAPTS)
+    requests = [(prompt(20, 1), 20, adapters["a"], {}), (prompt(30, 2), 20, adapters["b"], {}), (prompt(25, 3), 20, None, {})]
+    for (_, _, adapter, _), output in zip(requests, write(learning, requests), strict=True):
+        assert_right(tiny_llama, adapter, output)
+
+
+def test_a_crowd_over_few_places(learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest]) -> None:
+    """Each writes what it writes alone; those that do not learn also what peft says."""
+    names = ["a", None, "b", "learns", "c", "learns", "a", "b", "learns", None]
+    requests: list[Any] = [
+        (prompt(20 + 5 * seed, seed), 30, adapters.get(name or ""), ADAPTS if name == "learns" else {"prompt_logprobs": 0})
+        for seed, name in enumerate(names)
+    ]
+    together = write(learning, requests)
+    for name, request, output in zip(names, requests, together, strict=True):
+        assert tokens_of(write(learning, [request])[0]) == tokens_of(output)
+        if name != "learns":
+            assert_right(tiny_llama, request[2], output)
+
+
+def test_one_that_cannot_be_loaded_is_an_error_of_its_requests(
+    learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest], bad: dict[str, LoRARequest]
+) -> None:
+    requests: list[Any] = [(prompt(20, seed), 12, adapter, {}) for seed, adapter in enumerate(bad.values())]
+    good: list[Any] = [(prompt(30, 7), 40, adapters["a"], {}), (prompt(31, 7), 40, None, {}), (prompt(60, 7), 40, None, ADAPTS)]
+    outputs = write(learning, good + requests)
+    for adapter, output in zip(bad.values(), outputs[len(good) :], strict=True):
+        (written,) = output.outputs
+        assert (written.finish_reason, list(written.token_ids)) == ("error", [])
+        assert f"the adapter '{adapter.lora_name}' cannot be used: " in str(written.stop_reason)
+    for (_, _, adapter, more), output in zip(good, outputs, strict=False):
+        assert len(output.outputs[0].token_ids) == 40
+        if not more:
+            assert_right(tiny_llama, adapter, output)
+    with pytest.raises(Exception, match="rank 32"):
+        learning.llm_engine.add_lora(bad["rank"])
+    assert not learning.llm_engine.list_loras() & {adapter.lora_int_id for adapter in bad.values()}
+
+
+def test_an_adapter_whose_files_go_while_it_is_used(
+    learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest], tmp_path: Path
+) -> None:
+    """And whose blocks in the prefix cache, should there be any of the step that could not load it, are nobody's."""
+    path = tmp_path / "gone"
+    shutil.copytree(adapters["a"].lora_path, path)
+    gone = LoRARequest("gone", 7, str(path))
+    request: Any = (prompt(64, 9), 30, gone, {})
+    first = write(learning, [request])[0]
+    shutil.move(path, tmp_path / "elsewhere")
+    assert learning.llm_engine.remove_lora(7) and not learning.llm_engine.remove_lora(7)
+    assert write(learning, [(prompt(96, 9), 30, gone, {})])[0].outputs[0].finish_reason == "error"
+    shutil.move(tmp_path / "elsewhere", path)
+    again = write(learning, [request, (prompt(96, 9), 30, gone, {})])
+    assert tokens_of(again[0]) == tokens_of(first)
+    assert_right(tiny_llama, gone, again[1])
+
+
+@pytest.mark.parametrize("number", [1 << 20, (1 << 20) + 1, 1 << 31, (1 << 61) + 3, (1 << 63) + 1, 1 << 70])
+def test_no_id_names_a_slot(learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest], number: int) -> None:
+    adapter = LoRARequest(f"longctx-slot-{number}", number, adapters["b"].lora_path)
+    requests: list[Any] = [(prompt(40, 4), 40, None, ADAPTS), (prompt(20, 5), 30, adapter, {})]
+    outputs = write(learning, requests)
+    assert tokens_of(outputs[0]) == tokens_of(write(learning, requests[:1])[0])
+    assert_right(tiny_llama, adapter, outputs[1])
+    assert number in learning.llm_engine.list_loras()
+
+
+def test_pinned_adapters_are_pinned_among_the_users(learning: LLM, adapters: dict[str, LoRARequest]) -> None:
+    """With one place and that pinned, another adapter is an error of its request, where stock vLLM's engine dies."""
+    engine = learning.llm_engine
+    engine.add_lora(adapters["a"])
+    assert engine.pin_lora(1)
+    outputs = write(learning, [(prompt(20, 1), 5, adapters["b"], {}), (prompt(40, 1), 40, None, ADAPTS)])
+    assert [output.outputs[0].finish_reason for output in outputs] == ["error", "length"]
+    engine.remove_lora(1)
+    assert write(learning, [(prompt(20, 1), 5, adapters["b"], {})])[0].outputs[0].finish_reason == "length"
+    with pytest.raises(ValueError, match="LoRA 4711 is not registered"):
+        engine.pin_lora(4711)
+
+
+def test_two_adapters_of_one_name(sliding: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest]) -> None:
+    """As when a server loads another adapter under a name while requests still run with the one before."""
+    two = [LoRARequest("name", 21, adapters["a"].lora_path), LoRARequest("name", 22, adapters["b"].lora_path)]
+    requests: list[Any] = [(prompt(20, seed), 20, adapter, {}) for seed, adapter in enumerate(two)]
+    for adapter, output in zip(two, write(sliding, requests), strict=True):
+        assert_right(tiny_llama, adapter, output)
+
+
+def test_beside_requests_without_an_adapter(sliding: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest]) -> None:
+    """Λ attention without Temp-LoRA: in stock vLLM on the CPU, and in today's code, an adapter's output leaks into these."""
+    names = [None, "a", None, "b", "b", None, "whole", "c", None]
+    requests: list[Any] = [
+        (prompt(12 + 3 * seed, seed), 15, adapters.get(name or ""), {"prompt_logprobs": 0} if seed % 2 else {})
+        for seed, name in enumerate(names)
+    ]
+    for repetition in range(2):  # the second time from the prefix cache, where prompts are not scored
+        for (_, _, adapter, _), output in zip(requests, write(sliding, requests), strict=True):
+            assert_right(tiny_llama, adapter, output), repetition
+
+
+def test_past_the_window_beside_adapters(sliding: LLM, adapters: dict[str, LoRARequest]) -> None:
+    requests: list[Any] = [
+        (prompt(150 + 20 * seed, seed), 40, adapters.get(name or ""), {})
+        for seed, name in enumerate([None, "a", "whole", "b", None, "c"])
+    ]
+    together = write(sliding, requests)
+    for request, output in zip(requests, together, strict=True):
+        assert tokens_of(write(sliding, [request])[0]) == tokens_of(output)
+
+
+@pytest.mark.parametrize("attention", [{"method": "none"}])
+def test_without_enable_lora_adapters_are_refused(
+    tiny_llama: Path, adapters: dict[str, LoRARequest], attention: dict[str, Any]
+) -> None:
+    """Before anything is scheduled, as stock vLLM does. Of today's code: loaded, then `All items are pinned` in a step."""
+    with running_here(tiny_llama, attention, STEPPED) as llm:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="but LoRA is not enabled!"):
+                write(llm, [(prompt(20), 5, adapters["a"], {})])
+            for call in (llm.llm_engine.add_lora, llm.llm_engine.remove_lora, llm.llm_engine.pin_lora):
+                argument: Any = adapters["a"] if call == llm.llm_engine.add_lora else 1
+                with pytest.raises(RuntimeError, match=r"LoRA is not enabled\. Use --enable-lora"):
+                    call(argument)
+            outputs = write(llm, [(prompt(40, seed), 40, None, ADAPTS if seed else {}) for seed in range(4)])
+            assert all(len(output.outputs[0].token_ids) == 40 for output in outputs)
