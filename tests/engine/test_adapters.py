@@ -1,23 +1,23 @@
 """The users' LoRA adapters in engines of ours, beside requests that learn: two pools of places, each its own weights."""
 
 import shutil
-import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest_engine import generate, logprobs_of, prompt, running_here, tokens_of
+from conftest_engine import generate, logprobs_of, metric, prompt, running_here, tokens_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lora_adapters import write_adapter, write_bad_adapters
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from lora_adapters import write_adapter, write_bad_adapters
 
 RECIPE = {"rank": 8, "dropout": 0.0, "learning_rate": 2e-3, "block_tokens": 32, "train_context_tokens": 64}
 STEPPED = {**RECIPE, "window_tokens": 128, "context_tokens": 64, "slots": 2}
@@ -55,7 +55,9 @@ def learning(tiny_llama: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def sliding(tiny_llama: Path) -> Iterator[LLM]:
-    with running_here(tiny_llama, LAMBDA, enable_lora=True, max_loras=2, max_lora_rank=8) as llm:
+    """The layers that `fully_sharded_loras` asks for have operators of their own, on one rank too."""
+    users = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "fully_sharded_loras": True}
+    with running_here(tiny_llama, LAMBDA, **users) as llm:
         yield llm
 
 
@@ -197,12 +199,90 @@ def test_past_the_window_beside_adapters(sliding: LLM, adapters: dict[str, LoRAR
         assert tokens_of(write(sliding, [request])[0]) == tokens_of(output)
 
 
-@pytest.mark.parametrize("attention", [{"method": "none"}])
-def test_without_enable_lora_adapters_are_refused(
-    tiny_llama: Path, adapters: dict[str, LoRARequest], attention: dict[str, Any]
-) -> None:
+@dataclass(frozen=True)
+class Case:
+    """kind: "learns", "base", an adapter's name, or a bad one's."""
+
+    kind: str
+    length: int
+    tokens: int
+
+
+class Mixes:
+    """Requests of all kinds over few places, compared with what each writes alone."""
+
+    def __init__(self, llm: LLM, adapters: dict[str, LoRARequest]):
+        self.llm, self.adapters = llm, adapters
+        self.alone: dict[Case, list[int]] = {}
+
+    def add(self, name: str, case: Case) -> None:
+        more = ADAPTS if case.kind == "learns" else {}
+        params = SamplingParams(max_tokens=case.tokens, temperature=0, ignore_eos=True, detokenize=False, **more)
+        text = tokens_input(prompt(case.length))
+        self.llm.llm_engine.add_request(name, text, params, lora_request=self.adapters.get(case.kind))
+
+    def run(self, mix: list[tuple[Case, int, int | None]]) -> dict[str, RequestOutput]:
+        """Of each: the step before which it comes, and after how many more its client leaves, if it does."""
+        engine, finished, step = self.llm.llm_engine, {}, 0
+        while step <= max(start for _, start, _ in mix) or engine.has_unfinished_requests():
+            for number, (case, start, stays) in enumerate(mix):
+                if step == start:
+                    self.add(str(number), case)
+                if stays is not None and step == start + stays:
+                    engine.abort_request([str(number)])
+            finished |= {output.request_id: output for output in engine.step() if output.finished}
+            step += 1
+        return finished
+
+    def check(self, mix: list[tuple[Case, int, int | None]]) -> None:
+        for case, _, _ in mix:
+            if case not in self.alone:
+                (output,) = self.run([(case, 0, None)]).values()
+                self.alone[case] = list(output.outputs[0].token_ids)
+                assert len(self.alone[case]) == (0 if case.kind in BAD else case.tokens)
+        finished = self.run(mix)
+        for number, (case, _, stays) in enumerate(mix):
+            if stays is None or str(number) in finished:
+                (written,) = finished[str(number)].outputs
+                if written.finish_reason != "abort":
+                    assert list(written.token_ids) == self.alone[case]
+                    assert written.finish_reason == ("error" if case.kind in BAD else "length")
+        assert metric(self.llm, "vllm:longctx_adapter_slots_in_use") == 0
+        assert metric(self.llm, "vllm:kv_cache_usage_perc") == 0
+
+
+BAD = ("shape", "missing", "rank")
+cases = st.builds(
+    Case,
+    st.sampled_from(["learns", "learns", "base", "a", "b", "c", "whole", *BAD]),
+    st.sampled_from([20, 70]),
+    st.sampled_from([5, 36]),
+)
+mixes = st.lists(st.tuples(cases, st.integers(0, 12), st.none() | st.integers(1, 12)), min_size=2, max_size=8)
+few: Any = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
+
+
+@pytest.fixture(scope="module")
+def crowd(learning: LLM, adapters: dict[str, LoRARequest], bad: dict[str, LoRARequest]) -> Mixes:
+    return Mixes(learning, adapters | bad)
+
+
+@settings(max_examples=6, derandomize=True, **few)
+@given(mixes)
+def test_each_of_a_mix_writes_what_it_writes_alone(crowd: Mixes, mix: list[tuple[Case, int, int | None]]) -> None:
+    crowd.check(mix)
+
+
+@pytest.mark.slow
+@settings(max_examples=100, **few)
+@given(mixes)
+def test_each_of_many_mixes_writes_what_it_writes_alone(crowd: Mixes, mix: list[tuple[Case, int, int | None]]) -> None:
+    crowd.check(mix)
+
+
+def test_without_enable_lora_adapters_are_refused(tiny_llama: Path, adapters: dict[str, LoRARequest]) -> None:
     """Before anything is scheduled, as stock vLLM does. Of today's code: loaded, then `All items are pinned` in a step."""
-    with running_here(tiny_llama, attention, STEPPED) as llm:
+    with running_here(tiny_llama, {"method": "none"}, STEPPED) as llm:
         for _ in range(2):
             with pytest.raises(ValueError, match="but LoRA is not enabled!"):
                 write(llm, [(prompt(20), 5, adapters["a"], {})])

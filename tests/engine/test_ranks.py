@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 from conftest_engine import a_core_for_each_of_two_ranks, generate, logprobs_of, prompt, running, sidecars, tokens_of
+from lora_adapters import write_adapter
 from reference_model import ReferenceLlama
 from server import running_server
+from test_adapters import expected as by_peft
 from test_temp_lora import STEPPED, assert_equal, replayed, written_together
 from transformers import AutoTokenizer
+from vllm import SamplingParams
+from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
 
 from vllm_longctx import BOOKLM
 from vllm_longctx.geometry import Geometry
@@ -25,14 +31,30 @@ def _two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     a_core_for_each_of_two_ranks(monkeypatch)
 
 
-def test_two_ranks_equal_the_reference(tiny_llama: Path) -> None:
+def test_two_ranks_equal_the_reference(tiny_llama: Path, tmp_path: Path) -> None:
+    """Beside them, adapters: one that both ranks load, and one that only one of them finds, which is none for both."""
     attention = {"n_global": 10, "n_local": 64, "distance_ceiling": 64}
-    with running(tiny_llama, attention, tensor_parallel_size=2) as llm:
+    path = write_adapter(tmp_path / "adapter", tiny_llama, 1)
+    users = {"enable_lora": True, "fully_sharded_loras": True, "max_loras": 2, "max_lora_rank": 8}
+    with running(tiny_llama, attention, tensor_parallel_size=2, **users) as llm:
         outputs = generate(llm, [prompt(n, seed=9) for n in (63, 64, 65, 300)], 40, prompt_logprobs=0)
+        workers = [
+            p.pid for p in psutil.Process().children(recursive=True) if "Worker" in p.name() or "Worker" in p.cmdline()[0]
+        ]
+        assert len(workers) == 2
+        seen_by_one = [f"/proc/self/task/{worker}/root{path}" for worker in workers]
+        adapters = [LoRARequest(str(n), n, str(p)) for n, p in enumerate([path, *seen_by_one], 1)]
+        params = SamplingParams(max_tokens=20, temperature=0, logprobs=0, ignore_eos=True, detokenize=False)
+        texts = [tokens_input(prompt(n, seed=3)) for n in (20, 21, 22, 23)]
+        adapted = llm.generate(texts, params, use_tqdm=False, lora_request=[*adapters, None])
+        again = llm.generate(texts[:1], params, use_tqdm=False, lora_request=adapters[:1])
     reference = ReferenceLlama(tiny_llama)
-    for output in outputs:
+    for output in (*outputs, adapted[3]):
         expected = reference.token_logprobs(tokens_of(output), Geometry(10, 64, 64))
-        assert (logprobs_of(output) - expected).abs().max() <= 1e-4
+        assert (logprobs_of(output) - expected[-len(logprobs_of(output)) :]).abs().max() <= 1e-4
+    for output in (adapted[0], again[0]):
+        torch.testing.assert_close(logprobs_of(output), by_peft(tiny_llama, adapters[0], output), rtol=0, atol=1e-4)
+    assert [output.outputs[0].finish_reason for output in adapted] == ["length", "error", "error", "length"]
 
 
 def _ranks_that_leave_a_core_to_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
