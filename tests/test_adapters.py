@@ -1,5 +1,6 @@
 """LoRA on the CPU without an engine: vLLM's own layers, their operators per segment, and the two pools of places in them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,14 @@ from safetensors.torch import load_file
 from test_cuda import CPU, one_rank  # noqa: F401 (fixture)
 from test_engine_args import create
 from torch import Tensor
+from vllm import SamplingParams
 from vllm.config import set_current_vllm_config
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs import tokens_input
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader import get_model_loader
+from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_longctx.adaptation import lora
 from vllm_longctx.adaptation.lora import with_slots
@@ -261,6 +266,33 @@ def test_reloading_in_place(loaded: SimpleNamespace, adapters: list[Path], tmp_p
     assert runner.list_loras() == {1} and torch.equal(down[0], before)
     runner.add_lora(LoRARequest("a", 1, str(adapters[1]), load_inplace=True))
     assert runner.list_loras() == {1} and not torch.equal(down[0], before)
+
+
+def front_end(additional_config: dict[str, Any], **kwargs: Any) -> Callable[..., Any]:
+    """What `LLM.generate`, AsyncLLM and the server call with every request."""
+    processor = InputProcessor(create(additional_config=additional_config, **kwargs))
+    return lambda adapter=None, **params: processor.process_inputs(
+        "id", tokens_input([5, 6]), SamplingParams(max_tokens=5, **params), ("generate",), lora_request=adapter
+    )
+
+
+def test_the_door_knows_of_the_users_adapters_only() -> None:
+    adapter, config = LoRARequest("a", 1, "path"), {"longctx": {"preset": "temp-lora-quality"}}
+    messages = []
+    for additional_config in ({}, config):
+        with pytest.raises(VLLMValidationError) as refused:
+            front_end(additional_config)(adapter)
+        messages.append(str(refused.value))
+    assert messages[0] == messages[1] and "but LoRA is not enabled!" in messages[0]
+    assert front_end(config, enable_lora=True)(adapter).lora_request is adapter
+
+
+def test_a_request_with_an_adapter_learns_none_where_all_learn() -> None:
+    config = {"longctx": {"preset": "temp-lora-quality", "adaptation": {"requests": "all"}}}
+    add, adapter = front_end(config, enable_lora=True), LoRARequest("a", 1, "path")
+    assert add(adapter).lora_request is adapter
+    with pytest.raises(ValueError, match=r"longctx.temp_lora beside the adapter 'a': a request has one"):
+        add(adapter, extra_args={"longctx": {"temp_lora": True}})
 
 
 def running(*ids: int | None) -> list[Any]:

@@ -131,9 +131,9 @@ SEAMS = [
     Seam(
         "Scheduler._reserve_prefill_lookahead, _handle_blocked_waiting_request, _update_after_schedule, _preempt_request, "
         "_free_request (overridden), running (reordered)",
-        "adaptation/scheduler.py, focused/scheduler.py",
+        "scheduler.py, adaptation/scheduler.py, focused/scheduler.py",
         "let a request that adapts compute to the end of its block, or of its window, and no further, hold it until the block "
-        "is trained, admit it when a slot is free, preempt it last",
+        "is trained, admit it when a slot is free, preempt it last; never run requests of more adapters than there are places",
         _all(
             _has(
                 "vllm.v1.core.sched.scheduler:Scheduler",
@@ -172,7 +172,8 @@ SEAMS = [
     ),
     Seam(
         "CPUWorker.model_runner, Worker._make_model_runner (the runner's class replaced); GPUModelRunner.load_lora_model, "
-        "_prepare_inputs, _get_prompt_logprobs_dict (overridden), input_batch.token_ids_cpu (changed while ids are gathered), "
+        "add_lora, remove_lora, pin_lora, list_loras, _prepare_inputs, _get_prompt_logprobs_dict (overridden), "
+        "input_batch.token_ids_cpu (changed while ids are gathered), "
         "positions (changed); on CUDA GPUModelRunner.prepare_inputs, prepare_attn, add_requests, finish_requests, "
         "DefaultModelState.prepare_inputs, prepare_dummy_inputs, PromptLogprobsWorker (overridden), RequestState.prefill_len, "
         "num_computed_tokens, BlockTables.num_blocks (changed)",
@@ -187,7 +188,14 @@ SEAMS = [
                 "_prepare_inputs",
                 "_get_prompt_logprobs_dict",
             ),
-            _has("vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin", "load_lora_model"),
+            _has(
+                "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin",
+                "load_lora_model",
+                "add_lora",
+                "remove_lora",
+                "pin_lora",
+                "list_loras",
+            ),
             _has("vllm.v1.worker.gpu_worker:Worker", "_make_model_runner"),
             _sets("vllm.v1.worker.gpu_input_batch:InputBatch", "token_ids_cpu"),
             _has(
@@ -209,14 +217,32 @@ SEAMS = [
         "0014-model-runner-of-plugins.diff",
     ),
     Seam(
-        "LRUCacheWorkerLoRAManager._load_adapter (overridden), _adapter_manager: its lora_index_to_id, modules, packed_modules",
+        "LRUCacheWorkerLoRAManager._load_adapter, _apply_adapters, dummy_lora_cache (overridden), _manager_cls (another); "
+        "LRUCacheLoRAModelManager.lora_slots, capacity (overridden), _registered_adapters, _active_adapters, lora_index_to_id "
+        "(laid out anew), modules, packed_modules; NewRequestData.lora_request (set)",
         "adaptation/lora.py",
-        "swap the weights of a trained adapter in place, from memory",
+        "places for trained adapters behind the users', whose weights are swapped in place, from memory; an adapter that cannot "
+        "be loaded is an error of its requests",
         _all(
-            _has("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager", "_load_adapter", "set_active_adapters"),
+            _has(
+                "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager",
+                "_load_adapter",
+                "_apply_adapters",
+                "dummy_lora_cache",
+                "_manager_cls",
+                "set_active_adapters",
+            ),
             _has("vllm.lora.layers:BaseLayerWithLoRA", "set_lora", "reset_lora"),
-            _has("vllm.lora.model_manager:LRUCacheLoRAModelManager", "create_dummy_lora", "pin_adapter"),
-            _sets("vllm.lora.model_manager:LoRAModelManager", "lora_index_to_id", "modules", "packed_modules"),
+            _has("vllm.lora.model_manager:LRUCacheLoRAModelManager", "lora_slots", "capacity", "activate_adapter"),
+            _sets(
+                "vllm.lora.model_manager:LoRAModelManager",
+                "_registered_adapters",
+                "_active_adapters",
+                "lora_index_to_id",
+                "modules",
+                "packed_modules",
+            ),
+            _takes("vllm.v1.core.sched.output:NewRequestData", "lora_request"),
         ),
         "0015-adapters-from-memory.diff",
     ),
@@ -225,7 +251,17 @@ SEAMS = [
         "adaptation/worker.py",
         "no adapter for tokens that have none, where vLLM applies the last one, and weights not gathered for every token",
         _all(
-            _has("vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU", "update_metadata", "add_lora_linear"),
+            _has(
+                "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU",
+                "update_metadata",
+                "token_lora_indices",
+                "sampler_indices",
+                "add_shrink",
+                "add_expand",
+                "add_lora_linear",
+                "add_lora_embedding",
+                "add_lora_logits",
+            ),
             _has("vllm.lora.model_manager:LoRAModelManager", "_init_punica_wrapper"),
         ),
         "0016-lora-per-segment-on-cpu.diff",

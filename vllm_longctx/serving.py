@@ -246,6 +246,8 @@ def check_engine_requests() -> None:
             if str(e).startswith("Token id"):  # the one message of vLLM's that does not say where
                 raise RequestError(f"prompt: {e}", "prompt") from None
             raise
+        if request.lora_request is not None and options == RequestOptions():
+            adapts = False  # it has its adapter, also where all others learn one
         if adapts:
             _check_adapting(request, options)
         _check_room(request, self.model_config.max_model_len)

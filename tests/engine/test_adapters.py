@@ -179,7 +179,7 @@ def test_two_adapters_of_one_name(sliding: LLM, tiny_llama: Path, adapters: dict
 
 def test_beside_requests_without_an_adapter(sliding: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest]) -> None:
     """Λ attention without Temp-LoRA: in stock vLLM on the CPU, and in today's code, an adapter's output leaks into these."""
-    names = [None, "a", None, "b", "b", None, "whole", "c", None]
+    names = [None, "a", None, "b", "b", "whole", None, "c", None, "whole"]
     requests: list[Any] = [
         (prompt(12 + 3 * seed, seed), 15, adapters.get(name or ""), {"prompt_logprobs": 0} if seed % 2 else {})
         for seed, name in enumerate(names)

@@ -130,7 +130,8 @@ class TempLoraScheduler(LongContextScheduler):
     # --- a request's life -----------------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
-        if request.request_id not in self.requests and request.sampling_params is not None:
+        is_new = request.request_id not in self.requests
+        if is_new and request.sampling_params is not None and request.lora_request is None:
             self._adapt(request)
         super().add_request(request)
 
