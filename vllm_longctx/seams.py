@@ -173,8 +173,8 @@ SEAMS = [
     Seam(
         "CPUWorker.model_runner, Worker._make_model_runner (the runner's class replaced); GPUModelRunner.load_lora_model, "
         "add_lora, remove_lora, pin_lora, list_loras, _prepare_inputs, _get_prompt_logprobs_dict (overridden), "
-        "input_batch.token_ids_cpu (changed while ids are gathered), "
-        "positions (changed); on CUDA GPUModelRunner.prepare_inputs, prepare_attn, add_requests, finish_requests, "
+        "input_batch.token_ids_cpu (changed while ids are gathered), positions (changed); on CUDA "
+        "GPUModelRunner.prepare_inputs, prepare_attn, add_requests, finish_requests, "
         "DefaultModelState.prepare_inputs, prepare_dummy_inputs, PromptLogprobsWorker (overridden), RequestState.prefill_len, "
         "num_computed_tokens, BlockTables.num_blocks (changed)",
         "worker.py, worker_cuda.py, adaptation/lora.py, adaptation/worker.py, adaptation/worker_cuda.py, "
@@ -217,12 +217,22 @@ SEAMS = [
         "0014-model-runner-of-plugins.diff",
     ),
     Seam(
+        "LRUCacheWorkerLoRAManager._adapter_manager: its modules, packed_modules",
+        "adaptation/lora.py",
+        "swap the weights of a trained adapter in place, from memory",
+        _all(
+            _has("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager", "set_active_adapters"),
+            _has("vllm.lora.layers:BaseLayerWithLoRA", "set_lora", "reset_lora"),
+            _sets("vllm.lora.model_manager:LoRAModelManager", "modules", "packed_modules"),
+        ),
+        "0015-adapters-from-memory.diff",
+    ),
+    Seam(
         "LRUCacheWorkerLoRAManager._load_adapter, _apply_adapters, dummy_lora_cache (overridden), _manager_cls (another); "
         "LRUCacheLoRAModelManager.lora_slots, capacity (overridden), _registered_adapters, _active_adapters, lora_index_to_id "
-        "(laid out anew), modules, packed_modules; NewRequestData.lora_request (set)",
+        "(laid out anew); NewRequestData.lora_request (set)",
         "adaptation/lora.py",
-        "places for trained adapters behind the users', whose weights are swapped in place, from memory; an adapter that cannot "
-        "be loaded is an error of its requests",
+        "places for trained adapters behind the users'; an adapter that cannot be loaded is an error of its requests",
         _all(
             _has(
                 "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager",
@@ -230,21 +240,12 @@ SEAMS = [
                 "_apply_adapters",
                 "dummy_lora_cache",
                 "_manager_cls",
-                "set_active_adapters",
             ),
-            _has("vllm.lora.layers:BaseLayerWithLoRA", "set_lora", "reset_lora"),
             _has("vllm.lora.model_manager:LRUCacheLoRAModelManager", "lora_slots", "capacity", "activate_adapter"),
-            _sets(
-                "vllm.lora.model_manager:LoRAModelManager",
-                "_registered_adapters",
-                "_active_adapters",
-                "lora_index_to_id",
-                "modules",
-                "packed_modules",
-            ),
+            _sets("vllm.lora.model_manager:LoRAModelManager", "_registered_adapters", "_active_adapters", "lora_index_to_id"),
             _takes("vllm.v1.core.sched.output:NewRequestData", "lora_request"),
         ),
-        "0015-adapters-from-memory.diff",
+        "0021-places-and-load-errors-of-lora-managers.diff",
     ),
     Seam(
         "LoRAModelManager.punica_wrapper_mapping, PunicaWrapperCPU (its class replaced)",
