@@ -12,7 +12,13 @@ from vllm_longctx.engine_args import LINEAR_MODULES
 
 
 def write_adapter(
-    path: Path, model: Path, seed: int, rank: int = 4, modules: tuple[str, ...] = LINEAR_MODULES, wider: int = 0, **config: Any
+    path: Path,
+    model: Path | str,
+    seed: int,
+    rank: int = 4,
+    modules: tuple[str, ...] = LINEAR_MODULES,
+    wider: int = 0,
+    **config: Any,
 ) -> Path:
     """Random, and far from the base model's weights. wider: this many features too many go in."""
     with torch.device("meta"):

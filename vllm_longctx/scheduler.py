@@ -69,7 +69,7 @@ class LongContextScheduler(Scheduler):
         self.step_stats.selection_seconds = getattr(model_runner_output, "longctx_selection_seconds", None)
         ended: dict[int, EngineCoreOutputs] = {}
         if failed := getattr(model_runner_output, "longctx_failed_adapters", None):
-            self._fail_adapters(failed)
+            self._fail_adapters(scheduler_output, failed)
             self._end_failed(ended)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for client, more in ended.items():
@@ -87,14 +87,21 @@ class LongContextScheduler(Scheduler):
         running = {other.lora_request.lora_int_id for other in self.running if other.lora_request is not None}
         return len(running | {request.lora_request.lora_int_id}) <= self.lora_config.max_loras
 
-    def _fail_adapters(self, failed: dict[int, str]) -> None:
-        """The requests that run with these were computed without them: nobody may see their tokens, nor hit their blocks."""
-        for request in self.running:
-            if request.lora_request is not None and request.lora_request.lora_int_id in failed:
-                self.failed[request.request_id] = failed[request.lora_request.lora_int_id]
-                for manager in self.kv_cache_manager.coordinator.single_type_managers:
-                    blocks = manager.req_to_blocks.get(request.request_id, ())
-                    manager.block_pool.evict_blocks({block.block_id for block in blocks if not block.is_null})
+    def _fail_adapters(self, scheduler_output: SchedulerOutput, failed: dict[int, str]) -> None:
+        """A step's requests with these were computed without them: nobody may see their tokens, nor hit their blocks.
+
+        Nor may those that run with them, and are perhaps computed ahead.
+        """
+        ahead = {request.request_id: request for request in self.running}
+        ahead |= {name: self.requests[name] for name in scheduler_output.num_scheduled_tokens if name in self.requests}
+        for name, request in ahead.items():
+            if request.lora_request is None or (reason := failed.get(request.lora_request.lora_int_id)) is None:
+                continue
+            self.failed[name] = reason
+            for manager in self.kv_cache_manager.coordinator.single_type_managers:
+                for block_hash in request.block_hashes:
+                    while blocks := manager.block_pool.get_cached_block(block_hash, [manager.kv_cache_group_id]):
+                        manager.block_pool.evict_blocks({block.block_id for block in blocks})
 
     def _end_failed(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         reasons, self.failed = self.failed, {}

@@ -1,11 +1,13 @@
 """The users' LoRA adapters in engines of ours, beside requests that learn: two pools of places, each its own weights."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from conftest_engine import generate, logprobs_of, metric, prompt, running_here, tokens_of
@@ -13,11 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_adapters import write_adapter, write_bad_adapters
 from peft import PeftModel
+from server import running_server
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
+
+from vllm_longctx import BOOKLM
 
 RECIPE = {"rank": 8, "dropout": 0.0, "learning_rate": 2e-3, "block_tokens": 32, "train_context_tokens": 64}
 STEPPED = {**RECIPE, "window_tokens": 128, "context_tokens": 64, "slots": 2}
@@ -292,3 +297,24 @@ def test_without_enable_lora_adapters_are_refused(tiny_llama: Path, adapters: di
                     call(argument)
             outputs = write(llm, [(prompt(40, seed), 40, None, ADAPTS if seed else {}) for seed in range(4)])
             assert all(len(output.outputs[0].token_ids) == 40 for output in outputs)
+
+
+@pytest.mark.slow
+def test_a_server_without_enable_lora_refuses_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stock vLLM's answers: on the route, by a model's name, and where the server is to start with one."""
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    path = write_adapter(tmp_path / "adapter", BOOKLM, 1)
+    adaptation = json.dumps({"preset": "temp-lora-quality", "adaptation": {"slots": 1}})
+    flags = ["--longctx", adaptation, "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4", "--max-model-len", "4096"]
+    flags += ["--kv-cache-memory-bytes", "100000000", "--served-model-name", "booklm"]
+    with running_server(BOOKLM, tmp_path / "log", *flags) as address, httpx.Client(base_url=address, timeout=120) as http:
+        answer = http.post("/v1/load_lora_adapter", json={"lora_name": "mine", "lora_path": str(path)})
+        assert answer.status_code == 500 and "LoRA is not enabled. Use --enable-lora" in answer.text
+        body = {"prompt": "a b c", "max_tokens": 5, "temperature": 0}
+        assert http.post("/v1/completions", json={"model": "mine", **body}).status_code == 404
+        assert http.post("/v1/completions", json={"model": "booklm", **body}).status_code == 200
+    with (
+        pytest.raises(RuntimeError, match=r"LoRA is not enabled\. Use --enable-lora"),
+        running_server(BOOKLM, tmp_path / "log", *flags, "--lora-modules", f"mine={path}"),
+    ):
+        pass
