@@ -48,19 +48,16 @@ def with_slots(vllm_config: VllmConfig) -> VllmConfig:
     if adaptation is None:
         return vllm_config
     assert adaptation.slots is not None
-    rank = max(adaptation.rank_limit, 0 if users is None else users.max_lora_rank)
-    targets: list[str] | None = list(LINEAR_MODULES)
-    if users is not None:
-        targets = users.target_modules and [*users.target_modules, *LINEAR_MODULES]
-    own = {} if users is None else {field.name: getattr(users, field.name) for field in dataclasses.fields(LoRAConfig)}
+    own = users or LoRAConfig(target_modules=list(LINEAR_MODULES))
+    assert own.max_cpu_loras is not None
     places = adaptation.slots + (0 if users is None else users.max_loras)
-    own |= {
-        "max_loras": places,
-        "max_cpu_loras": max(places, (users and users.max_cpu_loras) or 0),
-        "max_lora_rank": next(allowed for allowed in get_args(MaxLoRARanks) if allowed >= rank),
-        "target_modules": targets,
-    }
-    lora_config = LoRAConfigWithSlots(**own)
+    rank = max(adaptation.rank_limit, 1 if users is None else users.max_lora_rank)
+    values = {field.name: getattr(own, field.name) for field in dataclasses.fields(LoRAConfig)}
+    values["max_loras"], values["max_cpu_loras"] = places, max(places, own.max_cpu_loras)
+    values["max_lora_rank"] = next(allowed for allowed in get_args(MaxLoRARanks) if allowed >= rank)
+    if own.target_modules is not None:  # else vLLM wraps all that it can
+        values["target_modules"] = list(dict.fromkeys([*own.target_modules, *LINEAR_MODULES]))
+    lora_config = LoRAConfigWithSlots(**values)
     lora_config.slots, lora_config.users = adaptation.slots, users
     lora_config.verify_with_model_config(vllm_config.model_config)
     vllm_config = copy(vllm_config)
@@ -118,7 +115,7 @@ class AdapterManager(LRUCacheLoRAModelManager):
     @property
     def capacity(self) -> int:
         lora_config = self.lora_config if self.warming_up else self.users
-        return 0 if lora_config is None or lora_config.max_cpu_loras is None else lora_config.max_cpu_loras
+        return 0 if lora_config is None else lora_config.max_cpu_loras or 0
 
     def lay_out(self, warming_up: bool) -> None:
         """Give the places to those who have them from now on; nobody's weights are in them."""
@@ -230,8 +227,10 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
     # --- a step -----------------------------------------------------------------------------------------------------------
 
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
-        numbers_of_slots = range(1, 0 if self._adapter_manager.warming_up else self._adapter_manager.num_slots + 1)
-        self._apply_adapters({request for request in requests if request.lora_int_id not in numbers_of_slots})
+        if self._adapter_manager.warming_up:
+            super().set_active_adapters(requests, mapping)
+            return
+        self._apply_adapters({request for request in requests if request.lora_int_id > self._adapter_manager.num_slots})
         if mapping is not None:
             if self.failed:  # what these tokens come to is nobody's
                 mapping = copy(mapping)
