@@ -23,6 +23,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.gpu import attn_utils
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner as GPUModelRunnerV1
 
 from vllm_longctx.attention.kernels import lambda_attention, lambda_decode
 from vllm_longctx.attention.kernels.lambda_tile import Launch
@@ -229,7 +230,8 @@ def test_engine_arguments_of_the_top_k_branch_on_cuda(tiny_llama: Path, monkeypa
     worker.model_runner = GPUModelRunner.__new__(GPUModelRunner)
     worker.init_device()
     assert type(worker.model_runner) is TopKCUDARunner
-    with pytest.raises(RuntimeError, match=r"longctx cannot take over .*TopKCUDARunner"):
+    worker.model_runner = object.__new__(GPUModelRunnerV1)
+    with pytest.raises(RuntimeError, match=r"longctx cannot take over .*gpu_model_runner\.GPUModelRunner"):
         worker.init_device()
 
 
