@@ -36,6 +36,15 @@ def times(x: Tensor, weights: Tensor, index: int | Tensor) -> Tensor:
     return torch.bmm(weights[index, 0], x.unsqueeze(-1).to(weights.dtype)).squeeze(-1)
 
 
+def add(y: Tensor, rows: slice | Tensor, added: Tensor) -> None:
+    """y [.., out], of which the first columns [rows, added's out] get what is added."""
+    y = y[:, : added.shape[-1]]
+    if isinstance(rows, slice):
+        y[rows] += added.to(y.dtype)
+    else:
+        y.index_add_(0, rows, added.to(y.dtype))
+
+
 class SegmentedPunica(PunicaWrapperCPU):
     """vLLM's, with work per run of rows that share an adapter, and none for rows without one.
 
@@ -56,7 +65,7 @@ class SegmentedPunica(PunicaWrapperCPU):
         x = x.view(-1, x.shape[-1])
         for part, a in zip(y, lora_a_stacked, strict=True):
             for index, rows in self.by_token:
-                part[rows] += (times(x[rows], a, index) * scale).to(part.dtype)
+                add(part, rows, times(x[rows], a, index) * scale)
 
     def add_expand(
         self,
@@ -73,7 +82,7 @@ class SegmentedPunica(PunicaWrapperCPU):
         y, offset = y.view(-1, y.shape[-1]), offset_start
         for part, b, size in zip(x, lora_b_stacked, output_slices, strict=True):
             for index, rows in self.by_token:
-                y[rows, offset : offset + size] += times(part[rows], b, index)[:, :size].to(y.dtype)
+                add(y[:, offset:], rows, times(part[rows], b, index)[:, :size])
             offset += size
 
     def add_lora_linear(
@@ -90,8 +99,7 @@ class SegmentedPunica(PunicaWrapperCPU):
         y, x, offset = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), 0
         for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
             for index, rows in self.by_token:
-                added = times(times(x[rows], a, index), b, index)[:, :size] * scale
-                y[rows, offset : offset + size] += added.to(y.dtype)
+                add(y[:, offset:], rows, times(times(x[rows], a, index), b, index)[:, :size] * scale)
             offset += size
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any) -> None:
@@ -108,8 +116,7 @@ class SegmentedPunica(PunicaWrapperCPU):
             rows_of = rows_by_adapter(self.token_lora_indices[first : first + len(x)])
         size = min(y.shape[-1], lora_b_stacked.shape[-2])
         for index, rows in rows_of:
-            added = times(times(x[rows], lora_a_stacked, index), lora_b_stacked, index)[:, :size] * scale
-            y[rows, :size] += added.to(y.dtype)
+            add(y, rows, times(times(x[rows], lora_a_stacked, index), lora_b_stacked, index)[:, :size] * scale)
 
 
 class SegmentedLoRAManager(SlotLoRAManager):
