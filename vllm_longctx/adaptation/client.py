@@ -32,7 +32,7 @@ class TrainerClient:
     training_bytes: what a trainer on a GPU needs beside the model's weights. share: makes the message for each new process by
     which it uses the engine's weights; None where it loads its own.
     max_rank, num_slots: of the shared memory. start_timeout_s: for the model to be loaded. train_timeout_s: for any one job;
-    a trainer that takes longer is killed. max_restarts: in a row, without a block trained in between. address: of a trainer
+    a trainer that takes longer is killed. max_restarts: in a row, with nothing trained or saved between. address: of a trainer
     that runs already; it is joined and not watched over, and the arguments about the process mean nothing.
 
     slots: None until the trainer is ready; the caller may clear slots. process_id: None while there is no process of our own.
@@ -122,7 +122,9 @@ class TrainerClient:
         training and saving not yet answered. m.Dead is the last there will be.
         """
         self._receive()
-        self._supervise()
+        # The last words of one that is gone come before m.Restarted: else what they make the caller send would go to the next.
+        if not self._reports:
+            self._supervise()
         reports, self._reports = self._reports, []
         return reports
 
@@ -202,7 +204,7 @@ class TrainerClient:
             self._since = time.monotonic()
             if isinstance(report, m.ANSWERS):
                 self._unanswered -= 1
-                if isinstance(report, m.Trained):
+                if isinstance(report, m.Trained | m.Saved):
                     self._failures = 0
             elif isinstance(report, m.Ready):
                 self._open(report)
