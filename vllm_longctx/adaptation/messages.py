@@ -216,6 +216,11 @@ decode_job = msgspec.msgpack.Decoder(Job).decode
 decode_report = msgspec.msgpack.Decoder(Report).decode
 
 
+def not_saved(name: str, reason: str) -> str:
+    """What the answer to a request says whose adapter could not be saved."""
+    return f"longctx: adapter {name!r} was not saved: {reason}"
+
+
 def adapter_path(adapters_root: str | None, name: str) -> Path:
     """The directory of a saved adapter. Raises ValueError for a name that is not a plain one."""
     if adapters_root is None:

@@ -459,7 +459,8 @@ class TempLoraScheduler(LongContextScheduler):
         if error is None:
             self.step_stats.adapters_saved += 1
         else:
-            text = f"longctx: adapter {adapted.save_as!r} was not saved: {error}"
+            assert adapted.save_as is not None
+            text = messages.not_saved(adapted.save_as, error)
             logger.error("%s (request %s)", text, adapted.request.request_id)
             self.step_stats.save_failures += 1
             # Not all routes show the first, and none makes of the second more than it is.
