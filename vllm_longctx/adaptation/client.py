@@ -198,6 +198,9 @@ class TrainerClient:
                 report = m.decode_report(self._socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
+            except msgspec.MsgspecError as e:  # a joined one may be of another version
+                self._die(f"says what this engine does not understand: {e}")
+                return
             if isinstance(report, m.Lost):
                 self._die(report.reason)
                 return
@@ -223,7 +226,10 @@ class TrainerClient:
     def _supervise(self) -> None:
         now = time.monotonic()
         if self._start_at is not None and now >= self._start_at:
-            self._spawn()
+            try:
+                self._spawn()
+            except OSError as e:
+                self._restart(f"could not be started: {e}")
         if self._socket is None:
             return
         code = None if self._process is None else self._process.poll()

@@ -157,7 +157,22 @@ class Trainer:
                 b.copy_(weights[name][1] * (adapter.recipe.rank / adapter.recipe.alpha))
 
     def load_directory(self, owner: int, directory: Path) -> None:
-        """Replace an adapter's weights by a PEFT directory's: plain LoRA of all linear layers, of the recipe's rank."""
+        """Replace an adapter's weights by a PEFT directory's: plain LoRA of all linear layers, of the recipe's rank.
+
+        All of it is of one directory, though another trainer may save under the name meanwhile.
+        """
+        while True:
+            opened = _identity(directory)
+            try:
+                self._load_directory(owner, directory)
+            except Exception:
+                if _identity(directory) == opened:
+                    raise
+            else:
+                if _identity(directory) == opened:
+                    return
+
+    def _load_directory(self, owner: int, directory: Path) -> None:
         if not (directory / CONFIG_NAME).is_file():
             raise ValueError(f"there is no adapter {directory.name!r} in adapters_root")
         if (directory / ABOUT_NAME).is_file():
@@ -239,6 +254,15 @@ class Trainer:
     def _about_model(self) -> dict[str, Any]:
         keys = "model_type", "hidden_size", "num_hidden_layers", "vocab_size"
         return {key: getattr(self._base.config, key, None) for key in keys}
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """Of what has this name now, None if nothing has."""
+    try:
+        stat = directory.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 def _saved_key(module: str, matrix: str) -> str:
