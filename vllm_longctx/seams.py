@@ -259,8 +259,8 @@ SEAMS = [
         "0019-pool-of-its-own.diff",
     ),
     Seam(
-        "OutputProcessor.add_request, process_outputs (wrapped), RequestState.detokenizer (wrapped); SamplingParams (an attribute "
-        "added); EngineCoreOutput.stop_reason, kv_transfer_params (set)",
+        "OutputProcessor.add_request, process_outputs, RequestState.detokenizer (wrapped); SamplingParams (an attribute); "
+        "EngineCoreOutput.stop_reason, kv_transfer_params (set)",
         "adaptation/stop_strings.py, adaptation/scheduler.py",
         "answer a request that ends at a stop string when its adapter is saved, and say why if it is not",
         _all(
