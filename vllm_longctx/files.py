@@ -36,11 +36,14 @@ def whole_directory(path: Path, prefix: str) -> Iterator[Path]:
         _sync_one(path.parent)
 
 
-def sync(directory: Path) -> None:
-    """Wait until all that is in it is on disk. Raises OSError."""
-    for parent, _, files in os.walk(directory):
-        for name in (*files, "."):
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory and all that is in it, is on disk. Raises OSError."""
+    for parent, _, files in os.walk(path):
+        for name in files:
             _sync_one(Path(parent, name))
+        _sync_one(Path(parent))
+    if path.is_file():
+        _sync_one(path)
 
 
 def _sync_one(path: Path) -> None:
