@@ -27,6 +27,8 @@ from vllm.v1.request import RequestStatus
 
 from vllm_longctx.adaptation import scheduler
 from vllm_longctx.adaptation.messages import (
+    ANSWERED,
+    ANSWERS,
     Began,
     Begin,
     Dead,
@@ -98,6 +100,7 @@ class Trainer:
         self.made: dict[int, int] = {}  # by owner: a digest of its weights
         self.saved: dict[str, tuple[int, int]] = {}
         self.reports: list[Report] = []
+        self.unanswered: deque[int] = deque()  # owners of jobs
         self.sent: list[tuple[int, Any]] = []  # all jobs, each with the number of the poll before
 
     def start(self) -> None: ...
@@ -106,6 +109,8 @@ class Trainer:
         self.sent.append((self.polls, job))
         if self.dead:
             return
+        if isinstance(job, ANSWERED):
+            self.unanswered.append(job.owner)
         if not self.jobs and self.rng.random() < 0.5:  # at once, before anybody hears of it
             self.reports += self._do(job)
             return
@@ -118,10 +123,14 @@ class Trainer:
         if fault is not None:
             self.jobs.clear()
             self.made.clear()
-            self.reports, self.dead = [fault], isinstance(fault, Dead)
+            self.dead = isinstance(fault, Dead)
+            self.reports = [fault if self.dead else Restarted(self.unanswered[0] if self.unanswered else None)]
+            self.unanswered.clear()
         reports, self.reports = self.reports, []
         while self.jobs and self.jobs[0][0] <= self.polls:
             reports += self._do(self.jobs.popleft()[1])
+        for _ in range(sum(isinstance(report, ANSWERS) for report in reports)):
+            self.unanswered.popleft()
         return reports
 
     def _do(self, job: Any) -> list[Report]:

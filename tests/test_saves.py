@@ -15,10 +15,10 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_longctx.adaptation.messages import Dead, Failed, Restarted, Save, Train
+from vllm_longctx.adaptation.messages import ANSWERED, Dead, Failed, Report, Restarted, Save, Train, not_saved
 from vllm_longctx.config import active_config
 
-SEEDS = 4
+SEEDS = 3
 GONE = "the trainer ended with code -9"
 pytestmark = pytest.mark.parametrize("steps_ahead", [0, 1])
 
@@ -125,6 +125,47 @@ def test_a_restart_costs_no_save(steps_ahead: int, configs: list[VllmConfig], mo
     assert retried >= 5 * SEEDS
 
 
+class Poisoned(Trainer):
+    """Dies over every block with a token that no other text has, and over a name."""
+
+    def send(self, job: Any) -> None:
+        self.unanswered += [job.owner] * isinstance(job, ANSWERED)
+        self.jobs.append((self.polls + 1, job))
+
+    def poll(self) -> list[Report]:
+        if self.jobs and self.dies_over(self.jobs[0][1]):
+            self.faults = {self.polls + 1: Restarted()}
+        return super().poll()
+
+    def _do(self, job: Any) -> list[Report]:
+        if self.dies_over(job):
+            self.jobs.appendleft((self.polls + 1, job))
+            return []
+        return super()._do(job)
+
+    def dies_over(self, job: Any) -> bool:
+        return VOCABULARY in job.tokens if isinstance(job, Train) else isinstance(job, Save) and job.name == "book-fatal"
+
+
+def test_what_ends_the_trainer_is_nobody_elses_loss(
+    steps_ahead: int,
+    configs: list[VllmConfig],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for seed in range(SEEDS):
+        crowds = [Savers(configs[steps_ahead], seed, steps_ahead, monkeypatch, abort_rate=0.0) for _ in range(2)]
+        crowds[1].scheduler.trainer = crowds[1].trainer = Poisoned(crowds[1].timing, {})
+        for crowd in crowds:
+            crowd.add_saver("bad", [VOCABULARY] * 40, 20)
+            crowd.add_saver("fatal", [1, 2, 3], 20)
+            crowd.run()
+        assert crowds[0].errors() == {}
+        assert crowds[1].errors() == {"fatal": not_saved("book-fatal", "the trainer died over it again")}
+        calm, poisoned = (crowd.trainer.saved for crowd in crowds)
+        assert calm.pop("book-bad") != poisoned.pop("book-bad") and calm.pop("book-fatal")
+        assert calm == poisoned and len(calm) == 5
+
+
 def test_faults_at_any_time_are_answered(
     steps_ahead: int,
     configs: list[VllmConfig],  # noqa: F811
@@ -146,7 +187,7 @@ def test_faults_at_any_time_are_answered(
         assert "book-1" not in crowd.trainer.saved
         stats = crowd.scheduler.step_stats
         assert not crowd.scheduler.by_owner and not crowd.scheduler.saving and stats.saving_requests == 0
-    for reason in (GONE, "no space left", "died over it again", "Temp-LoRA: it so happens"):
+    for reason in (GONE, "no space left", "Temp-LoRA: it so happens"):
         assert any(reason in error for error in errors), reason
     assert saved > SEEDS
 
@@ -164,7 +205,7 @@ def test_a_lost_trainer_is_told_at_every_place_in_a_block(
             crowd.run()
             assert request.num_output_tokens == tokens
             told.add(crowd.error("late"))
-    assert f"longctx: adapter 'book-late' was not saved: {GONE}" in told
+    assert not_saved("book-late", GONE) in told
 
 
 def test_a_last_block_that_is_lost_is_told_where_blocks_must_not_be_lost(
@@ -182,7 +223,7 @@ def test_a_last_block_that_is_lost_is_told_where_blocks_must_not_be_lost(
         monkeypatch.setattr(crowd.trainer, "_do", diverge)
         crowd.add_saver("late", [1, 2, 3], 14, ignore_stop=True)
         crowd.run()
-        assert crowd.error("late") == (error and f"longctx: adapter 'book-late' was not saved: {error}")
+        assert crowd.error("late") == (error and not_saved("book-late", error))
         assert crowd.outputs["late"][-1].finish_reason == FinishReason.LENGTH
 
 
@@ -230,7 +271,7 @@ def test_an_engine_that_ends_answers_at_once(ended: Savers, monkeypatch: pytest.
         if ended.scheduler.has_requests() or ended.under_way:
             ended.step()
     assert not ended.scheduler.has_requests() and sorted(ended.scheduler.free_slots) == [0, 1]
-    assert "the engine was stopped" in ended.error("late")
+    assert "the engine was paused or shut down" in ended.error("late")
     assert not any(o.finished for o in ended.outputs["writing"])
 
 

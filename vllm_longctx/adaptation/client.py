@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class TrainerClient:
         self._reports: list[m.Report] = []
         self._held: list[m.Job] = []  # until the trainer is ready
         self._ready = self._ended = False
-        self._unanswered = 0
+        self._unanswered: deque[int] = deque()  # owners of the jobs to be answered, in order
         self._since = 0.0  # the trainer's last sign of life, or when it got something to do
         self._failures = 0
         self._start_at: float | None = None
@@ -112,7 +113,7 @@ class TrainerClient:
         if isinstance(job, m.ANSWERED):
             if not self._unanswered:
                 self._since = time.monotonic()
-            self._unanswered += 1
+            self._unanswered.append(job.owner)
         self._socket.send(m.encode(job), zmq.NOBLOCK)
 
     def poll(self) -> list[m.Report]:
@@ -168,7 +169,8 @@ class TrainerClient:
         if self._share is not None:
             self._socket.send(m.encode(self._share()))
         self._socket.send(m.encode(m.Join()))
-        self._ready, self._unanswered, self._start_at = False, 0, None
+        self._ready, self._start_at = False, None
+        self._unanswered.clear()
         self._since = time.monotonic()
 
     def _disconnect(self, linger_ms: int = 0) -> None:
@@ -206,7 +208,8 @@ class TrainerClient:
                 return
             self._since = time.monotonic()
             if isinstance(report, m.ANSWERS):
-                self._unanswered -= 1
+                if self._unanswered:
+                    self._unanswered.popleft()
                 if isinstance(report, m.Trained | m.Saved):
                     self._failures = 0
             elif isinstance(report, m.Ready):
@@ -248,12 +251,13 @@ class TrainerClient:
         if self._joins or self._failures >= self._max_restarts:
             self._die(reason)
             return
+        owner = self._unanswered[0] if self._unanswered else None
         self._stop()
         delay = 0.5 * 2**self._failures
         self._failures += 1
         self._start_at = time.monotonic() + delay
         logger.warning("longctx: the trainer %s; restart %d of %d", reason, self._failures, self._max_restarts)
-        self._reports.append(m.Restarted())
+        self._reports.append(m.Restarted(owner))
 
     def _die(self, reason: str) -> None:
         self._stop()
@@ -265,7 +269,8 @@ class TrainerClient:
         self._end_process()
         self._disconnect()
         self._held.clear()
-        self._ready, self._unanswered = False, 0
+        self._unanswered.clear()
+        self._ready = False
 
 
 def check_memory(options: m.Options, training_bytes: int) -> None:

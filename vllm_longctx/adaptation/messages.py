@@ -197,7 +197,12 @@ class Lost(Message, frozen=True):
 
 
 class Restarted(Message, frozen=True):
-    """From the client: everything sent so far and not yet answered is lost, and so are all adapters but for the slots."""
+    """From the client: everything sent so far and not yet answered is lost, and so are all adapters but for the slots.
+
+    owner: of the job that the trainer was at, None if it was at none.
+    """
+
+    owner: int | None = None
 
 
 class Dead(Message, frozen=True):

@@ -47,6 +47,7 @@ logger = init_logger("vllm.longctx")
 # While every request is held the engine loop would spin; it waits this long for the trainer, in seconds.
 IDLE_WAIT = 0.06
 ATTEMPTS = 2  # at a block, or at a save, when the trainer dies over it
+DIED_AGAIN = "the trainer died over it again"
 
 
 @dataclass
@@ -59,7 +60,6 @@ class PendingSave:
     output: EngineCoreOutput
     last_step: int
     sent: bool = False
-    attempts: int = 0
 
 
 @dataclass
@@ -250,7 +250,7 @@ class TempLoraScheduler(LongContextScheduler):
             for adapted in self.adapted.values():
                 adapted.save_as = None
             for adapted in list(self.saving.values()):
-                self._answer(adapted, "the engine was stopped before")
+                self._answer(adapted, "the engine was paused or shut down")
         return super().finish_requests(request_ids, finished_status)
 
     def has_finished_requests(self) -> bool:
@@ -500,7 +500,7 @@ class TempLoraScheduler(LongContextScheduler):
 
     def _hear(self, message: messages.Report) -> None:
         if isinstance(message, messages.Restarted):
-            self._trainer_restarted()
+            self._trainer_restarted(message.owner)
             return
         if isinstance(message, messages.Dead):
             self._trainer_died(message.reason)
@@ -549,12 +549,20 @@ class TempLoraScheduler(LongContextScheduler):
         elif fail:
             self.failed[request_id] = f"Temp-LoRA: {reason}"
 
-    def _trainer_restarted(self) -> None:
-        """Weights come back from the slots, optimizer states are lost. A block in training is tried once more, a save too."""
+    def _trainer_restarted(self, at: int | None) -> None:
+        """Weights come back from the slots, optimizer states are lost. All is done again but what it has died over twice.
+
+        at: the owner of what it was at.
+        """
         self.step_stats.trainer_restarts += 1
         logger.warning("longctx: the trainer was restarted; the optimizer states of %d requests are lost", len(self.by_owner))
         for adapted in list(self.by_owner.values()):
             if adapted.slot is None:
+                continue
+            adapted.attempts += adapted.owner == at
+            given_up = adapted.attempts >= ATTEMPTS
+            if given_up and not adapted.ready:
+                self._lose(adapted, DIED_AGAIN)
                 continue
             known = adapted.trained_weights
             if known.bank is None or not adapted.ready:
@@ -562,18 +570,15 @@ class TempLoraScheduler(LongContextScheduler):
             else:
                 settings = recipe(adapted.settings)
                 self.trainer.send(messages.Resume(adapted.owner, adapted.slot, known.bank, known.version, settings))
-            if adapted.sent > adapted.trained:
-                adapted.attempts += 1
-                if adapted.attempts < ATTEMPTS:
-                    adapted.sent -= 1
-                    self._send_block(adapted)
-                else:
-                    self._lose(adapted, "the trainer died over it again")
+            if adapted.sent > adapted.trained and given_up:
+                self._lose(adapted, DIED_AGAIN)
+            elif adapted.sent > adapted.trained:
+                adapted.sent -= 1
+                self._send_block(adapted)
             elif adapted.saving is not None and adapted.saving.sent:
                 adapted.saving.sent = False
-                adapted.saving.attempts += 1
-                if adapted.saving.attempts == ATTEMPTS:
-                    self._answer(adapted, "the trainer died over it again")
+                if given_up:
+                    self._answer(adapted, DIED_AGAIN)
 
     def _trainer_died(self, reason: str) -> None:
         for adapted in self.by_owner.values():

@@ -48,7 +48,7 @@ class SavingDetokenizer(IncrementalDetokenizer):
         if self.last.kv_transfer_params is not None and KEY in self.last.kv_transfer_params:
             return str(self.last.stop_reason)
         if self.last.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
-            return not_saved(self._save_as, "the request was aborted before")
+            return not_saved(self._save_as, "the request was aborted")
         return self.found
 
 
