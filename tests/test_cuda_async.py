@@ -7,6 +7,7 @@ So whoever is computed with another version, in another pass, or over KV that is
 
 import random
 from collections import defaultdict, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,23 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from vllm_longctx.adaptation import scheduler
-from vllm_longctx.adaptation.messages import Began, Begin, Drop, Failed, Report, Restarted, Resume, Save, Train, Trained
+from vllm_longctx.adaptation.messages import (
+    ANSWERED,
+    ANSWERS,
+    Began,
+    Begin,
+    Dead,
+    Drop,
+    Failed,
+    Report,
+    Restarted,
+    Resume,
+    Save,
+    Saved,
+    SaveFailed,
+    Train,
+    Trained,
+)
 from vllm_longctx.adaptation.scheduler import AsyncTempLoraScheduler, TempLoraScheduler
 from vllm_longctx.adaptation.step import ATTRIBUTE, Pass, SlotUse, Weights
 from vllm_longctx.config import active_config
@@ -70,24 +87,30 @@ class Banks:
 
 
 class Trainer:
-    """Answers after some polls; what it makes of a text depends on nothing else. restart_at: the poll at which it dies once."""
+    """Answers after some polls; what it makes of a text depends on nothing else, but for what it is given in `faults`.
 
-    def __init__(self, rng: random.Random, restart_at: int):
-        self.rng, self.restart_at, self.polls = rng, restart_at, 0
+    faults: by the number of a poll, Restarted or Dead: then it forgets all it was sent and has made, as a process that ends.
+    unsaved: names that cannot be saved.
+    """
+
+    def __init__(self, rng: random.Random, faults: Mapping[int, Restarted | Dead], unsaved: frozenset[str] = frozenset()):
+        self.rng, self.faults, self.unsaved, self.polls, self.dead = rng, faults, unsaved, 0, False
         self.slots = Banks()
         self.jobs: deque[tuple[int, Any]] = deque()
         self.made: dict[int, int] = {}  # by owner: a digest of its weights
         self.saved: dict[str, tuple[int, int]] = {}
         self.reports: list[Report] = []
+        self.unanswered: deque[int] = deque()  # owners of jobs
+        self.sent: list[tuple[int, Any]] = []  # all jobs, each with the number of the poll before
 
     def start(self) -> None: ...
 
     def send(self, job: Any) -> None:
-        if isinstance(job, Resume):  # else it may come when its request has ended, and with that what it wants saved
-            owner, version, self.made[owner] = self.slots.held[job.slot, job.bank]
-            assert (owner, version) == (job.owner, job.version)
-            self.reports.append(Began(owner))
+        self.sent.append((self.polls, job))
+        if self.dead:
             return
+        if isinstance(job, ANSWERED):
+            self.unanswered.append(job.owner)
         if not self.jobs and self.rng.random() < 0.5:  # at once, before anybody hears of it
             self.reports += self._do(job)
             return
@@ -96,13 +119,18 @@ class Trainer:
 
     def poll(self) -> list[Report]:
         self.polls += 1
-        if self.polls == self.restart_at:
-            gone = {job.owner for _, job in self.jobs if isinstance(job, Drop)}  # what they want saved is not lost here
-            self.jobs = deque((at, job) for at, job in self.jobs if job.owner in gone)
-            self.reports = [Restarted()]
+        fault = None if self.dead else self.faults.get(self.polls)
+        if fault is not None:
+            self.jobs.clear()
+            self.made.clear()
+            self.dead = isinstance(fault, Dead)
+            self.reports = [fault if self.dead else Restarted(self.unanswered[0] if self.unanswered else None)]
+            self.unanswered.clear()
         reports, self.reports = self.reports, []
         while self.jobs and self.jobs[0][0] <= self.polls:
             reports += self._do(self.jobs.popleft()[1])
+        for _ in range(sum(isinstance(report, ANSWERS) for report in reports)):
+            self.unanswered.popleft()
         return reports
 
     def _do(self, job: Any) -> list[Report]:
@@ -113,15 +141,31 @@ class Trainer:
                 if job.start_from and job.owner not in gone:
                     self.slots.held[job.slot, 0] = job.owner, 0, self.made[job.owner]
                 return [Began(job.owner)]
+            case Resume():
+                owner, version, made = self.slots.held.get((job.slot, job.bank), (0, 0, 0))
+                if (owner, version) != (job.owner, job.version):
+                    return [Failed(job.owner, job.version, "StaleSlot")]
+                self.made[owner] = made
+                return [Began(owner)]
+            case Train() | Save() if job.owner not in self.made:
+                reason = "it has no adapter"
+                failed = isinstance(job, Train)
+                return [Failed(job.owner, job.version, reason) if failed else SaveFailed(job.owner, job.name, reason)]
             case Train():
                 if digest(job.tokens) % 7 == 0:
                     return [Failed(job.owner, job.version, "it so happens")]
+                self.slots.held.pop((job.slot, job.bank), None)  # while it is written
                 self.made[job.owner] = made = digest(self.made[job.owner], job.tokens, job.num_targets)
                 if job.owner not in gone:
                     self.slots.held[job.slot, job.bank] = job.owner, job.version, made
                 return [Trained(job.owner, job.slot, job.bank, job.version, [1.0, 1.0], 0.1)]
             case Save():
+                if job.name in self.unsaved:
+                    return [SaveFailed(job.owner, job.name, "no space left on device")]
                 self.saved[job.name] = job.position, self.made[job.owner]
+                return [Saved(job.owner, job.name)]
+            case Drop():
+                self.made.pop(job.owner, None)
         return []
 
     def wait(self, seconds: float) -> None: ...
@@ -137,14 +181,14 @@ class Crowd(Core):
 
     def __init__(self, config: VllmConfig, seed: int, steps_ahead: int, monkeypatch: pytest.MonkeyPatch):
         rng, self.timing = random.Random(seed), random.Random(f"{seed} {steps_ahead}")
-        self.trainer = Trainer(self.timing, self.timing.randrange(20, 60))
+        self.trainer = self.make_trainer()
         monkeypatch.setattr(scheduler, "wait_patiently", lambda **kwargs: None)
         monkeypatch.setattr(scheduler, "trainer_client", lambda *args: self.trainer)
         cls = (TempLoraScheduler, AsyncTempLoraScheduler)[steps_ahead]
         full = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
-        self.geometry, slides = active_config(config).geometry, active_config(config).slides
+        self.geometry = active_config(config).geometry
         spec: Any = SteppedSpec.from_attention_spec(full, 64)
-        if slides:
+        if active_config(config).slides:
             spec = LambdaSpec.from_attention_spec(full, self.geometry)
         pool = KVCacheConfig(config.cache_config.num_gpu_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
         super().__init__(cls(config, pool, MagicMock(), BLOCK_SIZE, log_stats=True), steps_ahead)
@@ -155,6 +199,13 @@ class Crowd(Core):
         self.holds: dict[int, tuple[int, Weights]] = {}
         self.weights: dict[int, int] = {}  # by slot, in the layers
         self.scored: defaultdict[str, dict[int, int]] = defaultdict(dict)
+        self.add_requests(rng)
+
+    def make_trainer(self) -> Trainer:
+        return Trainer(self.timing, {self.timing.randrange(20, 60): Restarted()})
+
+    def add_requests(self, rng: random.Random) -> None:
+        slides = active_config(self.scheduler.vllm_config).slides
         for number in range(6):
             options = {
                 "temp_lora": True,

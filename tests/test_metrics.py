@@ -57,6 +57,7 @@ def adapting() -> str:
         StepStats(
             slots_in_use=2,
             held_requests=1,
+            saving_requests=1,
             train_queue=2,
             versions_behind=3,
             idle_steps=1,
@@ -64,6 +65,8 @@ def adapting() -> str:
             blocks_trained=2,
             train_failures=1,
             trainer_restarts=1,
+            adapters_saved=2,
+            save_failures=1,
             swap_seconds=[0.002, 0.004],
             hold_seconds=[0.5],
             train_seconds=[0.25, 0.75],
@@ -72,10 +75,12 @@ def adapting() -> str:
         StepStats(
             slots_in_use=4,
             held_requests=3,
+            saving_requests=2,
             train_queue=3,
             versions_behind=5,
             adapted_tokens=2,
             blocks_trained=1,
+            adapters_saved=1,
             train_seconds=[2.0],
             losses=[(6.0, 3.0)],
         ),
@@ -113,6 +118,7 @@ def test_what_adapts_is_counted_beside_it(adapting: str) -> None:
     expected = {
         "adapter_slots_in_use": 4,
         "num_requests_held": 3,
+        "num_requests_saving": 2,
         "train_queue_blocks": 3,
         "versions_behind": 5,
         "idle_steps_total": 1,
@@ -120,6 +126,8 @@ def test_what_adapts_is_counted_beside_it(adapting: str) -> None:
         "blocks_trained_total": 3,
         "train_failures_total": 1,
         "trainer_restarts_total": 1,
+        "adapters_saved_total": 3,
+        "save_failures_total": 1,
         "swap_time_seconds_count": 2,
         "swap_time_seconds_sum": 0.006,
         "hold_time_seconds_count": 1,
@@ -198,6 +206,9 @@ def test_doctor_shows_what_adapts(adapting: str, exported: str) -> None:
     assert rows["blocks trained so far"] == ["0", "3"]
     assert rows["blocks that could not be trained so far"] == ["0", "1"]
     assert rows["restarts of the trainer so far"] == ["0", "1"]
+    assert rows["requests waiting for their save"] == ["0", "2"]
+    assert rows["adapters saved so far"] == ["0", "3"]
+    assert rows["adapters that could not be saved so far"] == ["0", "1"]
     assert rows["time per swap"] == ["no swap yet", "3.00 ms"]
     assert rows["time per hold"] == ["no hold yet", "500.00 ms"]
     assert rows["training time per block"] == ["no block yet", "1000.00 ms"]

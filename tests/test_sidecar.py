@@ -246,7 +246,7 @@ def test_a_trainer_that_fails_while_training_is_replaced(
     os.kill(old, number)
     if number == signal.SIGSTOP:
         monkeypatch.setattr(client, "_train_timeout_s", 0.5)
-    assert hear(client, m.Restarted) == [m.Restarted()]
+    assert hear(client, m.Restarted) == [m.Restarted(1)]
     monkeypatch.undo()
     assert is_gone(old)
     assert_equal(read(client, 0, 1, 1, 1), version_1)
@@ -256,6 +256,58 @@ def test_a_trainer_that_fails_while_training_is_replaced(
     assert client.process_id != old
     moved = read(client, 0, 0, 1, 2)["model.layers.0.mlp.up_proj"][1] - version_1["model.layers.0.mlp.up_proj"][1]
     assert 0 < moved.abs().max() < 0.1, "training goes on from version 1"
+
+
+def test_the_last_words_of_a_trainer_come_before_its_restart(client: TrainerClient):
+    """What they make the engine send must not go to the next trainer, which knows nothing yet."""
+    client.send(m.Begin(1, 0, RECIPE))
+    client.send(m.Train(1, 0, 1, 1, tokens(1), 16))
+
+    def trained() -> bool:
+        try:
+            read(client, 0, 1, 1, 1)
+        except StaleSlot:
+            return False
+        return True
+
+    wait_until(trained)
+    time.sleep(0.5)  # it says so right afterwards
+    os.kill(client.process_id, signal.SIGKILL)
+    wait_until(lambda pid=client.process_id: is_gone(pid))
+    heard = client.poll()
+    assert heard and not any(isinstance(report, m.Restarted) for report in heard)
+    client.send(m.Train(1, 0, 0, 2, tokens(2), 16))
+    assert hear(client, m.Restarted) == [m.Restarted(1)]
+    client.send(m.Resume(1, 0, 1, 1, RECIPE))
+    client.send(m.Train(1, 0, 0, 2, tokens(2), 16))
+    assert [type(r) for r in hear(client, m.Trained, m.Failed)] == [m.Ready, m.Began, m.Started, m.Trained]
+
+
+def test_a_trainer_that_cannot_be_started_again_does_not_end_the_engine(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    client = TrainerClient(str(checkpoint), "float32", max_restarts=2, **SLOTS)
+    client.start()
+    os.kill(client.process_id, signal.SIGKILL)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vllm_longctx.adaptation.client.tempfile.mkdtemp", full)
+    reports = hear(client, m.Dead)
+    assert reports[:-1] == [m.Restarted()] * 2 and "could not be started: [Errno 28]" in reports[-1].reason
+    client.close()
+
+
+def test_a_trainer_that_is_not_understood_is_the_end(tmp_path: Path):
+    address = f"ipc://{tmp_path}/trainer"
+    client = TrainerClient("none", "float32", address=address, **SLOTS)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.bind(address)
+        client.start()
+        engine, _ = router.recv_multipart()
+        router.send_multipart([engine, b"\xc1"])
+        (dead,) = hear(client, m.Dead)
+    assert "says what this engine does not understand" in dead.reason
+    client.close()
 
 
 def test_too_many_restarts_are_the_end(checkpoint: Path):

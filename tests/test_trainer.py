@@ -1,12 +1,17 @@
+import errno
+import fcntl
 import json
+import os
 import random
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from vllm_longctx import files
 from vllm_longctx.adaptation.messages import Recipe
 from vllm_longctx.adaptation.trainer import NotFinite, Trainer
 
@@ -305,6 +310,80 @@ def test_a_save_that_fails_leaves_the_old_one(trainer: Trainer, saved: Path, mon
         trainer.save(1, saved, position=57)
     assert json.loads((saved / "longctx.json").read_text())["position"] == 41
     assert [p.name for p in saved.parent.iterdir()] == ["a1"]
+
+
+def test_an_adapter_that_is_replaced_is_never_away(trainer: Trainer, saved: Path, monkeypatch: pytest.MonkeyPatch):
+    """At no time, or else a process killed then would leave none, and a request that starts from it would be refused."""
+    rename = Path.rename
+
+    def checked(path: Path, target: Path) -> None:
+        rename(path, target)
+        assert (saved / "longctx.json").is_file()
+
+    monkeypatch.setattr(Path, "rename", checked)
+    trainer.save(1, saved, position=57)
+    assert json.loads((saved / "longctx.json").read_text())["position"] == 57
+
+
+def test_where_files_cannot_be_exchanged_it_is_replaced_in_two_steps(
+    trainer: Trainer, saved: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def unsupported(*args):
+        raise OSError(errno.EINVAL, "invalid argument")
+
+    monkeypatch.setattr(files, "_exchange", unsupported)
+    trainer.save(1, saved, position=57)
+    assert json.loads((saved / "longctx.json").read_text())["position"] == 57
+    assert [p.name for p in saved.parent.iterdir()] == ["a1"]
+
+
+def test_a_saved_adapter_is_on_disk(trainer: Trainer, saved: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its files, its directory, and the name of that."""
+    synced, fsync = [], os.fsync
+
+    def recorded(fd: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    trainer.save(1, saved, position=57)
+    *before, last = synced
+    assert last == saved.parent
+    assert {p.name for p in before} == {"new", *(p.name for p in saved.iterdir())}
+
+
+def test_what_a_killed_trainer_has_left_is_removed(trainer: Trainer, saved: Path):
+    left, used, new = (saved.parent / f".saving-{name}" for name in ("left", "used", "new"))
+    for directory in (left, used, new):
+        (directory / "new").mkdir(parents=True)
+    for directory in (left, used):
+        os.utime(directory, (0, 0))
+    fd = os.open(used, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    trainer.save(1, saved, position=57)
+    os.close(fd)
+    assert sorted(p.name for p in saved.parent.iterdir()) == [".saving-new", ".saving-used", "a1"]
+
+
+def test_a_start_is_all_of_one_adapter(trainer: Trainer, saved: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another trainer saves under the name between the reading of one file and of the next."""
+    trainer.begin(2, Recipe(**{**FAST, "alpha": 40}))
+    trainer.train(2, 1, blocks(1, 2)[1], 16)
+    trainer.begin(3, Recipe(**{**FAST, "alpha": 10}))
+    read, calls = LoraConfig.from_pretrained, []
+
+    def replaced(*args, **kwargs):
+        config = read(*args, **kwargs)
+        if not calls:
+            trainer.save(2, saved, position=57)
+        calls.append(config.lora_alpha)
+        return config
+
+    monkeypatch.setattr(LoraConfig, "from_pretrained", replaced)
+    trainer.load_directory(3, saved)
+    assert calls == [10, 40]
+    for name, pair in trainer.weights(2).items():
+        torch.testing.assert_close(trainer.weights(3)[name], pair, rtol=1e-6, atol=0)
 
 
 def test_adapters_that_do_not_fit_are_refused(trainer: Trainer, saved: Path):

@@ -1,6 +1,7 @@
 """CrossBatch: the training forward against the float64 reference, exact resumption, and what is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from vllm_longctx.geometry import SteppedWindows
 from vllm_longctx.models.longllama import LongLlamaConfig
 from vllm_longctx.training.crossbatch import MemoryModel, scheduled
 from vllm_longctx.training.data import Documents
-from vllm_longctx.training.trainer import Trainer, load_llama
+from vllm_longctx.training.trainer import STATE_NAME, Trainer, load_llama
 
 C = 32
 WINDOWS = SteppedWindows(C, C)
@@ -122,6 +123,28 @@ def test_a_training_that_was_killed_goes_on_to_the_same_end(
     assert config["max_position_embeddings"] == 16 and config["last_context_length"] == 8
     assert AutoTokenizer.from_pretrained(whole)("a")["input_ids"] == AutoTokenizer.from_pretrained(BOOKLM)("a")["input_ids"]
     assert load_llama(whole).config.mem_layers == [2, 4]
+
+
+def test_a_checkpoint_is_on_disk_before_what_made_it_is_removed(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    synced, at_removal = set(), []
+    fsync, unlink = os.fsync, Path.unlink
+
+    def recorded(fd: int) -> None:
+        synced.add(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    def removed(path: Path, **kwargs: bool) -> None:
+        if path.name == STATE_NAME:
+            at_removal.append(set(synced))
+        unlink(path, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(Path, "unlink", removed)
+    assert run(*words(texts, tmp_path / "out", steps=3))[0] == 0
+    (before,) = at_removal
+    assert before >= {"out", "model.safetensors", "config.json", "tokenizer.json"}
 
 
 @pytest.mark.parametrize(

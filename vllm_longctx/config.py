@@ -240,7 +240,7 @@ class TrainerSection(_Section):
     which it may train, a pause behind every block. threads: of its own, beside vLLM's.
     cpus: which it may run on; None leaves that to the operating system. address: of a sidecar that is running already
     (`ipc://...`), instead of one that the engine starts. timeout_s: a block that trains for longer counts as a hang.
-    max_restarts: in a row, without a trained block between.
+    max_restarts: in a row, with nothing trained or saved between.
     """
 
     device: str | None = Field(default=None, pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$")

@@ -36,10 +36,12 @@ class StepStats:
     selection_seconds: float | None = None
     memory_usage: float | None = None
 
-    # Requests that adapt: slots in use, requests held, blocks at the trainer, versions that are not trained yet, steps in which
-    # all were held, tokens computed; each swap of a slot, hold, and trained block in seconds, its loss before and after.
+    # Requests that adapt: slots in use, requests held, requests that wait for their save, blocks at the trainer, versions that
+    # are not trained yet, steps in which all waited, tokens computed; adapters saved, and not; each swap of a slot, hold, and
+    # trained block in seconds, its loss before and after.
     slots_in_use: int = 0
     held_requests: int = 0
+    saving_requests: int = 0
     train_queue: int = 0
     versions_behind: int = 0
     idle_steps: int = 0
@@ -47,6 +49,8 @@ class StepStats:
     blocks_trained: int = 0
     train_failures: int = 0
     trainer_restarts: int = 0
+    adapters_saved: int = 0
+    save_failures: int = 0
     swap_seconds: list[float] = field(default_factory=list)
     hold_seconds: list[float] = field(default_factory=list)
     train_seconds: list[float] = field(default_factory=list)
@@ -105,15 +109,18 @@ class LongContextStatLogger(AggregateStatLoggerBase):
         gauges = {
             "slots_in_use": ("adapter_slots_in_use", "Slots of requests that adapt."),
             "held_requests": ("num_requests_held", "Requests that wait for a version of their adapter."),
+            "saving_requests": ("num_requests_saving", "Requests that have ended and wait for their adapter to be saved."),
             "train_queue": ("train_queue_blocks", "Blocks that are being trained or wait for it."),
             "versions_behind": ("versions_behind", "Blocks read or written that no version has been trained on yet."),
         }
         counters = {
-            "idle_steps": ("idle_steps", "Engine steps in which every request was held."),
+            "idle_steps": ("idle_steps", "Engine steps in which every request waited for the trainer."),
             "adapted_tokens": ("adapted_tokens", "Tokens computed for requests that adapt, those of new passes too."),
             "blocks_trained": ("blocks_trained", "Blocks that became a version of an adapter."),
             "train_failures": ("train_failures", "Blocks that could not be trained."),
             "trainer_restarts": ("trainer_restarts", "Times the trainer process was started again."),
+            "adapters_saved": ("adapters_saved", "Adapters saved."),
+            "save_failures": ("save_failures", "Adapters that a request asked to save and that were not saved."),
         }
         histograms = {
             "swap_seconds": ("swap_time_seconds", "Histogram of the time to put a version into all layers.", SELECTION_BUCKETS),

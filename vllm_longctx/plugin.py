@@ -48,8 +48,10 @@ def _wrap_create_engine_config() -> None:
         if config is not None:
             engine_args.complete(config, vllm_config, self.enable_lora)
             from vllm_longctx import serving  # the front end's modules, which other processes do not load
+            from vllm_longctx.adaptation import stop_strings
 
             serving.check_engine_requests()
+            stop_strings.wait_for_saves()
         elif longllama.ARCHITECTURE in vllm_config.model_config.architectures:
             raise LongContextError(f"model {self.model} is LongLLaMA, which needs its memory; start it with --plugin longctx")
         return vllm_config

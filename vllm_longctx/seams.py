@@ -296,6 +296,21 @@ SEAMS = [
         "0019-pool-of-its-own.diff",
     ),
     Seam(
+        "OutputProcessor.add_request, process_outputs, RequestState.detokenizer (wrapped); SamplingParams (an attribute); "
+        "EngineCoreOutput.stop_reason, kv_transfer_params (set)",
+        "adaptation/stop_strings.py, adaptation/scheduler.py",
+        "answer a request that ends at a stop string when its adapter is saved, and say why if it is not",
+        _all(
+            _takes("vllm.v1.engine.output_processor:OutputProcessor.add_request", "request"),
+            _takes("vllm.v1.engine.output_processor:OutputProcessor.process_outputs", "engine_core_outputs"),
+            _sets("vllm.v1.engine.output_processor:RequestState", "detokenizer"),
+            _has("vllm.v1.engine.detokenizer:IncrementalDetokenizer", "update", "get_next_output_text", "num_output_tokens"),
+            _has("vllm.sampling_params:SamplingParams", "__dict__"),
+            _has("vllm.v1.engine:EngineCoreOutput", "stop_reason", "kv_transfer_params"),
+        ),
+        "0023-stop-strings-that-wait.diff",
+    ),
+    Seam(
         "SpinCondition.wait (wrapped), busy_loop_s",
         "adaptation/patience.py",
         "leave the trainer its core while workers compute, and wake up where vLLM drops the wake-up call",

@@ -27,6 +27,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
+from vllm_longctx.adaptation import stop_strings
 from vllm_longctx.config import KEY, LongContextConfig, LongContextError, RequestOptions, active_config, did_you_mean
 from vllm_longctx.engine_args import trained_length
 
@@ -294,6 +295,8 @@ def _check_adapting(request: EngineCoreRequest, options: RequestOptions) -> None
         )
     if request.prompt_token_ids is None or request.resumable:
         raise RequestError(f"{KEY}.temp_lora needs a prompt of tokens, given at once; leave it out", KEY)
+    if options.save_as is not None:
+        stop_strings.wait_for_save(request, options.save_as)
 
 
 def _limit_to_trained(request: EngineCoreRequest, params: Any, trained: int) -> None:

@@ -138,9 +138,6 @@ def test_seeds_penalties_and_samples_do_not_depend_on_the_crowd(stepped: LLM) ->
 
 def test_an_adapter_is_saved_and_gone_on_with(stepped: LLM, tiny_llama: Path, adapters: Path) -> None:
     output = generate(stepped, [prompt(100, 8)], 60, **asked({"save_as": "book"}))[0]
-    deadline = time.monotonic() + 20
-    while not (adapters / "book").is_dir() and time.monotonic() < deadline:
-        time.sleep(0.1)
     expected = replay(tiny_llama, prompt(100, 8), 60, Options(**{k: v for k, v in STEPPED.items() if k != "dropout"}))
     assert list(output.outputs[0].token_ids) == expected.tokens
     saved = load_file(adapters / "book" / "adapter_model.safetensors")
@@ -234,11 +231,12 @@ def test_a_recipe_that_diverges_never_reaches_a_slot(stepped: LLM) -> None:
     assert logprobs_of(output).isfinite().all()
 
 
-def test_over_lambda_attention_in_a_full_pool_and_shut_down_while_held(tiny_llama: Path) -> None:
+def test_over_lambda_attention_in_a_full_pool_and_shut_down_while_held_and_saving(tiny_llama: Path, tmp_path: Path) -> None:
     """24 blocks, of which a request may hold 8: those that do not adapt are preempted, those that adapt are not."""
     attention = {"method": "lm_infinite", "n_global": 10, "n_local": 64, "distance_ceiling": 64}
     of_others = sidecars()
-    with running(tiny_llama, attention, {**RECIPE, "slots": 2}, num_gpu_blocks_override=24) as llm:
+    adaptation = {**RECIPE, "slots": 2, "adapters_root": str(tmp_path / "adapters")}
+    with running(tiny_llama, attention, adaptation, num_gpu_blocks_override=24) as llm:
         others: list[tuple[int, int, dict[str, Any] | None]] = [(10, 200, None)] * 6
         outputs = written_together(llm, [*others, *KEEP_CASES])
         assert metric(llm, "vllm:num_preemptions") > 0
@@ -250,5 +248,7 @@ def test_over_lambda_attention_in_a_full_pool_and_shut_down_while_held(tiny_llam
         (sidecar,) = (p for p in sidecars() if p not in of_others)
         sidecar.suspend()
         add(llm, "held", 40, 100)
-        steps_until(llm, lambda: metric(llm, "vllm:longctx_num_requests_held") == 1)
+        add(llm, "saves", 10, 3, save_as="book")
+        waiting = "vllm:longctx_num_requests_held", "vllm:longctx_num_requests_saving"
+        steps_until(llm, lambda: [metric(llm, name) for name in waiting] == [1, 1])
     assert not psutil.wait_procs([sidecar], timeout=20)[1]

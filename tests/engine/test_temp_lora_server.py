@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -171,7 +172,7 @@ def test_a_stop_string_ends_it_and_what_it_learned_is_kept(
     answer = client.completions.create(**request, stop=[stop], extra_body=adapting(save_as="stopped"))
     assert (answer.choices[0].finish_reason, answer.choices[0].text) == ("stop", full[: full.index(stop)])
     assert answer.usage.completion_tokens < 120
-    wait_until((adapters / "stopped" / "longctx.json").is_file)
+    assert (adapters / "stopped" / "longctx.json").is_file()
     wait_until_idle(address)
 
 
@@ -286,14 +287,69 @@ def test_a_client_that_leaves_while_it_is_held_gives_everything_back(client: Ope
 
 def test_what_was_learned_is_kept_and_gone_on_with(client: OpenAI, address: str, ids: list[int], adapters: Path) -> None:
     client.completions.create(**GREEDY, prompt=ids[:600], max_tokens=40, extra_body=adapting(save_as="day-1"))
-    wait_until((adapters / "day-1" / "longctx.json").is_file)
     assert json.loads((adapters / "day-1" / "longctx.json").read_text())["position"] == 640
     request = {**GREEDY, "prompt": ids[640:720], "max_tokens": 100}
     answer = client.completions.create(**request, extra_body=adapting(start_from="day-1", save_as="day-2"))
     expected = replay(BOOKLM, ids[640:720], 100, Options(**SIZES, **RECIPE, start_from=adapters / "day-1"))
     assert min(expected.margins) > 1e-4
     assert answer.choices[0].token_ids == expected.tokens
-    wait_until((adapters / "day-2" / "longctx.json").is_file)
+    assert (adapters / "day-2" / "longctx.json").is_file()
+    wait_until_idle(address)
+
+
+def test_a_stream_ends_when_the_adapter_is_saved(client: OpenAI, ids: list[int], adapters: Path, text: str) -> None:
+    completion: dict[str, Any] = {**GREEDY, "prompt": ids[:100], "max_tokens": 40, "stream": True}
+    full = client.completions.create(**{**completion, "stream": False}, extra_body=adapting()).choices[0].text
+    chat: dict[str, Any] = {**GREEDY, "messages": [{"role": "user", "content": text[:300]}], "max_tokens": 20, "stream": True}
+    for number, stop in enumerate([None, full[-9:-4]] * 3):
+        name = f"streamed-{number}"
+        chunks = list(client.completions.create(**completion, stop=stop, extra_body=adapting(save_as=name)))
+        ends = [(c.finish_reason, c.stop_reason) for chunk in chunks for c in chunk.choices if c.finish_reason]
+        assert ends == ([("length", None)] if stop is None else [("stop", stop)])
+        written = "".join(c.text for chunk in chunks for c in chunk.choices)
+        assert written == (full if stop is None else full[: full.index(stop)])
+        assert (adapters / name / "longctx.json").is_file()
+        chunks = list(client.chat.completions.create(**chat, extra_body=adapting(start_from=name, save_as=f"{name}-chat")))
+        assert [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason] == ["length"]
+        assert (adapters / f"{name}-chat" / "longctx.json").is_file()
+
+
+ENDS = ("response.completed", "response.incomplete")
+
+
+def test_what_is_not_saved_is_told_on_every_route(client: OpenAI, address: str, text: str, adapters: Path) -> None:
+    (adapters / "taken").mkdir()
+    error = (
+        "longctx: adapter 'taken' was not saved: ValueError: 'taken' exists in adapters_root and was not saved by longctx; "
+        "choose another name"
+    )
+    body, failed = adapting(save_as="taken"), metrics(address)["longctx_save_failures_total"]
+    told = {"longctx": {"save_error": error}}
+    completion: dict[str, Any] = {**GREEDY, "prompt": text[:200], "max_tokens": 5, "extra_body": body}
+    chat: dict[str, Any] = {
+        **GREEDY,
+        "messages": [{"role": "user", "content": text[:200]}],
+        "max_tokens": 5,
+        "extra_body": body,
+    }
+    for answer in (client.completions.create(**completion), client.chat.completions.create(**chat)):
+        assert [(c.finish_reason, c.stop_reason) for c in answer.choices] == [("length", error)]
+        assert answer.kv_transfer_params == told and answer.usage.completion_tokens == 5
+    for stream in (client.completions.create(**completion, stream=True), client.chat.completions.create(**chat, stream=True)):
+        ends = [(c.finish_reason, c.stop_reason) for chunk in stream for c in chunk.choices if c.finish_reason]
+        assert ends == [("length", error)]
+    response: dict[str, Any] = {**GREEDY, "input": text[:200], "max_output_tokens": 16, "extra_body": dict(body)}
+    response["extra_body"].pop("return_token_ids")
+    answer = client.responses.create(**response)
+    assert answer.kv_transfer_params == told and answer.usage.output_tokens == 16
+    (end,) = (e.response for e in client.responses.create(**response, stream=True) if e.type in ENDS)
+    assert end.kv_transfer_params == told
+    message = {"model": "booklm", "messages": [{"role": "user", "content": text[:200]}], "max_tokens": 5}
+    message |= {"vllm_xargs": body["vllm_xargs"]}
+    answer = httpx.post(f"{address}/v1/messages", json=message, timeout=60).json()
+    assert answer["kv_transfer_params"] == told and answer["stop_reason"] == "max_tokens"
+    assert metrics(address)["longctx_save_failures_total"] == failed + 7
+    assert list((adapters / "taken").iterdir()) == []
     wait_until_idle(address)
 
 
@@ -302,6 +358,7 @@ def test_metrics_are_exported(address: str) -> None:
     assert found["longctx_blocks_trained_total"] == found["longctx_train_time_seconds_count"] > 50
     assert found["longctx_block_loss_before_count"] == found["longctx_blocks_trained_total"]
     for name in (
+        "num_requests_saving",
         "train_failures_total",
         "trainer_restarts_total",
         "num_requests_held",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class TrainerClient:
     training_bytes: what a trainer on a GPU needs beside the model's weights. share: makes the message for each new process by
     which it uses the engine's weights; None where it loads its own.
     max_rank, num_slots: of the shared memory. start_timeout_s: for the model to be loaded. train_timeout_s: for any one job;
-    a trainer that takes longer is killed. max_restarts: in a row, without a block trained in between. address: of a trainer
+    a trainer that takes longer is killed. max_restarts: in a row, with nothing trained or saved between. address: of a trainer
     that runs already; it is joined and not watched over, and the arguments about the process mean nothing.
 
     slots: None until the trainer is ready; the caller may clear slots. process_id: None while there is no process of our own.
@@ -85,7 +86,7 @@ class TrainerClient:
         self._reports: list[m.Report] = []
         self._held: list[m.Job] = []  # until the trainer is ready
         self._ready = self._ended = False
-        self._unanswered = 0
+        self._unanswered: deque[int] = deque()  # owners of the jobs to be answered, in order
         self._since = 0.0  # the trainer's last sign of life, or when it got something to do
         self._failures = 0
         self._start_at: float | None = None
@@ -112,7 +113,7 @@ class TrainerClient:
         if isinstance(job, m.ANSWERED):
             if not self._unanswered:
                 self._since = time.monotonic()
-            self._unanswered += 1
+            self._unanswered.append(job.owner)
         self._socket.send(m.encode(job), zmq.NOBLOCK)
 
     def poll(self) -> list[m.Report]:
@@ -122,7 +123,9 @@ class TrainerClient:
         training and saving not yet answered. m.Dead is the last there will be.
         """
         self._receive()
-        self._supervise()
+        # The last words of one that is gone come before m.Restarted: else what they make the caller send would go to the next.
+        if not self._reports:
+            self._supervise()
         reports, self._reports = self._reports, []
         return reports
 
@@ -166,7 +169,8 @@ class TrainerClient:
         if self._share is not None:
             self._socket.send(m.encode(self._share()))
         self._socket.send(m.encode(m.Join()))
-        self._ready, self._unanswered, self._start_at = False, 0, None
+        self._ready, self._start_at = False, None
+        self._unanswered.clear()
         self._since = time.monotonic()
 
     def _disconnect(self, linger_ms: int = 0) -> None:
@@ -196,13 +200,17 @@ class TrainerClient:
                 report = m.decode_report(self._socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
+            except msgspec.MsgspecError as e:  # a joined one may be of another version
+                self._die(f"says what this engine does not understand: {e}")
+                return
             if isinstance(report, m.Lost):
                 self._die(report.reason)
                 return
             self._since = time.monotonic()
             if isinstance(report, m.ANSWERS):
-                self._unanswered -= 1
-                if isinstance(report, m.Trained):
+                if self._unanswered:
+                    self._unanswered.popleft()
+                if isinstance(report, m.Trained | m.Saved):
                     self._failures = 0
             elif isinstance(report, m.Ready):
                 self._open(report)
@@ -221,7 +229,10 @@ class TrainerClient:
     def _supervise(self) -> None:
         now = time.monotonic()
         if self._start_at is not None and now >= self._start_at:
-            self._spawn()
+            try:
+                self._spawn()
+            except OSError as e:
+                self._restart(f"could not be started: {e}")
         if self._socket is None:
             return
         code = None if self._process is None else self._process.poll()
@@ -240,12 +251,13 @@ class TrainerClient:
         if self._joins or self._failures >= self._max_restarts:
             self._die(reason)
             return
+        owner = self._unanswered[0] if self._unanswered else None
         self._stop()
         delay = 0.5 * 2**self._failures
         self._failures += 1
         self._start_at = time.monotonic() + delay
         logger.warning("longctx: the trainer %s; restart %d of %d", reason, self._failures, self._max_restarts)
-        self._reports.append(m.Restarted())
+        self._reports.append(m.Restarted(owner))
 
     def _die(self, reason: str) -> None:
         self._stop()
@@ -257,7 +269,8 @@ class TrainerClient:
         self._end_process()
         self._disconnect()
         self._held.clear()
-        self._ready, self._unanswered = False, 0
+        self._unanswered.clear()
+        self._ready = False
 
 
 def check_memory(options: m.Options, training_bytes: int) -> None:

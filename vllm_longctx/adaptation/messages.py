@@ -197,7 +197,12 @@ class Lost(Message, frozen=True):
 
 
 class Restarted(Message, frozen=True):
-    """From the client: everything sent so far and not yet answered is lost, and so are all adapters but for the slots."""
+    """From the client: everything sent so far and not yet answered is lost, and so are all adapters but for the slots.
+
+    owner: of the job that the trainer was at, None if it was at none.
+    """
+
+    owner: int | None = None
 
 
 class Dead(Message, frozen=True):
@@ -214,6 +219,11 @@ ANSWERS = (Began, Trained, Failed, Saved, SaveFailed)
 encode = msgspec.msgpack.Encoder().encode
 decode_job = msgspec.msgpack.Decoder(Job).decode
 decode_report = msgspec.msgpack.Decoder(Report).decode
+
+
+def not_saved(name: str, reason: str) -> str:
+    """What the answer to a request says whose adapter could not be saved."""
+    return f"longctx: adapter {name!r} was not saved: {reason}"
 
 
 def adapter_path(adapters_root: str | None, name: str) -> Path:

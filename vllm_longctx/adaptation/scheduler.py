@@ -8,11 +8,15 @@ held request is one that may compute no token in this step.
 Steps may be scheduled ahead of the device (vLLM's AsyncScheduler, which counts tokens before it knows them). Inside a block and
 a window that makes no difference. A request that has come to the end of one waits until the outputs of all its steps have
 come: only then a version is approved, a bank free to be written, or a pass begun.
+
+A request that ends and has something to save gives its blocks back at once, but its last output waits until the adapter is
+saved, or is known not to be. Till then it has its slot, whose weights a trainer that is started again goes on with.
 """
 
 import itertools
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +24,7 @@ from vllm.config import ModelConfig
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -41,7 +45,20 @@ logger = init_logger("vllm.longctx")
 
 # While every request is held the engine loop would spin; it waits this long for the trainer, in seconds.
 IDLE_WAIT = 0.06
-ATTEMPTS = 2  # at a block, when the trainer dies over it
+ATTEMPTS = 2  # at a block, or at a save, when the trainer dies over it
+DIED_AGAIN = "the trainer died over it again"
+
+
+@dataclass
+class PendingSave:
+    """What a request that has ended waits for.
+
+    output: its last, which is held back. last_step: the last that may still compute it. sent: the trainer has been asked.
+    """
+
+    output: EngineCoreOutput
+    last_step: int
+    sent: bool = False
 
 
 @dataclass
@@ -52,9 +69,10 @@ class Adapted:
     position never computed so far; what is computed before it again belongs to a new pass. checked: the frontier when version
     and pass were last found to be right for what comes next. start: of the window. first: what the pass computed first.
     passed_at: the frontier when it began. Versions: `approved` is computed with, `trained` is there,
-    `sent` is at the trainer; a block that failed leaves the weights of the version before.
+    `sent` is at the trainer; a block that failed leaves the weights of the version before. saving: None until it has ended.
     """
 
+    request: Request
     settings: AdaptationSection
     save_as: str | None
     start_from: str | None
@@ -78,6 +96,7 @@ class Adapted:
     weights: Weights = field(default_factory=Weights)
     trained_weights: Weights = field(default_factory=Weights)
     held_since: float | None = None
+    saving: PendingSave | None = None
 
     @property
     def trains(self) -> bool:
@@ -85,7 +104,7 @@ class Adapted:
 
     @property
     def needs_slot(self) -> bool:
-        return self.trains or self.start_from is not None
+        return self.trains or self.start_from is not None or self.save_as is not None
 
     def needed_version(self) -> int:
         return self.blocks.version_of(self.frontier) if self.trains else 0
@@ -114,8 +133,10 @@ class TempLoraScheduler(LongContextScheduler):
         self.bos = self.vllm_config.model_config.hf_text_config.bos_token_id
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.private_managers = [m for m in managers if isinstance(m, PrivateRequests)]
-        self.adapted: dict[str, Adapted] = {}
-        self.by_owner: dict[int, str] = {}
+        self.adapted: dict[str, Adapted] = {}  # by request, until it ends
+        self.saving: dict[str, Adapted] = {}  # by request, from then until it is answered
+        self.by_owner: dict[int, Adapted] = {}  # all of these
+        self.answers: list[tuple[int, EngineCoreOutput]] = []  # last outputs to be sent, each with its client
         self.owners = itertools.count(1)
         self.free_slots = deque(range(config.adaptation.slots))
         self.freed_slots: list[int] = []
@@ -156,6 +177,7 @@ class TempLoraScheduler(LongContextScheduler):
             most_blocks = cdiv(settings.window_tokens, self.block_size) + 1
         request.skip_reading_prefix_cache = True
         self.adapted[request.request_id] = adapted = Adapted(
+            request,
             settings,
             options.save_as,
             options.start_from,
@@ -165,7 +187,7 @@ class TempLoraScheduler(LongContextScheduler):
             owner=next(self.owners),
             ready=options.start_from is None,
         )
-        self.by_owner[adapted.owner] = request.request_id
+        self.by_owner[adapted.owner] = adapted
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         adapted = self.adapted.get(request.request_id)
@@ -188,7 +210,7 @@ class TempLoraScheduler(LongContextScheduler):
         if adapted.needs_slot:
             adapted.slot = self.free_slots.popleft()
             self._begin(adapted)
-            self._train(request, adapted)
+            self._train(adapted)
         return True
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
@@ -198,22 +220,39 @@ class TempLoraScheduler(LongContextScheduler):
         return super()._free_request(request, *args, **kwargs)
 
     def _let_go(self, request: Request, adapted: Adapted) -> None:
-        self.by_owner.pop(adapted.owner)
         self.failed.pop(request.request_id, None)
-        if not adapted.admitted:
-            return
-        self.reserved_blocks -= adapted.most_blocks
-        for manager in self.private_managers:
-            manager.forget(request.request_id)
-        if adapted.slot is None:
-            return
-        if adapted.save_as is not None and ends_by_itself(request):
-            while self._send_block(request, adapted):
-                pass
-            self.trainer.send(messages.Save(adapted.owner, adapted.save_as, request.num_tokens))
-        self.trainer.send(messages.Drop(adapted.owner))
-        self.leaving.append((self.steps_scheduled, adapted.slot))
-        self._free_slots()
+        adapted.held_since = None
+        if adapted.admitted:
+            self.reserved_blocks -= adapted.most_blocks
+            for manager in self.private_managers:
+                manager.forget(request.request_id)
+        if adapted.admitted and adapted.save_as is not None and ends_by_itself(request):
+            reason = request.get_finished_reason()
+            if reason == FinishReason.ABORT:  # by a stop string; nothing more comes of this request
+                reason = FinishReason.STOP
+            output = EngineCoreOutput(request.request_id, [], finish_reason=reason)
+            adapted.saving = PendingSave(output, self.steps_scheduled)
+            self.saving[request.request_id] = adapted
+        else:
+            self._give_back(adapted)
+
+    def _give_back(self, adapted: Adapted) -> None:
+        del self.by_owner[adapted.owner]
+        if adapted.slot is not None:
+            self.trainer.send(messages.Drop(adapted.owner))
+            self.leaving.append((self.steps_scheduled, adapted.slot))
+            self._free_slots()
+
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        if request_ids is None:  # the engine ends or is paused: nobody has found a stop string, and nobody waits for a save
+            for adapted in self.adapted.values():
+                adapted.save_as = None
+            for adapted in list(self.saving.values()):
+                self._answer(adapted, "the engine was paused or shut down")
+        return super().finish_requests(request_ids, finished_status)
+
+    def has_finished_requests(self) -> bool:
+        return bool(self.saving or self.answers) or super().has_finished_requests()
 
     def _free_slots(self) -> None:
         """Those that no step under way has still to read: a worker may be behind, and its copies behind the worker."""
@@ -229,6 +268,7 @@ class TempLoraScheduler(LongContextScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         for message in self.trainer.poll():
             self._hear(message)
+        self._go_on_saving()
         for request in self.running:
             adapted = self.adapted.get(request.request_id)
             if adapted is not None and request.num_in_flight_tokens == 0:
@@ -238,7 +278,7 @@ class TempLoraScheduler(LongContextScheduler):
         output = super().schedule(*args, **kwargs)
         if output.total_num_scheduled_tokens:
             self.steps_scheduled += 1
-        elif self.steps_scheduled == self.steps_done and any(a.admitted for a in self.adapted.values()):
+        elif self.steps_scheduled == self.steps_done and not self.answers and any(a.admitted for a in self.by_owner.values()):
             self.step_stats.idle_steps += 1
             self.trainer.wait(IDLE_WAIT)
         return output
@@ -257,7 +297,7 @@ class TempLoraScheduler(LongContextScheduler):
             return False
         if needed > adapted.approved:
             adapted.approved, adapted.weights = needed, adapted.trained_weights
-            self._train(request, adapted)
+            self._train(adapted)
         if adapted.held_since is not None:
             self.step_stats.hold_seconds.append(time.monotonic() - adapted.held_since)
             adapted.held_since = None
@@ -353,14 +393,66 @@ class TempLoraScheduler(LongContextScheduler):
         if scheduler_output.total_num_scheduled_tokens:
             self.steps_done += 1
             self._free_slots()
+        answers, self.answers = self.answers, []  # before vLLM's statistics are made, which are to have what they tell
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._hold_back(outputs)
+        for client_index, output in answers:
+            outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(output)
         for request_id in scheduler_output.num_scheduled_tokens:
             adapted = self.adapted.get(request_id)
             if adapted is not None:
-                self._train(self.requests[request_id], adapted)
+                self._train(adapted)
+        self._go_on_saving()
         if self.failed:
             self._end_failed(outputs)
         return outputs
+
+    # --- what is saved --------------------------------------------------------------------------------------------------
+
+    def _hold_back(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """Take out the last outputs of requests that wait for their save."""
+        for sent in outputs.values():
+            for output in sent.outputs:
+                if output.finished and (adapted := self.saving.get(output.request_id)) is not None:
+                    assert adapted.saving is not None
+                    adapted.saving.output = output
+            sent.outputs = [o for o in sent.outputs if not (o.finished and o.request_id in self.saving)]
+
+    def _go_on_saving(self) -> None:
+        for adapted in list(self.saving.values()):
+            self._save(adapted)
+
+    def _save(self, adapted: Adapted) -> None:
+        """What comes next on the way to a saved adapter: the blocks that are not trained yet, one by one, then the save."""
+        saving = adapted.saving
+        assert saving is not None and adapted.save_as is not None
+        if self.trainer_lost is not None:
+            self._answer(adapted, self.trainer_lost)
+        elif saving.sent or adapted.sent > adapted.trained:
+            return  # the trainer is at it
+        elif adapted.trained == adapted.approved or self.steps_done >= saving.last_step:  # no step reads the other bank
+            adapted.approved, adapted.weights = adapted.trained, adapted.trained_weights
+            if not self._send_block(adapted):
+                saving.sent = True
+                self.trainer.send(messages.Save(adapted.owner, adapted.save_as, adapted.request.num_tokens))
+
+    def _answer(self, adapted: Adapted, error: str | None) -> None:
+        """Send the last output of a request whose adapter is saved, or will never be."""
+        saving = adapted.saving
+        assert saving is not None
+        if error is None:
+            self.step_stats.adapters_saved += 1
+        else:
+            assert adapted.save_as is not None
+            text = messages.not_saved(adapted.save_as, error)
+            logger.error("%s (request %s)", text, adapted.request.request_id)
+            self.step_stats.save_failures += 1
+            # Not all routes show the first, and none makes of the second more than it is.
+            saving.output.stop_reason = text
+            saving.output.kv_transfer_params = {KEY: {"save_error": text}}
+        del self.saving[adapted.request.request_id]
+        self._give_back(adapted)
+        self.answers.append((adapted.request.client_index, saving.output))
 
     # --- the trainer ----------------------------------------------------------------------------------------------------
 
@@ -371,13 +463,13 @@ class TempLoraScheduler(LongContextScheduler):
             return
         self.trainer.send(messages.Begin(adapted.owner, adapted.slot, recipe(adapted.settings), adapted.start_from))
 
-    def _train(self, request: Request, adapted: Adapted) -> None:
+    def _train(self, adapted: Adapted) -> None:
         """Send the next block if its tokens are known, the version before it is there, and a bank of the slot is free."""
         if adapted.ready and adapted.sent == adapted.trained and adapted.sent <= adapted.approved:
-            self._send_block(request, adapted)
+            self._send_block(adapted)
 
-    def _send_block(self, request: Request, adapted: Adapted) -> bool:
-        targets = adapted.blocks.targets(adapted.sent + 1)
+    def _send_block(self, adapted: Adapted) -> bool:
+        request, targets = adapted.request, adapted.blocks.targets(adapted.sent + 1)
         if not adapted.trains or adapted.slot is None or targets.stop > request.num_tokens:
             return False
         adapted.sent += 1
@@ -392,36 +484,39 @@ class TempLoraScheduler(LongContextScheduler):
 
     def _hear(self, message: messages.Report) -> None:
         if isinstance(message, messages.Restarted):
-            self._trainer_restarted()
+            self._trainer_restarted(message.owner)
             return
         if isinstance(message, messages.Dead):
             self._trainer_died(message.reason)
             return
-        request_id = self.by_owner.get(getattr(message, "owner", -1))
-        if isinstance(message, messages.SaveFailed):
-            logger.error("longctx: adapter %s was not saved: %s", message.name, message.reason)
-        if request_id is None:
+        adapted = self.by_owner.get(getattr(message, "owner", -1))
+        if adapted is None:  # its request has left, or been answered
             return
-        adapted = self.adapted[request_id]
         match message:
             case messages.Began():
                 if not adapted.ready:  # else it is of a trainer that was restarted: the weights in use stay
                     adapted.ready, adapted.weights = True, Weights(0, 0)
                     adapted.trained_weights = adapted.weights
-                self._train(self.requests[request_id], adapted)
+                self._train(adapted)
             case messages.Trained() if message.version == adapted.sent:
                 self.step_stats.blocks_trained += 1
                 self.step_stats.train_seconds.append(message.seconds)
                 self.step_stats.losses.append((message.losses[0], message.losses[-1]))
                 adapted.trained, adapted.attempts = message.version, 0
                 adapted.trained_weights = Weights(message.version, message.bank)
-                self._train(self.requests[request_id], adapted)
+                self._train(adapted)
             case messages.Failed() if message.version == adapted.sent:
                 self._lose(adapted, message.reason)
+            case messages.Failed():
+                logger.error("longctx: the adapter of %s was not taken up: %s", adapted.request.request_id, message.reason)
+            case messages.Saved() if adapted.saving is not None:
+                self._answer(adapted, None)
+            case messages.SaveFailed() if adapted.saving is not None:
+                self._answer(adapted, message.reason)
 
     def _lose(self, adapted: Adapted, reason: str) -> None:
         """A block (or what the request was to start from) is lost: go on with the last good version, or end the request."""
-        request_id = self.by_owner[adapted.owner]
+        request_id = adapted.request.request_id
         self.step_stats.train_failures += 1
         fail = self.settings.on_failure == "fail" or not adapted.ready
         if self.trainer_lost is None:  # else the log has said so, and it would say it for every block
@@ -433,15 +528,25 @@ class TempLoraScheduler(LongContextScheduler):
                 "the request ends" if fail else f"it goes on with version {adapted.trained_weights.version}",
             )
         adapted.trained, adapted.attempts = adapted.sent, 0
-        if fail:
+        if fail and adapted.saving is not None:
+            self._answer(adapted, f"block {adapted.sent} was not trained: {reason}")
+        elif fail:
             self.failed[request_id] = f"Temp-LoRA: {reason}"
 
-    def _trainer_restarted(self) -> None:
-        """Weights come back from the slots; the optimizer's state is lost. A block in training is tried once more."""
+    def _trainer_restarted(self, at: int | None) -> None:
+        """Weights come back from the slots, optimizer states are lost. All is done again but what it has died over twice.
+
+        at: the owner of what it was at.
+        """
         self.step_stats.trainer_restarts += 1
         logger.warning("longctx: the trainer was restarted; the optimizer states of %d requests are lost", len(self.by_owner))
-        for request_id, adapted in self.adapted.items():
+        for adapted in list(self.by_owner.values()):
             if adapted.slot is None:
+                continue
+            adapted.attempts += adapted.owner == at
+            given_up = adapted.attempts >= ATTEMPTS
+            if given_up and not adapted.ready:
+                self._lose(adapted, DIED_AGAIN)
                 continue
             known = adapted.trained_weights
             if known.bank is None or not adapted.ready:
@@ -449,25 +554,28 @@ class TempLoraScheduler(LongContextScheduler):
             else:
                 settings = recipe(adapted.settings)
                 self.trainer.send(messages.Resume(adapted.owner, adapted.slot, known.bank, known.version, settings))
-            if adapted.sent > adapted.trained:
-                adapted.attempts += 1
-                if adapted.attempts < ATTEMPTS:
-                    adapted.sent -= 1
-                    self._send_block(self.requests[request_id], adapted)
-                else:
-                    self._lose(adapted, "the trainer died over it again")
+            if adapted.sent > adapted.trained and given_up:
+                self._lose(adapted, DIED_AGAIN)
+            elif adapted.sent > adapted.trained:
+                adapted.sent -= 1
+                self._send_block(adapted)
+            elif adapted.saving is not None and adapted.saving.sent:
+                adapted.saving.sent = False
+                if given_up:
+                    self._answer(adapted, DIED_AGAIN)
 
     def _trainer_died(self, reason: str) -> None:
-        for adapted in self.adapted.values():
-            if adapted.sent > adapted.trained or not adapted.ready:
+        for adapted in self.by_owner.values():
+            if adapted.saving is None and (adapted.sent > adapted.trained or not adapted.ready):
                 self._lose(adapted, reason)
         self.trainer_lost = reason
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = self.step_stats
-        admitted = [a for a in self.adapted.values() if a.slot is not None]
+        admitted = [a for a in self.by_owner.values() if a.slot is not None]
         stats.slots_in_use = len(admitted)
         stats.held_requests = sum(a.held_since is not None for a in admitted)
+        stats.saving_requests = len(self.saving)
         stats.train_queue = sum(a.sent > a.trained for a in admitted)
         stats.versions_behind = sum(max(a.blocks.block_of(a.frontier) - 1 - a.trained, 0) for a in admitted)
         return super().make_stats(*args, **kwargs)
@@ -483,10 +591,10 @@ class AsyncTempLoraScheduler(TempLoraScheduler, AsyncScheduler):
 
 def ends_by_itself(request: Request) -> bool:
     """False where a client left or the request failed. A stop string is found by the front end, which then aborts as clients
-    do, so what has stop strings counts as ended by one."""
+    do, so what has stop strings and has written anything counts as ended by one."""
     assert request.sampling_params is not None
     if request.status == RequestStatus.FINISHED_ABORTED:
-        return bool(request.sampling_params.stop)
+        return bool(request.sampling_params.stop) and request.num_output_tokens > 0
     return request.status in (
         RequestStatus.FINISHED_STOPPED,
         RequestStatus.FINISHED_LENGTH_CAPPED,

@@ -136,12 +136,11 @@ class Sidecar:
         time.sleep(seconds * (1 / self._duty_cycle - 1))
 
     def _is_dropped(self, owner: int) -> bool:
-        """Whether nothing will come of the owner's training any more; what it wants saved comes first."""
+        """Whether nothing will come of the owner's training any more."""
         self._receive()
-        for _, job in self._jobs:
-            if isinstance(job, m.Join | m.Leave) or (isinstance(job, m.Save | m.Drop) and job.owner == owner):
-                return not isinstance(job, m.Save)
-        return False
+        return any(
+            isinstance(job, m.Join | m.Leave) or (isinstance(job, m.Drop) and job.owner == owner) for _, job in self._jobs
+        )
 
     def _open_slots(self) -> Slots:
         if self._slots is None:

@@ -5,7 +5,6 @@ Only torch and peft; where tokens come from and where weights go is `sidecar`'s.
 
 import inspect
 import json
-import tempfile
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vllm_longctx.adaptation.messages import Recipe
 from vllm_longctx.adaptation.slots import Weights
+from vllm_longctx.files import whole_directory
 
 ABOUT_NAME = "longctx.json"  # beside peft's files in a saved adapter
+SAVING_PREFIX = ".saving-"  # no adapter's name begins with a dot
 
 
 class NotFinite(Exception):
@@ -156,7 +157,22 @@ class Trainer:
                 b.copy_(weights[name][1] * (adapter.recipe.rank / adapter.recipe.alpha))
 
     def load_directory(self, owner: int, directory: Path) -> None:
-        """Replace an adapter's weights by a PEFT directory's: plain LoRA of all linear layers, of the recipe's rank."""
+        """Replace an adapter's weights by a PEFT directory's: plain LoRA of all linear layers, of the recipe's rank.
+
+        All of it is of one directory, though another trainer may save under the name meanwhile.
+        """
+        while True:
+            opened = _identity(directory)
+            try:
+                self._load_directory(owner, directory)
+            except Exception:
+                if _identity(directory) == opened:
+                    raise
+            else:
+                if _identity(directory) == opened:
+                    return
+
+    def _load_directory(self, owner: int, directory: Path) -> None:
         if not (directory / CONFIG_NAME).is_file():
             raise ValueError(f"there is no adapter {directory.name!r} in adapters_root")
         if (directory / ABOUT_NAME).is_file():
@@ -181,24 +197,20 @@ class Trainer:
     def save(self, owner: int, directory: Path, position: int) -> None:
         """Write a PEFT directory, complete or not at all. position: tokens of the text read so far, for the reader's use.
 
-        Replaces a directory that `save` wrote; raises ValueError if there is any other.
+        It is on disk when this returns. Replaces a directory that `save` wrote; raises ValueError if there is any other, and
+        OSError if it cannot be written.
         """
         adapter = self._adapter(owner)
         if directory.exists() and not (directory / ABOUT_NAME).is_file():
             raise ValueError(f"{directory.name!r} exists in adapters_root and was not saved by longctx; choose another name")
-        directory.parent.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, (a, b) in adapter.pairs.items():
             tensors[_saved_key(name, "A")], tensors[_saved_key(name, "B")] = a.detach(), b.detach()
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory.parent) as temporary:
-            new, old = Path(temporary, "new"), Path(temporary, "old")
+        with whole_directory(directory, SAVING_PREFIX) as new:
             self._model.peft_config[adapter.name].save_pretrained(str(new))
             save_file(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             about = {"position": position, "model": self._about_model(), "recipe": asdict(adapter.recipe)}
             (new / ABOUT_NAME).write_text(json.dumps(about, indent=2) + "\n")
-            if directory.exists():
-                directory.rename(old)
-            new.rename(directory)
 
     def drop(self, owner: int) -> None:
         """Forget an adapter; nothing happens if there is none."""
@@ -242,6 +254,15 @@ class Trainer:
     def _about_model(self) -> dict[str, Any]:
         keys = "model_type", "hidden_size", "num_hidden_layers", "vocab_size"
         return {key: getattr(self._base.config, key, None) for key in keys}
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """Of what has this name now, None if nothing has."""
+    try:
+        stat = directory.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 def _saved_key(module: str, matrix: str) -> str:

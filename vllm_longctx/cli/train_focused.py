@@ -9,6 +9,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_longctx.cli.engine import console, errors_for_users, model_path
+from vllm_longctx.files import sync
 
 if TYPE_CHECKING:
     from vllm_longctx.training.data import Documents
@@ -101,6 +102,7 @@ def train_focused(
                 progress.update(task, completed=trainer.step, description=label)
         save_longllama(llama, tokenizer, recipe, out, last_context_length or max(tokens // 2, 1), mem_dtype, DTYPES[dtype])
     draw(out / "losses.png", rows)
+    sync(out)  # before what could make it again is removed
     state.unlink(missing_ok=True)
     console.print(f"LongLLaMA checkpoint and loss curves: {out}")
 

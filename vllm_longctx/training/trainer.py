@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
+from vllm_longctx.files import sync
 from vllm_longctx.models.longllama import ARCHITECTURE, MODEL_TYPE, LongLlamaConfig
 from vllm_longctx.training.crossbatch import MemoryModel, scheduled
 
@@ -118,6 +119,7 @@ class Trainer:
             tensors |= {f"{key}.{name}": value for key, value in self._optimizer.state.get(p, {}).items()}
         temporary = path.with_suffix(".new")
         save_file(tensors, temporary, metadata={**about, "step": str(self.step), "recipe": json.dumps(asdict(self.recipe))})
+        sync(temporary)
         os.replace(temporary, path)
 
     def load_state(self, path: Path, **about: str) -> None:
