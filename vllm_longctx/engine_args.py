@@ -218,9 +218,9 @@ def read_recommended(model: str, revision: str | None) -> tuple[dict[str, Any], 
     try:
         content = get_hf_file_bytes(RECOMMENDED, model, revision or "main")
         document = {} if content is None else json.loads(content)
-    except (OSError, ValueError, RecursionError) as e:
+    except Exception as e:  # of the hub's, of JSON's, of the file system's: nothing here may stop an engine
         return {}, [f"the whole file ({type(e).__name__}: {e})"]
-    sections = document if isinstance(document, dict) else {"": document}
+    sections = document if isinstance(document, dict) else {"the whole file": document}
     entries = sections.pop("adaptation", {})
     ignored = [_short(name, value) for name, value in sections.items()]
     if not isinstance(entries, dict):

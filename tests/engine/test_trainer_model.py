@@ -1,14 +1,17 @@
 """The trainer has the engine's model, whatever setting it comes from, or the engine does not start."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import psutil
 import pytest
-from conftest_engine import metric, prompt, running, running_here, sidecars
+from conftest_engine import generate, metric, prompt, running, running_here, sidecars
 from test_temp_lora import STEPPED, asked, assert_equal
+from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 from vllm_longctx.adaptation import base_model
@@ -47,7 +50,7 @@ def test_overrides_reach_the_trainer_and_its_check_leaves_nothing_behind(tiny_ll
     length, tokens = 90, 70
     with running_here(tiny_llama, NONE, ADAPTATION, hf_overrides=overrides) as llm:
         engine = llm.llm_engine.engine_core.engine_core
-        assert engine.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block.num_cached_blocks == 0
+        assert len(engine.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block) == 0
         for name in ("num_preemptions", "prefix_cache_queries", "longctx_adapted_tokens", "generation_tokens"):
             assert metric(llm, f"vllm:{name}") == 0
         params = SamplingParams(
@@ -59,12 +62,30 @@ def test_overrides_reach_the_trainer_and_its_check_leaves_nothing_behind(tiny_ll
     assert_equal(output, replay(copied(tiny_llama, tmp_path / "yarn", **overrides), prompt(length), tokens, OPTIONS))
 
 
+def test_a_revision_reaches_the_trainer(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that is known by its name, in a cache with two of them, read by an engine in processes of its own."""
+    repository = tmp_path / "hub/models--org--model"
+    other = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for parameter in other.model.layers[1].parameters():
+        parameter.data *= 1.5
+    other.save_pretrained(repository / "snapshots" / ("1" * 40))
+    shutil.copytree(tiny_llama, repository / "snapshots" / ("2" * 40))
+    (repository / "refs").mkdir()
+    for name, commit in {"main": "1" * 40, "v1": "2" * 40}.items():
+        (repository / "refs" / name).write_text(commit)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with running("org/model", NONE, ADAPTATION, revision="v1") as llm:
+        output = generate(llm, [prompt(90)], 40, prompt_logprobs=0, **asked({}))[0]
+    assert_equal(output, replay(tiny_llama, prompt(90), 40, OPTIONS))
+
+
 def test_another_checkpoint_in_the_trainer_refuses_to_start(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its files were exchanged behind the engine's back."""
-    from transformers import AutoModelForCausalLM
-
     other = AutoModelForCausalLM.from_pretrained(tiny_llama)
     for parameter in other.model.layers[1].parameters():
         parameter.data *= 1.05
