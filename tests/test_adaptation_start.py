@@ -174,7 +174,7 @@ THERE = f"this process may use {', '.join(map(str, CPUS))}"
         ({"threads": 100_000}, rf"trainer.threads = 100000, but the trainer would have {len(CPUS)} CPUs"),
         ({"address": "/tmp/trainer"}, r"trainer.address = '/tmp/trainer': only a trainer on this machine can be joined; give"),
         ({"address": "inproc://trainer"}, r"only a trainer on this machine can be joined; give what .* ipc:///run/user"),
-        ({"address": "ipc://" + 60 * "/a"}, r"trainer.address = 'ipc://.*': file name too long; .* at most 107 bytes"),
+        ({"address": "ipc://" + 60 * "/a"}, r"trainer.address = 'ipc://.*': file name too long; .*at most 107 bytes"),
         ({"address": "ipc:///no/such/place/trainer"}, r"there is no directory /no/such/place; give what the trainer"),
         ({"address": "ipc://"}, r"trainer.address = 'ipc://': invalid argument; give"),
         (

@@ -197,6 +197,7 @@ def check_trainer_model(scheduler: "TempLoraScheduler", executor: Executor) -> N
     begin = time.monotonic()
     ours = measure(scheduler, executor, trainer.probe) if trainer.probe else []
     scheduler.step_stats = StepStats()  # no request of a user's was in these steps
+    logger.info("longctx: waiting for the trainer%s", f" at {address}" if address else " to load its model")
     trainer.wait_until_ready(partial(fault, ours=ours, vllm_config=scheduler.vllm_config, address=address))
     logger.info("longctx: the trainer was ready, and its model compared, after %.1f s", time.monotonic() - begin)
 

@@ -25,6 +25,8 @@ from vllm_longctx.config import LongContextError
 
 logger = init_logger("vllm.longctx")
 
+SOCKET_PATH_BYTES = 107  # of a Unix socket, on Linux
+
 
 class TrainerClient:
     """model, dtype, config, weights, device, attention, recompute, duty_cycle, threads, cpus, adapters_root: see
@@ -175,7 +177,14 @@ class TrainerClient:
     def _spawn(self) -> None:
         """Each process has its own socket, so that nothing a dead one said can be heard after m.Restarted."""
         self._directory = tempfile.mkdtemp(prefix="longctx-")
-        options = msgspec.structs.replace(self._options, address=f"ipc://{self._directory}/trainer")
+        path = f"{self._directory}/trainer"
+        if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
+            self._remove_directory()
+            raise LongContextError(
+                f"longctx.adaptation: the path of the trainer's socket, {path}, would have more than {SOCKET_PATH_BYTES} bytes; "
+                "set TMPDIR to a shorter one"
+            )
+        options = msgspec.structs.replace(self._options, address=f"ipc://{path}")
         command = [sys.executable, "-m", "vllm_longctx.adaptation.sidecar"]
         # Below the engine's, if the GPU runs under MPS; without it there are no priorities between processes.
         environment = {"CUDA_MPS_CLIENT_PRIORITY": "1", **os.environ}
@@ -263,9 +272,11 @@ class TrainerClient:
         if code is not None:
             self._restart(f"ended with code {code}")
         elif not self._ready and now - self._since > self._start_timeout_s:
-            reason = f"was not ready after {self._start_timeout_s:g} s"
+            where = f"at {self._options.address} " if self._joins else ""
+            reason = f"{where}was not ready after {self._start_timeout_s:g} s"
             if self.slots is None:
-                self._die(f"{reason}; if its model takes longer to load, allow it more")
+                more = "if its model takes longer to load, allow it more (adaptation.trainer.start_timeout_s)"
+                self._die(f"{reason}; {more}")
             else:  # one before it was, so the time is enough and this one hangs
                 self._restart(reason)
         elif self._unanswered and now - self._since > self._train_timeout_s:

@@ -210,18 +210,20 @@ def prepare(options: m.Options, socket: zmq.Socket) -> Sidecar:
 def load(options: m.Options) -> PreTrainedModel:
     """A copy of its own. Raises ValueError if the files do not hold all of the model's weights."""
     settings: dict[str, Any] = {"dtype": options.dtype, "attn_implementation": options.attention, "output_loading_info": True}
-    if options.config is None:
-        model, found = AutoModelForCausalLM.from_pretrained(options.model, revision=options.revision or "main", **settings)
-    else:
+    made: Any = AutoModelForCausalLM
+    if options.config is not None:
+        made = shared.model_class(options.config)
+        settings["config"] = made.config_class.from_dict(options.config)
+    if options.weights:
         weights: dict[str, torch.Tensor] = {}
         for path in options.weights:
             if path.endswith(".safetensors"):
                 weights |= load_file(path)
             else:
                 weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        made = shared.model_class(options.config)
-        config = made.config_class.from_dict(options.config)
-        model, found = made.from_pretrained(None, config=config, state_dict=weights, **settings)
+        model, found = made.from_pretrained(None, state_dict=weights, **settings)
+    else:
+        model, found = made.from_pretrained(options.model, revision=options.revision or "main", **settings)
     if found["missing_keys"]:  # transformers would make them up
         raise ValueError(f"the weights of {options.model} lack {', '.join(sorted(found['missing_keys'])[:3])}")
     return model
