@@ -308,7 +308,7 @@ SEAMS = [
     Seam(
         "EngineCore._initialize_effective_attention_block_size, CoreEngineProcManager.__init__, finished_procs (wrapped)",
         "adaptation/base_model.py, refusals.py",
-        "compare the trainer's model with the engine's before any request, and tell who started the engine why it does not start",
+        "compare the trainer's model with the engine's before any request, and say to whoever starts the engine why it refuses",
         _all(
             _has("vllm.v1.engine.core:EngineCore", "_initialize_effective_attention_block_size"),
             _has("vllm.v1.engine.utils:CoreEngineProcManager", "finished_procs"),

@@ -181,8 +181,8 @@ class TrainerClient:
         if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
             self._remove_directory()
             raise LongContextError(
-                f"longctx.adaptation: the path of the trainer's socket, {path}, would have more than {SOCKET_PATH_BYTES} bytes; "
-                "set TMPDIR to a shorter one"
+                f"longctx.adaptation: the path of the trainer's socket, {path}, would have more than {SOCKET_PATH_BYTES} "
+                "bytes; set TMPDIR to a shorter one"
             )
         options = msgspec.structs.replace(self._options, address=f"ipc://{path}")
         command = [sys.executable, "-m", "vllm_longctx.adaptation.sidecar"]
