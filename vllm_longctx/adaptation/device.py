@@ -77,7 +77,7 @@ def check_address(address: str) -> None:
         try:
             socket.connect(address)
         except zmq.ZMQError as e:
-            problem = problem or zmq.strerror(e.errno).lower()
+            problem = problem or zmq.strerror(e.errno or 0).lower()
     if scheme == "ipc" and not path.startswith("@") and not Path(path).parent.is_dir():
         problem = problem or f"there is no directory {Path(path).parent}"
     if problem is not None:
