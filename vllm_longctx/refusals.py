@@ -50,9 +50,8 @@ def listen() -> None:
 
     @functools.wraps(finished_procs)
     def finished_or_refused(self: CoreEngineProcManager) -> dict[str, int]:
-        finished = finished_procs(self)
-        if finished and (size := os.fstat(self.longctx_refusal).st_size):
+        if size := os.fstat(self.longctx_refusal).st_size:  # also of a process that is not quite gone yet
             raise LongContextError(os.pread(self.longctx_refusal, size, 0).decode())
-        return finished
+        return finished_procs(self)
 
     CoreEngineProcManager.__init__, CoreEngineProcManager.finished_procs = init_listening, finished_or_refused
