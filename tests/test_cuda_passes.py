@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as GPUModelRunnerV1
 
 from vllm_longctx import engine_args
-from vllm_longctx.adaptation import messages, scheduler, worker_cuda
+from vllm_longctx.adaptation import base_model, messages, scheduler, worker_cuda
 from vllm_longctx.adaptation.lora import Adapts
 from vllm_longctx.adaptation.passes_cuda import PassesCUDARunner
 from vllm_longctx.adaptation.scheduler import AsyncTempLoraScheduler, TempLoraScheduler
@@ -217,15 +217,37 @@ def test_passes_beside_a_request_that_does_not_adapt(
     assert engine.logprobs("adapts") == pytest.approx(expected.logprobs, abs=1e-4)
     assert engine.prompt_logprobs("adapts").tolist() == pytest.approx(expected.prompt_logprobs, abs=1e-4)
 
-    plain = engine.requests["plain"]
-    ids = torch.tensor(plain.all_token_ids)
-    with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(engine.config.model_config.model, dtype=torch.float32)(ids[None]).logits[
-            0, :-1
-        ]
-    rows = logits.double().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-    assert [*engine.prompt_logprobs("plain").tolist(), *engine.logprobs("plain")] == pytest.approx(rows.tolist(), abs=1e-4)
+    expected_plain = plain_logprobs(engine, list(engine.requests["plain"].all_token_ids))
+    assert [*engine.prompt_logprobs("plain").tolist(), *engine.logprobs("plain")] == pytest.approx(expected_plain, abs=1e-4)
     assert engine.is_empty()
+
+
+def plain_logprobs(engine: PassesEngine, tokens: list[int]) -> list[float]:
+    """Of the tokens after the first, by Hugging Face's model."""
+    ids = torch.tensor(tokens)
+    model = AutoModelForCausalLM.from_pretrained(engine.config.model_config.model, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0, :-1]
+    return logits.double().log_softmax(-1).gather(1, ids[1:, None])[:, 0].tolist()
+
+
+@pytest.mark.parametrize("engine", [(0, {}), (1, RECOMPUTE)], indirect=True)
+def test_the_probe_of_a_start_is_the_model_and_leaves_nothing_behind(engine: PassesEngine) -> None:
+    """Longer than a step takes, and as long as a window."""
+    engine.requests = engine.scheduler.requests
+    tokens = text(engine.sizes["window_tokens"])
+    logprobs = base_model.measure(engine.scheduler, SimpleNamespace(execute_model=engine.compute), tokens)
+    assert logprobs == pytest.approx(plain_logprobs(engine, tokens), abs=1e-4)
+    assert engine.is_empty() and not engine.scheduler.adapted and not engine.trainer.jobs
+    assert len(engine.managers[0].block_pool.cached_block_hash_to_block) == 0
+
+
+@pytest.mark.parametrize("engine", [(0, {})], indirect=True)
+def test_a_pool_that_holds_no_request_that_adapts_ends_the_start(engine: PassesEngine) -> None:
+    engine.scheduler.reserved_blocks = NUM_BLOCKS
+    with pytest.raises(LongContextError, match="the KV cache does not hold a single request that adapts; make it larger"):
+        base_model.measure(engine.scheduler, SimpleNamespace(execute_model=engine.compute), text(20))
+    assert not engine.scheduler.adapted
 
 
 @pytest.mark.parametrize("engine", [(0, {}), (1, {})], indirect=True)

@@ -23,10 +23,9 @@ TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vo
 
 
 def create(model: str | Path = BOOKLM, additional_config: Any = LM_INFINITE, **kwargs: Any) -> VllmConfig:
-    args = EngineArgs(
-        model=str(model), additional_config=additional_config, skip_tokenizer_init=True, load_format="dummy", **kwargs
-    )
-    return args.create_engine_config()
+    return EngineArgs(
+        model=str(model), additional_config=additional_config, skip_tokenizer_init=True, **kwargs
+    ).create_engine_config()
 
 
 def save(path: Path, config: Any, architecture: str) -> Path:

@@ -74,6 +74,11 @@ class Other:
         ("0016-lora-per-segment-on-cpu.diff", "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"),
         ("0018-block-hashes-of-a-request.diff", "vllm.v1.request.Request.__init__"),
         ("0019-pool-of-its-own.diff", "vllm.v1.core.kv_cache_utils.KVCacheBlock"),
+        ("0025-checks-and-refusals-at-engine-start.diff", "vllm.v1.engine.utils.CoreEngineProcManager"),
+        (
+            "0026-files-of-a-checkpoint.diff",
+            "vllm.model_executor.model_loader.default_loader.DefaultModelLoader._prepare_weights",
+        ),
         ("0017-slots-written-by-builders.diff", "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl"),
     ],
 )

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -485,3 +486,83 @@ def test_a_socket_bound_while_its_directory_is_removed_goes_too(tmp_path: Path, 
     with pytest.raises(SystemExit):
         sidecar.end_with(-1, directory)
     assert not directory.exists()
+
+
+def test_what_the_trainer_is_told_is_on_no_command_line(client: TrainerClient, checkpoint: Path):
+    assert psutil.Process(client.process_id).cmdline()[1:] == ["-m", "vllm_longctx.adaptation.sidecar"]
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_start_with_its_reason(checkpoint: Path, tmp_path: Path):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    client = TrainerClient(str(tmp_path / "model"), "float32", **SLOTS)
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"nothing")
+    client.start()
+    pid = client.process_id
+    with pytest.raises(LongContextError, match=r"the trainer could not load its model: \w+: .*header"):
+        client.wait_until_ready(lambda ready: None)
+    assert is_gone(pid) and isinstance(client.poll()[-1], m.Dead)
+    client.close()
+
+
+def test_a_model_is_compared_at_the_start_and_after_a_restart(checkpoint: Path, tiny_llama: Path):
+    probe = tokens(1)
+    client = TrainerClient(str(checkpoint), "float32", probe=probe, **SLOTS)
+    client.start()
+    heard: list[m.Ready] = []
+    client.wait_until_ready(lambda ready: heard.append(ready) if not heard else f"is another: {ready.about}")
+    expected = Trainer(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)).logprobs(probe)
+    assert heard[0].logprobs == pytest.approx(expected, abs=1e-5)
+    assert [type(report) for report in client.poll()] == [m.Ready]
+    os.kill(client.process_id, signal.SIGKILL)
+    assert hear(client, m.Dead)[-1] == m.Dead(f"the trainer is another: {checkpoint} in float32")
+    client.close()
+    with pytest.raises(LongContextError, match="the trainer is another"):
+        client.wait_until_ready(lambda ready: None)
+
+
+def test_a_joined_trainer_is_compared_and_saves_where_the_engine_says(tiny_llama: Path, tmp_path: Path):
+    """Its vocabulary is another: on a GPU such a token would end the process."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as engine:
+        router.bind("inproc://trainer")
+        engine.connect("inproc://trainer")
+        trainer = Trainer(AutoModelForCausalLM.from_pretrained(tiny_llama))
+        sidecar, slots = Sidecar(trainer, router, None, about="MODEL"), Slots.create(trainer.modules, 8, 1)
+        for job in [m.Join([1, 2, 512]), m.Join([1, 2, 511], str(tmp_path)), m.OpenSlots(slots.path, 8, 1)]:
+            engine.send(m.encode(job))
+            sidecar.serve_one()
+        for job in [m.Begin(1, 0, RECIPE), m.Save(1, "mine", 3)]:
+            engine.send(m.encode(job))
+            sidecar.serve_one()
+        reports = [m.decode_report(engine.recv()) for _ in range(4)]
+    assert reports[0] == m.Unable("has MODEL, and a token is out of range: the model has 0 to 511")
+    assert reports[1].logprobs == trainer.logprobs([1, 2, 511]) and len(reports[1].logprobs) == 2
+    assert reports[2:] == [m.Began(1), m.Saved(1, "mine")] and (tmp_path / "mine").is_dir()
+    slots.close()
+
+
+def test_nobody_at_an_address_ends_the_start(tmp_path: Path):
+    address = f"ipc://{tmp_path}/nobody"
+    client = TrainerClient("MODEL", "float32", address=address, start_timeout_s=0.3, **SLOTS)
+    client.start()
+    message = rf"the trainer at {address} was not ready after 0.3 s; .* \(adaptation.trainer.start_timeout_s\)"
+    with pytest.raises(LongContextError, match=message):
+        client.wait_until_ready(lambda ready: None)
+    client.close()
+
+
+def test_a_socket_whose_path_is_too_long_is_refused(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (long := tmp_path / ("x" * 90)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    client = TrainerClient(str(checkpoint), "float32", **SLOTS)
+    with pytest.raises(LongContextError, match=r"would have more than 107 bytes; set TMPDIR to a shorter one"):
+        client.start()
+    client.close()
+    assert not any(long.iterdir())
+
+
+def test_a_trainer_started_by_hand_takes_another_config(tiny_llama: Path):
+    config = json.loads((tiny_llama / "config.json").read_text()) | {"rms_norm_eps": 0.25}
+    model = sidecar.load(m.Options(address="", model=str(tiny_llama), dtype="float32", config=config))
+    assert model.model.norm.variance_epsilon == 0.25
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))

@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from vllm.config import VllmConfig
@@ -32,6 +32,7 @@ BLOCKS_PER_WINDOW = {"temp-lora-economic": 2}
 DEFAULT_BLOCKS_PER_WINDOW = 4
 DEFAULT_PRESET = "lm-infinite"
 MAX_RANK = 512  # vLLM's largest `max_lora_rank`
+SIZES = ("block_tokens", "context_tokens", "window_tokens", "train_context_tokens")  # of Temp-LoRA; None: from the window
 # Papers' choices: LM-Infinite section 4.1 (10 to 100 first tokens), StreamingLLM section 3.2 (4).
 DEFAULT_N_GLOBAL = {"lm_infinite": 10, "streaming": 4}
 
@@ -64,7 +65,7 @@ def did_you_mean(key: str, known: Iterable[str]) -> str | None:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -248,7 +249,7 @@ class TrainerSection(_Section):
     recompute: bool | None = None
     duty_cycle: float = Field(default=1.0, gt=0, le=1)
     threads: int = Field(default=1, ge=1)
-    cpus: list[int] | None = None
+    cpus: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     address: str | None = None
     timeout_s: float = Field(default=600.0, gt=0)
     start_timeout_s: float = Field(default=300.0, gt=0)
@@ -256,7 +257,7 @@ class TrainerSection(_Section):
 
     @model_validator(mode="after")
     def _own_process(self) -> Self:
-        for name in ("device", "attention", "recompute", "duty_cycle"):
+        for name in ("device", "attention", "recompute", "duty_cycle", "threads", "cpus", "max_restarts"):
             if self.address is not None and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
                     f"{name} has no effect beside address; give it to the process that runs there, or leave it out"
@@ -293,11 +294,26 @@ class AdaptationSection(_Section):
     on_failure: Literal["continue", "fail"] = "continue"
     slots: int | None = Field(default=None, ge=1)
     requests: Literal["opt_in", "all"] = "opt_in"
-    adapters_root: str | None = None
+    adapters_root: str | None = Field(default=None, min_length=1)
     max_rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
     max_epochs: int = Field(default=8, ge=0)
     min_block_tokens: int = Field(default=16, ge=1)
     trainer: TrainerSection = TrainerSection()
+
+    _recommended_sizes: dict[str, int] = {}
+
+    def with_recommended(self, recipe: Mapping[str, Any]) -> Self:
+        """With what a checkpoint recommends, in place of defaults only."""
+        made = self.model_copy(update=dict(recipe))
+        made._recommended_sizes = {name: recipe[name] for name in SIZES if name in recipe}
+        return made
+
+    @property
+    def recommended_sizes(self) -> Mapping[str, int]:
+        return self._recommended_sizes
+
+    def without_recommended_sizes(self) -> Self:
+        return self.model_copy(update=dict.fromkeys(self._recommended_sizes))
 
     @property
     def rank_limit(self) -> int:

@@ -5,26 +5,37 @@ Two steps around vLLM's own `create_engine_config`: `prepare` parses the configu
 `longctx` configuration is not touched.
 """
 
-from collections.abc import Iterator, Mapping
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import vllm
+import vllm.envs as envs
 from transformers import PretrainedConfig
 from vllm.config import AttentionConfig, ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
+from vllm.transformers_utils.repo_utils import get_hf_file_bytes
+from vllm.transformers_utils.utils import is_cloud_storage
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_longctx.adaptation.device import check_trainer
+from vllm_longctx.adaptation.messages import Recipe
 from vllm_longctx.attention.selection import cdiv
-from vllm_longctx.config import KEY, AdaptationSection, LongContextConfig, LongContextError
+from vllm_longctx.config import KEY, MAX_RANK, SIZES, AdaptationSection, LongContextConfig, LongContextError
 from vllm_longctx.kv_cache import max_blocks_per_request
 from vllm_longctx.models import longllama
 from vllm_longctx.rotary import SCALINGS
+
+logger = init_logger("vllm.longctx")
 
 VLLM_VERSION = "0.32.0"
 WORKER = "vllm_longctx.worker.LongContextCPUWorker"
@@ -65,7 +76,10 @@ FOCUSABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen
 ADAPTABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEFAULT_SLOTS = 8
-RECOMMENDED = "longctx.json"  # in the model's directory: an `adaptation` section
+RECOMMENDED = "longctx.json"  # beside the checkpoint's config.json: {"adaptation": {a recipe}}
+RECOMMENDABLE = (*Recipe.__struct_fields__, *SIZES)
+# Those of vLLM's whose files transformers can read. The others stream, cut or make up the weights.
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "pt", "npcache", "mistral")
 # The entries of a Hugging Face config that may hold the trained length: Llama's and GPT-J's, MPT's, BLOOM's.
 LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "seq_length")
 
@@ -117,7 +131,7 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
         _choose_cuda_backend(args)
     args.worker_cls, args.scheduler_cls = worker, scheduler
     if config.adaptation is not None:
-        adaptation = _with_recommended(config.adaptation, args.model)
+        adaptation = _with_recommended(_with_root(config.adaptation), args)
         slots = adaptation.slots or min(DEFAULT_SLOTS, args.max_num_seqs or DEFAULT_SLOTS)
         config = config.model_copy(update={"adaptation": adaptation.model_copy(update={"slots": slots})})
         args.enable_lora = True  # what vLLM decides is to go with LoRA layers; `complete` takes it back
@@ -180,15 +194,68 @@ def scheduler_of(config: LongContextConfig) -> str:
     return TOP_K_SCHEDULER if config.attention.remembers else SCHEDULER
 
 
-def _with_recommended(adaptation: AdaptationSection, model: str) -> AdaptationSection:
-    """What the checkpoint recommends in RECOMMENDED, where the user says nothing; a small model wants another recipe."""
-    path = Path(model, RECOMMENDED)
-    if not path.is_file():
+def _with_recommended(adaptation: AdaptationSection, args: EngineArgs) -> AdaptationSection:
+    """With the recipe of the checkpoint's RECOMMENDED, where the user says nothing: a small model wants another one.
+
+    Whatever else is in that file, it says nothing of this machine and is ignored, with a warning that names it.
+    """
+    recommended, ignored = read_recommended(args.model, args.revision)
+    limits = {"rank": adaptation.max_rank or MAX_RANK, "epochs": adaptation.max_epochs}
+    for name in list(recommended):
+        if name in adaptation.model_fields_set:
+            recommended.pop(name)
+        elif name in limits and recommended[name] > limits[name]:
+            ignored.append(f"adaptation.{name} = {recommended.pop(name)} (the limit is {limits[name]})")
+    if ignored:
+        logger.warning("longctx: %s of model %s: ignored: %s", RECOMMENDED, args.model, "; ".join(ignored))
+    return adaptation.with_recommended(recommended)
+
+
+def read_recommended(model: str, revision: str | None) -> tuple[dict[str, Any], list[str]]:
+    """The valid entries of the recipe that a checkpoint recommends, and what else its file says. model: path or name."""
+    if is_cloud_storage(model) or (envs.VLLM_USE_MODELSCOPE and not Path(model).is_dir()):
+        return {}, []  # vLLM reads single files of neither
+    try:
+        content = get_hf_file_bytes(RECOMMENDED, model, revision or "main")
+        document = {} if content is None else json.loads(content)
+    except Exception as e:  # of the hub's, of JSON's, of the file system's: nothing here may stop an engine
+        return {}, [f"the whole file ({type(e).__name__}: {e})"]
+    sections = document if isinstance(document, dict) else {"the whole file": document}
+    entries = sections.pop("adaptation", {})
+    ignored = [_short(name, value) for name, value in sections.items()]
+    if not isinstance(entries, dict):
+        return {}, [*ignored, _short("adaptation", entries)]
+    recommended = {}
+    for name, value in entries.items():
+        try:
+            if name not in RECOMMENDABLE:
+                raise LongContextError
+            recommended[name] = getattr(LongContextConfig.parse({"adaptation": {name: value}}).adaptation, name)
+        except LongContextError:
+            ignored.append(_short(f"adaptation.{name}", value))
+    return recommended, ignored
+
+
+def _short(name: str, value: Any) -> str:
+    text = repr(value)
+    return f"{name} = {text if len(text) <= 80 else text[:80] + '…'}"
+
+
+def _with_root(adaptation: AdaptationSection) -> AdaptationSection:
+    """With `adapters_root` as every process finds it. Raises LongContextError unless adapters can be written there."""
+    if adaptation.adapters_root is None:
         return adaptation
-    recommended = LongContextConfig.parse(path.read_text()).adaptation
-    assert recommended is not None
-    missing = recommended.model_fields_set - adaptation.model_fields_set
-    return adaptation.model_copy(update={name: getattr(recommended, name) for name in missing})
+    root = Path(adaptation.adapters_root).expanduser().absolute()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as e:
+        raise LongContextError(
+            f"adaptation.adapters_root = {adaptation.adapters_root!r}: adapters cannot be written there ({e.strerror}); give a "
+            "directory that exists or can be made, and in which this user may write"
+        ) from None
+    return adaptation.model_copy(update={"adapters_root": str(root)})
 
 
 def check_vllm_version() -> None:
@@ -203,14 +270,16 @@ def check_vllm_version() -> None:
 def _with_max_length(overrides: Any, max_model_len: int) -> Any:
     """`model_max_length` is the config entry that lets vLLM accept a length past max_position_embeddings."""
     if callable(overrides):
-
-        def override(hf_config: PretrainedConfig) -> PretrainedConfig:
-            hf_config = overrides(hf_config)
-            hf_config.update({"model_max_length": max_model_len})
-            return hf_config
-
-        return override
+        return functools.partial(_override, overrides, max_model_len)  # which pickle takes where it takes the user's
     return {**(overrides or {}), "model_max_length": max_model_len}
+
+
+def _override(
+    overrides: Callable[[PretrainedConfig], PretrainedConfig], max_model_len: int, hf_config: PretrainedConfig
+) -> PretrainedConfig:
+    hf_config = overrides(hf_config)
+    hf_config.update({"model_max_length": max_model_len})
+    return hf_config
 
 
 def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bool) -> None:
@@ -237,12 +306,20 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bo
         check_memory(vllm_config)
         if current_platform.is_cuda():
             _check_settings_on_cuda(config, vllm_config)
-    config = config.for_model(
+    sizes = (
         trained_length(model),
         vllm_config.cache_config.block_size,
         model.get_total_num_hidden_layers(),
         model.hf_text_config.to_dict(),
     )
+    try:
+        config = config.for_model(*sizes)
+    except LongContextError as e:
+        if config.adaptation is None or not (recommended := config.adaptation.recommended_sizes):
+            raise
+        ignored = ", ".join(f"adaptation.{name} = {value}" for name, value in recommended.items())
+        config = config.model_copy(update={"adaptation": config.adaptation.without_recommended_sizes()}).for_model(*sizes)
+        logger.warning("longctx: %s of model %s: ignored: %s (%s)", RECOMMENDED, model.model, ignored, e)
     _check_pool(config, vllm_config)
     if (blocks := memory_blocks(config, vllm_config)) is not None:
         _fit_memory(config, vllm_config, blocks)
@@ -382,9 +459,10 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
     model, scheduler, parallel = vllm_config.model_config, vllm_config.scheduler_config, vllm_config.parallel_config
     name = f"model {model.model} ({', '.join(model.architectures)})"
     most = scheduler.max_num_seqs
+    quantized = getattr(model.hf_config, "quantization_config", None)
     refused = {
-        f"{name} is quantized ({model.quantization}), and the trainer loads unquantized weights only; give the unquantized "
-        "checkpoint": model.quantization is not None,
+        f"{name} is quantized ({model.quantization or quantized}), and the trainer loads unquantized weights only; give the "
+        "unquantized checkpoint": model.quantization is not None or quantized is not None,
         f"{name} has no LoRA support for its linear layers; Temp-LoRA runs {', '.join(ADAPTABLE)}": (
             not set(model.architectures) & set(ADAPTABLE)
         ),
@@ -401,7 +479,18 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
     for reason, holds in refused.items():
         if holds:
             raise LongContextError(f"longctx cannot adapt here: {reason}")
+    if adaptation.trainer.address is None and not current_platform.is_cuda():  # there it may share the engine's weights
+        check_load_format(vllm_config.load_config)
     check_trainer(adaptation.trainer)
+
+
+def check_load_format(load: LoadConfig) -> None:
+    """Raises LongContextError where a trainer with a copy of its own cannot load the weights that vLLM loads."""
+    if load.load_format not in LOAD_FORMATS:
+        raise LongContextError(
+            f"load_format = {load.load_format!r}: the trainer loads its own copy of the weights, and not in this way; give one "
+            f"of {', '.join(LOAD_FORMATS)}, or leave adaptation out"
+        )
 
 
 def check_memory(vllm_config: VllmConfig) -> None:

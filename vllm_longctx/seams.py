@@ -321,6 +321,25 @@ SEAMS = [
         "0020-readers-that-sleep.diff",
     ),
     Seam(
+        "EngineCore._initialize_effective_attention_block_size, CoreEngineProcManager.__init__, finished_procs (wrapped)",
+        "adaptation/base_model.py, refusals.py",
+        "compare the trainer's model with the engine's before any request, and say to whoever starts the engine why it refuses",
+        _all(
+            _has("vllm.v1.engine.core:EngineCore", "_initialize_effective_attention_block_size"),
+            _has("vllm.v1.engine.utils:CoreEngineProcManager", "finished_procs"),
+            _takes("vllm.v1.engine.utils:CoreEngineProcManager", "vllm_config"),
+            _open("vllm.config:VllmConfig"),
+        ),
+        "0025-checks-and-refusals-at-engine-start.diff",
+    ),
+    Seam(
+        "DefaultModelLoader._prepare_weights",
+        "adaptation/base_model.py",
+        "give the trainer the files that vLLM loaded",
+        _has("vllm.model_executor.model_loader.default_loader:DefaultModelLoader", "_prepare_weights"),
+        "0026-files-of-a-checkpoint.diff",
+    ),
+    Seam(
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
         "attention/branches.py",
         "attention with its log-sum-exp, to merge branches",

@@ -8,27 +8,30 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
 import torch
 import zmq
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from vllm.logger import init_logger
 
 from vllm_longctx.adaptation import messages as m
 from vllm_longctx.adaptation.device import free_bytes
+from vllm_longctx.adaptation.shared import skeleton
 from vllm_longctx.adaptation.slots import Slots
 from vllm_longctx.config import LongContextError
 
 logger = init_logger("vllm.longctx")
 
+SOCKET_PATH_BYTES = 107  # of a Unix socket, on Linux
+
 
 class TrainerClient:
-    """model, dtype, device, attention, recompute, duty_cycle, threads, cpus, adapters_root: see `messages.Options`.
+    """model, dtype, config, weights, device, attention, recompute, duty_cycle, threads, cpus, adapters_root: see
+    `messages.Options`. probe: token ids of the text of which `messages.Ready` has the log-probabilities.
 
     training_bytes: what a trainer on a GPU needs beside the model's weights. share: makes the message for each new process by
     which it uses the engine's weights; None where it loads its own.
@@ -44,6 +47,9 @@ class TrainerClient:
         model: str,
         dtype: str,
         *,
+        config: dict[str, Any] | None = None,
+        weights: Sequence[str] = (),
+        probe: Sequence[int] = (),
         max_rank: int,
         num_slots: int,
         device: str = "cpu",
@@ -65,6 +71,8 @@ class TrainerClient:
             address=address or "",
             model=model,
             dtype=dtype,
+            config=config,
+            weights=list(weights),
             device=device,
             attention=attention,
             recompute=recompute,
@@ -75,7 +83,11 @@ class TrainerClient:
             adapters_root=adapters_root,
             parent=os.getpid(),
         )
+        self.probe = list(probe)
         self._training_bytes, self._share = training_bytes, share
+        self._fault: Callable[[m.Ready], str | None] = lambda ready: None
+        self._ready_report: m.Ready | None = None
+        self._reason: str | None = None
         self._joins = address is not None
         self._max_rank, self._num_slots = max_rank, num_slots
         self._start_timeout_s, self._train_timeout_s, self._max_restarts = start_timeout_s, train_timeout_s, max_restarts
@@ -102,6 +114,21 @@ class TrainerClient:
         else:
             check_memory(self._options, self._training_bytes)
             self._spawn()
+
+    def wait_until_ready(self, fault: Callable[[m.Ready], str | None]) -> None:
+        """Block until the trainer is ready. fault: says what is wrong with its model, also when it comes back from a restart.
+
+        Raises LongContextError if there will be no trainer.
+        """
+        self._fault = fault
+        if self._ready_report is not None and (reason := fault(self._ready_report)) is not None:
+            self._die(reason)
+        while self._ready_report is None and not self._ended:
+            time.sleep(0.02)
+            self._receive()
+            self._supervise()
+        if self._ended:
+            raise LongContextError(f"longctx.adaptation: the trainer {self._reason}")
 
     def send(self, job: m.Job) -> None:
         """Never blocks. What is sent before the trainer is ready is held; what is sent after m.Dead is dropped."""
@@ -153,12 +180,22 @@ class TrainerClient:
     def _spawn(self) -> None:
         """Each process has its own socket, so that nothing a dead one said can be heard after m.Restarted."""
         self._directory = tempfile.mkdtemp(prefix="longctx-")
-        options = msgspec.structs.replace(self._options, address=f"ipc://{self._directory}/trainer")
-        command = [sys.executable, "-m", "vllm_longctx.adaptation.sidecar", msgspec.json.encode(options).decode()]
+        path = f"{self._directory}/trainer"
+        if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
+            self._remove_directory()
+            raise LongContextError(
+                f"longctx.adaptation: the path of the trainer's socket, {path}, would have more than {SOCKET_PATH_BYTES} "
+                "bytes; set TMPDIR to a shorter one"
+            )
+        options = msgspec.structs.replace(self._options, address=f"ipc://{path}")
+        command = [sys.executable, "-m", "vllm_longctx.adaptation.sidecar"]
         # Below the engine's, if the GPU runs under MPS; without it there are no priorities between processes.
         environment = {"CUDA_MPS_CLIENT_PRIORITY": "1", **os.environ}
-        # a session of its own: Ctrl-C at a terminal is the engine's to handle
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
+        told = Path(self._directory, "options")  # a file, since a pipe could be full, and a command line is everybody's to read
+        told.write_bytes(msgspec.json.encode(options))
+        with told.open("rb") as stdin:
+            # a session of its own: Ctrl-C at a terminal is the engine's to handle
+            self._process = subprocess.Popen(command, stdin=stdin, start_new_session=True, env=environment)
         self._connect(options.address)
 
     def _connect(self, address: str) -> None:
@@ -168,7 +205,7 @@ class TrainerClient:
         self._socket.connect(address)
         if self._share is not None:
             self._socket.send(m.encode(self._share()))
-        self._socket.send(m.encode(m.Join()))
+        self._socket.send(m.encode(m.Join(self.probe, self._options.adapters_root)))
         self._ready, self._start_at = False, None
         self._unanswered.clear()
         self._since = time.monotonic()
@@ -212,11 +249,18 @@ class TrainerClient:
                     self._unanswered.popleft()
                 if isinstance(report, m.Trained | m.Saved):
                     self._failures = 0
+            elif isinstance(report, m.Unable):
+                (self._die if self._ready_report is None else self._restart)(report.reason)
+                return
             elif isinstance(report, m.Ready):
+                if (reason := self._fault(report)) is not None:
+                    self._die(reason)
+                    return
                 self._open(report)
             self._reports.append(report)
 
     def _open(self, ready: m.Ready) -> None:
+        self._ready_report = ready
         self._remove_directory()  # connected: its name is not needed any more, so nothing is left even if all is killed now
         if self.slots is None:
             self.slots = Slots.create(ready.modules, self._max_rank, self._num_slots)
@@ -239,9 +283,11 @@ class TrainerClient:
         if code is not None:
             self._restart(f"ended with code {code}")
         elif not self._ready and now - self._since > self._start_timeout_s:
-            reason = f"was not ready after {self._start_timeout_s:g} s"
+            where = f"at {self._options.address} " if self._joins else ""
+            reason = f"{where}was not ready after {self._start_timeout_s:g} s"
             if self.slots is None:
-                self._die(f"{reason}; if its model takes longer to load, allow it more")
+                more = "if its model takes longer to load, allow it more (adaptation.trainer.start_timeout_s)"
+                self._die(f"{reason}; {more}")
             else:  # one before it was, so the time is enough and this one hangs
                 self._restart(reason)
         elif self._unanswered and now - self._since > self._train_timeout_s:
@@ -261,7 +307,7 @@ class TrainerClient:
 
     def _die(self, reason: str) -> None:
         self._stop()
-        self._ended = True
+        self._ended, self._reason = True, reason
         logger.error("longctx: the trainer %s; there is no trainer any more", reason)
         self._reports.append(m.Dead(f"the trainer {reason}"))
 
@@ -278,7 +324,7 @@ def check_memory(options: m.Options, training_bytes: int) -> None:
 
     That is, of the host a second copy of the checkpoint's weights; of a GPU what training needs, too.
     """
-    weights = 0 if options.shares else weight_bytes(options.model, getattr(torch, options.dtype))
+    weights = 0 if options.shares else weight_bytes(options.model, getattr(torch, options.dtype), options.config)
     device = torch.device(options.device)
     if device.type == "cuda":
         need, free = weights + training_bytes, free_bytes(device)
@@ -299,11 +345,7 @@ def check_memory(options: m.Options, training_bytes: int) -> None:
         )
 
 
-def weight_bytes(model: str, dtype: torch.dtype) -> int:
-    """Of a checkpoint's weights in this dtype."""
-    directory = Path(model if os.path.isdir(model) else snapshot_download(model, local_files_only=True))
-    values = 0
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            values += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    return values * dtype.itemsize
+def weight_bytes(model: str, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> int:
+    """Of a model's weights in this dtype, as the trainer holds them. config: in place of the checkpoint's."""
+    parameters = skeleton(model, str(dtype).removeprefix("torch."), "sdpa", config).parameters()
+    return sum(parameter.numel() for parameter in parameters) * dtype.itemsize

@@ -1,10 +1,13 @@
 """Where the trainer trains, what it needs there, and whether that is there: checked before it starts."""
 
 import importlib.util
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import zmq
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import import_pynvml
 
@@ -26,7 +29,10 @@ def recomputes(trainer: TrainerSection) -> bool:
 
 
 def check_trainer(trainer: TrainerSection) -> None:
-    """Raises LongContextError if the trainer's device, or the attention asked for, is not there."""
+    """Raises LongContextError if the trainer's device, CPUs or attention are not there, or nobody could be at its address."""
+    check_cpus(trainer)
+    if trainer.address is not None:
+        check_address(trainer.address)
     device = device_of(trainer)
     if device.type == "cuda":
         found = torch.cuda.device_count()
@@ -46,6 +52,39 @@ def check_trainer(trainer: TrainerSection) -> None:
                 "adaptation.trainer.attention = 'xformers', but xformers is not installed here; install it (pip install "
                 "xformers), or leave attention out"
             )
+
+
+def check_cpus(trainer: TrainerSection) -> None:
+    """Raises LongContextError for CPUs that this process may not use, and for more threads than CPUs."""
+    allowed = sorted(os.sched_getaffinity(0))
+    there = f"this process may use {', '.join(map(str, allowed))}"
+    cpus = allowed if trainer.cpus is None else trainer.cpus
+    if not set(cpus) <= set(allowed) or not cpus:
+        raise LongContextError(f"adaptation.trainer.cpus = {cpus}, but {there}; give some of these, or leave cpus out")
+    if trainer.threads > len(set(cpus)):
+        raise LongContextError(
+            f"adaptation.trainer.threads = {trainer.threads}, but the trainer would have {len(set(cpus))} CPUs ({there}); "
+            "lower threads, or give it more CPUs"
+        )
+
+
+def check_address(address: str) -> None:
+    """Raises LongContextError for an address at which no trainer can be. One may still be about to start there."""
+    scheme, _, path = address.partition("://")
+    problem = None if scheme in ("ipc", "tcp") else "only a trainer on this machine can be joined"
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        try:
+            socket.connect(address)
+        except zmq.ZMQError as e:
+            problem = problem or zmq.strerror(e.errno or 0).lower()
+    if scheme == "ipc" and not path.startswith("@") and not Path(path).parent.is_dir():
+        problem = problem or f"there is no directory {Path(path).parent}"
+    if problem is not None:
+        raise LongContextError(
+            f"adaptation.trainer.address = {address!r}: {problem}; give what the trainer was started with, as "
+            "ipc:///run/user/1000/trainer (at most 107 bytes after ipc://) or tcp://127.0.0.1:5555"
+        )
 
 
 def free_bytes(device: torch.device) -> int:

@@ -5,6 +5,7 @@ Every Begin, Resume, Train and Save is answered once, in the order sent: Began, 
 
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -37,16 +38,20 @@ class Recipe(msgspec.Struct, frozen=True):
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What the trainer process is started with.
 
-    address: ZeroMQ's, of the socket to bind. model: a checkpoint directory or a name in Hugging Face's cache. dtype, device:
-    torch's names for them. attention, recompute, duty_cycle: see `config.TrainerSection`. shares: the first message is Share,
-    and there is no checkpoint to load. cpus: logical CPUs to run on; None: all those inherited. adapters_root: where adapters
-    are saved to and started from. parent: process id; when that process ends, this one removes the directory of its socket and
-    ends too.
+    address: ZeroMQ's, of the socket to bind. model: a checkpoint directory or a name in Hugging Face's cache. revision: of that
+    name. config, weights: from an engine, a complete Hugging Face config and the files of the weights, in place of what the
+    model's name stands for. dtype, device: torch's names for them. attention, recompute, duty_cycle: see
+    `config.TrainerSection`. shares: the first message is Share, and there is no checkpoint to load. cpus: logical CPUs to run
+    on; None: all those inherited. adapters_root: where adapters are saved to and started from. parent: process id; when that
+    process ends, this one removes the directory of its socket and ends too.
     """
 
     address: str
     model: str
     dtype: str
+    revision: str | None = None
+    config: dict[str, Any] | None = None
+    weights: list[str] = []
     device: str = "cpu"
     attention: str = "sdpa"
     recompute: bool = False
@@ -83,7 +88,13 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class Join(Message, frozen=True):
-    """An engine's first message, answered by Ready. Whatever the trainer did for another engine ends."""
+    """An engine's first message, answered by Ready. Whatever the trainer did for another engine ends.
+
+    probe: token ids of the text of which Ready has the log-probabilities. adapters_root: the engine's, if it has one.
+    """
+
+    probe: list[int] = []
+    adapters_root: str | None = None
 
 
 class Share(Message, frozen=True):
@@ -146,9 +157,18 @@ class Drop(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """modules: of every adapted linear layer, under Hugging Face's name, its (in, out) features."""
+    """modules: of every adapted linear layer, under Hugging Face's name, its (in, out) features. logprobs: of every token of
+    the probe after its first, in nats. about: what the trainer loaded, in words."""
 
     modules: dict[str, tuple[int, int]]
+    logprobs: list[float] = []
+    about: str = ""
+
+
+class Unable(Message, frozen=True):
+    """In place of Ready, and the last there will be: the trainer has no model."""
+
+    reason: str
 
 
 class Began(Message, frozen=True):
@@ -212,7 +232,7 @@ class Dead(Message, frozen=True):
 
 
 Job = Share | Join | Leave | OpenSlots | Begin | Resume | Train | Save | Drop
-Report = Ready | Began | Started | Trained | Failed | Saved | SaveFailed | Lost | Restarted | Dead
+Report = Ready | Unable | Began | Started | Trained | Failed | Saved | SaveFailed | Lost | Restarted | Dead
 ANSWERED = (Begin, Resume, Train, Save)
 ANSWERS = (Began, Trained, Failed, Saved, SaveFailed)
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.config import ModelConfig
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
@@ -29,7 +29,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_longctx.adaptation import messages
+from vllm_longctx import refusals
+from vllm_longctx.adaptation import base_model, messages
 from vllm_longctx.adaptation.blocks import Blocks, Window, example
 from vllm_longctx.adaptation.client import TrainerClient
 from vllm_longctx.adaptation.device import Shape, device_of, recomputes
@@ -145,8 +146,10 @@ class TempLoraScheduler(LongContextScheduler):
         self.reserved_blocks = 0
         self.trainer_lost: str | None = None
         offered = offers.pop(self.vllm_config.instance_id, None)
-        self.trainer = trainer_client(self.vllm_config.model_config, config.adaptation, offered)
-        self.trainer.start()
+        with refusals.told(self.vllm_config):
+            self.trainer = trainer_client(self.vllm_config, config.adaptation, offered)
+            self.trainer.start()
+        base_model.check_when_engines_start()
 
     # --- a request's life -----------------------------------------------------------------------------------------------
 
@@ -602,12 +605,16 @@ def ends_by_itself(request: Request) -> bool:
     )
 
 
-def trainer_client(model: ModelConfig, settings: AdaptationSection, offered: Offer | None) -> TrainerClient:
+def trainer_client(vllm_config: VllmConfig, settings: AdaptationSection, offered: Offer | None) -> TrainerClient:
     assert settings.slots is not None
-    trainer, recompute = settings.trainer, recomputes(settings.trainer)
+    model, trainer, recompute = vllm_config.model_config, settings.trainer, recomputes(settings.trainer)
+    loads = offered is None and trainer.address is None
     return TrainerClient(
         model.model,
         str(model.dtype).removeprefix("torch."),
+        config=base_model.resolved_config(model),
+        weights=base_model.weight_files(vllm_config) if loads else [],
+        probe=base_model.probe(model, settings),
         device=str(device_of(trainer)),
         attention=trainer.attention,
         recompute=recompute,

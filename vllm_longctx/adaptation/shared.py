@@ -6,8 +6,10 @@ weights: peft freezes the base model, and gradients go to the adapters alone.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -77,12 +79,17 @@ def engine_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name.replace(".base_layer.", "."): p.detach() for name, p in model.named_parameters()}
 
 
-def skeleton(model: str, dtype: str, attention: str) -> PreTrainedModel:
-    """A checkpoint's Hugging Face model without weights, on `meta`."""
+def model_class(config: Mapping[str, Any]) -> type[PreTrainedModel]:
+    """transformers' own for a complete Hugging Face config: by its architecture, as vLLM does, whatever code comes with it."""
+    return next(found for name in config["architectures"] if (found := getattr(transformers, name, None)) is not None)
+
+
+def skeleton(model: str, dtype: str, attention: str, config: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """A checkpoint's Hugging Face model without weights, on `meta`. config: a complete one in place of the checkpoint's."""
+    settings = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+    made = AutoConfig.from_pretrained(model) if config is None else model_class(config).config_class.from_dict(dict(config))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(model), dtype=getattr(torch, dtype), attn_implementation=attention
-        )
+        return AutoModelForCausalLM.from_config(made, **settings)
 
 
 def views(weights: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:

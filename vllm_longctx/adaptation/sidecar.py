@@ -1,8 +1,8 @@
 """The trainer process: `python -m vllm_longctx.adaptation.sidecar '{"address": "ipc:///tmp/trainer", "model": ..., ...}'`.
 
-It has a copy of the model of its own, unless it can use the weights of an engine on its GPU; on a CPU an engine packs them
-for inference. It works for one engine at a time, one job after the other; a job that fails is answered, whatever the reason,
-and does not end the process, unless the GPU does.
+Without an argument it reads its options from standard input. It has a copy of the model of its own, unless it can use the
+weights of an engine on its GPU; on a CPU an engine packs them for inference. It works for one engine at a time, one job after
+the other; a job that fails is answered, whatever the reason, and does not end the process, unless the GPU does.
 """
 
 import os
@@ -13,11 +13,13 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 import zmq
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from vllm_longctx.adaptation import attention, shared
@@ -30,7 +32,7 @@ NICENESS = 10  # engine and front end go first, but a busy machine leaves the tr
 
 class Sidecar:
     """socket: a bound ROUTER socket, on which each engine has an identity. device_slots: the slots' device memory. duty_cycle:
-    the share of the time in which to train."""
+    the share of the time in which to train. about: what was loaded, in words."""
 
     def __init__(
         self,
@@ -39,8 +41,9 @@ class Sidecar:
         adapters_root: str | None,
         device_slots: torch.Tensor | None = None,
         duty_cycle: float = 1.0,
+        about: str = "",
     ):
-        self._trainer, self._socket, self._adapters_root = trainer, socket, adapters_root
+        self._trainer, self._socket, self._adapters_root, self._about = trainer, socket, adapters_root, about
         self._device_slots, self._duty_cycle = device_slots, duty_cycle
         self._slots: Slots | None = None
         self._engine: bytes | None = None
@@ -55,7 +58,7 @@ class Sidecar:
         self._receive(wait=not self._jobs)
         engine, job = self._jobs.popleft()
         if isinstance(job, m.Join):
-            self._change_engine(engine)
+            self._change_engine(engine, job)
         elif engine != self._engine:
             self._send(m.Lost("was restarted or works for another engine"), engine)
         else:
@@ -81,14 +84,18 @@ class Sidecar:
                 self._jobs.clear()
             self._jobs.append((engine, job))
 
-    def _change_engine(self, engine: bytes | None) -> None:
+    def _change_engine(self, engine: bytes | None, join: m.Join | None = None) -> None:
         if engine is not None and self._engine not in (None, engine):
             self._send(m.Lost("works for another engine now, which has joined it"))
         self._trainer.drop_all()
         self._close_slots()
         self._engine = engine
-        if engine is not None:
-            self._send(m.Ready(self._trainer.modules))
+        if join is not None:
+            self._adapters_root = join.adapters_root or self._adapters_root
+            try:
+                self._send(m.Ready(self._trainer.modules, self._trainer.logprobs(join.probe), self._about))
+            except ValueError as e:
+                self._send(m.Unable(f"has {self._about}, and {e}"))
 
     def _do(self, job: m.Job) -> None:
         trainer = self._trainer
@@ -190,17 +197,49 @@ def prepare(options: m.Options, socket: zmq.Socket) -> Sidecar:
         share = m.decode_job(socket.recv_multipart()[1])
         assert isinstance(share, m.Share)
         weights = {name: shared.attach(tensor, device) for name, tensor in share.weights.items()}
-        model = shared.fill(shared.skeleton(options.model, options.dtype, options.attention), weights)
+        model = shared.fill(shared.skeleton(options.model, options.dtype, options.attention, options.config), weights)
         slots = shared.attach(share.slots, device)
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            options.model, dtype=options.dtype, attn_implementation=options.attention
-        ).to(device)
-    return Sidecar(Trainer(model, options.recompute), socket, options.adapters_root, slots, options.duty_cycle)
+        model = load(options).to(device)
+    model.name_or_path = options.model  # for those who load the adapters that it saves
+    about = f"{options.model}{f' (revision {options.revision})' if options.revision else ''} in {options.dtype}"
+    return Sidecar(Trainer(model, options.recompute), socket, options.adapters_root, slots, options.duty_cycle, about)
+
+
+def load(options: m.Options) -> PreTrainedModel:
+    """A copy of its own. Raises ValueError if the files do not hold all of the model's weights."""
+    settings: dict[str, Any] = {"dtype": options.dtype, "attn_implementation": options.attention, "output_loading_info": True}
+    made: Any = AutoModelForCausalLM
+    if options.config is not None:
+        made = shared.model_class(options.config)
+        settings["config"] = made.config_class.from_dict(options.config)
+    if options.weights:
+        weights: dict[str, torch.Tensor] = {}
+        for path in options.weights:
+            if path.endswith(".safetensors"):
+                weights |= load_file(path)
+            else:
+                weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        model, found = made.from_pretrained(None, state_dict=weights, **settings)
+    else:
+        model, found = made.from_pretrained(options.model, revision=options.revision or "main", **settings)
+    if found["missing_keys"]:  # transformers would make them up
+        raise ValueError(f"the weights of {options.model} lack {', '.join(sorted(found['missing_keys'])[:3])}")
+    return model
+
+
+def tell_why_not(socket: zmq.Socket, reason: str) -> None:
+    """Answer an engine that is waiting for a model which cannot be loaded; not one that comes later."""
+    while socket.poll(1000):
+        engine, payload = socket.recv_multipart()
+        if isinstance(m.decode_job(payload), m.Join):
+            socket.send_multipart([engine, m.encode(m.Unable(f"could not load its model: {reason}"))])
+            socket.close(linger=1000)
+            return
 
 
 def main() -> None:
-    options = msgspec.json.decode(sys.argv[1], type=m.Options)
+    options = msgspec.json.decode(sys.stdin.buffer.read() if len(sys.argv) < 2 else sys.argv[1], type=m.Options)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit())  # its files are removed, an adapter half saved too
     path = Path(options.address.removeprefix("ipc://"))
@@ -216,7 +255,12 @@ def main() -> None:
             socket.set_hwm(0)
             socket.linger = 0
             socket.bind(options.address)
-            prepare(options, socket).serve()
+            try:
+                sidecar = prepare(options, socket)
+            except Exception as e:
+                tell_why_not(socket, f"{type(e).__name__}: {e}")
+                raise
+            sidecar.serve()
     finally:
         path.unlink(missing_ok=True)  # ZeroMQ leaves it
 

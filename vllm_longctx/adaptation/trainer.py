@@ -104,9 +104,7 @@ class Trainer:
         adapter = self._adapter(owner)
         if not 0 < num_targets < len(tokens):
             raise ValueError(f"{num_targets} targets in {len(tokens)} tokens: at least one of each, and one token before them")
-        vocabulary = self._base.config.get_text_config().vocab_size
-        if not 0 <= min(tokens) <= max(tokens) < vocabulary:  # on a GPU such an index ends the process
-            raise ValueError(f"a token is out of range: the model has 0 to {vocabulary - 1}")
+        self._check_vocabulary(tokens)
         self._model.set_adapter(adapter.name)
         ids = torch.tensor([tokens], device=self._device)
         for group in adapter.optimizer.param_groups:
@@ -133,6 +131,17 @@ class Trainer:
             adapter.optimizer.zero_grad()
         adapter.rng = rng
         return losses
+
+    def logprobs(self, tokens: list[int]) -> list[float]:
+        """Of every token after the first, by the model without any adapter, in nats. Raises ValueError for one it lacks."""
+        if not tokens:
+            return []
+        self._check_vocabulary(tokens)
+        self._model.set_adapter("none")
+        with torch.no_grad():
+            logits = self._base(input_ids=torch.tensor([tokens], device=self._device), use_cache=False).logits[0, :-1]
+            targets = torch.tensor(tokens[1:], device=self._device)
+            return (-cross_entropy(logits.float(), targets, reduction="none")).tolist()
 
     def weights(self, owner: int) -> Weights:
         """Per module A [rank, in], a view, and B [out, rank] times alpha / rank."""
@@ -222,6 +231,11 @@ class Trainer:
     def drop_all(self) -> None:
         for owner in list(self._adapters):
             self.drop(owner)
+
+    def _check_vocabulary(self, tokens: list[int]) -> None:
+        vocabulary = self._base.config.get_text_config().vocab_size
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:  # on a GPU such an index ends the process
+            raise ValueError(f"a token is out of range: the model has 0 to {vocabulary - 1}")
 
     def _get_rng_state(self) -> Tensor:
         return torch.cuda.get_rng_state(self._device) if self._gpus else torch.get_rng_state()

@@ -8,7 +8,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from vllm_longctx.adaptation import shared
+from vllm_longctx.adaptation import base_model, shared
 from vllm_longctx.adaptation.client import weight_bytes
 from vllm_longctx.adaptation.device import Shape, device_of, recomputes
 from vllm_longctx.adaptation.passes_cuda import PassesCUDARunner
@@ -54,7 +54,8 @@ def trainer_bytes(vllm_config: VllmConfig, device: torch.device) -> int:
     assert settings is not None
     if settings.trainer.address is not None or device_of(settings.trainer) != device:
         return 0
-    weights = 0 if vllm_config.instance_id in shared.offers else weight_bytes(model.model, model.dtype)
+    shares = vllm_config.instance_id in shared.offers
+    weights = 0 if shares else weight_bytes(model.model, model.dtype, base_model.resolved_config(model))
     return weights + Shape.of(model.hf_text_config, model.dtype).training_bytes(settings, recomputes(settings.trainer))
 
 
@@ -72,7 +73,8 @@ def offer(model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> Te
     name, dtype = vllm_config.model_config.model, str(vllm_config.model_config.dtype).removeprefix("torch.")
     if reason is None:
         try:
-            views = shared.views(weights, shared.skeleton(name, dtype, "sdpa"))
+            config = base_model.resolved_config(vllm_config.model_config)
+            views = shared.views(weights, shared.skeleton(name, dtype, "sdpa", config))
         except ValueError as e:
             reason = str(e)
     if reason is not None:
