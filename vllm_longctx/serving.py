@@ -16,6 +16,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import typing_extensions
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -38,6 +39,7 @@ logger = init_logger("vllm.longctx")
 NOT_PER_REQUEST = "this engine has no options per request (it was started without adaptation); leave it out"
 OVER_HTTP = f"vllm_xargs.{KEY}"  # where options of ours stand in a body
 EXAMPLE = """{"vllm_xargs": {"longctx": "{\\"temp_lora\\": true}"}}"""
+OFFLINE_EXAMPLE = """SamplingParams(extra_args={"longctx": {"temp_lora": True}})"""
 # Requests travel to the engine as msgpack, whose integers end here; beyond, vLLM answers 500.
 INT64 = range(-(2**63), 2**63)
 # In vLLM's order of precedence.
@@ -215,7 +217,7 @@ def _all_models(alternatives: list[Any]) -> Models:
     for a in alternatives:
         if isinstance(a, type) and (issubclass(a, BaseModel) or dataclasses.is_dataclass(a)):
             models.append(a)
-        elif a is Any or typing.is_typeddict(a) or (typing.get_origin(a) or a) in (dict, Mapping):
+        elif a is Any or typing_extensions.is_typeddict(a) or (typing.get_origin(a) or a) in (dict, Mapping):
             return ()
     forbidding = any(getattr(m, "model_config", {}).get("extra") == "forbid" for m in models)
     return () if forbidding else tuple(models)
@@ -330,18 +332,19 @@ def _limit_to_trained(request: EngineCoreRequest, params: Any, trained: int, str
     if request.sampling_params is None or request.prompt_token_ids is None:
         return
     prompt, asked = len(request.prompt_token_ids), request.sampling_params.max_tokens
+    remedy = EXAMPLE if over_http() else OFFLINE_EXAMPLE
     if prompt >= trained:
         raise RequestError(  # vLLM's words for a prompt that is too long
             f"This model's maximum context length is {trained} tokens, on which it was trained. However, your prompt contains "
             f"{prompt} input tokens, and this request does not adapt. Please reduce the length of the input prompt, or ask for "
-            f"{EXAMPLE}",
+            f"{remedy}",
             "input_tokens",
         )
     explicit = _output_limit.get() is not None if over_http() else params.max_tokens is not None
     if strict and explicit and prompt + asked > trained:
         raise RequestError(
             f"prompt of {prompt} tokens and max_tokens = {asked}: this request does not adapt, and the model was trained on "
-            f"{trained} tokens; shorten it, or ask for {EXAMPLE}",
+            f"{trained} tokens; shorten it, or ask for {remedy}",
             "max_tokens",
         )
     request.sampling_params.max_tokens = min(asked, trained - prompt)

@@ -157,6 +157,7 @@ class Answer:
 
     async def _begin(self) -> None:
         """Let go what was held; where it is a refusal, that is the whole answer."""
+        self.admission.decided.set()
         first = self._held[1]["body"] if len(self._held) > 1 else b""
         if self.admission.error is not None:
             await self._refuse(self.admission.error)
