@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import uvicorn
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -23,6 +24,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.outputs import LogprobsLists
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from vllm_longctx import BOOKLM
@@ -90,7 +92,11 @@ class Core:
             await asyncio.sleep(0)
 
     def _put(self, request: EngineCoreRequest, ids: list[int], reason: FinishReason | None) -> None:
-        output = EngineCoreOutput(request.request_id, ids, finish_reason=reason)
+        params, logprobs = request.sampling_params, None
+        if params is not None and params.logprobs is not None and ids:
+            best = np.arange(max(params.logprobs, 0) + 1)
+            logprobs = LogprobsLists((ids[0] + best)[None], -(1.0 + best)[None], np.array([1]))
+        output = EngineCoreOutput(request.request_id, ids, new_logprobs=logprobs, finish_reason=reason)
         self.outputs.put_nowait(EngineCoreOutputs(outputs=[output], timestamp=time.monotonic()))
 
     def shutdown(self, timeout: float | None = None) -> None:
