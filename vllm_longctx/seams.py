@@ -122,10 +122,15 @@ SEAMS = [
         "0009-request-checks-of-plugins.diff",
     ),
     Seam(
-        "APIRoute.app (wrapped) and default_sampling_params of vLLM's handlers (max_tokens set)",
-        "serving.py",
-        "check bodies behind vLLM's authentication, and end open-ended requests without capping the others",
-        _has("vllm.entrypoints.launchers.app:build_app"),
+        "APIRoute.app and an app's AsyncLLM.generate, add_request (wrapped), default_sampling_params of vLLM's handlers "
+        "(max_tokens set)",
+        "serving.py, streams.py",
+        "check bodies behind vLLM's authentication, begin streams when the engine has taken their requests, and end open-ended "
+        "requests without capping the others",
+        _all(
+            _has("vllm.entrypoints.launchers.app:build_app"),
+            _has("vllm.v1.engine.async_llm:AsyncLLM", "generate", "add_request"),
+        ),
         "0010-app-hooks-of-plugins.diff",
     ),
     Seam(
