@@ -75,6 +75,7 @@ class Core:
         params = request.sampling_params
         assert params is not None and params.max_tokens is not None
         said = {**msgspec.structs.asdict(params), "prompt": request.prompt_token_ids, "priority": request.priority}
+        del said["output_kind"]  # a stream says the same
         digest = hashlib.sha256(repr(sorted(said.items(), key=lambda item: item[0])).encode()).digest()
         while not self.reads.is_set():
             await asyncio.sleep(0.005)

@@ -175,11 +175,19 @@ def test_the_edge_of_the_trained_length(roomy: tuple[str, Core], limit: dict[str
             assert f"contains {length} input tokens" in error["message"] and "temp_lora" in error["message"]
 
 
-def test_a_beam_search_lives_within_the_trained_length_too(roomy: tuple[str, Core]) -> None:
+@pytest.mark.parametrize("path", GENERATING[:2])
+def test_a_beam_search_lives_within_the_trained_length_too(roomy: tuple[str, Core], path: str) -> None:
     address, core = roomy
+    search = {**ROUTES[path][0], "use_beam_search": True, "n": 2, "max_tokens": 3000, "ignore_eos": True}
+    talk = {"messages": [{"role": "user", "content": "a b " * 250}]}
     core.reset()
-    post(address, "/v1/completions", {"model": "booklm", "prompt": [5] * 600, "use_beam_search": True, "n": 2})
-    assert not core.requests
+    answer = post(address, path, {**search, **talk, "prompt": [5] * 505})
+    assert answer.status_code == 200, answer.text
+    assert max(len(r.prompt_token_ids) for r in core.requests) == TRAINED - 1
+    assert [choice["finish_reason"] for choice in answer.json()["choices"]] == ["length"] * 2
+    core.reset()
+    too_long = {"messages": [{"role": "user", "content": "a b " * 700}], "prompt": [5] * 600}
+    assert post(address, path, {**search, **too_long}).status_code == 400 and not core.requests
 
 
 def test_ignored_fields_are_counted(ours: tuple[str, Core]) -> None:

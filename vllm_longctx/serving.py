@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -82,11 +82,13 @@ def prepare(app: FastAPI) -> None:
     if not config.changes_engine or getattr(app.state, "longctx_prepared", False):
         return
     app.state.longctx_prepared = True
-    for name in app.state:
+    for handler in (app.state[name] for name in app.state):
         # What vLLM takes from the model's generation_config.json, where that says anything.
-        defaults = getattr(app.state[name], "default_sampling_params", None)
+        defaults = getattr(handler, "default_sampling_params", None)
         if isinstance(defaults, dict):
             defaults.setdefault("max_tokens", config.serving.default_max_tokens)
+        if hasattr(handler, "beam_search") and not config.changes_attention:
+            handler.beam_search = _within_trained(handler.beam_search, trained_length(app.state.vllm_config.model_config))
     export_ignored_fields()
     watch(app.state.engine_client)
     for route in app.routes:
@@ -348,6 +350,19 @@ def _limit_to_trained(request: EngineCoreRequest, params: Any, trained: int, str
             "max_tokens",
         )
     request.sampling_params.max_tokens = min(asked, trained - prompt)
+
+
+def _within_trained(beam_search: Any, trained: int) -> Any:
+    """As `_limit_to_trained`, for a handler's beam search, which sends its prompt again with each token that it has chosen."""
+
+    @functools.wraps(beam_search)
+    def limited(prompt: Any, request_id: str, params: BeamSearchParams, **kwargs: Any) -> Any:
+        room = trained - len(prompt.get("prompt_token_ids") or ())
+        if room > 0:  # else the first token is refused
+            params.max_tokens = min(params.max_tokens, room)
+        return beam_search(prompt=prompt, request_id=request_id, params=params, **kwargs)
+
+    return limited
 
 
 def _check_room(request: EngineCoreRequest, max_model_len: int) -> None:

@@ -12,7 +12,6 @@ REQUEST = {
     "system": [{**CACHED, "text": "Write."}],
     "max_tokens": 4096,
     "metadata": {"user_id": "me"},
-    "temperature": 0,
 }
 BODY = {"service_tier": "auto", "context_management": {"edits": []}, "cache_control": {"type": "ephemeral"}}
 
@@ -22,9 +21,10 @@ with client.messages.stream(**{**REQUEST, "max_tokens": 5}, extra_body=BODY) as 
     assert stream.get_final_message().usage.output_tokens <= 5
 assert client.messages.count_tokens(model="booklm", messages=REQUEST["messages"]).input_tokens > 0
 for stream in (False, True):
+    body = None
     try:
         client.messages.create(**REQUEST, stream=stream, extra_body={"vllm_xargs": {"longctx": '{"rnk": 5}'}})
-        raise AssertionError("it was taken")
     except anthropic.BadRequestError as e:
-        assert e.body["type"] == "error" and e.body["error"]["type"] == "invalid_request_error", e.body
-        assert "did you mean 'rank'" in e.body["error"]["message"]
+        body = e.body
+    assert body is not None and (body["type"], body["error"]["type"]) == ("error", "invalid_request_error"), body
+    assert "did you mean 'rank'" in body["error"]["message"]

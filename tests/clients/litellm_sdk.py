@@ -14,8 +14,9 @@ for call in ({**OPENAI, "extra_body": {"store": True, "metadata": {"a": "b"}, "s
     assert answer.choices[0].finish_reason in ("length", "stop") and answer.usage.completion_tokens <= 512, answer
     chunks = list(litellm.completion(**call, max_tokens=5, stream=True, stream_options={"include_usage": True}))
     assert any(chunk.choices and chunk.choices[0].finish_reason for chunk in chunks)
+refusal = ""
 try:
     litellm.completion(**OPENAI, extra_body={"vllm_xargs": {"longctx": '{"rnk": 5}'}})
-    raise AssertionError("it was taken")
 except litellm.BadRequestError as e:
-    assert "did you mean 'rank'" in str(e)
+    refusal = str(e)
+assert "did you mean 'rank'" in refusal
