@@ -229,6 +229,13 @@ def test_options_of_ours_are_strict(
         assert (error["type"], error["param"], error["code"]) == ("BadRequestError", param, 400)
 
 
+def test_options_of_ours_are_strict_in_sagemakers_route(ours: tuple[str, Core]) -> None:
+    for option, _, message in OPTIONS:
+        for stream in (False, True):
+            answer = post(ours[0], "/invocations", {**ROUTES["/v1/completions"][0], "stream": stream, **option})
+            assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+
+
 def test_where_no_options_are_taken_they_are_refused(ours: tuple[str, Core]) -> None:
     for path in ("/tokenize", "/v1/messages/count_tokens"):
         answer = post(ours[0], path, {**ROUTES[path][0], "vllm_xargs": {"longctx": "{}"}})

@@ -59,17 +59,21 @@ BAD["/v1/completions"] += [{"prompt": [5] * 5000}, {"n": 2, **LATE[0]}]
 BAD["/v1/chat/completions"] += [{"n": 2, **LATE[0]}, {"messages": [{"role": "user", "content": "a b " * 700}]}]
 
 
-@pytest.mark.parametrize("path", GENERATING)
+BAD["/invocations"] = [bad for bad in BAD["/v1/completions"] if "model" not in bad]  # SageMaker's header names it
+
+
+@pytest.mark.parametrize("path", [*GENERATING, "/invocations"])
 def test_a_stream_is_refused_as_an_answer_at_once_is(server: tuple[str, Core], path: str) -> None:
+    good = ROUTES["/v1/completions" if path == "/invocations" else path][0]
     for bad in BAD[path]:
-        body = {**ROUTES[path][0], **bad}
+        body = {**good, **bad}
         at_once, stream = (post(server[0], path, {**body, "stream": s}) for s in (False, True))
         assert at_once.status_code >= 400, at_once.text
         assert (stream.status_code, stream.json()) == (at_once.status_code, at_once.json()), bad
         assert stream.headers["content-type"] == "application/json"
         if path == "/v1/messages" and bad.get("model") != "nobody":
             assert set(stream.json()) == {"type", "error"} and stream.json()["type"] == "error"
-    assert post(server[0], path, {**ROUTES[path][0], "stream": True}).status_code == 200
+    assert post(server[0], path, {**good, "stream": True}).status_code == 200
 
 
 @pytest.mark.parametrize("path", GENERATING)

@@ -40,6 +40,7 @@ NOT_PER_REQUEST = "this engine has no options per request (it was started withou
 OVER_HTTP = f"vllm_xargs.{KEY}"  # where options of ours stand in a body
 EXAMPLE = """{"vllm_xargs": {"longctx": "{\\"temp_lora\\": true}"}}"""
 OFFLINE_EXAMPLE = """SamplingParams(extra_args={"longctx": {"temp_lora": True}})"""
+ANY_BODY = "/invocations"  # SageMaker's route, whose handler finds the model that a body fits
 # Requests travel to the engine as msgpack, whose integers end here; beyond, vLLM answers 500.
 INT64 = range(-(2**63), 2**63)
 # In vLLM's order of precedence.
@@ -94,7 +95,7 @@ def prepare(app: FastAPI) -> None:
     for route in app.routes:
         if isinstance(route, APIRoute) and "POST" in route.methods:
             models = _models(route.body_field.field_info.annotation) if route.body_field is not None else ()
-            if models:
+            if models or route.path == ANY_BODY:
                 route.app = functools.partial(_checked, route.app, route.path, models, config.serving.strict)
             route.app = guarded(route.app, route, config.serving.keep_alive_s)
 
@@ -110,12 +111,12 @@ async def _checked(app: ASGIApp, path: str, models: Models, strict: bool, scope:
         parsed = None
     if isinstance(parsed, dict):  # vLLM answers anything else with a 400
         check_own_options(models, parsed)
-        if strict:
+        if strict and models:
             check_strictly(models, parsed)
             given = [(name, parsed[name]) for name in OUTPUT_LIMITS if parsed.get(name) is not None]
             # Beam search sends its prompts again for every token.
             _output_limit.set(given[0] if given and not parsed.get("use_beam_search") else None)
-        else:
+        elif models:
             for name, _ in unknown_fields(models, parsed):
                 if new := count_ignored_field(path, name):
                     logger.info("%s: vLLM does not know the field %s and ignores it; this is said once.", path, new)
@@ -130,14 +131,14 @@ async def _checked(app: ASGIApp, path: str, models: Models, strict: bool, scope:
 def check_own_options(models: Models, body: dict[str, Any]) -> None:
     """Raises RequestError where options of ours are in a place or a form in which nobody would read them.
 
-    models: of which the body is to fit one.
+    models: of which the body is to fit one; none where nobody knows.
     """
     if KEY in body:
         raise RequestError(f"{KEY}: options of ours stand in vllm_xargs, as a JSON string: {EXAMPLE}", KEY)
     extra_args = body.get("vllm_xargs")
     if not isinstance(extra_args, dict) or KEY not in extra_args:
         return
-    if "vllm_xargs" not in _fields(models):
+    if models and "vllm_xargs" not in _fields(models):
         raise RequestError(f"{OVER_HTTP}: this route takes no vllm_xargs; leave it out", OVER_HTTP)
     if not isinstance(extra_args[KEY], str):
         raise RequestError(f"{OVER_HTTP} = {_short(extra_args[KEY])}: give a JSON string, {EXAMPLE}", OVER_HTTP)
