@@ -239,20 +239,24 @@ def test_an_app_is_prepared_once() -> None:
 
 
 def names(*models: type, **body: Any) -> list[str]:
-    return [name for name, _ in unknown_fields(models, body)]
+    return [where + name for where, name, _ in unknown_fields(models, body)]
 
 
 def test_unknown_fields_are_found_where_models_are() -> None:
     tools = [{"type": "function", "function": {"name": "f", "a": 1}}, {"type": "function", "b": 2}, 5]
-    assert names(ChatCompletionRequest, tools=tools, messages=[{"c": 3}], vllm_xargs={"d": 4}, x={"e": 5}) == [
-        "tools[].function.a",
-        "tools[].b",
-        "x",
-    ]
+    found = names(ChatCompletionRequest, tools=tools, messages=[{"c": 3}], vllm_xargs={"d": 4}, x={"e": 5})
+    assert set(found) == {"tools[].function.a", "tools[].b", "x"}
     content = [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]
     found = names(AnthropicMessagesRequest, messages=[{"role": "user", "content": content}], thinking={"type": "x", "f": 6})
     assert "thinking.f" in found and set(found) <= {"thinking.f", "messages[].content[].cache_control"}
     assert names(ChatCompletionRequest, response_format={"type": "text", "g": 7}, tool_choice="auto") == ["response_format.g"]
+
+
+def test_no_depth_of_a_body_is_too_deep() -> None:
+    content: list[dict[str, Any]] = []
+    for _ in range(20_000):
+        content = [{"type": "tool_result", "content": content}]
+    names(AnthropicMessagesRequest, messages=[{"role": "user", "content": content}])
 
 
 def test_clients_cannot_fill_the_metrics_with_names_of_theirs() -> None:

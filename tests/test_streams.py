@@ -209,3 +209,7 @@ def test_streams_of_nothing_and_errors_of_handlers() -> None:
     with socket_server(other_app([f"data: {json.dumps(error)}\n\n", "data: [DONE]\n\n"])) as address:
         answer = post(address, "/v1/stream", {"prompt": "x"})
         assert (answer.status_code, answer.json()) == (400, error)
+    others = 'data: {"error": "of somebody else\'s making"}\n\n'
+    with socket_server(other_app([others])) as address:
+        answer = post(address, "/v1/stream", {"prompt": "x"})
+        assert (answer.status_code, answer.text) == (200, others)

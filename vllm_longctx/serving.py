@@ -117,8 +117,8 @@ async def _checked(app: ASGIApp, path: str, models: Models, strict: bool, scope:
             # Beam search sends its prompts again for every token.
             _output_limit.set(given[0] if given and not parsed.get("use_beam_search") else None)
         elif models:
-            for name, _ in unknown_fields(models, parsed):
-                if new := count_ignored_field(path, name):
+            for where, name, _ in unknown_fields(models, parsed):
+                if new := count_ignored_field(path, where + name):
                     logger.info("%s: vLLM does not know the field %s and ignores it; this is said once.", path, new)
     unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -149,31 +149,30 @@ def check_strictly(models: Models, body: dict[str, Any]) -> None:
 
     models: of which the body is to fit one.
     """
-    for name, known in unknown_fields(models, body):
-        if "[]" not in name:  # inside messages and tools vLLM decides
-            hint = did_you_mean(name.rpartition(".")[2], known) or "leave it out"
-            raise RequestError(f"{name}: unknown key; {hint}", name)
+    for where, name, known in unknown_fields(models, body):
+        if "[]" not in where:  # inside messages and tools vLLM decides
+            hint = did_you_mean(name, known) or "leave it out"
+            raise RequestError(f"{where}{name}: unknown key; {hint}", f"{where}{name}")
     _check_numbers(body)
     for name, value in body.items():
         if not isinstance(value, list | dict):
             _check_type(models, name, value)
 
 
-def unknown_fields(models: Models, body: dict[str, Any], where: str = "") -> Iterator[tuple[str, Iterable[str]]]:
-    """Each field of a body that no model has, as `outer.inner` or `list[].inner`, and the names that stand there instead."""
-    fields = _fields(models)
-    for key, value in body.items():
-        name = f"{where}{key}"
-        if key not in fields:
-            yield name, fields
-            continue
-        one, many = fields[key]
-        if one and isinstance(value, dict):
-            yield from unknown_fields(one, value, f"{name}.")
-        elif many and isinstance(value, list):
-            for item in value:
-                if isinstance(item, dict):
-                    yield from unknown_fields(many, item, f"{name}[].")
+def unknown_fields(models: Models, body: dict[str, Any]) -> Iterator[tuple[str, str, Iterable[str]]]:
+    """Each field of a body that no model has: where, as `outer.` or `list[].`; its name; the names that are known there."""
+    pending = [(models, "", body)]
+    for models, where, values in pending:
+        fields = _fields(models)
+        for name, value in values.items():
+            if name not in fields:
+                yield where, name, fields
+                continue
+            one, many = fields[name]
+            if one and isinstance(value, dict):
+                pending.append((one, f"{where}{name}.", value))
+            elif many and isinstance(value, list):
+                pending += [(many, f"{where}{name}[].", item) for item in value if isinstance(item, dict)]
 
 
 @functools.cache

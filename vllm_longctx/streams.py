@@ -158,11 +158,9 @@ class Answer:
     async def _begin(self) -> None:
         """Let go what was held; where it is a refusal, that is the whole answer."""
         self.admission.decided.set()
-        first = self._held[1]["body"] if len(self._held) > 1 else b""
         if self.admission.error is not None:
             await self._refuse(self.admission.error)
-        elif first.startswith(b'data: {"error"'):  # of a handler that failed before it asked the engine
-            error = json.loads(first.removeprefix(b"data: ").partition(b"\n")[0])
+        elif error := _error_in(*self._held[1:2]):  # of a handler that failed before it asked the engine
             await self._whole(JSONResponse(error, status_code=error["error"]["code"]))
         else:
             held, self._held, self._streams = self._held, [], True
@@ -268,9 +266,21 @@ class Answer:
 def _starts_stream(message: Message) -> bool:
     return message["type"] == "http.response.start" and any(
         name.lower() == b"content-type" and value.partition(b";")[0].strip() == b"text/event-stream"
-        for name, value in message["headers"]
+        for name, value in message.get("headers", ())
     )
 
 
 def _starts_refusal(message: Message) -> bool:
     return message["type"] == "http.response.start" and message["status"] >= 400
+
+
+def _error_in(event: Message | None = None) -> dict[str, Any] | None:
+    """What vLLM says in a stream's first event, if that is an error and has a status."""
+    body = event["body"] if event is not None and "body" in event else b""
+    if not body.startswith(b'data: {"error"'):
+        return None
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        said = json.loads(body.removeprefix(b"data: ").partition(b"\n")[0])
+        if 400 <= said["error"]["code"] < 600:
+            return said
+    return None
