@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS := 1
 # Tests marked `slow` are left to `make test-all`.
 SELECTED := -m "not slow"
 
-.PHONY: test test-all demo setup lint format fast engine clean
+.PHONY: test test-all demo setup lint format fast engine clients clean
 
 test: lint fast engine
 
@@ -47,5 +47,14 @@ $(VENV)/installed: requirements/cpu.txt requirements/dev.txt requirements/vllm-m
 	$(PIP) --no-build-isolation -e .
 	touch $@
 
+# Clients of other people's, for tests/engine/test_clients.py, apart from the engine's environment.
+clients: .venv-clients/installed
+
+.venv-clients/installed: requirements/clients.txt tests/clients/package-lock.json
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/clients.txt
+	if command -v npm >/dev/null; then npm ci --prefix tests/clients --no-audit --no-fund; fi
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-clients tests/clients/node_modules

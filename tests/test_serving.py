@@ -1,4 +1,5 @@
-"""What the server refuses, against vLLM's own request models; the routes around the checks, without an engine."""
+"""What the server refuses with `serving.strict`, against vLLM's own request models; the routes around the checks, without an
+engine. What it takes, and refuses without: tests/test_like_stock.py."""
 
 import json
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from fastapi.responses import StreamingResponse
 from starlette.testclient import TestClient
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -22,10 +24,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_longctx import BOOKLM
+from vllm_longctx.metrics import MAX_FIELDS, count_ignored_field
 from vllm_longctx.plugin import MIDDLEWARE
-from vllm_longctx.serving import RequestChecks, RequestError, check_body
+from vllm_longctx.serving import RequestChecks, RequestError, check_strictly, unknown_fields
 
 LM_INFINITE = {"longctx": {"preset": "lm-infinite", "serving": {"default_max_tokens": 7}}}
+STRICT = {"longctx": {"preset": "lm-infinite", "serving": {"default_max_tokens": 7, "strict": True}}}
 HUGE = 10**30
 
 
@@ -37,8 +41,6 @@ HUGE = 10**30
         ({"best_of": 3}, "best_of", "best_of: unknown key"),
         ({"stream_options": {"include_usge": True}}, "stream_options.include_usge", r"did you mean 'include_usage'\?"),
         ({"structured_outputs": {"regx": "a"}}, "structured_outputs.regx", r"did you mean 'regex'\?"),
-        ({"longctx": {}}, "longctx", "longctx: options of ours stand in vllm_xargs, as a JSON string"),
-        ({"vllm_xargs": {"longctx": 5}}, "vllm_xargs", r"vllm_xargs.longctx = 5: give a JSON string"),
         ({"max_tokens": HUGE}, "max_tokens", f"max_tokens = {HUGE} does not fit into 64 bits"),
         ({"top_k": -HUGE}, "top_k", "top_k = -1000.* does not fit into 64 bits"),
         ({"repetition_detection": {"min_count": HUGE}}, "repetition_detection.min_count", "does not fit into 64 bits"),
@@ -57,7 +59,7 @@ HUGE = 10**30
 )
 def test_a_bad_field_is_named(body: dict[str, Any], field: str, message: str) -> None:
     with pytest.raises(RequestError, match=message) as error:
-        check_body([CompletionRequest], {"prompt": "x", **body})
+        check_strictly((CompletionRequest,), {"prompt": "x", **body})
     assert error.value.parameter == field
     assert isinstance(error.value, ValueError)
 
@@ -65,7 +67,7 @@ def test_a_bad_field_is_named(body: dict[str, Any], field: str, message: str) ->
 @pytest.mark.parametrize("body", [{"messages": None}, {"top_logprobs": "5"}, {"logprobs": 1}, {"max_completion_tokens": "x"}])
 def test_a_bad_field_of_a_chat_is_named(body: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as error:
-        check_body([ChatCompletionRequest], {"messages": [], **body})
+        check_strictly((ChatCompletionRequest,), {"messages": [], **body})
     assert error.value.parameter == next(iter(body))
 
 
@@ -80,20 +82,20 @@ GOOD: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("body", GOOD)
 def test_what_vllm_knows_passes(body: dict[str, Any]) -> None:
-    check_body([CompletionRequest], body)
+    check_strictly((CompletionRequest,), body)
     del body["prompt"]
     logprobs = {"logprobs": True, "top_logprobs": 5} if "logprobs" in body else {}
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}]
     chat = {"messages": [{"role": "user", "content": "x"}], "tools": tools, "tool_choice": "auto", "reasoning_effort": "low"}
-    check_body([ChatCompletionRequest], {**body, **logprobs, **chat})
+    check_strictly((ChatCompletionRequest,), {**body, **logprobs, **chat})
 
 
 def test_a_body_may_fit_any_model_of_its_route() -> None:
-    models = [TokenizeCompletionRequest, TokenizeChatRequest]
-    check_body(models, {"prompt": "x", "return_token_strs": True})
-    check_body(models, {"messages": [], "add_generation_prompt": False})
+    models = (TokenizeCompletionRequest, TokenizeChatRequest)
+    check_strictly(models, {"prompt": "x", "return_token_strs": True})
+    check_strictly(models, {"messages": [], "add_generation_prompt": False})
     with pytest.raises(RequestError, match=r"promt: unknown key; did you mean 'prompt'"):
-        check_body(models, {"promt": "x"})
+        check_strictly(models, {"promt": "x"})
 
 
 def front_end(additional_config: dict[str, Any], **kwargs: Any) -> Callable[..., Any]:
@@ -108,13 +110,38 @@ def front_end(additional_config: dict[str, Any], **kwargs: Any) -> Callable[...,
 def test_requests_of_an_engine_are_checked_offline_too() -> None:
     add = front_end(LM_INFINITE)
     assert add([5, 6], max_tokens=3, extra_args={"other": 1}).prompt_token_ids == [5, 6]
-    with pytest.raises(ValueError, match="longctx: this engine has no options per request"):
+    with pytest.raises(ValueError, match="longctx: this engine has no options per request") as error:
         add([5, 6], extra_args={"longctx": {"attention": {"n_local": 64}}})
+    assert error.value.parameter == "longctx"
+    assert add([5, 6], priority=5).priority == 5
+
+
+def test_strict_engines_are_strict_offline_too() -> None:
+    add = front_end(STRICT)
     with pytest.raises(RequestError, match="prompt: Token id 4096 is out of vocabulary"):
         add([5, 4096])
     with pytest.raises(RequestError, match="priority = 5, but the scheduling policy is 'fcfs'; leave it out"):
         add([5, 6], priority=5)
-    assert front_end(LM_INFINITE, scheduling_policy="priority")([5, 6], priority=5).priority == 5
+    assert front_end(STRICT, scheduling_policy="priority")([5, 6], priority=5).priority == 5
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_does_not_adapt_ends_at_the_trained_length_offline(strict: bool) -> None:
+    add = front_end({"longctx": {"preset": "temp-lora-quality", "serving": {"strict": strict}}}, max_model_len=4096)
+    assert add([5] * 500, max_tokens=None).sampling_params.max_tokens == 12
+    assert add([5] * 511, max_tokens=1).sampling_params.max_tokens == 1
+    adapts = {"longctx": {"temp_lora": True}}
+    assert add([5] * 600, max_tokens=300, extra_args=adapts).sampling_params.max_tokens == 300
+    for length in (512, 513):
+        with pytest.raises(
+            ValueError, match=f"maximum context length is 512 .* contains {length} input tokens.*extra_args.*temp_lora"
+        ):
+            add([5] * length, max_tokens=1)
+    if strict:
+        with pytest.raises(ValueError, match="prompt of 500 tokens and max_tokens = 300"):
+            add([5] * 500, max_tokens=300)
+    else:
+        assert add([5] * 500, max_tokens=300).sampling_params.max_tokens == 12
 
 
 def test_requests_of_other_engines_are_vllms_affair() -> None:
@@ -134,6 +161,7 @@ def app(additional_config: dict[str, Any]) -> FastAPI:
     app.state.args = SimpleNamespace(log_error_stack=False)
     app.state.vllm_config = SimpleNamespace(additional_config=additional_config)
     app.state.unset, app.state.set_by_model = Handler(), Handler(max_tokens=3)
+    app.state.engine_client = SimpleNamespace(generate=None, add_request=None)
     init_exception_handler(app)
 
     @app.post("/v1/echo")
@@ -164,7 +192,7 @@ def http(served: FastAPI, key: str = "key") -> TestClient:
 
 
 def test_the_checks_stand_in_front_of_the_routes() -> None:
-    served = app(LM_INFINITE)
+    served = app(STRICT)
     with http(served) as client:
         assert client.post("/v1/echo", json={"prompt": "x", "max_tokens": 5}).json() == {"prompt": "x", "max_tokens": 5}
         answer = client.post("/v1/echo", json={"prompt": "x", "max_tokns": 5})
@@ -179,7 +207,7 @@ def test_the_checks_stand_in_front_of_the_routes() -> None:
 
 
 def test_who_may_not_ask_learns_nothing_about_the_body() -> None:
-    with http(app(LM_INFINITE), key="wrong") as client:
+    with http(app(STRICT), key="wrong") as client:
         assert client.post("/v1/echo", json={"prompt": "x", "max_tokns": 5}).status_code == 401
 
 
@@ -195,9 +223,48 @@ def test_an_error_in_the_first_event_of_a_stream_is_the_status() -> None:
 def test_method_none_leaves_the_server_as_it_is() -> None:
     served = app({"longctx": {"attention": {"method": "none"}}})
     with http(served) as client:
-        assert client.post("/v1/echo", json={"prompt": "x", "max_tokns": 5}).status_code == 200
+        assert client.post("/v1/echo", json={"prompt": "x", "longctx": 5}).status_code == 200
         assert client.post("/v1/stream", json={"prompt": "bad"}).status_code == 200
     assert served.state.unset.default_sampling_params == {}
+
+
+def test_an_app_is_prepared_once() -> None:
+    served = app(LM_INFINITE)
+    for _ in range(2):
+        with http(served) as client:
+            assert client.post("/v1/echo", json={"prompt": "x"}).status_code == 200
+        once = [route.app for route in served.routes]
+        generate = served.state.engine_client.generate
+    assert [route.app for route in served.routes] == once and served.state.engine_client.generate is generate
+
+
+def names(*models: type, **body: Any) -> list[str]:
+    return [where + name for where, name, _ in unknown_fields(models, body)]
+
+
+def test_unknown_fields_are_found_where_models_are() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "a": 1}}, {"type": "function", "b": 2}, 5]
+    found = names(ChatCompletionRequest, tools=tools, messages=[{"c": 3}], vllm_xargs={"d": 4}, x={"e": 5})
+    assert set(found) == {"tools[].function.a", "tools[].b", "x"}
+    content = [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]
+    found = names(AnthropicMessagesRequest, messages=[{"role": "user", "content": content}], thinking={"type": "x", "f": 6})
+    assert "thinking.f" in found and set(found) <= {"thinking.f", "messages[].content[].cache_control"}
+    assert names(ChatCompletionRequest, response_format={"type": "text", "g": 7}, tool_choice="auto") == ["response_format.g"]
+
+
+def test_no_depth_of_a_body_is_too_deep() -> None:
+    content: list[dict[str, Any]] = []
+    for _ in range(20_000):
+        content = [{"type": "tool_result", "content": content}]
+    names(AnthropicMessagesRequest, messages=[{"role": "user", "content": content}])
+
+
+def test_clients_cannot_fill_the_metrics_with_names_of_theirs() -> None:
+    route = "/v1/of-this-test"
+    assert count_ignored_field(route, "store") == "store" and count_ignored_field(route, "store") is None
+    assert count_ignored_field(route, "a\nb") == "other" and count_ignored_field(route, "x" * 100) is None
+    labels = [count_ignored_field(route, f"mine_{i}") for i in range(2 * MAX_FIELDS)]
+    assert sum(label is not None for label in labels) <= MAX_FIELDS
 
 
 def serve(*flags: str) -> Any:

@@ -461,9 +461,13 @@ class ServingSection(_Section):
     """What `vllm serve` does with HTTP requests.
 
     default_max_tokens: tokens written for a request that sets no limit; vLLM's own default would be all of max_model_len.
+    strict: refuse what vLLM would ignore, convert or shorten. keep_alive_s: seconds of silence in a stream after which a sign
+    of life is sent; 0 for none.
     """
 
     default_max_tokens: int = Field(default=4096, ge=1)
+    strict: bool = False
+    keep_alive_s: float = Field(default=10.0, ge=0, allow_inf_nan=False)
 
 
 class LongContextConfig(_Section):

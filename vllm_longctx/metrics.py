@@ -1,10 +1,12 @@
 """Prometheus metrics of long requests beside vLLM's own, under the same labels; README, "Watching a server"."""
 
+import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
@@ -17,6 +19,31 @@ PREFIX = "vllm:longctx_"  # vLLM's own prefix: `LLM.get_metrics` shows, and a ne
 SELECTION_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0)
 TRAIN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 LOSS_BUCKETS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0, 12.0)
+
+# Of the front end, hence without an engine. Registered by `export_ignored_fields`, since a new engine unregisters it.
+_ignored_fields = Counter(
+    PREFIX + "ignored_fields", "Fields of requests that vLLM does not know.", labelnames=["route", "field"], registry=None
+)
+# Clients choose the names of fields; those that are odd, or too many, share a label.
+FIELD_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,80}")
+MAX_FIELDS = 100
+_seen_fields: set[tuple[str, str]] = set()
+
+
+def export_ignored_fields() -> None:
+    with contextlib.suppress(ValueError):  # it is registered
+        REGISTRY.register(_ignored_fields)
+
+
+def count_ignored_field(route: str, name: str) -> str | None:
+    """Its label, if it is the first of its kind in this process."""
+    if not FIELD_NAME.fullmatch(name) or (len(_seen_fields) >= MAX_FIELDS and (route, name) not in _seen_fields):
+        name = "other"
+    _ignored_fields.labels(route=route, field=name).inc()
+    if (route, name) in _seen_fields:
+        return None
+    _seen_fields.add((route, name))
+    return name
 
 
 @dataclass

@@ -122,10 +122,16 @@ SEAMS = [
         "0009-request-checks-of-plugins.diff",
     ),
     Seam(
-        "APIRoute.app (wrapped) and default_sampling_params of vLLM's handlers (max_tokens set)",
-        "serving.py",
-        "check bodies behind vLLM's authentication, and end open-ended requests without capping the others",
-        _has("vllm.entrypoints.launchers.app:build_app"),
+        "APIRoute.app, an app's AsyncLLM.generate and add_request, beam_search of vLLM's handlers (wrapped); their "
+        "default_sampling_params (max_tokens set)",
+        "serving.py, streams.py",
+        "check bodies behind vLLM's authentication, begin streams when the engine has taken their requests, end beam searches "
+        "at the trained length, and open-ended requests without capping the others",
+        _all(
+            _has("vllm.entrypoints.launchers.app:build_app"),
+            _takes("vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search", "prompt", "params"),
+            _has("vllm.v1.engine.async_llm:AsyncLLM", "generate", "add_request"),
+        ),
         "0010-app-hooks-of-plugins.diff",
     ),
     Seam(

@@ -230,7 +230,7 @@ def test_a_bad_option_is_a_400_that_names_it(client: OpenAI, stream: bool) -> No
         body = {"vllm_xargs": {"longctx": value}}
         with pytest.raises(openai.BadRequestError, match=message) as error:
             client.completions.create(**GREEDY, prompt="x", stream=stream, extra_body=body)
-        assert error.value.param in ("longctx", "vllm_xargs")
+        assert error.value.param == "vllm_xargs.longctx"
         with pytest.raises(openai.BadRequestError, match=message):
             client.chat.completions.create(
                 **GREEDY, messages=[{"role": "user", "content": "x"}], stream=stream, extra_body=body
@@ -242,11 +242,12 @@ def test_a_bad_option_is_a_400_that_names_it(client: OpenAI, stream: bool) -> No
 
 
 def test_what_does_not_adapt_ends_at_the_trained_length(client: OpenAI, ids: list[int]) -> None:
-    with pytest.raises(
-        openai.BadRequestError, match=r"prompt of 600 tokens .* does not adapt, .* 512 tokens.*temp_lora"
-    ) as error:
+    message = r"maximum context length is 512 tokens.* contains 600 input tokens, .* does not adapt.*temp_lora"
+    with pytest.raises(openai.BadRequestError, match=message) as error:
         client.completions.create(**GREEDY, prompt=ids[:600], max_tokens=5)
-    assert error.value.param == "prompt"
+    assert error.value.param == "input_tokens"
+    fixed = client.completions.create(**GREEDY, prompt=ids[:400], max_tokens=256, extra_body={"ignore_eos": True})
+    assert (fixed.usage.completion_tokens, fixed.choices[0].finish_reason) == (TRAINED - 400, "length")
     open_ended = client.completions.create(**GREEDY, prompt=ids[:500], extra_body={"ignore_eos": True})
     assert (open_ended.usage.completion_tokens, open_ended.choices[0].finish_reason) == (TRAINED - 500, "length")
 
@@ -256,7 +257,7 @@ def test_a_static_lora_goes_beside_requests_that_adapt_but_not_with_one(client: 
     plain = {**static, "model": "booklm"}
     with pytest.raises(openai.BadRequestError, match=r"longctx.temp_lora beside the adapter 'static'") as error:
         client.completions.create(**static, extra_body=adapting())
-    assert error.value.param == "longctx"
+    assert error.value.param == "vllm_xargs.longctx"
     alone = [client.completions.create(**r, extra_body={"ignore_eos": True}).choices[0].text for r in (static, plain)]
     with ThreadPoolExecutor(4) as pool:
         adapts = [pool.submit(client.completions.create, **GREEDY, prompt=ids[:600], max_tokens=40, extra_body=adapting())]
