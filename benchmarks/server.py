@@ -17,9 +17,7 @@ import httpx
 @contextmanager
 def running_server(model: str, log: Path, *flags: str, patience_s: int = 300) -> Iterator[str]:
     """Its address, once it answers. Raises RuntimeError with the end of its log if it does not start."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [Path(sys.executable).parent / "vllm", "serve", model, "--host", "127.0.0.1", "--port", str(port), *flags]
     with log.open("w") as out:
@@ -38,6 +36,12 @@ def running_server(model: str, log: Path, *flags: str, patience_s: int = 300) ->
             except subprocess.TimeoutExpired:  # as when others spin on its core; its engine must not outlive it
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def _answers(address: str) -> bool:

@@ -1,11 +1,14 @@
 """The commands' words and mistakes, without an engine."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
+from vllm.plugins import load_plugins_by_group
 
+from vllm_longctx.cli.engine import load_plugin, why_left_out
 from vllm_longctx.cli.main import app
 from vllm_longctx.cli.score import Score, bucket_edges
 from vllm_longctx.seams import SEAMS
@@ -53,6 +56,27 @@ def test_doctor_finds_every_seam_and_says_what_it_would_set() -> None:
     assert code == 0 and "missing" not in output
     assert output.count("found") == len(SEAMS)
     assert "attention.n_local │ 508" in output
+
+
+@pytest.mark.parametrize("names", ["", "other", "other,another"])
+def test_commands_load_what_vllm_plugins_leaves_out_and_doctor_says_so(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", names)
+    assert "longctx" not in load_plugins_by_group("vllm.general_plugins")
+    code, output = run("doctor", "--model", "booklm")
+    assert code == 1 and f"VLLM_PLUGINS = {names!r} leaves longctx out, and vLLM then ignores its configuration" in output
+    assert "attention.n_local │ 512" in output
+    assert "longctx" in load_plugins_by_group("vllm.general_plugins")  # in what doctor, or any other command, starts, too
+    assert set(names.split(",")) <= set(os.environ["VLLM_PLUGINS"].split(","))
+    assert why_left_out() is None
+
+
+@pytest.mark.parametrize("names", [None, "longctx", "other,longctx"])
+def test_what_vllm_loads_stays_as_it_is(names: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if names is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", names)
+    load_plugin()
+    assert os.environ.get("VLLM_PLUGINS") == names
 
 
 def test_buckets_double_or_are_equal() -> None:

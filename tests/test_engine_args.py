@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import vllm
 from transformers import AutoConfig, BloomConfig, GPT2Config, GPTJConfig, LlamaConfig, MambaConfig, MistralConfig, MptConfig
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import CompilationMode, VllmConfig, WeightTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -19,6 +19,7 @@ from vllm_longctx.config import PRESETS, LongContextError, active_config
 from vllm_longctx.geometry import Geometry, SteppedWindows
 
 LM_INFINITE = {"longctx": {"preset": "lm-infinite"}}
+QUALITY = {"longctx": {"preset": "temp-lora-quality"}}
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 
 
@@ -81,12 +82,26 @@ def test_the_configuration_enters_the_compile_cache_hash() -> None:
         ({"worker_cls": "my.Worker"}, r"worker_cls = 'my.Worker', but longctx needs its own; leave worker_cls out"),
         ({"block_size": 48}, r"block_size = 48; give a multiple of 32"),
         ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype = 'fp8'; leave it at 'auto'"),
+        ({"runner": "pooling"}, r"runner = 'pooling'; leave it out: longctx is for models that write"),
+        ({"runner": "pooling", "additional_config": QUALITY}, r"runner = 'pooling'; leave it out"),
+        ({"convert": "embed"}, r"runner = 'pooling'; leave it out"),
+        ({"model_impl": "transformers"}, r"model_impl = 'transformers', whose attention longctx does not know"),
+        ({"kv_offloading_size": 1.0}, r"kv_offloading_size = 1.0; leave it out"),
+        ({"kv_cache_dtype_skip_layers": ["0"]}, r"kv_cache_dtype_skip_layers = \['0'\]; leave it out"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused(kwargs: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     with pytest.raises(LongContextError, match=message):
         create(**kwargs)
+
+
+def test_a_front_end_that_passes_by_the_checks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    create()  # a program's engine has no front end
+    with pytest.raises(LongContextError, match=r"the Rust front end is chosen, .* unset VLLM_USE_RUST_FRONTEND"):
+        create(_api_process_rank=-1, _api_process_count=1)
+    create(additional_config={}, _api_process_rank=-1, _api_process_count=1)
 
 
 def test_the_smallest_pool_that_is_accepted() -> None:
@@ -177,9 +192,6 @@ def test_the_trained_length_is_read_from_every_family(config: Any, architecture:
     assert resolved.model_config.max_model_len == 1 << 20
 
 
-QUALITY = {"longctx": {"preset": "temp-lora-quality"}}
-
-
 def test_temp_lora_asks_vllm_for_its_slots() -> None:
     config = create(additional_config=QUALITY, max_num_seqs=4)
     adaptation = active_config(config).adaptation
@@ -252,6 +264,15 @@ def test_what_the_user_says_goes_before_what_a_checkpoint_recommends() -> None:
         ({"max_num_seqs": 2, "slots": 3}, "adaptation.slots = 3, but max_num_seqs = 2 requests run at once; lower slots"),
         ({"scheduling_policy": "priority"}, "scheduling_policy = 'priority' may preempt a request that adapts"),
         ({"num_gpu_blocks_override": 17}, "17 blocks, but one request holds up to 17 .* give at least 18 blocks"),
+        (
+            {"distributed_executor_backend": "external_launcher"},
+            "distributed_executor_backend = 'external_launcher': the trainer",
+        ),
+        (
+            {"weight_transfer_config": WeightTransferConfig(backend="ipc")},
+            "weight_transfer_config is set, but the trainer keeps",
+        ),
+        ({"cpu_offload_gb": 1}, "weights are offloaded .cpu_offload_gb = 1.0, offload_group_size = 0., which the trainer"),
     ],
 )
 def test_settings_that_do_not_go_with_temp_lora_are_refused(kwargs: dict[str, Any], message: str) -> None:

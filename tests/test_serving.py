@@ -1,18 +1,23 @@
 """What the server refuses with `serving.strict`, against vLLM's own request models; the routes around the checks, without an
 engine. What it takes, and refuses without: tests/test_like_stock.py."""
 
+import asyncio
+import inspect
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
+from starlette.datastructures import State
 from starlette.testclient import TestClient
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from vllm.entrypoints.launchers.api_server import app_state
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -20,6 +25,7 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
 from vllm.inputs import tokens_input
+from vllm.inputs.engine import embeds_input
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -102,9 +108,14 @@ def front_end(additional_config: dict[str, Any], **kwargs: Any) -> Callable[...,
     """What `LLM.generate` and the server call with every request."""
     args = EngineArgs(model=BOOKLM, additional_config=additional_config, **kwargs)
     processor = InputProcessor(args.create_engine_config())
-    return lambda ids, priority=0, **params: processor.process_inputs(
-        "id", tokens_input(ids), SamplingParams(**params), ("generate",), priority=priority
-    )
+
+    def add(prompt: Any, priority: int = 0, resumable: bool = False, **params: Any) -> Any:
+        given = tokens_input(prompt) if isinstance(prompt, list) else prompt
+        return processor.process_inputs(
+            "id", given, SamplingParams(**params), ("generate",), priority=priority, resumable=resumable
+        )
+
+    return add
 
 
 def test_requests_of_an_engine_are_checked_offline_too() -> None:
@@ -156,11 +167,65 @@ class Handler:
         self.default_sampling_params = defaults
 
 
+@pytest.mark.parametrize(
+    ("additional_config", "unset"),
+    [(LM_INFINITE, {"max_tokens": 7}), ({"longctx": {"attention": {"method": "none"}}}, {}), ({}, {})],
+)
+def test_handlers_of_every_server_end_open_ended_requests(additional_config: dict[str, Any], unset: dict[str, int]) -> None:
+    """vLLM's `serve` and `run-batch` make their handlers in one function, which ends by initializing endpoint plugins."""
+    front_end(LM_INFINITE)
+    vllm_config = EngineArgs(model=BOOKLM, additional_config=additional_config).create_engine_config()
+    state = State()
+    state.unset, state.set_by_model = Handler(), Handler(max_tokens=3)
+    asyncio.run(app_state.init_endpoint_plugins_state(SimpleNamespace(vllm_config=vllm_config), state, SimpleNamespace()))
+    assert state.unset.default_sampling_params == unset
+    assert state.set_by_model.default_sampling_params == {"max_tokens": 3}
+    assert inspect.getsource(app_state.init_app_state).count("init_endpoint_plugins_state") == 1
+
+
+def test_open_ended_requests_of_programs_end_at_the_default_too() -> None:
+    add = front_end(LM_INFINITE, max_model_len=20)
+    assert add([5, 6], max_tokens=None).sampling_params.max_tokens == 7
+    assert add([5] * 16, max_tokens=None).sampling_params.max_tokens == 4
+    assert add([5, 6], max_tokens=9).sampling_params.max_tokens == 9
+    assert add([5, 6]).sampling_params.max_tokens == SamplingParams().max_tokens
+    assert front_end({}, max_model_len=20)([5, 6], max_tokens=None).sampling_params.max_tokens == 18
+
+
+def test_embeddings_as_a_prompt_count_as_its_tokens() -> None:
+    """Requests that do not adapt end at the trained length, in whatever form their prompt is."""
+    add = front_end({"longctx": {"preset": "temp-lora-quality"}}, enable_prompt_embeds=True)
+    assert add([5] * 500, max_tokens=None).sampling_params.max_tokens == 12
+    assert add(embeds_input(torch.zeros(500, 8)), max_tokens=None).sampling_params.max_tokens == 12
+
+
+FOCUSED = {"method": "focused", "mem_layers": [2]}
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"attention": FOCUSED}, "attention.method focused"),
+        ({"attention": {"top_k": 5}}, "attention.top_k"),
+        ({"preset": "temp-lora-quality"}, "adaptation"),
+        ({"attention": {"method": "lm_infinite"}, "adaptation": {}}, None),
+        ({"preset": "lm-infinite"}, None),
+    ],
+)
+def test_a_prompt_in_parts_is_refused_where_all_of_it_is_needed_at_once(config: dict[str, Any], what: str | None) -> None:
+    add = front_end({"longctx": config})
+    if what is None:
+        assert add([5, 6], resumable=True).resumable
+        return
+    with pytest.raises(RequestError, match=f"prompt: its parts come one after the other, but {what} of this engine") as error:
+        add([5, 6], resumable=True)
+    assert error.value.parameter == "prompt"
+
+
 def app(additional_config: dict[str, Any]) -> FastAPI:
     app = FastAPI()
     app.state.args = SimpleNamespace(log_error_stack=False)
     app.state.vllm_config = SimpleNamespace(additional_config=additional_config)
-    app.state.unset, app.state.set_by_model = Handler(), Handler(max_tokens=3)
     app.state.engine_client = SimpleNamespace(generate=None, add_request=None)
     init_exception_handler(app)
 
@@ -202,8 +267,6 @@ def test_the_checks_stand_in_front_of_the_routes() -> None:
             assert answer.status_code == 400
         assert client.get("/v1/echo").status_code == 405
         assert client.post("/v1/anything", json={"of": "any"}).json() == {"of": "any"}
-    assert served.state.unset.default_sampling_params == {"max_tokens": 7}
-    assert served.state.set_by_model.default_sampling_params == {"max_tokens": 3}
 
 
 def test_who_may_not_ask_learns_nothing_about_the_body() -> None:
@@ -225,7 +288,6 @@ def test_method_none_leaves_the_server_as_it_is() -> None:
     with http(served) as client:
         assert client.post("/v1/echo", json={"prompt": "x", "longctx": 5}).status_code == 200
         assert client.post("/v1/stream", json={"prompt": "bad"}).status_code == 200
-    assert served.state.unset.default_sampling_params == {}
 
 
 def test_an_app_is_prepared_once() -> None:

@@ -402,13 +402,27 @@ def check_model(model: ModelConfig) -> None:
 def check_settings(vllm_config: VllmConfig) -> None:
     """Raises LongContextError naming an engine setting that does not go with longctx."""
     cache, parallel, on_cuda = vllm_config.cache_config, vllm_config.parallel_config, current_platform.is_cuda()
+    model = vllm_config.model_config
     multiple = CUDA_BLOCK_MULTIPLE if on_cuda else CPU_BLOCK_MULTIPLE
     kv_dtypes = ("auto", *FP8) if on_cuda else ("auto",)
     kv_remedy = "leave it at 'auto', or give 'fp8'" if on_cuda else "leave it at 'auto'"
     refused = {
         f"kv_cache_dtype = {cache.cache_dtype!r}; {kv_remedy}": cache.cache_dtype not in kv_dtypes,
         "speculative_config is set; leave it out": vllm_config.speculative_config is not None,
+        f"kv_offloading_size = {cache.kv_offloading_size}; leave it out": cache.kv_offloading_size is not None,
         "kv_transfer_config is set; leave it out": vllm_config.kv_transfer_config is not None,
+        f"kv_cache_dtype_skip_layers = {cache.kv_cache_dtype_skip_layers}; leave it out": bool(
+            cache.kv_cache_dtype_skip_layers
+        ),
+        f"runner = {model.runner_type!r}; leave it out: longctx is for models that write": model.runner_type != "generate",
+        f"model_impl = {model.model_impl!r}, whose attention longctx does not know; leave it at 'auto'": (
+            model.using_transformers_backend()
+        ),
+        "enable_sleep_mode is set; leave it out": model.enable_sleep_mode,
+        # vLLM's launcher of several front ends has this rank.
+        "the Rust front end is chosen, which passes by longctx's checks; unset VLLM_USE_RUST_FRONTEND": (
+            envs.VLLM_USE_RUST_FRONTEND and parallel._api_process_rank == -1
+        ),
         f"decode_context_parallel_size = {parallel.decode_context_parallel_size}; set it to 1": (
             parallel.decode_context_parallel_size > 1
         ),
@@ -460,6 +474,7 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
     name = f"model {model.model} ({', '.join(model.architectures)})"
     most = scheduler.max_num_seqs
     quantized = getattr(model.hf_config, "quantization_config", None)
+    executor, offload = parallel.distributed_executor_backend, vllm_config.offload_config
     refused = {
         f"{name} is quantized ({model.quantization or quantized}), and the trainer loads unquantized weights only; give the "
         "unquantized checkpoint": model.quantization is not None or quantized is not None,
@@ -472,6 +487,16 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
             scheduler.policy != "fcfs"
         ),
         f"pipeline_parallel_size = {parallel.pipeline_parallel_size}; set it to 1": parallel.pipeline_parallel_size > 1,
+        f"distributed_executor_backend = {executor!r}: the trainer shares memory with workers of its machine, below one "
+        "engine; leave it out": executor not in (None, "mp", "uni"),
+        f"nnodes = {parallel.nnodes}: the trainer shares memory with workers of its machine; set it to 1": parallel.nnodes > 1,
+        "weight_transfer_config is set, but the trainer keeps the weights that it has loaded; leave it out": (
+            vllm_config.weight_transfer_config is not None
+        ),
+        f"weights are offloaded (cpu_offload_gb = {offload.uva.cpu_offload_gb}, offload_group_size = "
+        f"{offload.prefetch.offload_group_size}), which the trainer cannot share; leave both out": (
+            offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0
+        ),
         f"data_parallel_size = {parallel.data_parallel_size} on CUDA, where all trainers would be on the first GPU; set it to "
         "1, and start a server for each GPU": current_platform.is_cuda() and parallel.data_parallel_size > 1,
         "microbatches are on, which go with no LoRA; leave enable_dbo and ubatch_size out": parallel.use_ubatching,

@@ -16,7 +16,7 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.metrics.loggers import StatLoggerManager
 
-from vllm_longctx import engine_args, kv_cache, refusals
+from vllm_longctx import engine_args, kv_cache, processes, refusals
 from vllm_longctx.config import KEY, PRESETS, LongContextError, checked_json
 from vllm_longctx.metrics import LongContextStatLogger
 from vllm_longctx.models import longllama
@@ -51,8 +51,11 @@ def _wrap_create_engine_config() -> None:
             from vllm_longctx.adaptation import stop_strings
 
             serving.check_engine_requests()
+            serving.limit_requests()
             stop_strings.wait_for_saves()
             refusals.listen()
+            if config.changes_engine:
+                processes.end_together()
         elif longllama.ARCHITECTURE in vllm_config.model_config.architectures:
             raise LongContextError(f"model {self.model} is LongLLaMA, which needs its memory; start it with --plugin longctx")
         return vllm_config

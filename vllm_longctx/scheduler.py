@@ -15,6 +15,7 @@ from vllm_longctx.config import KEY, active_config
 from vllm_longctx.engine_args import trained_length
 from vllm_longctx.kv_cache import LambdaManager, MemoryManager
 from vllm_longctx.metrics import StepStats
+from vllm_longctx.processes import end_without_collecting
 
 logger = init_logger("vllm.longctx")
 
@@ -133,6 +134,10 @@ class LongContextScheduler(Scheduler):
             ours.memory_usage = pool.get_usage()
         stats.kv_connector_stats = {KEY: vars(ours)}
         return stats
+
+    def shutdown(self) -> None:
+        end_without_collecting()
+        super().shutdown()
 
 
 class AsyncLongContextScheduler(LongContextScheduler, AsyncScheduler):

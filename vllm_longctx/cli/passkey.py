@@ -42,6 +42,7 @@ from vllm_longctx.cli.engine import (
     Model,
     Preset,
     errors_for_users,
+    load_plugin,
     longctx_config,
     method_engine,
     model_path,
@@ -293,6 +294,7 @@ def windows(model: str, configs: Sequence[dict[str, Any] | None]) -> list["Geome
     trained length. Raises LongContextError.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    load_plugin()
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_longctx.config import active_config

@@ -1,0 +1,137 @@
+"""Doors into an engine other than `vllm serve`, and what an operator may do to it while it runs."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest_engine import CHAT_TEMPLATE, generate, prompt, running_here
+from vllm import LLM, SamplingParams
+from vllm.inputs import tokens_input
+from vllm.v1.engine import EngineCoreRequest
+
+from vllm_longctx import BOOKLM
+
+LAMBDA = {"n_global": 10, "n_local": 64, "distance_ceiling": 64}
+MODES: dict[str, dict[str, Any]] = {
+    "lambda": {"attention": LAMBDA},
+    "memory": {"attention": {"method": "focused", "mem_layers": [1], "n_local": 64, "last_context_length": 32}},
+    "temp_lora": {
+        "attention": {"method": "none"},
+        "adaptation": {"block_tokens": 32, "train_context_tokens": 64, "rank": 4, "learning_rate": 2e-3, "slots": 2},
+    },
+    "temp_lora_over_lambda": {"attention": LAMBDA, "adaptation": {"block_tokens": 32, "train_context_tokens": 64, "rank": 4}},
+}
+
+
+@pytest.fixture(scope="module", params=MODES)
+def mode(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def llm(mode: str, tiny_llama: Path) -> Iterator[LLM]:
+    with running_here(tiny_llama, **MODES[mode]) as llm:
+        yield llm
+
+
+def written(llm: LLM, mode: str) -> list[list[int]]:
+    kwargs = {"extra_args": {"longctx": {"temp_lora": True}}} if mode.startswith("temp_lora") else {}
+    return [list(output.outputs[0].token_ids) for output in generate(llm, [prompt(100), prompt(300)], 40, **kwargs)]
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_an_engine_that_slept_writes_the_same(llm: LLM, mode: str, level: int) -> None:
+    """On the CPU vLLM's workers keep everything while they sleep; on a GPU `enable_sleep_mode` is refused."""
+    before = written(llm, mode)
+    llm.sleep(level)
+    llm.wake_up(["scheduling"] if level == 0 else None)
+    assert written(llm, mode) == before
+
+
+def test_what_is_under_way_when_an_engine_goes_to_sleep_ends(llm: LLM, mode: str) -> None:
+    before = written(llm, mode)
+    engine = llm.llm_engine
+    extra_args = {"longctx": {"temp_lora": True}} if mode.startswith("temp_lora") else None
+    params = SamplingParams(max_tokens=1000, ignore_eos=True, extra_args=extra_args)
+    engine.add_request("long", tokens_input(prompt(200)), params)
+    for _ in range(20):
+        engine.step()
+    llm.sleep(1)
+    llm.wake_up()
+    while engine.has_unfinished_requests():
+        engine.step()
+        engine.abort_request(["long"])
+    assert written(llm, mode) == before
+
+
+def test_weights_under_a_trainer_stay(llm: LLM, mode: str) -> None:
+    before = written(llm, mode)
+    if mode.startswith("temp_lora"):
+        with pytest.raises(RuntimeError, match="weights of an engine with adaptation cannot be changed"):
+            llm.collective_rpc("reload_weights")
+    else:
+        llm.collective_rpc("reload_weights")
+        assert llm.reset_prefix_cache()
+    assert written(llm, mode) == before
+
+
+def streamed(llm: LLM, parts: list[list[int]], max_tokens: int) -> list[int]:
+    """What AsyncLLM does with a prompt that comes in parts: the tokens written after the last of them."""
+    engine = llm.llm_engine
+
+    def request(ids: list[int], tokens: int, more: bool) -> EngineCoreRequest:
+        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+        made = engine.input_processor.process_inputs("parts", tokens_input(ids), params, ("generate",), resumable=more)
+        made.external_req_id = "parts"
+        return made
+
+    tokens: list[int] = []
+    for number, ids in enumerate(parts):
+        engine.engine_core.add_request(request(ids, max_tokens if number == len(parts) - 1 else 1, more=True))
+        tokens, ended = [], False
+        while not ended:
+            for output in engine.engine_core.get_output().outputs:
+                tokens += output.new_token_ids
+                ended = ended or output.finish_reason is not None or len(tokens) == (max_tokens if ids is parts[-1] else 1)
+    engine.engine_core.add_request(request([0], 1, more=False))
+    engine.engine_core.get_output()
+    return tokens
+
+
+def test_a_prompt_in_parts_is_read_as_if_it_came_at_once(llm: LLM, mode: str) -> None:
+    if mode != "lambda" and mode != "temp_lora_over_lambda":
+        with pytest.raises(ValueError, match="prompt: its parts come one after the other"):
+            streamed(llm, [prompt(100), prompt(150)], 30)
+        return
+    for lengths in ([100, 150], [10, 20, 30], [300, 1, 64]):
+        parts = [prompt(length, seed=length) for length in lengths]
+        (output,) = generate(llm, [list(itertools.chain(*parts))], 30)
+        assert streamed(llm, parts, 30) == list(output.outputs[0].token_ids)
+
+
+def test_a_batch_runs_with_the_checks_and_the_default_of_a_server(tmp_path: Path) -> None:
+    longctx = {"preset": "lm-infinite", "serving": {"default_max_tokens": 6}}
+    chat = {"model": BOOKLM, "messages": [{"role": "user", "content": "a b c"}], "ignore_eos": True}
+    bodies = [chat, {**chat, "max_tokens": 9}, {**chat, "vllm_xargs": {"longctx": json.dumps({"temp_lora": True})}}]
+    lines = [
+        json.dumps({"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions", "body": body})
+        for number, body in enumerate(bodies)
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE)
+    flags = ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "100000000", "--longctx", json.dumps(longctx)]
+    flags += ["--chat-template", str(tmp_path / "chat.jinja"), "-i", str(tmp_path / "in.jsonl")]
+    command = [Path(sys.executable).parent / "vllm", "run-batch", "--model", BOOKLM, *flags, "-o", tmp_path / "out.jsonl"]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    open_ended, limited, refused = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert open_ended["response"]["body"]["usage"]["completion_tokens"] == 6
+    assert limited["response"]["body"]["usage"]["completion_tokens"] == 9
+    assert refused["response"]["status_code"] == 400
+    assert "this engine has no options per request" in refused["error"]["error"]["message"]

@@ -1,0 +1,145 @@
+"""Guards of processes, on processes without an engine; with one: tests/engine/test_processes.py."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from vllm_longctx import processes
+from vllm_longctx.processes import SOCKETS, Watched
+
+# A process that notes SIGTERM and goes on, as vLLM's engine core does while it starts, with a process of its own below it.
+GUARDED = """
+import os, signal, subprocess, sys, time
+from vllm_longctx import processes
+
+def note(*_): print("noted", flush=True)
+
+processes.GRACE = 1.0
+assert not {"vllm", "torch"} & set(sys.modules)
+if os.fork() == 0:
+    signal.signal(signal.SIGTERM, note)
+    guard = processes._Guard.of(os.getppid())
+    guard.heed_signals(1.0)
+    print(os.getpid(), subprocess.Popen(["sleep", "600"]).pid, flush=True)
+    while True: time.sleep(0.1)
+time.sleep(600)
+"""
+
+
+def is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.parametrize("victim", ["parent", "itself"])
+def test_a_guarded_process_ends_with_all_below_it(victim: str) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", GUARDED], stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        family = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+        assert len(family) == 2 and not any(map(is_gone, family))
+        os.kill(parent.pid if victim == "parent" else family[0].pid, signal.SIGKILL if victim == "parent" else signal.SIGTERM)
+        assert parent.stdout.readline() == "noted\n"  # first it is asked
+        deadline = time.monotonic() + 60
+        while not all(map(is_gone, family)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert all(map(is_gone, family))
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="k") as directory:
+        yield Path(directory)
+
+
+def test_sockets_have_a_directory_of_their_process(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SOCKETS, str(short))
+    processes._take_directory()
+    directory = Path(os.environ[SOCKETS])
+    assert directory.parent == short and directory.name.startswith(f"longctx-{os.getpid()}-")
+    processes._take_directory()
+    assert Path(os.environ[SOCKETS]) == directory
+    processes.remove_directory_of_the_dead()
+    assert directory.is_dir()  # its process lives
+    assert processes._in_directory("file:///tmp/vllm_dist_ab") == f"file://{directory}/vllm_dist_ab"
+    assert processes._in_directory("tcp://127.0.0.1:1") == "tcp://127.0.0.1:1"
+
+
+def test_the_directory_of_another_engine_is_not_shared_and_goes_with_its_process(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    of_another = short / f"longctx-{ended.pid}-abcdefgh"
+    of_another.mkdir()
+    (of_another / "socket").touch()
+    monkeypatch.setenv(SOCKETS, str(of_another))
+    processes._take_directory()
+    assert Path(os.environ[SOCKETS]).parent == short and os.environ[SOCKETS] != str(of_another)
+    monkeypatch.setenv(SOCKETS, str(of_another))
+    monkeypatch.setattr(processes, "_started_by_vllm", True)
+    processes._take_directory()
+    assert os.environ[SOCKETS] == str(of_another)  # it is that of its front end
+    processes.remove_directory_of_the_dead()
+    assert not of_another.exists()
+
+
+def test_a_path_too_long_for_sockets_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path / ("x" * 70)
+    base.mkdir()
+    monkeypatch.setenv(SOCKETS, str(base))
+    processes._take_directory()
+    assert os.environ[SOCKETS] == str(base) and not list(base.iterdir())
+
+
+class Stock:
+    calls: list[Any] = []  # noqa: RUF012
+
+    @staticmethod
+    def main(**kwargs: Any) -> str:
+        Stock.calls.append(kwargs)
+        return "done"
+
+
+def test_an_engine_without_a_configuration_of_ours_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "test_processes:Stock.main"
+    owner, name = processes._find(path)
+    monkeypatch.setitem(processes._stock, path, getattr(owner, name))
+    monkeypatch.setattr(owner, name, Watched(path))
+    stock = SimpleNamespace(additional_config={"other": 1})
+    assert not processes._is_ours(stock)  # imports vLLM, which sets variables
+    environment = dict(os.environ)
+    assert owner.main(vllm_config=stock) == "done" and owner.calls[-1] == {"vllm_config": stock}
+    assert processes._Guard.current is None and os.environ == environment
+
+
+def test_what_processes_run_travels_by_its_name_and_is_replaced_once() -> None:
+    processes.end_together()
+    targets = []
+    for path in processes.TARGETS:
+        owner, name = processes._find(path)
+        targets.append(getattr(owner, name))
+        assert isinstance(targets[-1], Watched) and callable(processes._stock[path])
+    assert resource_tracker._resource_tracker._pid is not None
+    processes.end_together()
+    assert [getattr(*processes._find(path)) for path in processes.TARGETS] == targets
+    assert not any(isinstance(function, Watched) for function in processes._stock.values())
+    assert pickle.loads(pickle.dumps(targets[0])).path == targets[0].path
+    assert processes._Guard.current is None  # nothing watches over the process that starts the others
