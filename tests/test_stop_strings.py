@@ -119,6 +119,8 @@ def test_the_answer_waits_for_the_engines(saving: FrontEnd, stock: FrontEnd) -> 
     saving.hear(finish_reason=FinishReason.STOP)
     assert saving.ended and saving.result == stock.result and saving.stop_reason == STOP
     assert saving.aborted == ["1-a"] and not saving.processor.has_unfinished_requests()
+    saving.processor.process_outputs([])
+    assert not vars(saving.processor)[stop_strings.SAVING], "nothing of it is kept"
 
 
 def test_an_engine_that_ends_before_it_is_told_makes_no_difference(saving: FrontEnd, stock: FrontEnd) -> None:

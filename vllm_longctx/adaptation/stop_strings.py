@@ -82,7 +82,7 @@ def wait_for_saves() -> None:
         waiting = vars(self).get(SAVING)
         if not waiting:
             return process_outputs(self, engine_core_outputs, *args, **kwargs)
-        waiting &= self.request_states.keys()
+        waiting.intersection_update(self.request_states)
         detokenizers = {name: self.request_states[name].detokenizer for name in waiting}
         found = {name for name, detokenizer in detokenizers.items() if detokenizer.found is not None}
         outputs = []
