@@ -1,14 +1,18 @@
-"""vLLM's scheduler, counting what each step did for long requests."""
+"""vLLM's scheduler, sharing each step's tokens fairly and counting what it did for long requests."""
 
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
 
 from vllm_longctx.config import KEY, active_config
 from vllm_longctx.engine_args import trained_length
@@ -16,6 +20,8 @@ from vllm_longctx.kv_cache import LambdaManager, MemoryManager
 from vllm_longctx.metrics import StepStats
 
 logger = init_logger("vllm.longctx")
+
+NO_LIMIT = 1 << 62  # tokens
 
 
 class LongContextScheduler(Scheduler):
@@ -30,6 +36,11 @@ class LongContextScheduler(Scheduler):
         self.lambda_managers = [m for m in managers if isinstance(m, LambdaManager)]
         self.memory_pools = [m.block_pool for m in managers if isinstance(m, MemoryManager) and m.is_apart]
         self.step_stats = StepStats()
+        scheduling = self.scheduler_config
+        # Without chunked prefill vLLM never cuts a prompt; a user's own threshold is how that user shares.
+        self.shares_budget = scheduling.enable_chunked_prefill and not scheduling.long_prefill_token_threshold
+        self.shares: dict[int, int] = {}  # by priority: the most tokens of one request in the step to come
+        self.lets_in = True  # the last step let in one of those that waited, or none waited
         self._log_start()
 
     def _log_start(self) -> None:
@@ -54,12 +65,50 @@ class LongContextScheduler(Scheduler):
         logger.info("longctx: %s", ", ".join(parts))
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        waiting = self._share_budget() if self.shares_budget else []
         output = super().schedule(*args, **kwargs)
+        self.lets_in = not waiting or any(request.request_id in output.num_scheduled_tokens for request in waiting)
         for request_id, new in output.num_scheduled_tokens.items():
             past = self.requests[request_id].num_computed_tokens - self.trained_length
             if past > 0:
                 self.step_stats.tokens_past_trained += min(new, past)
         return output
+
+    def _share_budget(self) -> list[Request]:
+        """Decide what each request may compute in the coming step at most. Returns those that may be let in.
+
+        vLLM goes through its list and gives each request all it can take, so a long prompt that came first takes everything. The
+        largest share that fits when nobody has more gives short prompts and streams all they want, and long prompts the rest,
+        in equal parts. Under the priority policy the more urgent share first; everybody gets one token.
+        """
+        self.shares = {}
+        waiting = list(islice(self.waiting, max(self.max_num_active_reqs - len(self.running), 0)))
+        wanted: dict[int, list[int]] = {}
+        for request in self.running:
+            if (wants := self._wants(request)) > 0:
+                wanted.setdefault(self._priority(request), []).append(wants)
+        # Whoever could not be let in would leave its share unused again: one token keeps a place in the step.
+        for request in waiting if self.lets_in else waiting[:1]:
+            wanted.setdefault(self._priority(request), []).append(max(self._wants(request), 1) if self.lets_in else 1)
+        left = self.max_num_scheduled_tokens - sum(map(len, wanted.values()))
+        for priority in sorted(wanted):
+            beyond = [wants - 1 for wants in wanted[priority]]
+            share = share_of(beyond, max(left, 0))
+            left -= sum(min(wants, share) for wants in beyond)
+            self.shares[priority] = share + 1
+        return waiting
+
+    def _wants(self, request: Request) -> int:
+        """Tokens that the request would compute in the coming step if it were alone."""
+        known = request.num_tokens_with_spec + request.num_output_placeholders
+        return self._reserve_prefill_lookahead(request, request.num_computed_tokens, known - request.num_computed_tokens)
+
+    def _priority(self, request: Request) -> int:
+        return request.priority if self.policy == SchedulingPolicy.PRIORITY else 0
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        allowed = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        return min(allowed, self.shares.get(self._priority(request), NO_LIMIT))
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -83,6 +132,17 @@ class LongContextScheduler(Scheduler):
             ours.memory_usage = pool.get_usage()
         stats.kv_connector_stats = {KEY: vars(ours)}
         return stats
+
+
+def share_of(wanted: Iterable[int], budget: int) -> int:
+    """The largest share, in tokens, so that requests which get what they want up to a share stay within `budget` together."""
+    ordered = sorted(wanted)
+    for number, wants in enumerate(ordered):
+        sharing = len(ordered) - number
+        if wants * sharing > budget:
+            return budget // sharing
+        budget -= wants
+    return NO_LIMIT
 
 
 class AsyncLongContextScheduler(LongContextScheduler, AsyncScheduler):
