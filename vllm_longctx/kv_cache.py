@@ -91,7 +91,11 @@ class PrivateRequests(SingleTypeKVCacheManager):
 
 
 class LambdaManager(PrivateRequests):
-    """Frees the middle of every request in its group."""
+    """Frees the middle of every request in its group, and has the pool hand out these blocks before others that are cached.
+
+    A hit needs a window of blocks at its end. So of what slides out of a window, the last blocks of a prompt and those where a
+    hit ended are worth keeping: who writes a turn of a chat again, or edits it, is hit there.
+    """
 
     kv_cache_spec: LambdaSpec
 
@@ -99,6 +103,8 @@ class LambdaManager(PrivateRequests):
         super().__init__(*args, **kwargs)
         self._gaps: dict[str, int] = {}  # null blocks in the table of each request that has any
         self._num_freed_blocks = 0
+        self._hits: dict[str, int] = {}  # tokens that each running request found in the prefix cache
+        self._middles: dict[int, KVCacheBlock] = {}  # free and cached, but not worth keeping, by id; the oldest first
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """None: the callers in the base class take what is skipped to be a prefix."""
@@ -109,12 +115,60 @@ class LambdaManager(PrivateRequests):
     ) -> None:
         """Free the blocks between the first tokens and the window of the next query."""
         first, end = self._unseen_blocks(processed_computed_tokens, num_prompt_tokens)
-        if end - first <= self._gaps.get(request_id, 0):  # most steps: the window is still in the same block
+        gap = self._gaps.get(request_id, 0)
+        if end - first <= gap:  # most steps: the window is still in the same block
             return
+        kept = self._kept_blocks(self._hits.get(request_id, 0), num_prompt_tokens or 0)
+        table = self.req_to_blocks[request_id]
+        leaving = [table[b] for b in range(first + gap, min(end, len(table))) if not any(b in blocks for blocks in kept)]
         free = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, first, end)
         self._num_freed_blocks += self.block_pool.get_num_free_blocks() - free
         self._gaps[request_id] = end - first
+        # Null blocks and those without a hash never match, and the pool hands the latter out first by itself.
+        self._middles |= {b.block_id: b for b in leaving if b.block_hash is not None and b.ref_cnt == 0}
+
+    def _kept_blocks(self, hit: int, prompt: int) -> tuple[range, range]:
+        """Blocks worth keeping once the window has left them: of the window of a hit, and of the prompt's last two.
+
+        Two, so that a prompt which differs in its last n_local tokens only is hit where it begins to. hit, prompt: in tokens.
+        """
+        spec, bs = self.kv_cache_spec, self.block_size
+        return (
+            range(_first_window_block(spec, hit), hit // bs),
+            range(_first_window_block(spec, prompt - 1 - spec.sliding_window), prompt // bs),
+        )
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], num_local_computed_tokens: int, *args: Any
+    ) -> None:
+        super().add_local_computed_blocks(request_id, new_computed_blocks, num_local_computed_tokens, *args)
+        self._hits[request_id] = num_local_computed_tokens
+        for block in new_computed_blocks:
+            self._middles.pop(block.block_id, None)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any) -> list[KVCacheBlock]:
+        if self._middles:
+            self._bring_to_front(cdiv(num_tokens, self.block_size) - len(self.req_to_blocks[request_id]))
+        return super().allocate_new_blocks(request_id, num_tokens, *args)
+
+    def _bring_to_front(self, num_blocks: int) -> None:
+        """Of the free blocks that the pool would hand out next, put those worth keeping behind middles, as far as these go."""
+        if num_blocks <= 0:
+            return
+        queue, middles = self.block_pool.free_block_queue, self._middles
+        front = queue.popleft_n(min(num_blocks, queue.num_free_blocks))
+        kept = [block for block in front if block.block_hash is not None and block.block_id not in middles]
+        chosen = [block for block in front if block.block_hash is None or block.block_id in middles]
+        for block in chosen:
+            middles.pop(block.block_id, None)
+        while len(chosen) < len(front) and middles:
+            block = middles.pop(next(iter(middles)))
+            if block.ref_cnt == 0:  # else a manager of another group has got it from the pool
+                queue.remove(block)
+                chosen.append(block)
+        queue.prepend_n(kept)
+        queue.prepend_n(chosen)
 
     def _unseen_blocks(self, computed_tokens: int, num_prompt_tokens: int | None) -> tuple[int, int]:
         """(first, end): the blocks that the query at position `computed_tokens` and all later ones do not see."""
@@ -122,6 +176,7 @@ class LambdaManager(PrivateRequests):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._gaps.pop(request_id, None)
+        self._hits.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def num_live_blocks(self, request_id: str) -> int:

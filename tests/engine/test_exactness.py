@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest_engine import generate, logprobs_of, metric, prompt, running_here, tokens_of
+from conftest_engine import generate, logprobs_of, metric, poison, prompt, running_here, tokens_of
 from reference_model import ReferenceLlama
 from vllm import LLM
 
@@ -94,6 +94,17 @@ def test_a_seed_gives_the_same_tokens_however_its_prompt_is_cut(llm: LLM) -> Non
 
     prompts = [prompt(n, seed=5) for n in (300, 17, 450, 129)]
     assert sample(prompts) == [sample([p])[0] for p in prompts]
+
+
+def test_what_others_left_in_a_block_does_not_matter(llm: LLM) -> None:
+    """Before: stock's kernel let NaN in unused slots of a request's last block into its output, and scratch blocks kept it."""
+    prompts = [prompt(n, seed=6) for n in LENGTHS]
+    llm.reset_prefix_cache()
+    before = generate(llm, prompts, 40)
+    poison(llm)
+    for clean, poisoned in zip(before, generate(llm, prompts, 40), strict=True):
+        assert tokens_of(clean) == tokens_of(poisoned)
+        assert (logprobs_of(clean) - logprobs_of(poisoned)).abs().max() <= TOLERANCE
 
 
 def test_all_blocks_come_back(llm: LLM) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest_engine import generate, logprobs_of, metric, prompt, running_here, tokens_of
+from conftest_engine import generate, logprobs_of, metric, poison, prompt, running_here, tokens_of
 from reference_model import Layers, ReferenceLlama, focused, with_top_k
 from transformers import AutoTokenizer
 from vllm import LLM
@@ -137,6 +137,13 @@ def test_together_is_as_alone(llm: LLM) -> None:
     alone = [generate(llm, [p], 30)[0] for p in prompts]
     for a, b in zip(together, alone, strict=True):
         assert tokens_of(a) == tokens_of(b)
+
+
+def test_what_others_left_in_a_block_does_not_matter(llm: LLM, variant: Variant, reference: ReferenceLlama) -> None:
+    poison(llm)
+    outputs = generate(llm, [prompt(n, seed=6) for n in LENGTHS], 40)
+    differences = [difference(reference, variant, n, output) for n, output in zip(LENGTHS, outputs, strict=True)]
+    assert all(d.max() <= TOLERANCE for d in differences if d is not None)
 
 
 def test_all_blocks_come_back(llm: LLM, variant: Variant) -> None:
