@@ -51,7 +51,9 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def configure(model: Path, attention: dict[str, Any], **kwargs: Any) -> VllmConfig:
-    return create(model, {"longctx": {"attention": {**FOCUSED, **attention}}}, max_num_seqs=4, **kwargs)
+    attention = {**FOCUSED, **attention}
+    caching = attention["n_local"] % BLOCK_SIZE == 0
+    return create(model, {"longctx": {"attention": attention}}, max_num_seqs=4, enable_prefix_caching=caching, **kwargs)
 
 
 class SelfAttention(nn.Module):

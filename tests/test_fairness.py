@@ -33,12 +33,18 @@ TOP_K = {"attention": {"top_k": 3}}
 class Steps(Core):
     """scheduled: of each step, the tokens of each request."""
 
-    def __init__(self, section: dict[str, Any] | None = None, steps_ahead: int = 0, num_blocks: int = NUM_BLOCKS, **engine: Any):
+    def __init__(
+        self, section: dict[str, Any] | None = None, steps_ahead: int = 0, num_blocks: int = NUM_BLOCKS, **engine: Any
+    ):
         kv_cache.register()
-        settings = {"max_num_batched_tokens": BUDGET, "max_num_seqs": 8, "max_model_len": 1 << 20, "dtype": "float32"}
-        config = create(
-            additional_config={"longctx": section or {}}, enable_prefix_caching=False, **{**settings, **engine}
-        )
+        settings = {
+            "max_num_batched_tokens": BUDGET,
+            "max_num_seqs": 8,
+            "max_model_len": 1 << 20,
+            "dtype": "float32",
+            "enable_prefix_caching": False,
+        }
+        config = create(additional_config={"longctx": section or {}}, **{**settings, **engine})
         config.cache_config.num_gpu_blocks = num_blocks
         active = active_config(config)
         if active.windows is not None:

@@ -255,7 +255,9 @@ def test_no_block_is_free_and_held(rng: random.Random, n_global: int, n_local: i
                 request.append_output_token_ids(rng.randrange(3))
         else:
             text = rng.choice(texts)
-            request = new_request(text[: rng.randrange(1, len(text) + 1)] + [rng.randrange(3) for _ in range(rng.randrange(20))])
+            request = new_request(
+                text[: rng.randrange(1, len(text) + 1)] + [rng.randrange(3) for _ in range(rng.randrange(20))]
+            )
             blocks, hit, _ = manager.get_computed_blocks(request)
             new = min(CHUNK, request.num_tokens - hit)
             if manager.allocate_slots(request, new, hit, blocks, full_sequence_must_fit=True) is not None:
@@ -264,9 +266,7 @@ def test_no_block_is_free_and_held(rng: random.Random, n_global: int, n_local: i
                 if request.num_computed_tokens == request.num_tokens:
                     request.append_output_token_ids(rng.randrange(3))
         free = {block.block_id for block in pool.free_block_queue.get_all_free_blocks()}
-        held = Counter(
-            b.block_id for r in running for b in manager.get_blocks(r.request_id).blocks[0] if not b.is_null
-        )
+        held = Counter(b.block_id for r in running for b in manager.get_blocks(r.request_id).blocks[0] if not b.is_null)
         assert free.isdisjoint(held) and len(free) == pool.get_num_free_blocks()
         assert len(free) + len(held) == num_blocks - 1
         assert all(pool.blocks[b].ref_cnt == held[b] for b in range(1, num_blocks))

@@ -16,7 +16,7 @@ from vllm.v1.request import Request
 
 from vllm_longctx.config import KEY, active_config
 from vllm_longctx.engine_args import trained_length
-from vllm_longctx.kv_cache import LambdaManager, MemoryManager
+from vllm_longctx.kv_cache import LambdaManager, MemoryManager, prefix_caching
 from vllm_longctx.metrics import StepStats
 
 logger = init_logger("vllm.longctx")
@@ -60,6 +60,7 @@ class LongContextScheduler(Scheduler):
             f"max_model_len {model.max_model_len}",
             f"block_size {self.vllm_config.cache_config.block_size}",
             f"at most {sum(m.max_admission_blocks_per_request for m in self.lambda_managers)} KV blocks per request",
+            f"prefix caching {prefix_caching(config, self.vllm_config.cache_config)}",
             f"worker {self.vllm_config.parallel_config.worker_cls}",
         ]
         logger.info("longctx: %s", ", ".join(parts))
@@ -77,9 +78,9 @@ class LongContextScheduler(Scheduler):
     def _share_budget(self) -> list[Request]:
         """Decide what each request may compute in the coming step at most. Returns those that may be let in.
 
-        vLLM goes through its list and gives each request all it can take, so a long prompt that came first takes everything. The
-        largest share that fits when nobody has more gives short prompts and streams all they want, and long prompts the rest,
-        in equal parts. Under the priority policy the more urgent share first; everybody gets one token.
+        vLLM goes through its list and gives each request all it can take, so a long prompt that came first takes everything.
+        The largest share that fits when nobody has more gives short prompts and streams all they want, and long prompts the
+        rest, in equal parts. Under the priority policy the more urgent share first; everybody gets one token.
         """
         self.shares = {}
         waiting = list(islice(self.waiting, max(self.max_num_active_reqs - len(self.running), 0)))

@@ -81,11 +81,11 @@ def generate(llm: LLM, prompts: list[list[int]], max_tokens: int, **kwargs: Any)
 
 
 def poison(llm: LLM) -> None:
-    """NaN wherever requests that overflow can leave it: in all blocks of an idle engine, and where such requests were prepared."""
+    """NaN wherever a request that overflows can leave it: in all blocks of an idle engine, and in what is made of them."""
     overflowing = 2
 
-    def embed(model: torch.nn.Module, value: torch.Tensor | None = None) -> torch.Tensor:
-        row = model.get_input_embeddings().weight.data[overflowing]
+    def embed(model: Any, value: torch.Tensor | None = None) -> torch.Tensor:
+        row = model.model.embed_tokens.weight.data[overflowing]
         before = row.clone()
         row.copy_(torch.full_like(row, torch.nan) if value is None else value)
         return before
