@@ -204,19 +204,19 @@ class AttentionSection(_Section):
     def _focused_for_model(
         self, trained_length: int, num_layers: int, checkpoint: Mapping[str, Any], cached_block: int
     ) -> "AttentionSection":
-        n_local = self.n_local or max(trained_length // cached_block * cached_block, 1)
-        if n_local % cached_block:
+        n_local = self.n_local or trained_length // cached_block * cached_block or trained_length
+        if n_local > trained_length and not self.allow_beyond_trained:
+            raise LongContextError(
+                f"attention.n_local = {n_local}, but the model was trained on {trained_length} tokens; lower it, or set "
+                "attention.allow_beyond_trained"
+            )
+        if self.n_local is not None and n_local % cached_block:
             below = n_local // cached_block * cached_block
             near = " or ".join(str(n) for n in (below, below + cached_block) if n)
             raise LongContextError(
                 f"attention.n_local = {n_local} is no multiple of block_size = {cached_block}, so prefixes would be cached in "
                 f"steps of {math.lcm(n_local, cached_block)} tokens; give {near}, or turn prefix caching off "
                 "(--no-enable-prefix-caching)"
-            )
-        if n_local > trained_length and not self.allow_beyond_trained:
-            raise LongContextError(
-                f"attention.n_local = {n_local}, but the model was trained on {trained_length} tokens; lower it, or set "
-                "attention.allow_beyond_trained"
             )
         known = {**LONGLLAMA_DEFAULTS, **{k: v for k, v in checkpoint.items() if k in FOCUSED_KEYS}}
         filled: dict[str, Any] = {"n_local": n_local, "lookup": self.lookup or "all"}
