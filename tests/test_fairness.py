@@ -16,6 +16,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_longctx import kv_cache
+from vllm_longctx.adaptation import scheduler as temp_lora
+from vllm_longctx.adaptation.scheduler import AsyncTempLoraScheduler, TempLoraScheduler
 from vllm_longctx.config import active_config
 from vllm_longctx.focused.scheduler import AsyncFocusedScheduler, AsyncTopKScheduler, FocusedScheduler, TopKScheduler
 from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, MiddleSpec, WindowSpec
@@ -52,6 +54,8 @@ class Steps(Core):
             specs = [MemorySpec.of(FULL, active.windows, None), WindowSpec.of(FULL, active.windows, 1 + steps_ahead)]
         else:
             classes = LongContextScheduler, AsyncLongContextScheduler
+            if active.adaptation is not None:
+                classes = TempLoraScheduler, AsyncTempLoraScheduler
             specs = [LambdaSpec.from_attention_spec(FULL, active.geometry)]
             if active.top_k_layers:
                 classes = TopKScheduler, AsyncTopKScheduler
@@ -61,8 +65,11 @@ class Steps(Core):
         super().__init__(scheduler, steps_ahead)
         self.scheduled: list[dict[str, int]] = []
 
-    def ask(self, name: str, length: int, max_tokens: int = 500, priority: int = 0) -> Request:
-        request = self.make(name, [5] * length, max_tokens=max_tokens, logprobs=None, prompt_logprobs=None)
+    def ask(
+        self, name: str, length: int, max_tokens: int = 500, priority: int = 0, options: dict[str, Any] | None = None
+    ) -> Request:
+        given = None if options is None else {"longctx": options}
+        request = self.make(name, [5] * length, given, max_tokens=max_tokens, logprobs=None, prompt_logprobs=None)
         request.priority = priority
         self.scheduler.add_request(request)
         return request
@@ -167,6 +174,23 @@ def test_several_short_requests_come_in_at_once() -> None:
         core.ask(f"{number}", 20)
     (step,) = core.steps(1)
     assert step == {"long": BUDGET - 120, **{f"{n}": 20 for n in range(6)}}
+
+
+@AHEAD
+def test_who_waits_for_the_trainer_has_no_share(steps_ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that learn are held until a block is trained, here for ever; up to then they share like any other."""
+    monkeypatch.setattr(temp_lora, "wait_patiently", lambda **kwargs: None)
+    monkeypatch.setattr(temp_lora, "trainer_client", lambda *args: MagicMock(poll=lambda: [], slots=None))
+    section = {"adaptation": {"rank": 4, "block_tokens": 200, "min_block_tokens": 16, "train_context_tokens": 0}}
+    core = Steps(section, steps_ahead)
+    core.ask("plain", LONG)
+    core.ask("learns", LONG, options={"temp_lora": True})
+    core.ask("other learns", LONG, options={"temp_lora": True})
+    steps = core.steps(20)
+    assert {step.get("learns") for step in steps} == {BUDGET // 3, 200 - 2 * (BUDGET // 3), None}
+    assert steps[-10:] == [{"plain": BUDGET}] * 10
+    core.ask("short", 32)
+    assert any(step.get("short") == 32 for step in core.steps(2 + steps_ahead))
 
 
 def test_the_users_own_threshold_stays() -> None:

@@ -497,7 +497,8 @@ class MemoryManager(FullAttentionManager):
         computed = min(request.num_computed_tokens, len(request.block_hashes) * self.block_size) // self.block_size
         published = self._open.setdefault(request.request_id, 0)
         blocks = self.req_to_blocks[request.request_id]
-        if not self.enable_caching or computed <= published:
+        # vLLM's events name groups that it knows.
+        if not self.enable_caching or self.block_pool.enable_kv_cache_events or computed <= published:
             return
         group = self.kv_cache_group_id + OPEN
         self.block_pool.cache_full_blocks(request, blocks, published, computed, self.block_size, group)
