@@ -1,6 +1,7 @@
 """vLLM's scheduler, sharing each step's tokens fairly and counting what it did for long requests."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,7 @@ from vllm_longctx.metrics import StepStats
 logger = init_logger("vllm.longctx")
 
 NO_LIMIT = 1 << 62  # tokens
+LEAST_SHARE = 256  # tokens of a long prompt in a step: in smaller chunks each token costs more, up to four times as much
 
 
 class LongContextScheduler(Scheduler):
@@ -39,7 +41,7 @@ class LongContextScheduler(Scheduler):
         scheduling = self.scheduler_config
         # Without chunked prefill vLLM never cuts a prompt; a user's own threshold is how that user shares.
         self.shares_budget = scheduling.enable_chunked_prefill and not scheduling.long_prefill_token_threshold
-        self.shares: dict[int, int] = {}  # by priority: the most tokens of one request in the step to come
+        self.shares: dict[str, int] = {}  # the most tokens of each request in the step to come
         self.lets_in = True  # the last step let in one of those that waited, or none waited
         self._log_start()
 
@@ -79,24 +81,23 @@ class LongContextScheduler(Scheduler):
         """Decide what each request may compute in the coming step at most. Returns those that may be let in.
 
         vLLM goes through its list and gives each request all it can take, so a long prompt that came first takes everything.
-        The largest share that fits when nobody has more gives short prompts and streams all they want, and long prompts the
-        rest, in equal parts. Under the priority policy the more urgent share first; everybody gets one token.
+        Here everybody gets one token, and of the rest as `shares_of` has it; under the priority policy the more urgent first.
         """
         self.shares = {}
         waiting = list(islice(self.waiting, max(self.max_num_active_reqs - len(self.running), 0)))
-        wanted: dict[int, list[int]] = {}
+        wanted: defaultdict[int, dict[str, int]] = defaultdict(dict)
         for request in self.running:
             if (wants := self._wants(request)) > 0:
-                wanted.setdefault(self._priority(request), []).append(wants)
+                wanted[self._priority(request)][request.request_id] = wants
         # Whoever could not be let in would leave its share unused again: one token keeps a place in the step.
         for request in waiting if self.lets_in else waiting[:1]:
-            wanted.setdefault(self._priority(request), []).append(max(self._wants(request), 1) if self.lets_in else 1)
-        left = self.max_num_scheduled_tokens - sum(map(len, wanted.values()))
+            wanted[self._priority(request)][request.request_id] = max(self._wants(request), 1) if self.lets_in else 1
+        budget = self.max_num_scheduled_tokens
+        least, left = min(LEAST_SHARE, budget // 2), max(budget - sum(map(len, wanted.values())), 0)
         for priority in sorted(wanted):
-            beyond = [wants - 1 for wants in wanted[priority]]
-            share = share_of(beyond, max(left, 0))
-            left -= sum(min(wants, share) for wants in beyond)
-            self.shares[priority] = share + 1
+            more = shares_of({name: wants - 1 for name, wants in wanted[priority].items()}, left, least)
+            left -= sum(more.values())
+            self.shares |= {name: 1 + tokens for name, tokens in more.items()}
         return waiting
 
     def _wants(self, request: Request) -> int:
@@ -109,7 +110,7 @@ class LongContextScheduler(Scheduler):
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         allowed = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        return min(allowed, self.shares.get(self._priority(request), NO_LIMIT))
+        return min(allowed, self.shares.get(request.request_id, NO_LIMIT))
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -135,15 +136,27 @@ class LongContextScheduler(Scheduler):
         return stats
 
 
-def share_of(wanted: Iterable[int], budget: int) -> int:
-    """The largest share, in tokens, so that requests which get what they want up to a share stay within `budget` together."""
-    ordered = sorted(wanted)
-    for number, wants in enumerate(ordered):
-        sharing = len(ordered) - number
-        if wants * sharing > budget:
-            return budget // sharing
-        budget -= wants
-    return NO_LIMIT
+def shares_of(wanted: Mapping[str, int], budget: int, least: int) -> dict[str, int]:
+    """What each request gets of `budget` tokens: what it wants up to a common share, the largest that fits.
+
+    So short prompts and streams get all they want, and long prompts the rest in equal parts. If these were fewer tokens than
+    `least`, those that came first get so many, and the others none.
+    """
+    left = budget
+    for number, wants in enumerate(ordered := sorted(wanted.values())):
+        share = left // (len(ordered) - number)
+        if wants > share >= least:
+            return {name: min(wants, share) for name, wants in wanted.items()}
+        if wants > share:
+            break
+        left -= wants
+    else:
+        return dict(wanted)
+    shares = {}
+    for name, wants in sorted(wanted.items(), key=lambda item: min(item[1], least)):
+        shares[name] = min(wants, least, budget)
+        budget -= shares[name]
+    return shares
 
 
 class AsyncLongContextScheduler(LongContextScheduler, AsyncScheduler):
