@@ -169,11 +169,16 @@ class Core:
         self.sent: deque[SchedulerOutput] = deque()
 
     def add(self, name: str, prompt: list[int], extra_args: dict[str, Any] | None = None, **params: Any) -> Request:
+        request = self.make(name, prompt, extra_args, **params)
+        self.scheduler.add_request(request)
+        return request
+
+    def make(self, name: str, prompt: list[int], extra_args: dict[str, Any] | None = None, **params: Any) -> Request:
         params = {"temperature": 0, "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 0, **params}
         sampling = SamplingParams(**params, extra_args=extra_args)
-        request = Request(name, prompt, sampling, None, block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256))
+        hasher = get_request_block_hasher(self.scheduler.block_size, sha256)
+        request = Request(name, prompt, sampling, None, block_hasher=hasher)
         self.requests[name], self.outputs[name] = request, []
-        self.scheduler.add_request(request)
         return request
 
     def step(self) -> None:

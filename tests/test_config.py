@@ -91,6 +91,33 @@ def test_lengths_beyond_the_trained_length_need_an_explicit_override(attention: 
         geometry({"attention": attention})
 
 
+@pytest.mark.parametrize(
+    ("trained", "given", "caches_prefixes", "n_local"),
+    [
+        (4096, None, True, 4096),
+        (4100, None, True, 4096),
+        (4100, None, False, 4100),
+        (4100, 500, False, 500),
+        (20, None, True, 20),
+    ],
+)
+def test_stepped_windows_are_whole_blocks_where_prefixes_are_cached(
+    trained: int, given: int | None, caches_prefixes: bool, n_local: int
+) -> None:
+    attention = {"method": "focused", "mem_layers": [1]} | ({} if given is None else {"n_local": given})
+    config = LongContextConfig.parse({"attention": attention}).for_model(trained, KV_BLOCK, NUM_LAYERS, {}, caches_prefixes)
+    assert config.attention.n_local == n_local
+
+
+@pytest.mark.parametrize(("n_local", "near"), [(500, "480 or 512"), (20, "32")])
+def test_a_stepped_window_that_would_never_be_hit_is_refused(n_local: int, near: str) -> None:
+    value = {"attention": {"method": "focused", "mem_layers": [1], "n_local": n_local}}
+    with pytest.raises(
+        LongContextError, match=rf"n_local = {n_local} is no multiple of block_size = 32, .*; give {near}, or turn"
+    ):
+        LongContextConfig.parse(value).for_model(TRAINED, KV_BLOCK, NUM_LAYERS, {})
+
+
 def test_the_explicit_override() -> None:
     attention = {"n_local": 8192, "distance_ceiling": 6000, "allow_beyond_trained": True}
     assert geometry({"attention": attention}) == Geometry(10, 8192, 6000)

@@ -51,7 +51,9 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def configure(model: Path, attention: dict[str, Any], **kwargs: Any) -> VllmConfig:
-    return create(model, {"longctx": {"attention": {**FOCUSED, **attention}}}, max_num_seqs=4, **kwargs)
+    attention = {**FOCUSED, **attention}
+    caching = attention["n_local"] % BLOCK_SIZE == 0
+    return create(model, {"longctx": {"attention": attention}}, max_num_seqs=4, enable_prefix_caching=caching, **kwargs)
 
 
 class SelfAttention(nn.Module):
@@ -255,6 +257,31 @@ def test_windows_end_with_a_step_under_way(small_llama: Path) -> None:  # noqa: 
     assert [engine.outputs[name][0].prefill_stats.num_cached_tokens for name in ("again", "ends")] == [BLOCK_SIZE] * 2
     for name, layers in seen.items():
         engine.check(name, layers)
+    assert engine.is_empty()
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
+@pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread")
+def test_a_first_window_is_shared_while_it_is_open(steps_ahead: int, small_llama: Path) -> None:  # noqa: F811
+    """Who is hit in it has copies of the memory layers' blocks: both requests close that window, in place."""
+    windows, attention = SteppedWindows(32, 24), LOOKUPS[2]
+    section = {"attention": {**FOCUSED, "n_local": windows.tokens, "last_context_length": windows.last_tokens, **attention}}
+    sizes = {"num_gpu_blocks_override": 40, "max_num_batched_tokens": 40, "max_model_len": 80}
+    schedulers = [FocusedScheduler, AsyncFocusedScheduler]
+    engine = WholeEngine(small_llama, section, FocusedCUDARunner, schedulers, steps_ahead, **sizes)
+    with set_current_vllm_config(engine.config):
+        first = engine.add("first", text(20), max_tokens=40)
+        while first.num_output_tokens < 8:
+            engine.step()
+        beginning = list(first.all_token_ids)[:27]
+        engine.add("turn", [*beginning, *text(25)], max_tokens=20, prompt_logprobs=None)
+        engine.add("again", beginning[:20], max_tokens=30, prompt_logprobs=None)
+        while engine.scheduler.has_requests() or engine.under_way:
+            engine.step()
+    assert [engine.outputs[name][0].prefill_stats.num_cached_tokens for name in ("turn", "again")] == [BLOCK_SIZE] * 2
+    for name, request in engine.requests.items():
+        engine.check(name, focused(windows, request.num_prompt_tokens, [1], best=attention["top_k"]))
     assert engine.is_empty()
 
 

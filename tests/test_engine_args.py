@@ -17,6 +17,7 @@ from vllm_longctx import BOOKLM, engine_args
 from vllm_longctx.adaptation.lora import LoRAConfigWithSlots, with_slots
 from vllm_longctx.config import PRESETS, LongContextError, active_config
 from vllm_longctx.geometry import Geometry, SteppedWindows
+from vllm_longctx.kv_cache import prefix_caching
 
 LM_INFINITE = {"longctx": {"preset": "lm-infinite"}}
 QUALITY = {"longctx": {"preset": "temp-lora-quality"}}
@@ -365,6 +366,24 @@ def test_a_longllama_checkpoint_says_all_by_itself(additional_config: dict, long
     n_local = config.attention.n_local
     assert config.windows == SteppedWindows(n_local, n_local)  # the default of 1,024 last tokens is more than a window
     assert vllm_config.model_config.original_max_model_len == -1
+
+
+def test_how_prefixes_are_hit_is_said(longllama: Path) -> None:
+    """In the first line of each engine's log, and by doctor."""
+    learning = {"longctx": {"preset": "temp-lora-quality"}}
+    focused = {"longctx": {"attention": {"method": "focused", "last_context_length": 256}}}
+    said = {
+        "in steps of 32 tokens": create(),
+        "in steps of 128 tokens": create(block_size=128),
+        "in steps of 32 tokens; requests that learn: off": create(additional_config=learning),
+        "off": create(enable_prefix_caching=False),
+        "in steps of 32 tokens inside of the first window, while that is open; then in steps of 512, up to 256 tokens before "
+        "the end of either prompt": create(longllama, focused),
+    }
+    assert [prefix_caching(active_config(c), c.cache_config) for c in said.values()] == list(said)
+    with_top_k = create(additional_config={"longctx": {"attention": {"top_k": 5}}}, enable_prefix_caching=True)
+    assert prefix_caching(active_config(with_top_k), with_top_k.cache_config) == "off"
+    assert not with_top_k.cache_config.enable_prefix_caching
 
 
 def test_lm_infinite_can_be_asked_for_on_longllama(longllama: Path) -> None:

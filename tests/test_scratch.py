@@ -47,6 +47,26 @@ def test_each_step_reads_what_its_own_table_says() -> None:
             check_row(cache, blocks, places, rotary, table[row], int(lengths[row]), tables, row)
 
 
+def test_nan_of_a_row_before_does_not_stay() -> None:
+    """The kernel reads whole blocks: those of the row that a text gets hold nothing of the text that had it before."""
+    rotary = Rotary(D, D, True, inverse_frequencies(D, {"rope_theta": 100.0}))
+    layout = ScratchLayout.plan(GEOMETRY, BS, num_blocks=24, max_num_seqs=3)
+    blocks = layout.first_block + layout.num_blocks
+    cache = torch.randn(LAYERS * blocks, KV_HEADS, BS, 2 * D)
+    places = packed_order(BS, D, torch.float32, ISA)
+    scratch = Scratch(layout, cache, LAYERS, GEOMETRY.n_global, places, rotary, ISA)
+    for layer in range(LAYERS):
+        cache[layer * blocks + 1 : layer * blocks + 7] = torch.nan
+    for first, length in [(1, 104), (1, 130), (10, 127), (10, 128)]:
+        table = torch.arange(first, first + 6, dtype=torch.int32)[None]
+        tables = kernel_tables(GEOMETRY, BS, layout, table, torch.tensor([length]), torch.ones(1, dtype=torch.long))
+        assert tables.moves is not None
+        scratch.fill(tables.moves)
+        for layer in range(LAYERS):
+            read = cache[layer * blocks + tables.block_table[0].long()]
+            assert bool(read.isfinite().all()) == (first == 10)
+
+
 def check_row(cache, blocks, places, rotary, table, length, tables, row) -> None:
     """The last G + N entries of the row's table hold the first tokens, turned, and then the window in place."""
     n_global, n_local = GEOMETRY.n_global, GEOMETRY.n_local

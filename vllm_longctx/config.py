@@ -7,6 +7,7 @@ length and checks them against it.
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -151,10 +152,15 @@ class AttentionSection(_Section):
     def in_cache(self) -> bool:
         return self.method == "streaming" or self.distances == "in_cache"
 
-    def for_model(self, trained_length: int, num_layers: int, checkpoint: Mapping[str, Any]) -> "AttentionSection":
-        """Every value filled in and checked against the model's trained length (tokens), layers and own configuration."""
+    def for_model(
+        self, trained_length: int, num_layers: int, checkpoint: Mapping[str, Any], cached_block: int = 1
+    ) -> "AttentionSection":
+        """Every value filled in and checked against the model's trained length (tokens), layers and own configuration.
+
+        cached_block: tokens of a KV block where prefixes are cached, else 1.
+        """
         if self.method == "focused":
-            return self._focused_for_model(trained_length, num_layers, checkpoint)
+            return self._focused_for_model(trained_length, num_layers, checkpoint, cached_block)
         n_global = DEFAULT_N_GLOBAL[self.method] if self.n_global is None else self.n_global
         room = trained_length - n_global if self.in_cache else trained_length
         n_local = max(room, 1) if self.n_local is None else self.n_local
@@ -196,12 +202,22 @@ class AttentionSection(_Section):
             )
         return self.model_copy(update={"top_k_from_layer": first, "top_k_to_layer": behind, "top_k_insert_at": insert_at})
 
-    def _focused_for_model(self, trained_length: int, num_layers: int, checkpoint: Mapping[str, Any]) -> "AttentionSection":
-        n_local = self.n_local or trained_length
+    def _focused_for_model(
+        self, trained_length: int, num_layers: int, checkpoint: Mapping[str, Any], cached_block: int
+    ) -> "AttentionSection":
+        n_local = self.n_local or trained_length // cached_block * cached_block or trained_length
         if n_local > trained_length and not self.allow_beyond_trained:
             raise LongContextError(
                 f"attention.n_local = {n_local}, but the model was trained on {trained_length} tokens; lower it, or set "
                 "attention.allow_beyond_trained"
+            )
+        if self.n_local is not None and n_local % cached_block:
+            below = n_local // cached_block * cached_block
+            near = " or ".join(str(n) for n in (below, below + cached_block) if n)
+            raise LongContextError(
+                f"attention.n_local = {n_local} is no multiple of block_size = {cached_block}, so prefixes would be cached in "
+                f"steps of {math.lcm(n_local, cached_block)} tokens; give {near}, or turn prefix caching off "
+                "(--no-enable-prefix-caching)"
             )
         known = {**LONGLLAMA_DEFAULTS, **{k: v for k, v in checkpoint.items() if k in FOCUSED_KEYS}}
         filled: dict[str, Any] = {"n_local": n_local, "lookup": self.lookup or "all"}
@@ -509,12 +525,18 @@ class LongContextConfig(_Section):
         return _parse(cls, value)
 
     def for_model(
-        self, trained_length: int, kv_block: int, num_layers: int, checkpoint: Mapping[str, Any]
+        self,
+        trained_length: int,
+        kv_block: int,
+        num_layers: int,
+        checkpoint: Mapping[str, Any],
+        caches_prefixes: bool = True,
     ) -> "LongContextConfig":
         """Every value filled in. trained_length, kv_block: tokens. checkpoint: the model's own configuration."""
         attention = self.attention
         if self.changes_attention:
-            attention = attention.for_model(trained_length, num_layers, checkpoint)
+            cached_block = kv_block if caches_prefixes else 1
+            attention = attention.for_model(trained_length, num_layers, checkpoint, cached_block)
         adaptation = self.adaptation and self.adaptation.for_model(trained_length, attention, kv_block, self.preset)
         return self.model_copy(update={"attention": attention, "adaptation": adaptation})
 

@@ -306,11 +306,16 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bo
         check_memory(vllm_config)
         if current_platform.is_cuda():
             _check_settings_on_cuda(config, vllm_config)
+    cache = vllm_config.cache_config
+    if config.slides and config.attention.remembers:
+        # While a request writes, keys that leave its window are un-rotated, wherever that window ends.
+        cache.enable_prefix_caching = False
     sizes = (
         trained_length(model),
-        vllm_config.cache_config.block_size,
+        cache.block_size,
         model.get_total_num_hidden_layers(),
         model.hf_text_config.to_dict(),
+        cache.enable_prefix_caching,
     )
     try:
         config = config.for_model(*sizes)

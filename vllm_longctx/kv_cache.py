@@ -8,26 +8,30 @@ Under stepped windows (Temp-LoRA without Λ attention) requests that adapt live 
 starts with null blocks up to its window. The KV of a request that adapts is its own: prefix caching never sees it.
 
 In Focused Transformers memory layers keep all blocks, the others those of the window. How a prompt is cut into windows
-depends on its length near its end only, so a prefix-cache hit ends where a window begins that both requests have.
+depends on its length near its end only, so a prefix-cache hit ends where a window begins that both requests have, or inside
+of the first window, where nothing depends on windows yet.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import CacheConfig, VllmConfig
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.kv_cache_utils import BlockHashList, BlockHashWithGroupId, KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from vllm_longctx.attention.selection import cdiv
+from vllm_longctx.config import LongContextConfig
 from vllm_longctx.geometry import Geometry, SteppedWindows
 
 NO_ROOM = 1 << 62  # blocks
+OPEN = 1 << 16  # added to a group's id in the prefix cache: its blocks while the first window is open
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +95,11 @@ class PrivateRequests(SingleTypeKVCacheManager):
 
 
 class LambdaManager(PrivateRequests):
-    """Frees the middle of every request in its group."""
+    """Frees the middle of every request in its group, and has the pool hand out these blocks before others that are cached.
+
+    A hit needs a window of blocks at its end. So of what slides out of a window, the last blocks of a prompt and those where a
+    hit ended are worth keeping: who writes a turn of a chat again, or edits it, is hit there.
+    """
 
     kv_cache_spec: LambdaSpec
 
@@ -99,6 +107,9 @@ class LambdaManager(PrivateRequests):
         super().__init__(*args, **kwargs)
         self._gaps: dict[str, int] = {}  # null blocks in the table of each request that has any
         self._num_freed_blocks = 0
+        self._hits: dict[str, int] = {}  # tokens that each running request found in the prefix cache
+        # Free and cached, but not worth keeping; the oldest first. With the hash, since other groups use the same pool.
+        self._middles: dict[int, tuple[KVCacheBlock, BlockHashWithGroupId]] = {}
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """None: the callers in the base class take what is skipped to be a prefix."""
@@ -109,12 +120,60 @@ class LambdaManager(PrivateRequests):
     ) -> None:
         """Free the blocks between the first tokens and the window of the next query."""
         first, end = self._unseen_blocks(processed_computed_tokens, num_prompt_tokens)
-        if end - first <= self._gaps.get(request_id, 0):  # most steps: the window is still in the same block
+        gap = self._gaps.get(request_id, 0)
+        if end - first <= gap:  # most steps: the window is still in the same block
             return
+        kept = self._kept_blocks(self._hits.get(request_id, 0), num_prompt_tokens or 0)
+        table = self.req_to_blocks[request_id]
+        leaving = [table[b] for b in range(first + gap, min(end, len(table))) if not any(b in blocks for blocks in kept)]
         free = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, first, end)
         self._num_freed_blocks += self.block_pool.get_num_free_blocks() - free
         self._gaps[request_id] = end - first
+        # Null blocks and those without a hash never match, and the pool hands the latter out first by itself.
+        self._middles |= {b.block_id: (b, b.block_hash) for b in leaving if b.block_hash is not None and b.ref_cnt == 0}
+
+    def _kept_blocks(self, hit: int, prompt: int) -> tuple[range, range]:
+        """Blocks worth keeping once the window has left them: of the window of a hit, and of the prompt's last two.
+
+        Two, so that a prompt which differs in its last n_local tokens only is hit where it begins to. hit, prompt: in tokens.
+        """
+        spec, bs = self.kv_cache_spec, self.block_size
+        return (
+            range(_first_window_block(spec, hit), hit // bs),
+            range(_first_window_block(spec, prompt - 1 - spec.sliding_window), prompt // bs),
+        )
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], num_local_computed_tokens: int, *args: Any
+    ) -> None:
+        super().add_local_computed_blocks(request_id, new_computed_blocks, num_local_computed_tokens, *args)
+        self._hits[request_id] = num_local_computed_tokens
+        for block in new_computed_blocks:
+            self._middles.pop(block.block_id, None)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any) -> list[KVCacheBlock]:
+        if self._middles:
+            self._bring_to_front(cdiv(num_tokens, self.block_size) - len(self.req_to_blocks[request_id]))
+        return super().allocate_new_blocks(request_id, num_tokens, *args)
+
+    def _bring_to_front(self, num_blocks: int) -> None:
+        """Of the free blocks that the pool would hand out next, put those worth keeping behind middles, as far as these go."""
+        if num_blocks <= 0:
+            return
+        queue, middles = self.block_pool.free_block_queue, self._middles
+        front = queue.popleft_n(min(num_blocks, queue.num_free_blocks))
+        kept = [block for block in front if block.block_hash is not None and block.block_id not in middles]
+        chosen = [block for block in front if block.block_hash is None or block.block_id in middles]
+        for block in chosen:
+            middles.pop(block.block_id, None)
+        while len(chosen) < len(front) and middles:
+            block, block_hash = middles.pop(next(iter(middles)))
+            if block.ref_cnt == 0 and block.block_hash == block_hash:
+                queue.remove(block)
+                chosen.append(block)
+        queue.prepend_n(kept)
+        queue.prepend_n(chosen)
 
     def _unseen_blocks(self, computed_tokens: int, num_prompt_tokens: int | None) -> tuple[int, int]:
         """(first, end): the blocks that the query at position `computed_tokens` and all later ones do not see."""
@@ -122,6 +181,7 @@ class LambdaManager(PrivateRequests):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._gaps.pop(request_id, None)
+        self._hits.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def num_live_blocks(self, request_id: str) -> int:
@@ -300,16 +360,21 @@ class WindowSpec(LambdaSpec):
 
 
 class WindowManager(LambdaManager):
-    """Frees what stands before the window. Nothing of it is ever shared: where a hit ends, a window begins, empty."""
+    """Frees what stands before the window. Only first windows are shared: where a later hit ends, a window begins, empty."""
 
     kv_cache_spec: WindowSpec
+
+    def _kept_blocks(self, hit: int, prompt: int) -> tuple[range, range]:
+        """None: once the first window is memory, a hit inside of it would need its memory as it was before."""
+        return range(0), range(0)
 
     def _unseen_blocks(self, computed_tokens: int, num_prompt_tokens: int | None) -> tuple[int, int]:
         assert num_prompt_tokens is not None
         return 0, self.kv_cache_spec.windows.start(computed_tokens, num_prompt_tokens) // self.block_size
 
-    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Publishes nothing."""
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        first_window = self.kv_cache_spec.windows.end(0, request.num_prompt_tokens)
+        super().cache_blocks(request, min(num_tokens, first_window), *args, **kwargs)
 
     @classmethod
     def find_longest_cache_hit(
@@ -322,10 +387,12 @@ class WindowManager(LambdaManager):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """vLLM asks memory layers first: `max_length` is what they have."""
         assert isinstance(kv_cache_spec, WindowSpec)
-        hit = _window_starts_before(max_length, kv_cache_spec)
-        nothing = [block_pool.null_block] * (hit // kv_cache_spec.block_size)
-        return tuple(list(nothing) for _ in kv_cache_group_ids), hit
+        if hit := _window_starts_before(max_length, kv_cache_spec):
+            nothing = [block_pool.null_block] * (hit // kv_cache_spec.block_size)
+            return tuple(list(nothing) for _ in kv_cache_group_ids), hit
+        return _cached_from_the_first(block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,6 +429,9 @@ def blocks_apart(spec: KVCacheSpec) -> int:
 class MemoryManager(FullAttentionManager):
     """Publishes closed windows, whose keys are un-rotated, where another prompt would have been cut into the same windows.
 
+    And the first window, as if it were a group of its own, while it is open: its keys are still rotated by their places, which
+    are the same in every text. Who is hit there gets copies, since either request may go on and close its window in place.
+
     With a pool of its own, what finished requests leave there is evicted as vLLM does it, least recently used first.
     """
 
@@ -372,18 +442,78 @@ class MemoryManager(FullAttentionManager):
         if kv_cache_spec.memory_blocks is not None:
             block_pool = BlockPool(kv_cache_spec.memory_blocks, enable_caching, block_pool.hash_block_size)
         super().__init__(kv_cache_spec, block_pool, enable_caching, *args, **kwargs)
+        self._open: dict[str, int] = {}  # blocks of each request's open first window that are published, or copies
+        self._to_copy: dict[str, int] = {}  # blocks that a request was hit in there, until it has copies of them
+        self._copies: dict[str, tuple[tuple[int, int], ...]] = {}  # (from, to), for the step to come
 
-    def get_num_blocks_to_allocate(self, *args: Any, **kwargs: Any) -> int:
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
+    ) -> int:
         """Of vLLM's pool: none from a pool apart, or more than any pool has where that one has too few left."""
-        needed = super().get_num_blocks_to_allocate(*args, **kwargs)
+        needed = super().get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks, *args, **kwargs)
+        if self._is_in_first_window(len(new_computed_blocks)):
+            needed += len(new_computed_blocks)
         if not self.is_apart:
             return needed
         return 0 if needed <= self.block_pool.get_num_free_blocks() else NO_ROOM
 
+    def _is_in_first_window(self, num_blocks: int) -> bool:
+        return num_blocks * self.block_size < self.kv_cache_spec.windows.tokens
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
+    ) -> None:
+        super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
+        if new_computed_blocks and self._is_in_first_window(len(new_computed_blocks)):
+            self._open[request_id] = self._to_copy[request_id] = len(new_computed_blocks)
+            self.num_cached_block[request_id] = 0  # as memory, none is published
+
+    def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
+        if count := self._to_copy.pop(request_id, 0):
+            table = self.req_to_blocks[request_id]
+            shared, table[:count] = table[:count], self.block_pool.get_new_blocks(count)
+            self._copies[request_id] = tuple((a.block_id, b.block_id) for a, b in zip(shared, table, strict=False))
+            # They may be given away in the same step: copies are made before anything is written in it.
+            self.block_pool.free_blocks(reversed(shared))
+        return super().allocate_new_blocks(request_id, *args, **kwargs)
+
+    def take_copies(self, request_id: str) -> tuple[tuple[int, int], ...]:
+        """Ids of the blocks that are to be copied at the beginning of the request's first step: (from, to)."""
+        return self._copies.pop(request_id, ())
+
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         windows, prompt = self.kv_cache_spec.windows, request.num_prompt_tokens
-        closed = windows.start(max(num_tokens - 1, 0), prompt)
-        super().cache_blocks(request, min(closed, windows.last_start(prompt)), *args, **kwargs)
+        closed = windows.start(max(num_tokens - 1, 0), prompt)  # as far as whole blocks go, which is what vLLM gives here
+        if windows.start(request.num_computed_tokens, prompt) == 0:
+            self.publish_first_window(request)
+        else:
+            self._withdraw(request.request_id)
+        # With a short prompt all windows are cut as those of a longer prompt are that begins with the same text.
+        cut_alike = windows.last_start(prompt) or closed
+        super().cache_blocks(request, min(closed, cut_alike), *args, **kwargs)
+
+    def publish_first_window(self, request: Request) -> None:
+        """What is computed of it: unlike blocks that are shared, those to be copied must be there before the step."""
+        computed = min(request.num_computed_tokens, len(request.block_hashes) * self.block_size) // self.block_size
+        published = self._open.setdefault(request.request_id, 0)
+        blocks = self.req_to_blocks[request.request_id]
+        # vLLM's events name groups that it knows.
+        if not self.enable_caching or self.block_pool.enable_kv_cache_events or computed <= published:
+            return
+        group = self.kv_cache_group_id + OPEN
+        self.block_pool.cache_full_blocks(request, blocks, published, computed, self.block_size, group)
+        self._open[request.request_id] = computed
+
+    def _withdraw(self, request_id: str) -> None:
+        """The first window becomes memory, in place."""
+        if count := self._open.pop(request_id, 0):
+            blocks = self.req_to_blocks[request_id][:count]
+            self.block_pool.evict_blocks({block.block_id for block in blocks})
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        for kept in (self._open, self._to_copy, self._copies):
+            kept.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
 
     @classmethod
     def find_longest_cache_hit(
@@ -400,8 +530,21 @@ class MemoryManager(FullAttentionManager):
         blocks, hit = super().find_longest_cache_hit(
             block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
         )
-        hit = _window_starts_before(hit, kv_cache_spec)
-        return tuple(group[: hit // kv_cache_spec.block_size] for group in blocks), hit
+        if hit := _window_starts_before(hit, kv_cache_spec):
+            return tuple(group[: hit // kv_cache_spec.block_size] for group in blocks), hit
+        inside = min(max_length, kv_cache_spec.windows.tokens - 1)
+        groups = [group + OPEN for group in kv_cache_group_ids]
+        return _cached_from_the_first(block_hashes, inside, groups, block_pool, kv_cache_spec)
+
+
+def _cached_from_the_first(
+    block_hashes: BlockHashList, max_length: int, groups: list[int], block_pool: BlockPool, spec: AttentionSpec
+) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+    """The longest run of cached blocks from the text's beginning, by group, and its length in tokens."""
+    hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, spec.block_size)
+    found = (block_pool.get_cached_block(hashes[i], groups) for i in range(min(max_length // spec.block_size, len(hashes))))
+    blocks = [block for block in itertools.takewhile(bool, found) if block]
+    return tuple([b[group] for b in blocks] for group in range(len(groups))), len(blocks) * spec.block_size
 
 
 def _window_starts_before(num_tokens: int, spec: WindowSpec | MemorySpec) -> int:
@@ -411,7 +554,7 @@ def _window_starts_before(num_tokens: int, spec: WindowSpec | MemorySpec) -> int
 
 @dataclass(frozen=True, kw_only=True)
 class MiddleSpec(FullAttentionSpec):
-    """KV of a layer with LM-Infinite's top-k branch: all of it."""
+    """KV of a layer with LM-Infinite's top-k branch: all of it. `engine_args` turns prefix caching off."""
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> "MiddleSpec":
@@ -424,17 +567,18 @@ class MiddleSpec(FullAttentionSpec):
         return specs[0]
 
 
-class MiddleManager(FullAttentionManager):
-    """Shares nothing: while a request writes, keys that leave its window are un-rotated, wherever that window ends."""
-
-    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Publishes nothing."""
-
-    @classmethod
-    def find_longest_cache_hit(
-        cls, block_hashes: BlockHashList, max_length: int, kv_cache_group_ids: list[int], *args: Any, **kwargs: Any
-    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        return tuple([] for _ in kv_cache_group_ids), 0
+def prefix_caching(config: LongContextConfig, cache: CacheConfig) -> str:
+    """From which length on and in which steps prefixes are hit, for users. config: filled in for the model."""
+    if not cache.enable_prefix_caching:
+        return "off"
+    steps = f"in steps of {cache.block_size} tokens"
+    if config.windows is not None:
+        windows = config.windows
+        return (
+            f"{steps} inside of the first window, while that is open; then in steps of {windows.tokens}, up to "
+            f"{windows.last_tokens} tokens before the end of either prompt"
+        )
+    return steps if config.adaptation is None else f"{steps}; requests that learn: off"
 
 
 def register() -> None:
@@ -444,4 +588,4 @@ def register() -> None:
     KVCacheSpecRegistry.register(SteppedSpec, SteppedManager, uniform_type_base_spec=SteppedSpec)
     KVCacheSpecRegistry.register(WindowSpec, WindowManager, uniform_type_base_spec=WindowSpec)
     KVCacheSpecRegistry.register(MemorySpec, MemoryManager, uniform_type_base_spec=MemorySpec)
-    KVCacheSpecRegistry.register(MiddleSpec, MiddleManager, uniform_type_base_spec=MiddleSpec)
+    KVCacheSpecRegistry.register(MiddleSpec, FullAttentionManager, uniform_type_base_spec=MiddleSpec)

@@ -1,10 +1,14 @@
-"""vLLM's scheduler, counting what each step did for long requests."""
+"""vLLM's scheduler, sharing each step's tokens fairly and counting what it did for long requests."""
 
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
@@ -13,11 +17,14 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_longctx.config import KEY, active_config
 from vllm_longctx.engine_args import trained_length
-from vllm_longctx.kv_cache import LambdaManager, MemoryManager
+from vllm_longctx.kv_cache import LambdaManager, MemoryManager, prefix_caching
 from vllm_longctx.metrics import StepStats
 from vllm_longctx.processes import end_without_collecting
 
 logger = init_logger("vllm.longctx")
+
+NO_LIMIT = 1 << 62  # tokens
+LEAST_SHARE = 256  # tokens of a long prompt in a step: in smaller chunks each token costs more, up to four times as much
 
 
 class LongContextScheduler(Scheduler):
@@ -33,6 +40,11 @@ class LongContextScheduler(Scheduler):
         self.memory_pools = [m.block_pool for m in managers if isinstance(m, MemoryManager) and m.is_apart]
         self.failed: dict[str, str] = {}  # requests to end, with the reason
         self.step_stats = StepStats()
+        scheduling = self.scheduler_config
+        # Without chunked prefill vLLM never cuts a prompt; a user's own threshold is how that user shares.
+        self.shares_budget = scheduling.enable_chunked_prefill and not scheduling.long_prefill_token_threshold
+        self.shares: dict[str, int] = {}  # the most tokens of each request in the step to come
+        self.lets_in = True  # the last step let in one of those that waited, or none waited
         self._log_start()
 
     def _log_start(self) -> None:
@@ -52,17 +64,55 @@ class LongContextScheduler(Scheduler):
             f"max_model_len {model.max_model_len}",
             f"block_size {self.vllm_config.cache_config.block_size}",
             f"at most {sum(m.max_admission_blocks_per_request for m in self.lambda_managers)} KV blocks per request",
+            f"prefix caching {prefix_caching(config, self.vllm_config.cache_config)}",
             f"worker {self.vllm_config.parallel_config.worker_cls}",
         ]
         logger.info("longctx: %s", ", ".join(parts))
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        waiting = self._share_budget() if self.shares_budget else []
         output = super().schedule(*args, **kwargs)
+        self.lets_in = not waiting or any(request.request_id in output.num_scheduled_tokens for request in waiting)
         for request_id, new in output.num_scheduled_tokens.items():
             past = self.requests[request_id].num_computed_tokens - self.trained_length
             if past > 0:
                 self.step_stats.tokens_past_trained += min(new, past)
         return output
+
+    def _share_budget(self) -> list[Request]:
+        """Decide what each request may compute in the coming step at most. Returns those that may be let in.
+
+        vLLM goes through its list and gives each request all it can take, so a long prompt that came first takes everything.
+        Here everybody gets one token, and of the rest as `shares_of` has it; under the priority policy the more urgent first.
+        """
+        self.shares = {}
+        waiting = list(islice(self.waiting, max(self.max_num_active_reqs - len(self.running), 0)))
+        wanted: defaultdict[int, dict[str, int]] = defaultdict(dict)
+        for request in self.running:
+            if (wants := self._wants(request)) > 0:
+                wanted[self._priority(request)][request.request_id] = wants
+        # Whoever could not be let in would leave its share unused again: one token keeps a place in the step.
+        for request in waiting if self.lets_in else waiting[:1]:
+            wanted[self._priority(request)][request.request_id] = max(self._wants(request), 1) if self.lets_in else 1
+        budget = self.max_num_scheduled_tokens
+        least, left = min(LEAST_SHARE, budget // 2), max(budget - sum(map(len, wanted.values())), 0)
+        for priority in sorted(wanted):
+            more = shares_of({name: wants - 1 for name, wants in wanted[priority].items()}, left, least)
+            left -= sum(more.values())
+            self.shares |= {name: 1 + tokens for name, tokens in more.items()}
+        return waiting
+
+    def _wants(self, request: Request) -> int:
+        """Tokens that the request would compute in the coming step if it were alone."""
+        known = request.num_tokens_with_spec + request.num_output_placeholders
+        return self._reserve_prefill_lookahead(request, request.num_computed_tokens, known - request.num_computed_tokens)
+
+    def _priority(self, request: Request) -> int:
+        return request.priority if self.policy == SchedulingPolicy.PRIORITY else 0
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        allowed = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        return min(allowed, self.shares.get(request.request_id, NO_LIMIT))
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -138,6 +188,29 @@ class LongContextScheduler(Scheduler):
     def shutdown(self) -> None:
         end_without_collecting()
         super().shutdown()
+
+
+def shares_of(wanted: Mapping[str, int], budget: int, least: int) -> dict[str, int]:
+    """What each request gets of `budget` tokens: what it wants up to a common share, the largest that fits.
+
+    So short prompts and streams get all they want, and long prompts the rest in equal parts. If these were fewer tokens than
+    `least`, those that came first get so many, and the others none.
+    """
+    left = budget
+    for number, wants in enumerate(ordered := sorted(wanted.values())):
+        share = left // (len(ordered) - number)
+        if wants > share >= least:
+            return {name: min(wants, share) for name, wants in wanted.items()}
+        if wants > share:
+            break
+        left -= wants
+    else:
+        return dict(wanted)
+    shares = {}
+    for name, wants in sorted(wanted.items(), key=lambda item: min(item[1], least)):
+        shares[name] = min(wants, least, budget)
+        budget -= shares[name]
+    return shares
 
 
 class AsyncLongContextScheduler(LongContextScheduler, AsyncScheduler):

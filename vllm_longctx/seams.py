@@ -86,13 +86,19 @@ SEAMS = [
         "0004-plugin-specs-before-builtin-ones.diff",
     ),
     Seam(
-        "SingleTypeKVCacheManager._remove_blocks_in_range, num_cached_block, _get_num_evictable_blocks",
+        "SingleTypeKVCacheManager._remove_blocks_in_range, num_cached_block, _get_num_evictable_blocks; "
+        "BlockPool.free_block_queue (reordered), cache_full_blocks (with a group id of our own)",
         "kv_cache.py",
-        "free the middle of a request",
-        _has(
-            "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
-            "_remove_blocks_in_range",
-            "_get_num_evictable_blocks",
+        "free the middle of a request and have it reused first; publish a memory's first window while it is open",
+        _all(
+            _has(
+                "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
+                "_remove_blocks_in_range",
+                "_get_num_evictable_blocks",
+            ),
+            _sets("vllm.v1.core.block_pool:BlockPool", "free_block_queue"),
+            _has("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue", "popleft_n", "prepend_n", "remove"),
+            _takes("vllm.v1.core.block_pool:BlockPool.cache_full_blocks", "kv_cache_group_id"),
         ),
         "0005-public-block-range-in-managers.diff",
     ),
@@ -140,8 +146,9 @@ SEAMS = [
         "Scheduler._reserve_prefill_lookahead, _handle_blocked_waiting_request, _update_after_schedule, _preempt_request, "
         "_free_request (overridden), running (reordered)",
         "scheduler.py, adaptation/scheduler.py, focused/scheduler.py",
-        "let a request that adapts compute to the end of its block, or of its window, and no further, hold it until the block "
-        "is trained, admit it when a slot is free, preempt it last; never run requests of more adapters than there are places",
+        "share a step's tokens, let a request that adapts compute to the end of its block, or of its window, and no further, "
+        "hold it until the block is trained, admit it when a slot is free, preempt it last; run no more adapters than there "
+        "are places",
         _all(
             _has(
                 "vllm.v1.core.sched.scheduler:Scheduler",

@@ -72,6 +72,7 @@ class LongContextCPUWorker(CPUWorker):
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         self.model_runner.begin_step(scheduler_output)
+        clear_last_blocks(self.model_runner, scheduler_output)
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -87,6 +88,23 @@ class LongContextCPUWorker(CPUWorker):
     def shutdown(self) -> None:
         end_without_collecting()
         super().shutdown()
+
+
+def clear_last_blocks(runner: CPUModelRunner, scheduler_output: SchedulerOutput) -> None:
+    """Clear the last of the blocks that each request gets in this step: all others are written to their end in it.
+
+    vLLM's CPU kernel multiplies unused slots by a weight of zero, and NaN or infinity that a request before has left there
+    would become this one's output. vLLM's own clearing (`new_block_ids_to_zero`) is of all new blocks, and on the CPU of full
+    attention only.
+    """
+    new = [request.block_ids for request in scheduler_output.scheduled_new_reqs]
+    new += [block_ids for block_ids in scheduler_output.scheduled_cached_reqs.new_block_ids if block_ids is not None]
+    layers = runner.compilation_config.static_forward_context
+    for group, given in zip(runner.kv_cache_config.kv_cache_groups, zip(*new, strict=True), strict=bool(new)):
+        last = torch.tensor([block_ids[-1] for block_ids in given if block_ids])
+        if len(last):
+            for name in group.layer_names:
+                layers[name].kv_cache.index_fill_(0, last, 0)
 
 
 @contextmanager

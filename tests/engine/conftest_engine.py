@@ -80,6 +80,27 @@ def generate(llm: LLM, prompts: list[list[int]], max_tokens: int, **kwargs: Any)
     return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
 
+def poison(llm: LLM) -> None:
+    """NaN wherever a request that overflows can leave it: in all blocks of an idle engine, and in what is made of them."""
+    overflowing = 2
+
+    def embed(model: Any, value: torch.Tensor | None = None) -> torch.Tensor:
+        row = model.model.embed_tokens.weight.data[overflowing]
+        before = row.clone()
+        row.copy_(torch.full_like(row, torch.nan) if value is None else value)
+        return before
+
+    def fill(worker: Any) -> None:
+        for layer in worker.vllm_config.compilation_config.static_forward_context.values():
+            layer.kv_cache.fill_(torch.nan)
+
+    (before,) = llm.apply_model(embed)
+    generate(llm, [[overflowing] * n for n in (3, 40, 75, 130, 170, 300)], 40, logprobs=None)
+    llm.apply_model(lambda model: embed(model, before))
+    assert llm.reset_prefix_cache()
+    llm.collective_rpc(fill)
+
+
 def tokens_of(output: RequestOutput) -> list[int]:
     return list(output.prompt_token_ids or []) + list(output.outputs[0].token_ids)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest_engine import generate, logprobs_of, metric, prompt, running_here, tokens_of
+from conftest_engine import generate, logprobs_of, metric, poison, prompt, running_here, tokens_of
 from reference_model import ReferenceLlama
 from vllm import LLM
 
@@ -78,6 +78,19 @@ def test_a_prefix_hit_over_a_freed_middle_changes_nothing(llm: LLM, variant: Var
             assert output.num_cached_tokens == cut // 32 * 32
 
 
+def test_a_turn_is_written_again_from_the_cache(llm: LLM, reference: ReferenceLlama, variant: Variant) -> None:
+    """Before: once an answer was written, other long texts pushed out the window at its prompt's end first."""
+    text = prompt(900, seed=8)
+    (first,) = generate(llm, [text], 150)
+    generate(llm, [prompt(1500, seed=s) for s in range(80, 88)], 100)
+    for end, cached in ((text, 896), (text[:-20] + prompt(30, seed=9), 864)):
+        (again,) = generate(llm, [end], 20)
+        assert again.num_cached_tokens == cached
+        expected = reference.token_logprobs(tokens_of(again), variant.geometry)[-20:]
+        assert (logprobs_of(again) - expected).abs().max() <= TOLERANCE
+        assert end != text or again.outputs[0].token_ids == first.outputs[0].token_ids[:20]
+
+
 def test_together_is_as_alone(llm: LLM) -> None:
     prompts = [prompt(n, seed=2) for n in (600, 40, 129, 64, 300, 65, 1, 500, 96, 410)]
     together = generate(llm, prompts, 30)
@@ -96,10 +109,36 @@ def test_a_seed_gives_the_same_tokens_however_its_prompt_is_cut(llm: LLM) -> Non
     assert sample(prompts) == [sample([p])[0] for p in prompts]
 
 
+def test_what_others_left_in_a_block_does_not_matter(llm: LLM) -> None:
+    """Before: stock's kernel let NaN in unused slots of a request's last block into its output, and scratch blocks kept it."""
+    prompts = [prompt(n, seed=6) for n in LENGTHS]
+    llm.reset_prefix_cache()
+    before = generate(llm, prompts, 40)
+    poison(llm)
+    for clean, poisoned in zip(before, generate(llm, prompts, 40), strict=True):
+        assert tokens_of(clean) == tokens_of(poisoned)
+        assert (logprobs_of(clean) - logprobs_of(poisoned)).abs().max() <= TOLERANCE
+
+
 def test_all_blocks_come_back(llm: LLM) -> None:
     generate(llm, [prompt(700, seed=3)] * 3, 5)
     assert metric(llm, "vllm:kv_cache_usage_perc") == 0
     assert llm.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("kv_policy", ["reuse", "recompute"])
+def test_what_others_left_does_not_matter_to_stepped_windows(tiny_llama: Path, kv_policy: str) -> None:
+    """Of requests that learn (here nothing, in several passes), beside one that does not."""
+    adaptation = {"rank": 4, "block_tokens": 32, "kv_policy": kv_policy, "trainer": {"timeout_s": 20.0}}
+    prompts = [prompt(n, seed=6) for n in LENGTHS]
+    options = {"extra_args": {"longctx": {"temp_lora": True, "epochs": 0}}}
+    with running_here(tiny_llama, {"method": "none"}, adaptation=adaptation) as llm:
+        before = generate(llm, prompts, 40, **options) + generate(llm, prompts[:10], 20)
+        poison(llm)
+        after = generate(llm, prompts, 40, **options) + generate(llm, prompts[:10], 20)
+    for clean, poisoned in zip(before, after, strict=True):
+        assert tokens_of(clean) == tokens_of(poisoned)
+        assert (logprobs_of(clean) - logprobs_of(poisoned)).abs().max() <= TOLERANCE
 
 
 def test_the_reference_tells_wrong_geometries_apart(reference: ReferenceLlama) -> None:

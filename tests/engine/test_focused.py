@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest_engine import generate, logprobs_of, metric, prompt, running_here, tokens_of
+from conftest_engine import generate, logprobs_of, metric, poison, prompt, running_here, tokens_of
 from reference_model import Layers, ReferenceLlama, focused, with_top_k
 from transformers import AutoTokenizer
 from vllm import LLM
@@ -41,17 +41,18 @@ class Variant:
         return focused(self.windows, prompt_length, self.mem_layers, positionals, self.attention.get("top_k"))
 
 
+UNCACHED = {"enable_prefix_caching": False}  # for windows that are no multiple of a block
 VARIANTS = {
     "all": Variant(SteppedWindows(64, 32), [1], engine={"enforce_eager": False}),
     # 66 blocks for more than a dozen requests: they are preempted.
     "windows_across_blocks": Variant(
-        SteppedWindows(50, 20), [0, 2], engine={"num_gpu_blocks_override": 66, "max_model_len": 960}
+        SteppedWindows(50, 20), [0, 2], engine={**UNCACHED, "num_gpu_blocks_override": 66, "max_model_len": 960}
     ),
     "memory_apart": Variant(SteppedWindows(64, 32), [1, 2], {"memory_limit_gib": 0.0026}, {"max_model_len": 2048}),
     # Not layer 0: there, equal tokens have equal keys in the memory, and it does not matter which of them is taken.
     "top_k": Variant(SteppedWindows(64, 32), [1, 2], {"lookup": "top_k", "top_k": 5}, {"max_model_len": 2048}),
     # Fewer blocks than are always read.
-    "blocks": Variant(SteppedWindows(50, 20), [1, 2], {"lookup": "blocks", "top_k": 5}, {"max_model_len": 2048}),
+    "blocks": Variant(SteppedWindows(50, 20), [1, 2], {"lookup": "blocks", "top_k": 5}, {**UNCACHED, "max_model_len": 2048}),
     "no_positions": Variant(SteppedWindows(128, 40), [0, 1, 2], {"mem_positionals": False}),
 }
 
@@ -73,6 +74,7 @@ def test_lm_infinite_with_top_k_equals_the_reference(tiny_llama: Path, reference
     """66 blocks for more than a dozen requests: the preempted compute again, one token at a time, what they wrote."""
     attention = {"n_global": 5, "n_local": 50, "top_k": 3, "top_k_from_layer": 1, "top_k_insert_at": 40}
     with running_here(tiny_llama, attention, num_gpu_blocks_override=66, max_model_len=800) as llm:
+        poison(llm)
         outputs = generate(llm, [prompt(n) for n in LENGTHS], 70)
         assert metric(llm, "vllm:num_preemptions") > 0
         assert metric(llm, "vllm:kv_cache_usage_perc") == 0
@@ -120,8 +122,35 @@ def test_a_prefix_hit_ends_where_both_prompts_have_a_window(llm: LLM, variant: V
         assert hit % windows.tokens == 0
         assert hit <= min(windows.last_start(900), windows.last_start(cut + 30))
         hits.add(hit)
-    assert max(hits) > 0
+    assert (max(hits) > 0) == llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
     assert all(d.max() <= TOLERANCE for d in differences if d is not None)
+
+
+@pytest.mark.parametrize(("written", "more"), [(20, 40), (31, 72), (20, 200), (70, 90)])
+def test_short_texts_share_their_beginning(
+    llm: LLM, variant: Variant, reference: ReferenceLlama, written: int, more: int
+) -> None:
+    """Before: nothing was hit in prompts shorter than a whole window and the last one, nor behind what a short one had written.
+
+    All requests go on until their first windows are memory: those that are hit and those that hit them.
+    """
+    windows, seed = variant.windows, 100 * written + more
+    (first,) = generate(llm, [prompt(windows.last_tokens, seed=seed)], written)
+    (again,) = generate(llm, [first.prompt_token_ids], 1)
+    turn = tokens_of(first)[:-1] + prompt(more, seed=seed)
+    outputs = generate(llm, [turn, first.prompt_token_ids, turn[: windows.last_tokens + 40], turn], 150)
+    if not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching:
+        assert all(output.num_cached_tokens == 0 for output in [again, *outputs])
+        return
+    text, window = windows.last_tokens + written - 1, windows.tokens
+    for output in outputs:
+        length = len(output.prompt_token_ids)
+        common = min(text, windows.last_start(length) or length - 1)
+        # What was written last in an open window; where that is memory by now, only the prompt, which was read again.
+        is_open = min(common, windows.last_tokens if text // window else common) // 32 * 32
+        assert output.num_cached_tokens == (common // window * window or is_open)
+        seen = difference(reference, variant, length, output)
+        assert seen is None or seen.max() <= TOLERANCE
 
 
 def difference(reference: ReferenceLlama, variant: Variant, length: int, output: RequestOutput) -> torch.Tensor | None:
@@ -137,6 +166,13 @@ def test_together_is_as_alone(llm: LLM) -> None:
     alone = [generate(llm, [p], 30)[0] for p in prompts]
     for a, b in zip(together, alone, strict=True):
         assert tokens_of(a) == tokens_of(b)
+
+
+def test_what_others_left_in_a_block_does_not_matter(llm: LLM, variant: Variant, reference: ReferenceLlama) -> None:
+    poison(llm)
+    outputs = generate(llm, [prompt(n, seed=6) for n in LENGTHS], 40)
+    differences = [difference(reference, variant, n, output) for n, output in zip(LENGTHS, outputs, strict=True)]
+    assert all(d.max() <= TOLERANCE for d in differences if d is not None)
 
 
 def test_all_blocks_come_back(llm: LLM, variant: Variant) -> None:

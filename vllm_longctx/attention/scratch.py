@@ -97,6 +97,7 @@ class Scratch:
         self.edge_lens[:rows] = moves.edge_lens
         changed = (self.first_blocks[:rows] != moves.first_blocks).any(1)
         if changed.any():
+            self._clear(changed.nonzero()[0])
             self._fetch_first(moves, changed.nonzero()[0])
         keys = self.first_keys[:, :rows]
         if self.rotary is not None:
@@ -104,6 +105,12 @@ class Scratch:
         values = self.first_values[:, :rows]
         slots = torch.from_numpy((self.layer_slots + moves.target_slots).ravel())
         ops.cpu_attn_reshape_and_cache(keys.flatten(0, 2), values.flatten(0, 2), *self.kernel_cache, slots, self.isa)
+
+    def _clear(self, rows: Ints) -> None:
+        """All but the edge, which is copied whole: the kernel multiplies slots that it does not show by zero, not NaN away."""
+        layout = self.layout
+        blocks = layout.first_block + rows[:, None] * layout.blocks_per_row + np.arange(layout.blocks_per_row - 1)
+        self.cache[(self.layer_base[..., None] + blocks).ravel()] = 0
 
     def _copy_edges(self, moves: SinkMoves, rows: Ints) -> None:
         source, target = moves.edge_blocks[rows], moves.edge_scratch[rows]

@@ -76,6 +76,9 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
     load_plugin()
     from vllm.engine.arg_utils import EngineArgs
 
+    from vllm_longctx.config import active_config
+    from vllm_longctx.kv_cache import prefix_caching
+
     additional_config = longctx_config(longctx, preset)
     config = EngineArgs(model=model_path(model), additional_config=additional_config).create_engine_config()
     table = Table("setting", "value", title=f"For {model}")
@@ -83,5 +86,6 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
         table.add_row(f"attention.{key}", str(value))
     table.add_row("max_model_len", f"{config.model_config.max_model_len:,}")
     table.add_row("block_size", str(config.cache_config.block_size))
+    table.add_row("prefix caching", prefix_caching(active_config(config), config.cache_config))
     table.add_row("worker_cls", config.parallel_config.worker_cls)
     return table

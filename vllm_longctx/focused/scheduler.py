@@ -8,6 +8,7 @@ from vllm.v1.request import Request
 
 from vllm_longctx.config import active_config
 from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow
+from vllm_longctx.kv_cache import MemoryManager
 from vllm_longctx.scheduler import LongContextScheduler
 
 
@@ -24,11 +25,17 @@ class FocusedScheduler(LongContextScheduler):
         assert windows is not None
         self.windows = windows
         self.open: dict[str, int] = {}  # where the window of each request's last step began
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self.memories = [m for m in managers if isinstance(m, MemoryManager)]
 
     def add_request(self, request: Request) -> None:
-        """Prefix caching sees the prompt up to where its last window begins: what comes then is cut as no other prompt is."""
-        request._block_hasher = None
-        del request.block_hashes[self.windows.last_start(request.num_prompt_tokens) // self.block_size :]
+        """Prefix caching sees the prompt up to where its last window begins: what comes then is cut as no other prompt is.
+
+        A prompt that is all within its last window has none that begins elsewhere than every other text's.
+        """
+        if last_start := self.windows.last_start(request.num_prompt_tokens):
+            request._block_hasher = None
+            del request.block_hashes[last_start // self.block_size :]
         super().add_request(request)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
@@ -45,16 +52,21 @@ class FocusedScheduler(LongContextScheduler):
         request = self.requests[request_id]
         first = request.num_computed_tokens - num_new_tokens  # already counted as computed
         start = self.windows.start(first, request.num_prompt_tokens)
-        before = self.open.get(request_id, start)
+        # A hit ends where a window begins and all before is memory, or inside of the first window, which is open.
+        hit_in = 0 if first < self.windows.tokens else start
+        before = self.open.get(request_id, hit_in)
         self.open[request_id] = start
-        return RequestWindow(start, None if before == start else before)
+        copies = tuple(copy for memory in self.memories for copy in memory.take_copies(request_id))
+        return RequestWindow(start, None if before == start else before, copies)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self.open.pop(request.request_id, None)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        self.open.pop(request.request_id, None)
+        if self.open.pop(request.request_id, None) == 0:
+            for memory in self.memories:
+                memory.publish_first_window(request)
         return super()._free_request(request, *args, **kwargs)
 
 

@@ -14,7 +14,8 @@ from vllm_longctx.attention.focused import MemoryImpl, MemoryMetadataBuilder, re
 from vllm_longctx.attention.memory import ClosedWindow, covering
 from vllm_longctx.attention.stepped import PassRow, SteppedMetadataBuilder
 from vllm_longctx.config import active_config
-from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow
+from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow, copies_of
+from vllm_longctx.kv_cache import MemorySpec
 from vllm_longctx.rotary import Rotary
 
 
@@ -27,6 +28,15 @@ class FocusedRunner(LongContextRunner):
     def begin_step(self, scheduler_output: SchedulerOutput) -> None:
         super().begin_step(scheduler_output)
         self.windows = getattr(scheduler_output, ATTRIBUTE)
+        if copies := copies_of(self.windows.values()):
+            sources, targets = copies
+            for name in self._memory_layers():
+                cache = self.compilation_config.static_forward_context[name].kv_cache
+                cache[targets] = cache[sources]
+
+    def _memory_layers(self) -> list[str]:
+        groups = self.kv_cache_config.kv_cache_groups
+        return [name for group in groups if isinstance(group.kv_cache_spec, MemorySpec) for name in group.layer_names]
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, *args, **kwargs)

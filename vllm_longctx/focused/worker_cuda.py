@@ -24,7 +24,7 @@ from vllm_longctx.attention.cuda_top_k import TopKMetadataBuilder, turn_back
 from vllm_longctx.attention.kernels.lookup import WORKSPACE
 from vllm_longctx.attention.memory import ClosedWindow, covering
 from vllm_longctx.config import active_config
-from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow
+from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow, copies_of
 from vllm_longctx.kv_cache import MemorySpec
 from vllm_longctx.rotary import Rotary
 
@@ -95,8 +95,16 @@ class FocusedCUDARunner(Adapts, GPUModelRunner):
         block_tables, slot_mappings = super().prepare_attn(input_batch)
         for table, group in zip(block_tables, self.kv_cache_config.kv_cache_groups, strict=True):
             if isinstance(group.kv_cache_spec, MemorySpec):
+                self._copy_blocks(group.layer_names)
                 self._close_windows(input_batch.req_ids, table, group.kv_cache_spec.block_size, group.layer_names)
         return block_tables, slot_mappings
+
+    def _copy_blocks(self, layer_names: list[str]) -> None:
+        if copies := copies_of(self.windows.values()):
+            sources, targets = async_tensor_h2d(np.array(copies, dtype=np.int64), device=self.device)
+            for name in layer_names:
+                cache = self.compilation_config.static_forward_context[name].kv_cache
+                cache[targets] = cache[sources]
 
     def _close_windows(self, request_ids: list[str], table: Tensor, block_size: int, layer_names: list[str]) -> None:
         for row, request_id in enumerate(request_ids):
