@@ -66,6 +66,8 @@ class Trainer:
         if isinstance(job, messages.Train):
             self.slots.write(job.slot, job.bank, job.owner, job.version, self.weights(job.version))
             self.reports.append(messages.Trained(job.owner, job.slot, job.bank, job.version, [1.0, 1.0], 0.1))
+        elif isinstance(job, messages.Save):
+            self.reports.append(messages.Saved(job.owner, job.name))
 
     def poll(self) -> list[Any]:
         reports, self.reports = self.reports, []
