@@ -114,7 +114,7 @@ def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return path, {**good, **stream, **odd}
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(request=requests())
 def test_any_body_gets_stocks_verdict(
     stock: tuple[str, Core], ours: tuple[str, Core], request: tuple[str, dict[str, Any]]
