@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -36,8 +36,11 @@ class Core:
     """Writes tokens that depend on all that the request says, so that equal answers come of equal requests.
 
     reads: set while prompts may be read; a request waits for it before its first token. fails_after, dies_after: tokens after
-    which a request ends with an error, or the engine dies. requests: all that were taken. aborted: their ids.
+    which a request ends with an error, or the engine dies. requests: all that were taken. aborted: their ids. unfinished: how
+    many the front end holds.
     """
+
+    unfinished: Callable[[], int]
 
     def __init__(self) -> None:
         self.resources = SimpleNamespace(engine_dead=False)
@@ -115,6 +118,7 @@ def served(*flags: str, max_model_len: int = 512) -> Iterator[tuple[str, Core]]:
         patch.setattr(EngineCoreClient, "make_async_mp_client", lambda **_: core)
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
         engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    core.unfinished = engine.get_num_unfinished_requests
     app = build_app(args, ("generate",), config.model_config)
     with socket_server(app, init_app_state(engine, app.state, args, ("generate",))) as address:
         yield address, core

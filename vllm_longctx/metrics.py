@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ _ignored_fields = Counter(
 # Clients choose the names of fields; those that are odd, or too many, share a label.
 FIELD_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,80}")
 MAX_FIELDS = 100
-_seen_fields: set[tuple[str, str]] = set()
+_seen_fields: defaultdict[str, set[str]] = defaultdict(set)  # by route
 
 
 def export_ignored_fields() -> None:
@@ -36,13 +37,14 @@ def export_ignored_fields() -> None:
 
 
 def count_ignored_field(route: str, name: str) -> str | None:
-    """Its label, if it is the first of its kind in this process."""
-    if not FIELD_NAME.fullmatch(name) or (len(_seen_fields) >= MAX_FIELDS and (route, name) not in _seen_fields):
+    """Its label, if it is the route's first of its kind in this process. route: as vLLM declares it."""
+    seen = _seen_fields[route]
+    if not FIELD_NAME.fullmatch(name) or (len(seen) >= MAX_FIELDS and name not in seen):
         name = "other"
     _ignored_fields.labels(route=route, field=name).inc()
-    if (route, name) in _seen_fields:
+    if name in seen:
         return None
-    _seen_fields.add((route, name))
+    seen.add(name)
     return name
 
 

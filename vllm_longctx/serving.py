@@ -31,6 +31,7 @@ from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.serial_utils import MsgpackEncoder
 
 from vllm_longctx.adaptation import stop_strings
 from vllm_longctx.config import KEY, LongContextConfig, LongContextError, RequestOptions, active_config, did_you_mean
@@ -49,6 +50,8 @@ ANY_BODY = "/invocations"  # SageMaker's route, whose handler finds the model th
 INT64 = range(-(2**63), 2**63)
 # In vLLM's order of precedence.
 OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
+
+_encoder = MsgpackEncoder()  # that of vLLM's clients of its engine core
 
 # Of the HTTP request being served, with `serving.strict`: the field with which it limits its output, and its value.
 _output_limit: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar("output_limit", default=None)
@@ -310,6 +313,8 @@ def check_engine_requests() -> None:
             if config.serving.strict and str(e).startswith("Token id"):  # the one message of vLLM's that does not say where
                 raise RequestError(f"prompt: {e}", "prompt") from None
             raise
+        # What cannot travel to the engine fails now, as it does later, but before the front end keeps it for ever.
+        _encoder.encode((request.request_id, request.sampling_params, request.cache_salt, request.session_id))
         if request.lora_request is not None and options == RequestOptions():
             adapts = False  # it has its adapter, also where all others learn one
         if request.resumable:
