@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,9 +91,20 @@ def test_both_runners_manage_slots(stock: type, monkeypatch: pytest.MonkeyPatch)
     assert object.__new__(AdaptingCUDAWorker)._make_model_runner() is runner
     assert isinstance(runner, stock) and isinstance(runner, Adapts)
     assert type(runner).load_lora_model is Adapts.load_lora_model
-    others = {"load_lora_model", "add_lora", "remove_lora", "pin_lora", "list_loras"}
+    others = {"load_lora_model", "add_lora", "remove_lora", "pin_lora", "list_loras", "reload_weights"}
     added = {name for name in vars(Adapts) if not name.startswith("__")} - others
     assert not added & set(dir(stock)), "only the manager of adapters is another"
+
+
+@pytest.mark.parametrize(("section", "refused"), [({"adaptation": SIZES}, True), ({}, False)])
+def test_weights_are_reloaded_where_no_trainer_has_a_copy(section: dict[str, Any], refused: bool) -> None:
+    reloaded = []
+    stock = type("Stock", (), {"reload_weights": lambda self: reloaded.append(self)})
+    runner = type("LongContext", (Adapts, stock), {})()
+    runner.vllm_config = SimpleNamespace(additional_config={"longctx": section})
+    with pytest.raises(RuntimeError, match="its trainer has a copy") if refused else nullcontext():
+        runner.reload_weights()
+    assert bool(reloaded) != refused
 
 
 @pytest.fixture

@@ -150,9 +150,15 @@ class LongContextScheduler(Scheduler):
                 continue
             self.failed[name] = reason
             for manager in self.kv_cache_manager.coordinator.single_type_managers:
-                for block_hash in request.block_hashes:
-                    while blocks := manager.block_pool.get_cached_block(block_hash, [manager.kv_cache_group_id]):
-                        manager.block_pool.evict_blocks({block.block_id for block in blocks})
+                pool, blocks = manager.block_pool, manager.req_to_blocks.get(name, ())
+                pool.evict_blocks({block.block_id for block in blocks if not block.is_null})
+                for (
+                    block_hash
+                ) in request.block_hashes:  # and of one that was preempted since, whose blocks are not its any more
+                    while found := pool.get_cached_block(block_hash, [manager.kv_cache_group_id]):
+                        pool.evict_blocks({block.block_id for block in found})
+            request._block_hasher = None
+            request.block_hashes.clear()
 
     def _end_failed(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         reasons, self.failed = self.failed, {}

@@ -294,8 +294,8 @@ SEAMS = [
     ),
     Seam(
         "Request.block_hashes (cut), _block_hasher (taken away)",
-        "focused/scheduler.py",
-        "keep KV out of the prefix cache that depends on where the prompt ends",
+        "scheduler.py, focused/scheduler.py",
+        "keep KV out of the prefix cache that depends on where the prompt ends, or was computed without its adapter",
         _sets("vllm.v1.request:Request", "block_hashes", "_block_hasher"),
         "0018-block-hashes-of-a-request.diff",
     ),

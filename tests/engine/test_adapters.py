@@ -18,6 +18,7 @@ from peft import PeftModel
 from server import running_server
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
@@ -94,7 +95,7 @@ def assert_right(model: Path, adapter: LoRARequest | None, output: RequestOutput
 
 def test_adapters_after_all_slots_were_used(learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest]) -> None:
     """Of today's code: `ValueError: 2 is not in list` in the step, and the engine is gone."""
-    generate(learning, [prompt(40, seed) for seed in range(10)], 40, **ADAPTS)
+    generate(learning, [prompt(40, seed) for seed in range(5)], 20, **ADAPTS)
     requests = [(prompt(20, 1), 20, adapters["a"], {}), (prompt(30, 2), 20, adapters["b"], {}), (prompt(25, 3), 20, None, {})]
     for (_, _, adapter, _), output in zip(requests, write(learning, requests), strict=True):
         assert_right(tiny_llama, adapter, output)
@@ -196,8 +197,7 @@ def test_beside_requests_without_an_adapter(sliding: LLM, tiny_llama: Path, adap
 
 def test_past_the_window_beside_adapters(sliding: LLM, adapters: dict[str, LoRARequest]) -> None:
     requests: list[Any] = [
-        (prompt(150 + 20 * seed, seed), 40, adapters.get(name or ""), {})
-        for seed, name in enumerate([None, "a", "whole", "b", None, "c"])
+        (prompt(120 + 30 * seed, seed), 20, adapters.get(name or ""), {}) for seed, name in enumerate([None, "a", "whole", "b"])
     ]
     together = write(sliding, requests)
     for request, output in zip(requests, together, strict=True):
@@ -272,7 +272,7 @@ def crowd(learning: LLM, adapters: dict[str, LoRARequest], bad: dict[str, LoRARe
     return Mixes(learning, adapters | bad)
 
 
-@settings(max_examples=6, derandomize=True, **few)
+@settings(max_examples=4, derandomize=True, **few)
 @given(mixes)
 def test_each_of_a_mix_writes_what_it_writes_alone(crowd: Mixes, mix: list[tuple[Case, int, int | None]]) -> None:
     crowd.check(mix)
@@ -289,7 +289,7 @@ def test_without_enable_lora_adapters_are_refused(tiny_llama: Path, adapters: di
     """Before anything is scheduled, as stock vLLM does. Of today's code: loaded, then `All items are pinned` in a step."""
     with running_here(tiny_llama, {"method": "none"}, STEPPED) as llm:
         for _ in range(2):
-            with pytest.raises(ValueError, match="but LoRA is not enabled!"):
+            with pytest.raises(VLLMValidationError, match="but LoRA is not enabled!"):
                 write(llm, [(prompt(20), 5, adapters["a"], {})])
             for call in (llm.llm_engine.add_lora, llm.llm_engine.remove_lora, llm.llm_engine.pin_lora):
                 argument: Any = adapters["a"] if call == llm.llm_engine.add_lora else 1

@@ -321,6 +321,7 @@ class Adapts:
     step = EMPTY
     lora_manager_class: type[SlotLoRAManager] = SlotLoRAManager
     lora_manager: SlotLoRAManager
+    vllm_config: VllmConfig
 
     def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
         self.lora_manager = self.lora_manager_class(vllm_config, device, model.embedding_modules)
@@ -373,7 +374,10 @@ class Adapts:
         return self.lora_manager
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Raises RuntimeError: the trainer has loaded the weights that the engine has, and goes on with them."""
+        """Raises RuntimeError where there is a trainer: it has loaded the weights that the engine has, and keeps them."""
+        if active_config(self.vllm_config).adaptation is None:
+            super().reload_weights(*args, **kwargs)  # type: ignore[misc]
+            return
         raise RuntimeError(
             "longctx: the weights of an engine with adaptation cannot be changed, because its trainer has a copy of them; "
             "start it anew with the other weights"
