@@ -10,11 +10,17 @@ import pytest
 from cuda_engine import small_llama  # noqa: F401 (fixtures)
 from test_cuda import gpu  # noqa: F401 (fixtures)
 from test_cuda_async import STOP, VOCABULARY, Crowd, Trainer, configs  # noqa: F401 (fixtures)
+from transformers import AutoTokenizer
 from vllm.config import VllmConfig
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.engine import FinishReason
+from vllm.v1.engine import EngineCoreRequest, FinishReason
+from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_longctx import BOOKLM
+from vllm_longctx.adaptation import stop_strings
 from vllm_longctx.adaptation.messages import ANSWERED, Dead, Failed, Report, Restarted, Save, Train, not_saved
 from vllm_longctx.config import active_config
 
@@ -225,6 +231,53 @@ def test_a_last_block_that_is_lost_is_told_where_blocks_must_not_be_lost(
         crowd.run()
         assert crowd.error("late") == (error and not_saved("book-late", error))
         assert crowd.outputs["late"][-1].finish_reason == FinishReason.LENGTH
+
+
+class FrontEnd(Savers):
+    """With vLLM's front end before it: `LLMEngine.step`, and one request."""
+
+    def write(self, stop: list[str] | None) -> CompletionOutput:
+        self.processor = OutputProcessor(AutoTokenizer.from_pretrained(BOOKLM), log_stats=False)
+        self.told: list[RequestOutput] = []
+        params = SamplingParams(stop=stop, max_tokens=40, output_kind=RequestOutputKind.FINAL_ONLY)
+        empty = dict.fromkeys(("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank"))
+        request = EngineCoreRequest("late", [1, 2, 3], sampling_params=params, arrival_time=0.0, external_req_id="1", **empty)
+        stop_strings.wait_for_save(request, "book-late")
+        self.processor.add_request(request, None)
+        self.add_saver("late", [1, 2, 3], 40, stop=stop, ignore_stop=True)
+        steps = 0
+        while self.processor.has_unfinished_requests():
+            self.step()
+            steps += 1
+            assert steps < 1000, "no answer comes"
+        (output,) = self.told
+        return output.outputs[0]
+
+    def look_at_outputs(self) -> None:
+        known = len(self.outputs["late"])
+        super().look_at_outputs()
+        processed = self.processor.process_outputs(self.outputs["late"][known:])
+        self.told += processed.request_outputs
+        if processed.request_outputs:
+            self.at_answer["late"] = self.trainer.saved.get("book-late")
+        if processed.reqs_to_abort:
+            self.scheduler.finish_requests(processed.reqs_to_abort, RequestStatus.FINISHED_ABORTED)
+
+
+def test_a_stop_string_is_answered_once_the_adapter_is_saved(
+    steps_ahead: int,
+    configs: list[VllmConfig],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stop_strings.wait_for_saves()
+    front_ends = [FrontEnd(configs[steps_ahead], 0, steps_ahead, monkeypatch, 0, unsaved=u) for u in ([], [], ["book-late"])]
+    full = front_ends[0].write(None)
+    stop = full.text[20:23]
+    for front_end, reason in ((front_ends[1], stop), (front_ends[2], not_saved("book-late", "no space left on device"))):
+        output = front_end.write([stop])
+        assert (output.text, output.finish_reason, output.stop_reason) == (full.text[: full.text.index(stop)], "stop", reason)
+        assert len(output.token_ids) < len(full.token_ids) == 40
+        assert (front_end.at_answer["late"] is None) == (front_end is front_ends[2])
 
 
 @pytest.fixture

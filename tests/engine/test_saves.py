@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest_engine import metric, running_here, sidecars
+from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
 from vllm_longctx import BOOKLM
 
 BLOCK = 32
-RECIPE = {"rank": 4, "dropout": 0.0, "learning_rate": 1e-3, "epochs": 1, "block_tokens": BLOCK, "train_context_tokens": 32}
-SIZES = {"window_tokens": 128, "context_tokens": 64, "slots": 2}
+RECIPE = {"rank": 4, "dropout": 0.0, "learning_rate": 1e-3, "epochs": 1, "warmup_blocks": 0}
+SIZES = {"block_tokens": BLOCK, "train_context_tokens": 32, "window_tokens": 128, "context_tokens": 64, "slots": 2}
 PROMPT = list(range(100, 140))
 SAVED, FAILED, SAVING = "vllm:longctx_adapters_saved", "vllm:longctx_save_failures", "vllm:longctx_num_requests_saving"
 
@@ -117,7 +119,7 @@ def test_a_trainer_that_is_killed_behind_the_last_token_costs_no_adapter(llm: LL
     llm.llm_engine.add_request(name, {"prompt_token_ids": PROMPT}, params(tokens, save_as=name))
     (sidecar,) = sidecars()
     seen: list[RequestOutput] = []
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
 
     def step_until(done: Any) -> None:
         while not done():
@@ -134,9 +136,10 @@ def test_a_trainer_that_is_killed_behind_the_last_token_costs_no_adapter(llm: LL
     (output,) = (o for o in seen if o.finished)
     assert output.outputs[0].token_ids == expected.outputs[0].token_ids and output.outputs[0].stop_reason is None
     assert position(adapters / name) == len(PROMPT) + tokens
-    assert (adapters / name / "adapter_model.safetensors").read_bytes() == (
-        adapters / "expected" / "adapter_model.safetensors"
-    ).read_bytes()
+    assert metric(llm, "vllm:longctx_blocks_trained") == trained + 2 * blocks
+    if blocks == 1:  # else the last one was trained without the optimizer's state, which is lost
+        saved, same = (load_file(adapters / n / "adapter_model.safetensors") for n in (name, "expected"))
+        assert all(torch.equal(saved[key], same[key]) for key in same) and saved.keys() == same.keys()
     assert metric(llm, SAVING) == metric(llm, "vllm:longctx_adapter_slots_in_use") == 0
 
 
