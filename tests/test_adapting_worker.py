@@ -93,7 +93,7 @@ def test_both_runners_manage_slots(stock: type, monkeypatch: pytest.MonkeyPatch)
     assert type(runner).load_lora_model is Adapts.load_lora_model
     others = {"load_lora_model", "add_lora", "remove_lora", "pin_lora", "list_loras", "reload_weights"}
     added = {name for name in vars(Adapts) if not name.startswith("__")} - others
-    assert not added & set(dir(stock)), "only the manager of adapters is another"
+    assert not added & set(dir(stock)), "only what has to do with adapters is another"
 
 
 @pytest.mark.parametrize(("section", "refused"), [({"adaptation": SIZES}, True), ({}, False)])

@@ -24,6 +24,7 @@ from vllm_longctx.adaptation.sidecar import Sidecar
 from vllm_longctx.adaptation.slots import Slots, StaleSlot
 from vllm_longctx.adaptation.trainer import Trainer
 from vllm_longctx.config import LongContextError
+from vllm_longctx.processes import SOCKETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -553,6 +554,7 @@ def test_nobody_at_an_address_ends_the_start(tmp_path: Path):
 def test_a_socket_whose_path_is_too_long_is_refused(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (long := tmp_path / ("x" * 90)).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.delenv(SOCKETS, raising=False)  # an engine of this process may have taken a directory
     client = TrainerClient(str(checkpoint), "float32", **SLOTS)
     with pytest.raises(LongContextError, match=r"would have more than 107 bytes; set TMPDIR to a shorter one"):
         client.start()

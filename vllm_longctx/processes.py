@@ -7,6 +7,7 @@ imported before vLLM in a spawned process, so it imports nothing of vLLM's itsel
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import logging
@@ -71,6 +72,8 @@ class Watched:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        if path in _stock:
+            functools.update_wrapper(self, _stock[path])
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A spawned process reads this before its other arguments, which import vLLM for seconds.
