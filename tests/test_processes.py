@@ -1,5 +1,6 @@
 """Guards of processes, on processes without an engine; with one: tests/engine/test_processes.py."""
 
+import functools
 import os
 import pickle
 import signal
@@ -18,6 +19,7 @@ import pytest
 
 from vllm_longctx import processes
 from vllm_longctx.processes import SOCKETS, Watched
+from vllm_longctx.seams import SEAMS
 
 # A process that notes SIGTERM and goes on, as vLLM's engine core does while it starts, with a process of its own below it.
 GUARDED = """
@@ -121,8 +123,7 @@ class Stock:
 def test_an_engine_without_a_configuration_of_ours_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     path = "test_processes:Stock.main"
     owner, name = processes._find(path)
-    monkeypatch.setitem(processes._stock, path, getattr(owner, name))
-    monkeypatch.setattr(owner, name, Watched(path))
+    monkeypatch.setattr(owner, name, functools.wraps(getattr(owner, name))(Watched(path)))
     stock = SimpleNamespace(additional_config={"other": 1})
     assert not processes._is_ours(stock)  # imports vLLM, which sets variables
     environment = dict(os.environ)
@@ -136,10 +137,10 @@ def test_what_processes_run_travels_by_its_name_and_is_replaced_once() -> None:
     for path in processes.TARGETS:
         owner, name = processes._find(path)
         targets.append(getattr(owner, name))
-        assert isinstance(targets[-1], Watched) and callable(processes._stock[path])
+        assert isinstance(targets[-1], Watched) and not isinstance(targets[-1].__wrapped__, Watched)
     assert resource_tracker._resource_tracker._pid is not None
     processes.end_together()
     assert [getattr(*processes._find(path)) for path in processes.TARGETS] == targets
-    assert not any(isinstance(function, Watched) for function in processes._stock.values())
     assert pickle.loads(pickle.dumps(targets[0])).path == targets[0].path
+    assert all(seam.present() for seam in SEAMS if seam.where == "processes.py")  # also where they are replaced
     assert processes._Guard.current is None  # nothing watches over the process that starts the others

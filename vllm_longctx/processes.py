@@ -43,7 +43,6 @@ TARGETS = (ENGINE_CORE, WORKER, API_SERVER, COORDINATOR)
 SOCKETS = "VLLM_RPC_BASE_PATH"
 LONGEST_SOCKET_NAME = 107 - len("/c0ffee00-0000-4000-8000-000000000000")  # of a directory, for the kernel's limit of 107 bytes
 
-_stock: dict[str, Callable[..., Any]] = {}
 _started_by_vllm = False
 
 
@@ -53,9 +52,9 @@ def end_together() -> None:
     _take_directory()
     for path in TARGETS:
         owner, name = _find(path)
-        if not isinstance(getattr(owner, name), Watched):
-            _stock[path] = getattr(owner, name)
-            setattr(owner, name, Watched(path))
+        function = getattr(owner, name)
+        if not isinstance(function, Watched):
+            setattr(owner, name, functools.wraps(function)(Watched(path)))
 
 
 def _find(path: str) -> tuple[Any, str]:
@@ -70,6 +69,8 @@ def _find(path: str) -> tuple[Any, str]:
 class Watched:
     """A main function of vLLM's for a process of its own, in a process that ends when the one that started it does."""
 
+    __wrapped__: Callable[..., Any]
+
     def __init__(self, path: str) -> None:
         self.path = path
         if path in _stock:
@@ -82,7 +83,9 @@ class Watched:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         global _started_by_vllm
         owner, name = _find(self.path)
-        function = _stock.get(self.path) or getattr(owner, name)
+        function = getattr(owner, name)
+        if isinstance(function, Watched):  # as it is not yet in a spawned process
+            function = function.__wrapped__
         vllm_config = kwargs.get("vllm_config")  # of the others there is none in a process without a configuration of ours
         if vllm_config is not None and not _is_ours(vllm_config):
             _Guard.leave()
