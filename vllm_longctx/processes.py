@@ -73,8 +73,6 @@ class Watched:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        if path in _stock:
-            functools.update_wrapper(self, _stock[path])
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A spawned process reads this before its other arguments, which import vLLM for seconds.
