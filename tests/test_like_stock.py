@@ -195,7 +195,7 @@ def test_ignored_fields_are_counted_and_said_once(
     ours: tuple[str, Core], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to where pytest listens
-    body = {**TALK, "max_tokens": 1, "mine\n": 1, "x" * 500: 2, "stream_options": {"ours": 1}, "stream": True}
+    body = {**TALK, "max_tokens": 1, "unsayable\n": 1, "x" * 500: 2, "stream_options": {"ours": 1}, "stream": True}
     body["tools"] = [{"type": "function", "function": {"name": "f", "parameters": {}, "strikt": True}}]
     body["tool_choice"] = "none"
     with caplog.at_level(logging.INFO, "vllm.longctx"):
@@ -208,7 +208,7 @@ def test_ignored_fields_are_counted_and_said_once(
     counted = dict(re.findall(r'vllm:longctx_ignored_fields_total\{field="(.*)",route="/v1/chat/completions"\} (\S+)', text))
     assert counted["yours"] == counted["stream_options.ours"] == counted["tools[].function.strikt"] == "2.0"
     assert float(counted["other"]) >= 4 and len(counted) < 100
-    assert not any("mine" in line or "xxxx" in line for line in (text, *said))
+    assert not any("unsayable" in line or "xxxx" in line for line in (text, *said))
 
 
 OPTIONS: list[tuple[dict[str, Any], str, str]] = [
@@ -248,3 +248,13 @@ def test_where_no_options_are_taken_they_are_refused(ours: tuple[str, Core]) -> 
     for path in ("/tokenize", "/v1/messages/count_tokens"):
         answer = post(ours[0], path, {**ROUTES[path][0], "vllm_xargs": {"longctx": "{}"}})
         assert answer.status_code == 400 and "this route takes no vllm_xargs" in answer.json()["error"]["message"]
+
+
+def test_a_beam_search_takes_no_options(ours: tuple[str, Core]) -> None:
+    search = {"use_beam_search": True, "n": 2}
+    for path in GENERATING[:2]:
+        assert post(ours[0], path, {**ROUTES[path][0], **search}).status_code == 200
+        answer = post(ours[0], path, {**ROUTES[path][0], **search, "vllm_xargs": {"longctx": '{"temp_lora": true}'}})
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["param"] == "vllm_xargs.longctx"
+        assert "a beam search takes no options of ours" in error["message"]

@@ -169,6 +169,8 @@ def check_own_options(models: Models, body: dict[str, Any]) -> None:
         raise RequestError(f"{OVER_HTTP}: this route takes no vllm_xargs; leave it out", OVER_HTTP)
     if not isinstance(extra_args[KEY], str):
         raise RequestError(f"{OVER_HTTP} = {_short(extra_args[KEY])}: give a JSON string, {EXAMPLE}", OVER_HTTP)
+    if body.get("use_beam_search"):  # vLLM makes requests of its own for each beam, without vllm_xargs
+        raise RequestError(f"{OVER_HTTP}: a beam search takes no options of ours; leave it out, or use_beam_search", OVER_HTTP)
 
 
 def check_strictly(models: Models, body: dict[str, Any]) -> None:
