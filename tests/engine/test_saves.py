@@ -1,6 +1,7 @@
 """`save_as`, offline, with vLLM's real engine and a real trainer: answered when the adapter is on disk, or with the reason."""
 
 import json
+import pydoc_data.topics
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest_engine import metric, running_here, sidecars
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
@@ -21,7 +23,7 @@ from vllm_longctx import BOOKLM
 BLOCK = 32
 RECIPE = {"rank": 4, "dropout": 0.0, "learning_rate": 1e-3, "epochs": 1, "warmup_blocks": 0}
 SIZES = {"block_tokens": BLOCK, "train_context_tokens": 32, "window_tokens": 128, "context_tokens": 64, "slots": 2}
-PROMPT = list(range(100, 140))
+PROMPT = AutoTokenizer.from_pretrained(BOOKLM)(pydoc_data.topics.topics["exprlists"])["input_ids"][:40]
 SAVED, FAILED, SAVING = "vllm:longctx_adapters_saved", "vllm:longctx_save_failures", "vllm:longctx_num_requests_saving"
 
 
