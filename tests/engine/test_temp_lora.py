@@ -170,9 +170,11 @@ def test_a_bad_option_is_refused_by_name(stepped: LLM, options: dict[str, Any], 
 
 
 def test_what_does_not_adapt_ends_where_the_model_was_trained_to_end(stepped: LLM) -> None:
-    with pytest.raises(ValueError, match=r"prompt of 100 tokens and max_tokens = 40: this request does not adapt.*128"):
-        generate(stepped, [prompt(100)], 40)
-    assert len(generate(stepped, [prompt(100)], 28)[0].outputs[0].token_ids) == 28
+    for limit in (28, 29, 40):
+        written = generate(stepped, [prompt(100)], limit)[0].outputs[0]
+        assert len(written.token_ids) == 28 and written.finish_reason == "length"
+    with pytest.raises(ValueError, match=r"maximum context length is 128 tokens.* this request does not adapt"):
+        generate(stepped, [prompt(128)], 1)
 
 
 def steps_until(llm: LLM, done: Callable[[], bool], seconds: float = 60) -> list[RequestOutput]:
@@ -214,7 +216,7 @@ def test_a_request_that_leaves_while_it_is_held_gives_everything_back(stepped: L
     add(stepped, "stays", 20, 40)
     steps_until(stepped, lambda: metric(stepped, "vllm:longctx_num_requests_held") == 2)
     idle, started = metric(stepped, "vllm:longctx_idle_steps"), time.monotonic()
-    while time.monotonic() < started + 1:
+    while time.monotonic() < started + 3:  # long beside what the engine had counted and not told before
         stepped.llm_engine.step()
     assert metric(stepped, "vllm:longctx_idle_steps") - idle <= 20 * (time.monotonic() - started)
     stepped.llm_engine.abort_request(["leaves"])
