@@ -94,13 +94,14 @@ def test_a_data_parallel_server_writes_the_same_on_every_rank(tmp_path: Path, mo
         adapted = written_by_both({**body, "vllm_xargs": {"longctx": '{"temp_lora": true}'}})
         assert len(sidecars()) == 2
         # Each rank has an API server of its own, which take turns.
-        unknown = [http.post("/v1/completions", json={**body, "sed": 1}).status_code for _ in range(4)]
+        wrong = {**body, "vllm_xargs": {"longctx": '{"rnk": 4}'}}
+        refused = [http.post("/v1/completions", json=wrong).status_code for _ in range(4)]
         exported = http.get("/metrics").text
 
     def counted(name: str) -> list[float]:
         return [float(value) for _, value in sorted(re.findall(rf'vllm:{name}_total\{{engine="(\d)",.*\}} (\S+)', exported))]
 
-    assert written[0] == written[1] and unknown == [400] * 4
+    assert written[0] == written[1] and refused == [400] * 4
     assert adapted[0] == adapted[1] != written[0]
     assert counted("prompt_tokens") == [400, 400] and counted("longctx_blocks_trained") == [3, 3]
     rows = ReferenceLlama(BOOKLM).logprobs(prompt + written[0], Geometry(4, 64, 512))[len(prompt) - 1 : -1]
