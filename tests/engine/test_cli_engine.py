@@ -58,6 +58,7 @@ def test_generate_writes_far_past_the_trained_length(topics: Path, tmp_path: Pat
     assert "wrote 64 in" in done.stderr
 
 
+@pytest.mark.slow
 def test_vllm_bench_throughput_takes_the_flags(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     words = ["--model", BOOKLM, "--plugin", "longctx", "--max-num-seqs", "4", "--kv-cache-memory-bytes", "100000000"]
@@ -71,6 +72,7 @@ def test_vllm_bench_throughput_takes_the_flags(tmp_path: Path) -> None:
     assert json.loads(out.read_text())["total_num_tokens"] > 4 * 1400
 
 
+@pytest.mark.slow
 def test_passkey_knows_nothing_of_a_key_beyond_all_windows(tmp_path: Path) -> None:
     """booklm retrieves hardly anything, but a key it sees changes what it says, and one that cannot reach it does not."""
     out, figure, window, layers = tmp_path / "passkey.json", tmp_path / "passkey.png", 96, 6

@@ -45,7 +45,7 @@ def written(llm: LLM, mode: str) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in generate(llm, [prompt(100), prompt(300)], 40, **kwargs)]
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("level", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_engine_that_slept_writes_the_same(llm: LLM, mode: str, level: int) -> None:
     """On the CPU vLLM's workers keep everything while they sleep; on a GPU `enable_sleep_mode` is refused."""
     before = written(llm, mode)

@@ -9,7 +9,7 @@ from conftest_engine import a_core_for_each_of_two_ranks, generate, logprobs_of,
 from reference_model import official_top_k
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["lminf_llama_a", "lminf_gptj", "lminf_mpt"])
 def test_lm_infinite(name: str, ranks: int, goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = goldens / name
@@ -31,7 +31,7 @@ def test_lm_infinite(name: str, ranks: int, goldens: Path, monkeypatch: pytest.M
     assert not greedy or list(scored.outputs[0].token_ids) == greedy
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_longllama(ranks: int, goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two requests at once, in chunks that end elsewhere than the windows do; no configuration but the checkpoint's own."""
     cases = [goldens / "longllama_a", goldens / "longllama_generate"]

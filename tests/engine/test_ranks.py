@@ -63,6 +63,7 @@ def _ranks_that_leave_a_core_to_trainers(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{last}|{last}")
 
 
+@pytest.mark.slow
 def test_requests_that_adapt_on_two_ranks_equal_the_replay(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank takes its shard of a slot: more requests than slots, so that slots change hands on both."""
     _ranks_that_leave_a_core_to_trainers(monkeypatch)
@@ -75,6 +76,7 @@ def test_requests_that_adapt_on_two_ranks_equal_the_replay(tiny_llama: Path, mon
     assert tokens_of(outputs[-1]) == tokens_of(alone)
 
 
+@pytest.mark.slow
 def test_a_data_parallel_server_writes_the_same_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that adapt, too: each engine has a trainer of its own."""
     _ranks_that_leave_a_core_to_trainers(monkeypatch)
