@@ -97,14 +97,20 @@ def clear_last_blocks(runner: CPUModelRunner, scheduler_output: SchedulerOutput)
     would become this one's output. vLLM's own clearing (`new_block_ids_to_zero`) is of all new blocks, and on the CPU of full
     attention only.
     """
-    new = [request.block_ids for request in scheduler_output.scheduled_new_reqs]
-    new += [block_ids for block_ids in scheduler_output.scheduled_cached_reqs.new_block_ids if block_ids is not None]
+    given = [(request.block_ids, request.num_computed_tokens) for request in scheduler_output.scheduled_new_reqs]
+    cached = scheduler_output.scheduled_cached_reqs
+    for name, block_ids, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+        if block_ids is not None:
+            given.append((block_ids, computed if name in cached.resumed_req_ids else 0))  # else it is no whole table
     layers = runner.compilation_config.static_forward_context
-    for group, given in zip(runner.kv_cache_config.kv_cache_groups, zip(*new, strict=True), strict=bool(new)):
-        last = torch.tensor([block_ids[-1] for block_ids in given if block_ids])
-        if len(last):
+    for number, group in enumerate(runner.kv_cache_config.kv_cache_groups):
+        tables = [(block_ids[number], computed) for block_ids, computed in given]
+        # A prompt that comes in parts has a whole table whose last block may hold what is computed already.
+        block_size = group.kv_cache_spec.block_size
+        last = [table[-1] for table, computed in tables if table and (len(table) - 1) * block_size >= computed]
+        if last:
             for name in group.layer_names:
-                layers[name].kv_cache.index_fill_(0, last, 0)
+                layers[name].kv_cache.index_fill_(0, torch.tensor(last), 0)
 
 
 @contextmanager
