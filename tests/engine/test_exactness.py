@@ -81,8 +81,8 @@ def test_a_prefix_hit_over_a_freed_middle_changes_nothing(llm: LLM, variant: Var
 def test_a_turn_is_written_again_from_the_cache(llm: LLM, reference: ReferenceLlama, variant: Variant) -> None:
     """Before: once an answer was written, other long texts pushed out the window at its prompt's end first."""
     text = prompt(900, seed=8)
-    (first,) = generate(llm, [text], 150)
-    generate(llm, [prompt(1500, seed=s) for s in range(80, 88)], 100)
+    (first,) = generate(llm, [text], 100)
+    generate(llm, [prompt(1500, seed=s) for s in range(80, 85)], 20)  # more than the pool holds
     for end, cached in ((text, 896), (text[:-20] + prompt(30, seed=9), 864)):
         (again,) = generate(llm, [end], 20)
         assert again.num_cached_tokens == cached
