@@ -126,6 +126,7 @@ def test_all_blocks_come_back(llm: LLM) -> None:
     assert llm.reset_prefix_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_policy", ["reuse", "recompute"])
 def test_what_others_left_does_not_matter_to_stepped_windows(tiny_llama: Path, kv_policy: str) -> None:
     """Of requests that learn (here nothing, in several passes), beside one that does not."""

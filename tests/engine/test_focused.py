@@ -126,6 +126,7 @@ def test_a_prefix_hit_ends_where_both_prompts_have_a_window(llm: LLM, variant: V
     assert all(d.max() <= TOLERANCE for d in differences if d is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("written", "more"), [(20, 40), (31, 72), (20, 200), (70, 90)])
 def test_short_texts_share_their_beginning(
     llm: LLM, variant: Variant, reference: ReferenceLlama, written: int, more: int
@@ -168,6 +169,7 @@ def test_together_is_as_alone(llm: LLM) -> None:
         assert tokens_of(a) == tokens_of(b)
 
 
+@pytest.mark.slow
 def test_what_others_left_in_a_block_does_not_matter(llm: LLM, variant: Variant, reference: ReferenceLlama) -> None:
     poison(llm)
     outputs = generate(llm, [prompt(n, seed=6) for n in LENGTHS], 40)
