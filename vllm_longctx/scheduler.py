@@ -152,9 +152,8 @@ class LongContextScheduler(Scheduler):
             for manager in self.kv_cache_manager.coordinator.single_type_managers:
                 pool, blocks = manager.block_pool, manager.req_to_blocks.get(name, ())
                 pool.evict_blocks({block.block_id for block in blocks if not block.is_null})
-                for (
-                    block_hash
-                ) in request.block_hashes:  # and of one that was preempted since, whose blocks are not its any more
+                # A request that was preempted since has no blocks any more, but what it published is still found.
+                for block_hash in request.block_hashes:
                     while found := pool.get_cached_block(block_hash, [manager.kv_cache_group_id]):
                         pool.evict_blocks({block.block_id for block in found})
             request._block_hasher = None
