@@ -31,12 +31,12 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_longctx.attention import retrieval
-from vllm_longctx.attention.retrieval import Codes, Memory, Pages, attend_best, best_blocks, recall, top_k
-from vllm_longctx.attention.scratch import as_kernel_cache, packed_order
-from vllm_longctx.attention.selection import cdiv
 from vllm_longctx.cli.engine import console, model_path, plot
 from vllm_longctx.cli.score import tokenize
+from vllm_longctx.cpu.kernels import retrieval
+from vllm_longctx.cpu.kernels.retrieval import Codes, Memory, Pages, attend_best, best_blocks, recall, top_k
+from vllm_longctx.cpu.kernels.scratch import as_kernel_cache, packed_order
+from vllm_longctx.cpu.kernels.tables import cdiv
 
 BLOCK_SIZE = 32
 WAYS = ("all", "top_k", "blocks")

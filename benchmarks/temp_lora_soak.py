@@ -69,7 +69,7 @@ def add(engine: "LLMEngine", name: str, stream: Stream) -> None:
 
 def trainer() -> psutil.Process | None:
     processes = psutil.Process().children(recursive=True)
-    return next((p for p in processes if "vllm_longctx.adaptation.sidecar" in " ".join(p.cmdline())), None)
+    return next((p for p in processes if "vllm_longctx.trainer.sidecar" in " ".join(p.cmdline())), None)
 
 
 def sum_of(engine: "LLMEngine", name: str) -> float:

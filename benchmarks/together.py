@@ -15,8 +15,8 @@ from lm_infinite import random_tokens
 from rich.console import Console
 from rich.progress import Progress
 
-from vllm_longctx.attention.selection import cdiv
 from vllm_longctx.cli.engine import console, running_engine
+from vllm_longctx.cpu.kernels.tables import cdiv
 
 
 def main(

@@ -26,11 +26,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from vllm_longctx.attention.kernels.lambda_attention import lambda_attention
-from vllm_longctx.attention.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
-from vllm_longctx.attention.kernels.lambda_tile import View
-from vllm_longctx.attention.kernels.lookup import Memories, Summaries, attend_best
-from vllm_longctx.attention.kernels.stepped import stepped_attention
+from vllm_longctx.cuda.kernels.lambda_attention import lambda_attention
+from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
+from vllm_longctx.cuda.kernels.lambda_tile import View
+from vllm_longctx.cuda.kernels.lookup import Memories, Summaries, attend_best
+from vllm_longctx.cuda.kernels.stepped import stepped_attention
 from vllm_longctx.geometry import Geometry
 
 H100_SMS, H100_SHARED = 132, 227 * 1024  # multiprocessors; bytes of shared memory a program can have

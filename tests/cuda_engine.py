@@ -43,9 +43,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker import gpu as v2
 from vllm.v1.worker.gpu import attn_utils, buffer_utils
 
-from vllm_longctx.adaptation.lora import with_slots
-from vllm_longctx.focused.worker_cuda import FocusedCUDARunner, TopKCUDARunner
-from vllm_longctx.worker_cuda import take_over_attention
+from vllm_longctx.cuda.memory_runner import FocusedCUDARunner, TopKCUDARunner
+from vllm_longctx.cuda.worker import take_over_attention
+from vllm_longctx.engine.lora import with_slots
 
 CPU, BLOCK_SIZE = torch.device("cpu"), 16
 KERNELS = ("buffer_utils", "input_batch", "block_table", "prompt_logprob", "logprob", "gumbel", "penalties")

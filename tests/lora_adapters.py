@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vllm_longctx.engine_args import LINEAR_MODULES
+from vllm_longctx.startup.engine_args import LINEAR_MODULES
 
 
 def write_adapter(

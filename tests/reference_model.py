@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, silu
 
-from vllm_longctx.attention.reference import attention
 from vllm_longctx.geometry import (
     Branch,
     Geometry,
@@ -21,6 +20,7 @@ from vllm_longctx.geometry import (
     memory_branch,
     middle_branch,
 )
+from vllm_longctx.reference import attention
 from vllm_longctx.rotary import Rotary, attention_factor, inverse_frequencies
 
 PLAIN = Geometry()

@@ -11,8 +11,8 @@ import huggingface_hub
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_longctx import engine_args
 from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError, active_config
+from vllm_longctx.startup import engine_args
 
 QUALITY = {"preset": "temp-lora-quality"}
 

@@ -25,12 +25,12 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_longctx.adaptation import lora
-from vllm_longctx.adaptation.lora import with_slots
-from vllm_longctx.adaptation.slots import Slots
-from vllm_longctx.adaptation.step import ATTRIBUTE, AdaptationStep, SlotsMemory, SlotUse, Weights
-from vllm_longctx.adaptation.worker import LongContextRunner, SegmentedPunica
-from vllm_longctx.scheduler import LongContextScheduler
+from vllm_longctx.cpu.lora import LongContextRunner, SegmentedPunica
+from vllm_longctx.engine import lora
+from vllm_longctx.engine.lora import with_slots
+from vllm_longctx.engine.step import ATTRIBUTE, AdaptationStep, SlotsMemory, SlotUse, Weights
+from vllm_longctx.scheduling.scheduler import LongContextScheduler
+from vllm_longctx.temp_lora.slots import Slots
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLACES, RANK, INPUTS, OUTPUTS = 3, 4, 6, 10

@@ -20,14 +20,15 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_longctx import engine_args
-from vllm_longctx.adaptation import shared, worker_cuda
-from vllm_longctx.adaptation.lora import Adapts, with_slots
-from vllm_longctx.adaptation.scheduler import AsyncTempLoraScheduler, TempLoraScheduler
-from vllm_longctx.adaptation.slots import Slots, StaleSlot
-from vllm_longctx.adaptation.step import ATTRIBUTE, AdaptationStep, SlotsMemory, SlotUse, Weights
-from vllm_longctx.adaptation.worker_cuda import AdaptingCUDAWorker, offer, trainer_bytes, why_not
 from vllm_longctx.config import LongContextError, active_config
+from vllm_longctx.cuda import lora as worker_cuda
+from vllm_longctx.cuda.lora import AdaptingCUDAWorker, offer, trainer_bytes, why_not
+from vllm_longctx.engine.lora import Adapts, with_slots
+from vllm_longctx.engine.step import ATTRIBUTE, AdaptationStep, SlotsMemory, SlotUse, Weights
+from vllm_longctx.scheduling.temp_lora import AsyncTempLoraScheduler, TempLoraScheduler
+from vllm_longctx.startup import engine_args
+from vllm_longctx.temp_lora import shared_weights as shared
+from vllm_longctx.temp_lora.slots import Slots, StaleSlot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAMBDA = {"n_local": 24, "n_global": 5, "distance_ceiling": 30}

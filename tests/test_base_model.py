@@ -19,10 +19,11 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_longctx import refusals
-from vllm_longctx.adaptation import base_model, sidecar
-from vllm_longctx.adaptation import messages as m
-from vllm_longctx.adaptation.scheduler import trainer_client
 from vllm_longctx.config import LongContextError, active_config
+from vllm_longctx.scheduling.temp_lora import trainer_client
+from vllm_longctx.temp_lora import base_model
+from vllm_longctx.temp_lora import messages as m
+from vllm_longctx.trainer import sidecar
 
 ADAPTING = {"longctx": {"attention": {"method": "none"}, "adaptation": {"rank": 4, "slots": 2}}}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}

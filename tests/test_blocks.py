@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_longctx.adaptation.blocks import Blocks, Window, example
+from vllm_longctx.temp_lora.blocks import Blocks, Window, example
 
 blocks = st.builds(Blocks, st.integers(0, 50), st.integers(1, 40), st.sampled_from(["cascaded", "parallel"]))
 

@@ -39,15 +39,17 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu import attn_utils
 
-from vllm_longctx import engine_args, worker_cuda
-from vllm_longctx.attention import cuda, reference
-from vllm_longctx.attention.cuda import LambdaBackend, LambdaImpl, LambdaMetadata, LambdaMetadataBuilder
+from vllm_longctx import reference
 from vllm_longctx.config import LongContextError
+from vllm_longctx.cuda import sliding as cuda
+from vllm_longctx.cuda import worker as worker_cuda
+from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, LambdaMetadata, LambdaMetadataBuilder
+from vllm_longctx.cuda.worker import take_over_attention
+from vllm_longctx.engine.kv_cache import LambdaSpec
 from vllm_longctx.geometry import Geometry, alibi_slopes, branches
-from vllm_longctx.kv_cache import LambdaSpec
 from vllm_longctx.rotary import Rotary, inverse_frequencies
-from vllm_longctx.scheduler import AsyncLongContextScheduler, LongContextScheduler
-from vllm_longctx.worker_cuda import take_over_attention
+from vllm_longctx.scheduling.scheduler import AsyncLongContextScheduler, LongContextScheduler
+from vllm_longctx.startup import engine_args
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, SCALE = 4, 2, 32, 16, 0.25
 MAX_SEQS, MAX_TOKENS, MAX_LEN = 4, 64, 256

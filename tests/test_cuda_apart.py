@@ -20,18 +20,18 @@ from vllm.v1.worker.gpu import attn_utils
 from vllm.v1.worker.gpu.warmup import warmup_kernels
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_longctx.attention.cuda_focused import remember
-from vllm_longctx.attention.kernels.lookup import WORKSPACE, Memories, Summaries, attend_best
-from vllm_longctx.attention.memory import ClosedWindow
 from vllm_longctx.config import LongContextError
-from vllm_longctx.focused import host_memory
-from vllm_longctx.focused.host_memory import HostMemory, check_host_memory, keep_apart
-from vllm_longctx.focused.scheduler import AsyncFocusedScheduler, FocusedScheduler
-from vllm_longctx.focused.worker_cuda import FocusedCUDARunner
+from vllm_longctx.cuda import host_memory
+from vllm_longctx.cuda.host_memory import HostMemory, check_host_memory, keep_apart
+from vllm_longctx.cuda.kernels.lookup import WORKSPACE, Memories, Summaries, attend_best
+from vllm_longctx.cuda.memory_runner import FocusedCUDARunner
+from vllm_longctx.cuda.window import remember
+from vllm_longctx.cuda.worker import LongContextCUDAWorker
+from vllm_longctx.engine.kv_cache import MemoryManager
+from vllm_longctx.engine.lookup import ClosedWindow
 from vllm_longctx.geometry import SteppedWindows
-from vllm_longctx.kv_cache import MemoryManager
 from vllm_longctx.rotary import Rotary, inverse_frequencies
-from vllm_longctx.worker_cuda import LongContextCUDAWorker
+from vllm_longctx.scheduling.memory import AsyncFocusedScheduler, FocusedScheduler
 
 MAX_LEN = 80  # tokens of a request
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")

@@ -25,8 +25,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from vllm_longctx.adaptation import scheduler
-from vllm_longctx.adaptation.messages import (
+from vllm_longctx.config import active_config
+from vllm_longctx.engine.kv_cache import LambdaSpec, SteppedSpec
+from vllm_longctx.engine.step import ATTRIBUTE, Pass, SlotUse, Weights
+from vllm_longctx.scheduling import temp_lora as scheduler
+from vllm_longctx.scheduling.temp_lora import AsyncTempLoraScheduler, TempLoraScheduler
+from vllm_longctx.temp_lora.messages import (
     ANSWERED,
     ANSWERS,
     Began,
@@ -43,10 +47,6 @@ from vllm_longctx.adaptation.messages import (
     Train,
     Trained,
 )
-from vllm_longctx.adaptation.scheduler import AsyncTempLoraScheduler, TempLoraScheduler
-from vllm_longctx.adaptation.step import ATTRIBUTE, Pass, SlotUse, Weights
-from vllm_longctx.config import active_config
-from vllm_longctx.kv_cache import LambdaSpec, SteppedSpec
 
 STOP, VOCABULARY, SEEDS = 7, 40, 20
 NUM_BLOCKS = {"stepped": 12, "keep": 10}  # so few that requests which do not adapt are preempted

@@ -26,19 +26,19 @@ from vllm.v1.worker.gpu import attn_utils
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from vllm_longctx.attention import reference
-from vllm_longctx.attention.cuda_focused import pool_beside_lookups, remember
-from vllm_longctx.attention.kernels.lookup import WORKSPACE, Summaries
-from vllm_longctx.attention.memory import ClosedWindow, Lookup
+from vllm_longctx import reference
 from vllm_longctx.config import LongContextError, active_config
-from vllm_longctx.engine_args import ASYNC_SCHEDULERS, FOCUSED_SCHEDULER
-from vllm_longctx.focused.scheduler import AsyncFocusedScheduler, FocusedScheduler
-from vllm_longctx.focused.step import ATTRIBUTE, RequestWindow
-from vllm_longctx.focused.worker_cuda import FocusedCUDARunner
+from vllm_longctx.cuda.kernels.lookup import WORKSPACE, Summaries
+from vllm_longctx.cuda.memory_runner import FocusedCUDARunner
+from vllm_longctx.cuda.window import pool_beside_lookups, remember
+from vllm_longctx.cuda.worker import take_over_attention
+from vllm_longctx.engine.kv_cache import MemorySpec, WindowSpec
+from vllm_longctx.engine.lookup import ClosedWindow, Lookup
+from vllm_longctx.engine.window_step import ATTRIBUTE, RequestWindow
 from vllm_longctx.geometry import SteppedWindows, local_branch, memory_branch
-from vllm_longctx.kv_cache import MemorySpec, WindowSpec
 from vllm_longctx.rotary import Rotary, inverse_frequencies
-from vllm_longctx.worker_cuda import take_over_attention
+from vllm_longctx.scheduling.memory import AsyncFocusedScheduler, FocusedScheduler
+from vllm_longctx.startup.engine_args import ASYNC_SCHEDULERS, FOCUSED_SCHEDULER
 
 BLOCK_SIZE, WINDOWS = 16, SteppedWindows(tokens=12, last_tokens=11)
 FOCUSED = {"method": "focused", "n_local": 12, "last_context_length": 11, "mem_layers": [1], "mem_dtype": "float32"}

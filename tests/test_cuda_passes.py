@@ -25,16 +25,18 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as GPUModelRunnerV1
 
-from vllm_longctx import engine_args
-from vllm_longctx.adaptation import base_model, messages, scheduler, worker_cuda
-from vllm_longctx.adaptation.lora import Adapts
-from vllm_longctx.adaptation.passes_cuda import PassesCUDARunner
-from vllm_longctx.adaptation.scheduler import AsyncTempLoraScheduler, TempLoraScheduler
-from vllm_longctx.adaptation.slots import Slots
-from vllm_longctx.adaptation.step import ATTRIBUTE, Pass
-from vllm_longctx.adaptation.worker import SegmentedLoRAManager
-from vllm_longctx.adaptation.worker_cuda import AdaptingCUDAWorker
 from vllm_longctx.config import LongContextError
+from vllm_longctx.cpu.lora import SegmentedLoRAManager
+from vllm_longctx.cuda import lora as worker_cuda
+from vllm_longctx.cuda.lora import AdaptingCUDAWorker
+from vllm_longctx.cuda.passes_runner import PassesCUDARunner
+from vllm_longctx.engine.lora import Adapts
+from vllm_longctx.engine.step import ATTRIBUTE, Pass
+from vllm_longctx.scheduling import temp_lora as scheduler
+from vllm_longctx.scheduling.temp_lora import AsyncTempLoraScheduler, TempLoraScheduler
+from vllm_longctx.startup import engine_args
+from vllm_longctx.temp_lora import base_model, messages
+from vllm_longctx.temp_lora.slots import Slots
 
 RANK, NUM_BLOCKS, MAX_TOKENS = 4, 30, 24
 SIZES = {"block_tokens": 16, "window_tokens": 48, "context_tokens": 20, "keep_first": 3}

@@ -25,17 +25,17 @@ from vllm.v1.worker.gpu import attn_utils
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as GPUModelRunnerV1
 
-from vllm_longctx.attention.kernels import lambda_attention, lambda_decode
-from vllm_longctx.attention.kernels.lambda_tile import Launch
-from vllm_longctx.attention.kernels.lookup import WORKSPACE
 from vllm_longctx.config import LongContextError, active_config
-from vllm_longctx.engine_args import ASYNC_SCHEDULERS, TOP_K_SCHEDULER
-from vllm_longctx.focused import worker_cuda as focused_worker
-from vllm_longctx.focused.scheduler import AsyncTopKScheduler, TopKScheduler
-from vllm_longctx.focused.worker_cuda import TopKCUDARunner
+from vllm_longctx.cuda import memory_runner as focused_worker
+from vllm_longctx.cuda.kernels import lambda_attention, lambda_decode
+from vllm_longctx.cuda.kernels.lambda_tile import Launch
+from vllm_longctx.cuda.kernels.lookup import WORKSPACE
+from vllm_longctx.cuda.memory_runner import TopKCUDARunner
+from vllm_longctx.cuda.worker import LongContextCUDAWorker, Worker, lookup_of, pool_beside_lookups, take_over_attention
+from vllm_longctx.engine.kv_cache import LambdaSpec, MiddleSpec
 from vllm_longctx.geometry import Geometry
-from vllm_longctx.kv_cache import LambdaSpec, MiddleSpec
-from vllm_longctx.worker_cuda import LongContextCUDAWorker, Worker, lookup_of, pool_beside_lookups, take_over_attention
+from vllm_longctx.scheduling.memory import AsyncTopKScheduler, TopKScheduler
+from vllm_longctx.startup.engine_args import ASYNC_SCHEDULERS, TOP_K_SCHEDULER
 
 TOP_K = {
     "n_global": 5, "n_local": 24, "distance_ceiling": 24,

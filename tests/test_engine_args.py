@@ -13,11 +13,12 @@ from vllm.config import CompilationMode, VllmConfig, WeightTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_longctx import BOOKLM, engine_args
-from vllm_longctx.adaptation.lora import LoRAConfigWithSlots, with_slots
+from vllm_longctx import BOOKLM
 from vllm_longctx.config import PRESETS, LongContextError, active_config
+from vllm_longctx.engine.kv_cache import prefix_caching
+from vllm_longctx.engine.lora import LoRAConfigWithSlots, with_slots
 from vllm_longctx.geometry import Geometry, SteppedWindows
-from vllm_longctx.kv_cache import prefix_caching
+from vllm_longctx.startup import engine_args
 
 LM_INFINITE = {"longctx": {"preset": "lm-infinite"}}
 QUALITY = {"longctx": {"preset": "temp-lora-quality"}}

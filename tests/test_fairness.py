@@ -15,13 +15,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_longctx import kv_cache
-from vllm_longctx.adaptation import scheduler as temp_lora
-from vllm_longctx.adaptation.scheduler import AsyncTempLoraScheduler, TempLoraScheduler
 from vllm_longctx.config import active_config
-from vllm_longctx.focused.scheduler import AsyncFocusedScheduler, AsyncTopKScheduler, FocusedScheduler, TopKScheduler
-from vllm_longctx.kv_cache import LambdaSpec, MemorySpec, MiddleSpec, WindowSpec
-from vllm_longctx.scheduler import AsyncLongContextScheduler, LongContextScheduler, shares_of
+from vllm_longctx.engine import kv_cache
+from vllm_longctx.engine.kv_cache import LambdaSpec, MemorySpec, MiddleSpec, WindowSpec
+from vllm_longctx.scheduling import temp_lora as temp_lora
+from vllm_longctx.scheduling.memory import AsyncFocusedScheduler, AsyncTopKScheduler, FocusedScheduler, TopKScheduler
+from vllm_longctx.scheduling.scheduler import AsyncLongContextScheduler, LongContextScheduler, shares_of
+from vllm_longctx.scheduling.temp_lora import AsyncTempLoraScheduler, TempLoraScheduler
 
 BUDGET = 1024
 BS = 32

@@ -15,8 +15,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_longctx.config import active_config
-from vllm_longctx.focused.step import ATTRIBUTE, copies_of
-from vllm_longctx.kv_cache import MemoryManager, MemorySpec
+from vllm_longctx.engine.kv_cache import MemoryManager, MemorySpec
+from vllm_longctx.engine.window_step import ATTRIBUTE, copies_of
 
 SECTION = {"attention": {"method": "focused", "mem_layers": [1], "n_local": 96, "last_context_length": 70}}
 OPEN, MEMORY = "open", "memory"

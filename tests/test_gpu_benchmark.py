@@ -17,7 +17,7 @@ from gpu.report import Record
 from gpu.run_all import Setting, Stage
 from typer.testing import CliRunner
 
-from vllm_longctx.focused import host_memory
+from vllm_longctx.cuda import host_memory
 
 H100, H200 = Setting(False, 79 * GIB), Setting(False, 139 * GIB)
 QUICK = Setting(True, 6 * GIB, cuda=False)
@@ -304,7 +304,7 @@ def test_a_kernel_stage_runs_as_planned(stage: str, length: int, tmp_path: Path)
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("queries", [1, 40])
 def test_a_kernel_check_passes_and_sees_a_wrong_distance(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_longctx.attention.kernels.lambda_tile import View
+    from vllm_longctx.cuda.kernels.lambda_tile import View
 
     small = replace(TINY_GQA, trained=64)
     tolerated = checks.ROUNDINGS * torch.finfo(torch.float16).eps

@@ -13,10 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_longctx.attention import reference
-from vllm_longctx.attention.kernels.lambda_attention import lambda_attention
-from vllm_longctx.attention.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
-from vllm_longctx.attention.kernels.lambda_tile import Launch, View
+from vllm_longctx import reference
+from vllm_longctx.cuda.kernels.lambda_attention import lambda_attention
+from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
+from vllm_longctx.cuda.kernels.lambda_tile import Launch, View
 from vllm_longctx.geometry import Geometry, alibi_slopes, branches
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_longctx.attention import reference, retrieval
-from vllm_longctx.attention.branches import additive, attend
-from vllm_longctx.attention.kernels import lookup
-from vllm_longctx.attention.kernels.lookup import Memories, Summaries
-from vllm_longctx.attention.kernels.stepped import stepped_attention
+from vllm_longctx import reference
+from vllm_longctx.cpu.kernels import retrieval
+from vllm_longctx.cpu.kernels.branches import additive, attend
+from vllm_longctx.cuda.kernels import lookup
+from vllm_longctx.cuda.kernels.lookup import Memories, Summaries
+from vllm_longctx.cuda.kernels.stepped import stepped_attention
 from vllm_longctx.geometry import local_branch, memory_branch
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 

@@ -15,10 +15,10 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import Request
 
-from vllm_longctx import kv_cache
-from vllm_longctx.attention.selection import cdiv
+from vllm_longctx.cpu.kernels.tables import cdiv
+from vllm_longctx.engine import kv_cache
+from vllm_longctx.engine.kv_cache import LambdaSpec
 from vllm_longctx.geometry import Geometry
-from vllm_longctx.kv_cache import LambdaSpec
 
 BS = 4
 CHUNK = 12

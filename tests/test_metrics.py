@@ -11,11 +11,12 @@ from vllm.v1.metrics.loggers import LoggingStatLogger, StatLoggerManager
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 
-from vllm_longctx import BOOKLM, engine_args
+from vllm_longctx import BOOKLM
 from vllm_longctx.cli.live import live_state, state_table
 from vllm_longctx.config import LongContextError
+from vllm_longctx.cpu.worker import take_selection_seconds
 from vllm_longctx.metrics import StepStats
-from vllm_longctx.worker import take_selection_seconds
+from vllm_longctx.startup import engine_args
 
 STREAMING = {"longctx": {"preset": "streaming"}}
 TEMP_LORA = {"longctx": {"preset": "temp-lora-quality"}}

@@ -8,7 +8,7 @@ import pytest
 import zmq
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
 
-from vllm_longctx.adaptation.patience import wait_patiently
+from vllm_longctx.engine.waiting import wait_patiently
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 import torch
 from reference_model import ReferenceLlama, focused, with_top_k
 
-from vllm_longctx.attention.reference import attention
 from vllm_longctx.geometry import Geometry, SteppedWindows, alibi_slopes, branches
+from vllm_longctx.reference import attention
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 
 

@@ -8,9 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_longctx.attention import reference, retrieval
-from vllm_longctx.attention.branches import additive, attend
-from vllm_longctx.attention.retrieval import Codes, Memory, Pages, Selection, attend_best, best_blocks, recall, top_k
+from vllm_longctx import reference
+from vllm_longctx.cpu.kernels import retrieval
+from vllm_longctx.cpu.kernels.branches import additive, attend
+from vllm_longctx.cpu.kernels.retrieval import Codes, Memory, Pages, Selection, attend_best, best_blocks, recall, top_k
 from vllm_longctx.geometry import local_branch, memory_branch
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 

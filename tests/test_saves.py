@@ -20,9 +20,9 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_longctx import BOOKLM
-from vllm_longctx.adaptation import stop_strings
-from vllm_longctx.adaptation.messages import ANSWERED, Dead, Failed, Report, Restarted, Save, Train, not_saved
 from vllm_longctx.config import active_config
+from vllm_longctx.serving import stop_strings
+from vllm_longctx.temp_lora.messages import ANSWERED, Dead, Failed, Report, Restarted, Save, Train, not_saved
 
 SEEDS = 3
 GONE = "the trainer ended with code -9"

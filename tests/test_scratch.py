@@ -5,8 +5,8 @@ import random
 import torch
 from vllm import _custom_ops as ops
 
-from vllm_longctx.attention.scratch import Scratch, packed_order, unpack
-from vllm_longctx.attention.selection import ScratchLayout, kernel_tables
+from vllm_longctx.cpu.kernels.scratch import Scratch, packed_order, unpack
+from vllm_longctx.cpu.kernels.tables import ScratchLayout, kernel_tables
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vllm_longctx.attention.selection import ScratchLayout, cdiv, kernel_tables, next_tables
+from vllm_longctx.cpu.kernels.tables import ScratchLayout, cdiv, kernel_tables, next_tables
 from vllm_longctx.geometry import Geometry, branches
 
 BS = 8

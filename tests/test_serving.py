@@ -32,7 +32,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_longctx import BOOKLM
 from vllm_longctx.metrics import MAX_FIELDS, count_ignored_field
 from vllm_longctx.plugin import MIDDLEWARE
-from vllm_longctx.serving import RequestChecks, RequestError, check_strictly, unknown_fields
+from vllm_longctx.serving.app import RequestChecks, RequestError, check_strictly, unknown_fields
 
 LM_INFINITE = {"longctx": {"preset": "lm-infinite", "serving": {"default_max_tokens": 7}}}
 STRICT = {"longctx": {"preset": "lm-infinite", "serving": {"default_max_tokens": 7, "strict": True}}}

@@ -12,12 +12,13 @@ from torch.multiprocessing import reductions
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 from vllm.model_executor.models import ModelRegistry
 
-from vllm_longctx.adaptation import messages as m
-from vllm_longctx.adaptation import shared, sidecar
-from vllm_longctx.adaptation.messages import Recipe
-from vllm_longctx.adaptation.slots import Slots
-from vllm_longctx.adaptation.trainer import Trainer
-from vllm_longctx.engine_args import ADAPTABLE, LINEAR_MODULES
+from vllm_longctx.startup.engine_args import ADAPTABLE, LINEAR_MODULES
+from vllm_longctx.temp_lora import messages as m
+from vllm_longctx.temp_lora import shared_weights as shared
+from vllm_longctx.temp_lora.messages import Recipe
+from vllm_longctx.temp_lora.slots import Slots
+from vllm_longctx.trainer import sidecar
+from vllm_longctx.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,14 +17,14 @@ import torch
 import zmq
 from transformers import AutoModelForCausalLM
 
-from vllm_longctx.adaptation import messages as m
-from vllm_longctx.adaptation import sidecar
-from vllm_longctx.adaptation.client import TrainerClient
-from vllm_longctx.adaptation.sidecar import Sidecar
-from vllm_longctx.adaptation.slots import Slots, StaleSlot
-from vllm_longctx.adaptation.trainer import Trainer
 from vllm_longctx.config import LongContextError
 from vllm_longctx.processes import SOCKETS
+from vllm_longctx.temp_lora import messages as m
+from vllm_longctx.temp_lora.client import TrainerClient
+from vllm_longctx.temp_lora.slots import Slots, StaleSlot
+from vllm_longctx.trainer import sidecar
+from vllm_longctx.trainer.sidecar import Sidecar
+from vllm_longctx.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -293,7 +293,7 @@ def test_a_trainer_that_cannot_be_started_again_does_not_end_the_engine(checkpoi
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vllm_longctx.adaptation.client.tempfile.mkdtemp", full)
+    monkeypatch.setattr("vllm_longctx.temp_lora.client.tempfile.mkdtemp", full)
     reports = hear(client, m.Dead)
     assert reports[:-1] == [m.Restarted()] * 2 and "could not be started: [Errno 28]" in reports[-1].reason
     client.close()
@@ -395,7 +395,7 @@ def test_close_leaves_nothing(checkpoint: Path):
 def test_engines_can_join_a_running_trainer(checkpoint: Path, tmp_path: Path):
     address = f"ipc://{tmp_path}/trainer"
     options = json.dumps({"address": address, "model": str(checkpoint), "dtype": "float32"})
-    trainer = subprocess.Popen([sys.executable, "-m", "vllm_longctx.adaptation.sidecar", options])
+    trainer = subprocess.Popen([sys.executable, "-m", "vllm_longctx.trainer.sidecar", options])
     first, second = (TrainerClient(str(checkpoint), "float32", address=address, train_timeout_s=5, **SLOTS) for _ in range(2))
     first.start()
     first.send(m.Begin(1, 0, RECIPE))
@@ -490,7 +490,7 @@ def test_a_socket_bound_while_its_directory_is_removed_goes_too(tmp_path: Path, 
 
 
 def test_what_the_trainer_is_told_is_on_no_command_line(client: TrainerClient, checkpoint: Path):
-    assert psutil.Process(client.process_id).cmdline()[1:] == ["-m", "vllm_longctx.adaptation.sidecar"]
+    assert psutil.Process(client.process_id).cmdline()[1:] == ["-m", "vllm_longctx.trainer.sidecar"]
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_start_with_its_reason(checkpoint: Path, tmp_path: Path):

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from vllm_longctx.adaptation.slots import Slots, StaleSlot
+from vllm_longctx.temp_lora.slots import Slots, StaleSlot
 
 MODULES = {"q": (24, 40), "down": (100, 8)}
 
@@ -50,7 +50,7 @@ def test_other_processes_see_the_same_memory():
     slots = Slots.create(MODULES, max_rank=8, num_slots=3)
     script = f"""
 import torch
-from vllm_longctx.adaptation.slots import Slots
+from vllm_longctx.temp_lora.slots import Slots
 slots = Slots.open({slots.path!r}, {MODULES!r}, 8, 3)
 with slots.read(1, 0, 5, 2) as views:
     doubled = {{name: (2 * a, 2 * b) for name, (a, b) in views.items()}}

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from vllm_longctx.attention.stepped import PassRow, shifted
+from vllm_longctx.cpu.window import PassRow, shifted
 
 BLOCK = 4
 

@@ -10,8 +10,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from vllm_longctx import BOOKLM
-from vllm_longctx.adaptation import stop_strings
-from vllm_longctx.adaptation.messages import not_saved
+from vllm_longctx.serving import stop_strings
+from vllm_longctx.temp_lora.messages import not_saved
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on."
 STOP = "lazy"

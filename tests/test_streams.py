@@ -19,7 +19,7 @@ from test_like_stock import GENERATING, ROUTES, post, without_chance
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
-from vllm_longctx.serving import prepare
+from vllm_longctx.serving.app import prepare
 
 KEEP_ALIVE_S = 0.2
 CONFIG = {"preset": "temp-lora-quality", "serving": {"keep_alive_s": KEEP_ALIVE_S}}

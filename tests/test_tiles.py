@@ -5,9 +5,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_longctx.attention import reference
-from vllm_longctx.attention.branches import attend, merge, scores_of
-from vllm_longctx.attention.tiles import attend_chunk, plan_chunk
+from vllm_longctx import reference
+from vllm_longctx.cpu.kernels.branches import attend, merge, scores_of
+from vllm_longctx.cpu.kernels.tiles import attend_chunk, plan_chunk
 from vllm_longctx.geometry import Geometry, alibi_slopes, branches
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 

@@ -12,8 +12,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from vllm_longctx import files
-from vllm_longctx.adaptation.messages import Recipe
-from vllm_longctx.adaptation.trainer import NotFinite, Trainer
+from vllm_longctx.temp_lora.messages import Recipe
+from vllm_longctx.trainer.trainer import NotFinite, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -305,7 +305,7 @@ def test_a_save_that_fails_leaves_the_old_one(trainer: Trainer, saved: Path, mon
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("vllm_longctx.adaptation.trainer.save_file", full)
+    monkeypatch.setattr("vllm_longctx.trainer.trainer.save_file", full)
     with pytest.raises(OSError, match="no space"):
         trainer.save(1, saved, position=57)
     assert json.loads((saved / "longctx.json").read_text())["position"] == 41

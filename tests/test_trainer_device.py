@@ -12,11 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 from vllm.platforms import current_platform
 
 from vllm_longctx import BOOKLM
-from vllm_longctx.adaptation import client, device, sidecar
-from vllm_longctx.adaptation.device import Shape, check_trainer, device_of, recomputes
-from vllm_longctx.adaptation.messages import Options, Recipe
-from vllm_longctx.adaptation.trainer import Trainer
 from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError, TrainerSection
+from vllm_longctx.startup import trainer as device
+from vllm_longctx.startup.trainer import Shape, check_trainer, device_of, recomputes
+from vllm_longctx.temp_lora import client
+from vllm_longctx.temp_lora.messages import Options, Recipe
+from vllm_longctx.trainer import sidecar
+from vllm_longctx.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,12 +10,12 @@ from test_shared import CONFIGS, Engine, load, save
 from test_sidecar import hear
 from transformers import AutoModelForCausalLM
 
-from vllm_longctx.adaptation import messages as m
-from vllm_longctx.adaptation import shared
-from vllm_longctx.adaptation.client import TrainerClient
-from vllm_longctx.adaptation.slots import Slots
-from vllm_longctx.adaptation.trainer import Trainer
-from vllm_longctx.engine_args import LINEAR_MODULES
+from vllm_longctx.startup.engine_args import LINEAR_MODULES
+from vllm_longctx.temp_lora import messages as m
+from vllm_longctx.temp_lora import shared_weights as shared
+from vllm_longctx.temp_lora.client import TrainerClient
+from vllm_longctx.temp_lora.slots import Slots
+from vllm_longctx.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from vllm.config import VllmConfig
 
-from vllm_longctx.adaptation.blocks import KVPolicy, UpdateMode
-from vllm_longctx.adaptation.messages import ADAPTER_NAME
 from vllm_longctx.geometry import Distances, Geometry, SteppedWindows
+from vllm_longctx.temp_lora.blocks import KVPolicy, UpdateMode
+from vllm_longctx.temp_lora.messages import ADAPTER_NAME
 
 KEY = "longctx"
 
@@ -622,5 +622,5 @@ def _describe(error: Any, name: str) -> str:
 
 
 def active_config(vllm_config: VllmConfig) -> LongContextConfig:
-    """The filled-in configuration of an engine that `vllm_longctx.engine_args` has set up."""
+    """The filled-in configuration of an engine that `vllm_longctx.startup.engine_args` has set up."""
     return LongContextConfig.parse(vllm_config.additional_config[KEY])

@@ -14,7 +14,7 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 from vllm_longctx.config import KEY, active_config
-from vllm_longctx.engine_args import trained_length
+from vllm_longctx.startup.engine_args import trained_length
 
 PREFIX = "vllm:longctx_"  # vLLM's own prefix: `LLM.get_metrics` shows, and a new engine unregisters, no other
 SELECTION_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0)
@@ -50,7 +50,7 @@ def count_ignored_field(route: str, name: str) -> str | None:
 
 @dataclass
 class StepStats:
-    """What a step did, on its way from the scheduler (`vllm_longctx.scheduler`) to the front end.
+    """What a step did, on its way from the scheduler (`vllm_longctx.scheduling.scheduler`) to the front end.
 
     live_blocks: KV blocks held by running requests past their window. freed_blocks: those that went back to the pool from
     requests that run on. tokens_past_trained: computed at positions past the trained length. selection_seconds:

@@ -16,12 +16,14 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.metrics.loggers import StatLoggerManager
 
-from vllm_longctx import engine_args, kv_cache, processes, refusals
+from vllm_longctx import processes, refusals
 from vllm_longctx.config import KEY, PRESETS, LongContextError, checked_json
+from vllm_longctx.engine import kv_cache
 from vllm_longctx.metrics import LongContextStatLogger
 from vllm_longctx.models import longllama
+from vllm_longctx.startup import engine_args
 
-MIDDLEWARE = "vllm_longctx.serving.RequestChecks"
+MIDDLEWARE = "vllm_longctx.serving.app.RequestChecks"
 
 
 def register() -> None:
@@ -47,11 +49,10 @@ def _wrap_create_engine_config() -> None:
             vllm_config = create_engine_config(self, *args, **kwargs)
         if config is not None:
             engine_args.complete(config, vllm_config, self.enable_lora)
-            from vllm_longctx import serving  # the front end's modules, which other processes do not load
-            from vllm_longctx.adaptation import stop_strings
+            from vllm_longctx.serving import app, stop_strings  # the front end's, which other processes do not load
 
-            serving.check_engine_requests()
-            serving.limit_requests()
+            app.check_engine_requests()
+            app.limit_requests()
             stop_strings.wait_for_saves()
             refusals.listen()
             if config.changes_engine:

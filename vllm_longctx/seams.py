@@ -66,21 +66,21 @@ SEAMS = [
     ),
     Seam(
         "Attention.impl, Attention.attn_backend and the rotary_emb beside it (replaced after loading)",
-        "layers.py, worker.py, worker_cuda.py",
+        "engine/layers.py, cpu/worker.py, cuda/worker.py",
         "choose the backend per layer and per engine, and know the rotation of each layer's queries",
         _has("vllm.model_executor.layers.attention:Attention", "get_attn_backend", "get_kv_cache_spec"),
         "0002-attention-backend-per-layer.diff",
     ),
     Seam(
         "KVCacheTensor.layer_stride, size (enlarged before allocation)",
-        "worker.py",
+        "cpu/worker.py",
         "scratch blocks behind each layer's blocks that the scheduler never hands out",
         _takes("vllm.v1.kv_cache_interface:KVCacheTensor", "size", "layers", "layer_stride", "block_stride"),
         "0003-scratch-blocks.diff",
     ),
     Seam(
         "KVCacheSpecRegistry._ensure_registered",
-        "kv_cache.py",
+        "engine/kv_cache.py",
         "register our spec without losing the built-in ones",
         _has("vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry", "_ensure_registered", "register"),
         "0004-plugin-specs-before-builtin-ones.diff",
@@ -88,7 +88,7 @@ SEAMS = [
     Seam(
         "SingleTypeKVCacheManager._remove_blocks_in_range, num_cached_block, _get_num_evictable_blocks; "
         "BlockPool.free_block_queue (reordered), cache_full_blocks (with a group id of our own)",
-        "kv_cache.py",
+        "engine/kv_cache.py",
         "free the middle of a request and have it reused first; publish a memory's first window while it is open",
         _all(
             _has(
@@ -104,14 +104,14 @@ SEAMS = [
     ),
     Seam(
         "GPUModelRunner.input_batch.generators, discard_request_mask (hidden while sampling)",
-        "worker.py",
+        "cpu/worker.py",
         "seeded requests whose prompt comes in chunks, which kill vLLM's engine on the CPU",
         _has("vllm.v1.worker.cpu_model_runner:CPUModelRunner", "sample_tokens"),
         "0006-seeded-chunked-prefill-on-cpu.diff",
     ),
     Seam(
         "StatLoggerManager.__init__ (wrapped), SchedulerStats.kv_connector_stats (borrowed), an attribute on ModelRunnerOutput",
-        "plugin.py, scheduler.py, worker.py",
+        "plugin.py, scheduling/scheduler.py, cpu/worker.py",
         "metrics of long requests beside vLLM's own, only for engines that run longctx, in LLM too",
         _all(
             _has("vllm.v1.metrics.loggers:StatLoggerManager", "record"),
@@ -122,7 +122,7 @@ SEAMS = [
     ),
     Seam(
         "InputProcessor.process_inputs (wrapped)",
-        "serving.py",
+        "serving/app.py",
         "refuse, in the front end, requests that vLLM would run otherwise than asked for",
         _has("vllm.v1.engine.input_processor:InputProcessor", "process_inputs"),
         "0009-request-checks-of-plugins.diff",
@@ -130,7 +130,7 @@ SEAMS = [
     Seam(
         "APIRoute.app, init_endpoint_plugins_state, an app's AsyncLLM.generate and add_request, beam_search of vLLM's handlers "
         "(wrapped); their default_sampling_params (max_tokens set)",
-        "serving.py, streams.py",
+        "serving/app.py, serving/streams.py",
         "check bodies behind vLLM's authentication, begin streams when the engine has taken their requests, end beam searches "
         "at the trained length, and open-ended requests without capping the others, for run-batch, too",
         _all(
@@ -145,7 +145,7 @@ SEAMS = [
     Seam(
         "Scheduler._reserve_prefill_lookahead, _handle_blocked_waiting_request, _update_after_schedule, _preempt_request, "
         "_free_request (overridden), running (reordered)",
-        "scheduler.py, adaptation/scheduler.py, focused/scheduler.py",
+        "scheduling/scheduler.py, scheduling/temp_lora.py, scheduling/memory.py",
         "share a step's tokens, let a request that adapts compute to the end of its block, or of its window, and no further, "
         "hold it until the block is trained, admit it when a slot is free, preempt it last; run no more adapters than there "
         "are places",
@@ -165,7 +165,7 @@ SEAMS = [
     Seam(
         "Scheduler._make_cached_request_data (overridden), resumed_req_ids of requests that run on; "
         "SingleTypeKVCacheManager.req_to_blocks, num_cached_block, _null_block",
-        "adaptation/scheduler.py, adaptation/passes_cuda.py, kv_cache.py",
+        "scheduling/temp_lora.py, cuda/passes_runner.py, engine/kv_cache.py",
         "begin a new pass: give a running request's KV back and compute its window again, never shared with others",
         _all(
             _has("vllm.v1.core.sched.scheduler:Scheduler", "_make_cached_request_data"),
@@ -180,7 +180,7 @@ SEAMS = [
     ),
     Seam(
         "SchedulerOutput (an attribute added)",
-        "adaptation/scheduler.py, adaptation/lora.py, focused/scheduler.py, focused/worker.py",
+        "scheduling/temp_lora.py, engine/lora.py, scheduling/memory.py, cpu/memory_runner.py",
         "tell the workers which weights and which window each request of the step has",
         _open("vllm.v1.core.sched.output:SchedulerOutput"),
         "0013-plugin-data-of-a-step.diff",
@@ -192,8 +192,8 @@ SEAMS = [
         "GPUModelRunner.prepare_inputs, prepare_attn, add_requests, finish_requests, "
         "DefaultModelState.prepare_inputs, prepare_dummy_inputs, PromptLogprobsWorker (overridden), RequestState.prefill_len, "
         "num_computed_tokens, BlockTables.num_blocks (changed)",
-        "worker.py, worker_cuda.py, adaptation/lora.py, adaptation/worker.py, adaptation/worker_cuda.py, "
-        "adaptation/passes_cuda.py, focused/worker.py, focused/worker_cuda.py",
+        "cpu/worker.py, cuda/worker.py, engine/lora.py, cpu/lora.py, cuda/lora.py, "
+        "cuda/passes_runner.py, cpu/memory_runner.py, cuda/memory_runner.py",
         "put the first tokens before a window, keep prompt log-probabilities of the first pass, manage adapters in memory, "
         "count positions from a window",
         _all(
@@ -233,7 +233,7 @@ SEAMS = [
     ),
     Seam(
         "LRUCacheWorkerLoRAManager._adapter_manager: its modules, packed_modules",
-        "adaptation/lora.py",
+        "engine/lora.py",
         "swap the weights of a trained adapter in place, from memory",
         _all(
             _has("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager", "set_active_adapters"),
@@ -246,7 +246,7 @@ SEAMS = [
         "LRUCacheWorkerLoRAManager._load_adapter, _apply_adapters, dummy_lora_cache (overridden), _manager_cls (another); "
         "LRUCacheLoRAModelManager.lora_slots, capacity (overridden), _registered_adapters, _active_adapters, lora_index_to_id "
         "(laid out anew); NewRequestData.lora_request (set)",
-        "adaptation/lora.py",
+        "engine/lora.py",
         "places for trained adapters behind the users'; an adapter that cannot be loaded is an error of its requests",
         _all(
             _has(
@@ -264,7 +264,7 @@ SEAMS = [
     ),
     Seam(
         "LoRAModelManager.punica_wrapper_mapping, PunicaWrapperCPU (its class replaced)",
-        "adaptation/worker.py",
+        "cpu/lora.py",
         "no adapter for tokens that have none, where vLLM applies the last one, and weights not gathered for every token",
         _all(
             _has(
@@ -284,7 +284,7 @@ SEAMS = [
     ),
     Seam(
         "CommonAttentionMetadata.slot_mapping (changed in place)",
-        "attention/stepped.py",
+        "cpu/window.py",
         "store the keys and values of a pass from its own first block on",
         _all(
             _takes("vllm.v1.attention.backend:CommonAttentionMetadata", "slot_mapping"),
@@ -294,7 +294,7 @@ SEAMS = [
     ),
     Seam(
         "Request.block_hashes (cut), _block_hasher (taken away)",
-        "scheduler.py, focused/scheduler.py",
+        "scheduling/scheduler.py, scheduling/memory.py",
         "keep KV out of the prefix cache that depends on where the prompt ends, or was computed without its adapter",
         _sets("vllm.v1.request:Request", "block_hashes", "_block_hasher"),
         "0018-block-hashes-of-a-request.diff",
@@ -302,7 +302,7 @@ SEAMS = [
     Seam(
         "SingleTypeKVCacheManager.block_pool (another one), Attention.kv_cache (replaced after allocation); on CUDA the model "
         "runner's KVCacheConfig.num_blocks (lowered)",
-        "kv_cache.py, worker.py, focused/host_memory.py",
+        "engine/kv_cache.py, cpu/worker.py, cuda/host_memory.py",
         "a pool of their own, in host memory, for layers that keep everything",
         _all(
             _takes("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager", "block_pool"),
@@ -313,7 +313,7 @@ SEAMS = [
     Seam(
         "OutputProcessor.add_request, process_outputs, RequestState.detokenizer (wrapped); SamplingParams (an attribute); "
         "EngineCoreOutput.stop_reason, kv_transfer_params (set)",
-        "adaptation/stop_strings.py, adaptation/scheduler.py",
+        "serving/stop_strings.py, scheduling/temp_lora.py",
         "answer a request that ends at a stop string when its adapter is saved, and say why if it is not",
         _all(
             _takes("vllm.v1.engine.output_processor:OutputProcessor.add_request", "request"),
@@ -327,7 +327,7 @@ SEAMS = [
     ),
     Seam(
         "SpinCondition.wait (wrapped), busy_loop_s",
-        "adaptation/patience.py",
+        "engine/waiting.py",
         "leave the trainer its core while workers compute, and wake up where vLLM drops the wake-up call",
         _all(
             _has("vllm.distributed.device_communicators.shm_broadcast:SpinCondition", "wait"),
@@ -337,7 +337,7 @@ SEAMS = [
     ),
     Seam(
         "EngineCore._initialize_effective_attention_block_size, CoreEngineProcManager.__init__, finished_procs (wrapped)",
-        "adaptation/base_model.py, refusals.py",
+        "temp_lora/base_model.py, refusals.py",
         "compare the trainer's model with the engine's before any request, and say to whoever starts the engine why it refuses",
         _all(
             _has("vllm.v1.engine.core:EngineCore", "_initialize_effective_attention_block_size"),
@@ -349,7 +349,7 @@ SEAMS = [
     ),
     Seam(
         "DefaultModelLoader._prepare_weights",
-        "adaptation/base_model.py",
+        "temp_lora/base_model.py",
         "give the trainer the files that vLLM loaded",
         _has("vllm.model_executor.model_loader.default_loader:DefaultModelLoader", "_prepare_weights"),
         "0026-files-of-a-checkpoint.diff",
@@ -370,14 +370,14 @@ SEAMS = [
     ),
     Seam(
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
-        "attention/branches.py",
+        "cpu/kernels/branches.py",
         "attention with its log-sum-exp, to merge branches",
         _has("torch.ops:aten", "_scaled_dot_product_flash_attention_for_cpu"),
         None,
     ),
     Seam(
         "torch.multiprocessing.reductions: reduce_tensor, rebuild_cuda_tensor",
-        "adaptation/shared.py",
+        "temp_lora/shared_weights.py",
         "the engine's weights in the trainer's process on the same GPU, without pickle",
         _all(
             _takes("torch.multiprocessing.reductions:reduce_tensor", "tensor"),
@@ -389,7 +389,7 @@ SEAMS = [
     ),
     Seam(
         "torch._int_mm",
-        "attention/retrieval.py",
+        "cpu/kernels/retrieval.py",
         "products of a memory's summaries, exactly, in integers",
         _has("torch:_int_mm"),
         None,

@@ -98,7 +98,7 @@ def lambda_error(shape: Shape, dtype: torch.dtype, length: int, queries: int, ru
 
     run: something else, called as `run_lambda` is.
     """
-    from vllm_longctx.attention import reference
+    from vllm_longctx import reference
     from vllm_longctx.geometry import branches
     from vllm_longctx.rotary import Rotary, inverse_frequencies
 
@@ -126,8 +126,8 @@ def lambda_error(shape: Shape, dtype: torch.dtype, length: int, queries: int, ru
 
 
 def run_lambda(shape: Shape, query: Tensor, cache: Tensor, table: Tensor, length: int) -> Tensor:
-    from vllm_longctx.attention.kernels.lambda_attention import lambda_attention
-    from vllm_longctx.attention.kernels.lambda_decode import decode_workspace, lambda_decode
+    from vllm_longctx.cuda.kernels.lambda_attention import lambda_attention
+    from vllm_longctx.cuda.kernels.lambda_decode import decode_workspace, lambda_decode
 
     view, out, splits = view_of(shape), torch.full_like(query, torch.nan), 4
     common = query, *cache.chunk(2, -1), table, integers([length])
@@ -143,7 +143,7 @@ def run_lambda(shape: Shape, query: Tensor, cache: Tensor, table: Tensor, length
 
 def lookup_error(shape: Shape, dtype: torch.dtype, length: int, queries: int, apart: bool = False) -> float:
     """Of the attention to a memory's exactly best keys. apart: in host memory."""
-    from vllm_longctx.attention.kernels.lookup import Memories, attend_best
+    from vllm_longctx.cuda.kernels.lookup import Memories, attend_best
 
     k, group = 64, shape.heads // shape.kv_heads
     query = torch.randn(1, queries, shape.heads, shape.head_size, device=device()).to(dtype)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from gpu.report import Record
     from gpu.run_all import Setting
 
-    from vllm_longctx.attention.kernels.lambda_tile import View
-    from vllm_longctx.attention.kernels.lookup import Summaries
+    from vllm_longctx.cuda.kernels.lambda_tile import View
+    from vllm_longctx.cuda.kernels.lookup import Summaries
 
 BLOCK_SIZE = 32
 CHUNK = 8192  # queries of a prefill step
@@ -130,7 +130,7 @@ def decode(record: "Record", plan: Plan, setting: "Setting") -> None:
 
 
 def lambda_decode_time(pool: "Pool", query: Tensor, length: int, tables: list[Tensor], shape: Shape) -> dict[str, float]:
-    from vllm_longctx.attention.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
+    from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
 
     view, batch = view_of(shape), len(query)
     sms = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 1
@@ -158,7 +158,7 @@ def prefill(record: "Record", plan: Plan, setting: "Setting") -> None:
 
 
 def lambda_prefill_time(pool: "Pool", query: Tensor, length: int, tables: list[Tensor], shape: Shape) -> float:
-    from vllm_longctx.attention.kernels.lambda_attention import lambda_attention
+    from vllm_longctx.cuda.kernels.lambda_attention import lambda_attention
 
     view, queries, out = view_of(shape), len(query), torch.empty_like(query)
     lens, starts = integers([length]), integers([0, queries])
@@ -173,7 +173,7 @@ def lambda_prefill_time(pool: "Pool", query: Tensor, length: int, tables: list[T
 
 def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
     """Milliseconds of one query in one memory layer: all keys (FlashAttention), the exact best, the best in few blocks."""
-    from vllm_longctx.attention.kernels.lookup import Memories, attend_best
+    from vllm_longctx.cuda.kernels.lookup import Memories, attend_best
 
     for name, rows in itertools.groupby(plan, lambda row: row["shape"]):
         shape = of_name(setting, name)
@@ -196,7 +196,7 @@ def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
 
 
 def summaries_of(pool: "Pool") -> "Summaries":
-    from vllm_longctx.attention.kernels.lookup import Summaries
+    from vllm_longctx.cuda.kernels.lookup import Summaries
 
     summaries = Summaries.like(pool.caches[0])
     for blocks in torch.arange(len(pool.numbers), device=device()).split(1024):
@@ -226,8 +226,8 @@ def memory(record: "Record", plan: Plan, setting: "Setting") -> None:
 def memory_time(
     pool: "Pool", query: Tensor, length: int, tables: list[Tensor], shape: Shape, summaries: "Summaries", share: float | None
 ) -> float:
-    from vllm_longctx.attention.kernels.lookup import Memories, attend_best
-    from vllm_longctx.attention.kernels.stepped import stepped_attention
+    from vllm_longctx.cuda.kernels.lookup import Memories, attend_best
+    from vllm_longctx.cuda.kernels.stepped import stepped_attention
 
     start, out, queries = max(length - shape.trained, 0), torch.empty_like(query[0]), query.shape[1]
     zeros, starts, lens, tokens = (integers(values) for values in ([0], [start], [length], [0, queries]))
@@ -243,7 +243,7 @@ def memory_time(
 @contextlib.contextmanager
 def in_host_memory(x: Tensor) -> Iterator[Tensor]:
     """x, contiguous, copied to where `memory_limit_gib` keeps KV."""
-    from vllm_longctx.focused.host_memory import HostMemory
+    from vllm_longctx.cuda.host_memory import HostMemory
 
     memory = HostMemory(x.nbytes)
     memory.pages.copy_(x.flatten().view(torch.int8))
@@ -329,7 +329,7 @@ class Pool:
 
 
 def view_of(shape: Shape) -> "View":
-    from vllm_longctx.attention.kernels.lambda_tile import View
+    from vllm_longctx.cuda.kernels.lambda_tile import View
     from vllm_longctx.geometry import Geometry
 
     return View(Geometry(N_GLOBAL, shape.trained, shape.trained), shape.head_size)

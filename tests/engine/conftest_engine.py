@@ -124,7 +124,7 @@ def sidecars() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # ended since, or a zombie
-            if "vllm_longctx.adaptation.sidecar" in process.cmdline():
+            if "vllm_longctx.trainer.sidecar" in process.cmdline():
                 found.append(process)
     return found
 

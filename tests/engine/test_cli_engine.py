@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from vllm_longctx import BOOKLM
-from vllm_longctx.attention.selection import cdiv
 from vllm_longctx.cli.passkey import CHOICES, Task
+from vllm_longctx.cpu.kernels.tables import cdiv
 from vllm_longctx.geometry import Geometry
 
 COMMAND = Path(sys.executable).parent / "vllm-longctx"

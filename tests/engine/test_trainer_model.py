@@ -14,8 +14,8 @@ from test_temp_lora import STEPPED, asked, assert_equal
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
-from vllm_longctx.adaptation import base_model
 from vllm_longctx.config import LongContextError
+from vllm_longctx.temp_lora import base_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from temp_lora_replay import Options, replay

@@ -56,8 +56,8 @@ def versions() -> Table:
 
 def seam_table() -> tuple[Table, int]:
     """The table, and how many are missing; another vLLM version counts as one."""
-    from vllm_longctx.engine_args import VLLM_VERSION, LongContextError, check_vllm_version
     from vllm_longctx.seams import SEAMS
+    from vllm_longctx.startup.engine_args import VLLM_VERSION, LongContextError, check_vllm_version
 
     found = {seam: seam.present() for seam in SEAMS}
     table = Table("seam of vLLM", "used in", "for", "", title="Seams")
@@ -77,7 +77,7 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_longctx.config import active_config
-    from vllm_longctx.kv_cache import prefix_caching
+    from vllm_longctx.engine.kv_cache import prefix_caching
 
     additional_config = longctx_config(longctx, preset)
     config = EngineArgs(model=model_path(model), additional_config=additional_config).create_engine_config()

@@ -85,7 +85,7 @@ def model_path(model: str) -> str:
 def longctx_config(longctx: str | None, preset: str | None) -> dict[str, Any]:
     """The flags as `additional_config`, checked. Raises LongContextError."""
     from vllm_longctx.config import KEY, LongContextConfig, checked_json
-    from vllm_longctx.engine_args import additional_config_from_flags
+    from vllm_longctx.startup.engine_args import additional_config_from_flags
 
     value = None if longctx is None else checked_json(longctx)
     config = additional_config_from_flags(None, "longctx", value, preset)

@@ -298,8 +298,8 @@ def windows(model: str, configs: Sequence[dict[str, Any] | None]) -> list["Geome
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_longctx.config import active_config
-    from vllm_longctx.engine_args import trained_length
     from vllm_longctx.geometry import Geometry
+    from vllm_longctx.startup.engine_args import trained_length
 
     result = []
     for config in configs:

@@ -1,0 +1,190 @@
+"""The CPU worker's side of LoRA: layers per segment; and of Temp-LoRA: passes whose first tokens are the text's first again."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_longctx.cpu.window import PassRow, SteppedMetadataBuilder
+from vllm_longctx.engine.lora import Adapts, SlotLoRAManager
+
+# Which rows have which adapter: (index in the layers, rows), or where every adapter has one row, both as tensors.
+Rows = list[tuple[int | Tensor, slice | Tensor]]
+
+
+def rows_by_adapter(indices: Tensor) -> Rows:
+    """indices: int64 [rows], -1 where a row has no adapter."""
+    runs, lengths = (t.tolist() for t in torch.unique_consecutive(indices, return_counts=True))
+    ends = list(accumulate(lengths))
+    found = [(index, end - n, end) for index, n, end in zip(runs, lengths, ends, strict=True) if index >= 0]
+    if len(found) > 1 and all(end - begin == 1 for _, begin, end in found):
+        return [(torch.tensor([index for index, _, _ in found]), torch.tensor([begin for _, begin, _ in found]))]
+    return [(index, slice(begin, end)) for index, begin, end in found]
+
+
+def times(x: Tensor, weights: Tensor, index: int | Tensor) -> Tensor:
+    """x [rows, in] W^T [rows, out], with weights [adapters, 1, out, in]; index: of all rows, or int64 [rows]."""
+    if isinstance(index, int):
+        return x.to(weights.dtype) @ weights[index, 0].T
+    return torch.bmm(weights[index, 0], x.unsqueeze(-1).to(weights.dtype)).squeeze(-1)
+
+
+def add(y: Tensor, rows: slice | Tensor, added: Tensor) -> None:
+    """y [.., out], of which the first columns [rows, added's out] get what is added."""
+    y = y[:, : added.shape[-1]]
+    if isinstance(rows, slice):
+        y[rows] += added.to(y.dtype)
+    else:
+        y.index_add_(0, rows, added.to(y.dtype))
+
+
+class SegmentedPunica(PunicaWrapperCPU):
+    """vLLM's, with work per run of rows that share an adapter, and none for rows without one.
+
+    The stock operators gather an adapter's weights for every token, and take index -1, no adapter, to be the last one: its
+    output leaks into requests that have none (vLLM pull requests 48421, 49656).
+    """
+
+    by_token: Rows
+    by_sample: Rows
+    scored: Tensor | None  # hidden states [tokens, hidden] while prompts are scored: logits are then of rows of these
+
+    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
+        super().update_metadata(*args, **kwargs)
+        self.by_token, self.by_sample = rows_by_adapter(self.token_lora_indices), rows_by_adapter(self.sampler_indices)
+
+    def add_shrink(self, y: Any, x: Tensor, lora_a_stacked: tuple[Tensor, ...], scale: float, **kwargs: Any) -> None:
+        """y [T, rank] += scale * x [T, in] A^T per run and slice; A [loras, 1, rank, in]."""
+        x = x.view(-1, x.shape[-1])
+        for part, a in zip(y, lora_a_stacked, strict=True):
+            for index, rows in self.by_token:
+                add(part, rows, times(x[rows], a, index) * scale)
+
+    def add_expand(
+        self,
+        y: Tensor,
+        x: Any,
+        lora_b_stacked: tuple[Tensor, ...],
+        output_slices: tuple[int, ...],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """y [T, out] += x [T, rank] B^T per run and slice, from column `offset_start` on; B [loras, 1, out, rank]."""
+        assert add_inputs
+        y, offset = y.view(-1, y.shape[-1]), offset_start
+        for part, b, size in zip(x, lora_b_stacked, output_slices, strict=True):
+            for index, rows in self.by_token:
+                add(y[:, offset:], rows, times(part[rows], b, index)[:, :size])
+            offset += size
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        **kwargs: Any,
+    ) -> None:
+        """y [T, out] += scale * x [T, in] A^T B^T per run and slice; A [loras, 1, rank, in], B [loras, 1, out, rank]."""
+        y, x, offset = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), 0
+        for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+            for index, rows in self.by_token:
+                add(y[:, offset:], rows, times(times(x[rows], a, index), b, index)[:, :size] * scale)
+            offset += size
+
+    def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any) -> None:
+        """y [T, hidden] += x [T, rank] B^T per run; x: the tokens' rows of A, of any adapter for a token without one."""
+        self.add_expand(y, (x,), (lora_b_stacked,), (lora_b_stacked.shape[-2],), add_inputs=add_inputs)
+
+    def add_lora_logits(
+        self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **kwargs: Any
+    ) -> None:
+        """y [rows, vocab] += scale * x [rows, hidden] A^T B^T per run: a row for each token sampled, or scored."""
+        rows_of = self.by_sample
+        if self.scored is not None:
+            first = (x.data_ptr() - self.scored.data_ptr()) // (self.scored.stride(0) * self.scored.itemsize)
+            rows_of = rows_by_adapter(self.token_lora_indices[first : first + len(x)])
+        size = min(y.shape[-1], lora_b_stacked.shape[-2])
+        for index, rows in rows_of:
+            add(y, rows, times(times(x[rows], lora_a_stacked, index), lora_b_stacked, index)[:, :size] * scale)
+
+
+class SegmentedLoRAManager(SlotLoRAManager):
+    def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> Any:
+        wrapped = super().create_lora_manager(model, vllm_config)
+        for wrapper in self.wrappers():
+            assert type(wrapper) is PunicaWrapperCPU
+            wrapper.__class__ = SegmentedPunica
+            wrapper.by_token, wrapper.by_sample, wrapper.scored = [], [], None
+        return wrapped
+
+    def wrappers(self) -> Iterable[Any]:
+        return self._adapter_manager.punica_wrapper_mapping.values()
+
+
+class LongContextRunner(Adapts, CPUModelRunner):
+    """vLLM's model runner in all engines of ours. Private methods of its that are overridden here: see `vllm_longctx.seams`."""
+
+    lora_manager_class = SegmentedLoRAManager
+
+    def _get_prompt_logprobs_dict(self, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+        wrappers = list(self.lora_manager.wrappers()) if self.lora_config else []
+        for wrapper in wrappers:
+            wrapper.scored = hidden_states
+        try:
+            return super()._get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)
+        finally:
+            for wrapper in wrappers:
+                wrapper.scored = None
+
+
+class AdaptingRunner(LongContextRunner):
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        with self._first_tokens_before_windows():
+            prepared = super()._prepare_inputs(scheduler_output, *args, **kwargs)
+        rows = self.input_batch.req_id_to_index
+        passes = tuple(PassRow(rows[request_id], p.first) for request_id, p in self.step.passes.items())
+        for groups in self.attn_groups:
+            for group in groups:
+                builder = group.get_metadata_builder()
+                if isinstance(builder, SteppedMetadataBuilder):
+                    builder.passes = passes
+        return prepared
+
+    @contextmanager
+    def _first_tokens_before_windows(self) -> Iterator[None]:
+        """While ids are gathered, a pass's positions right before its window hold the text's first tokens."""
+        hidden = []
+        for request_id, p in self.step.passes.items():
+            ids = self.input_batch.token_ids_cpu[self.input_batch.req_id_to_index[request_id]]
+            hidden.append((ids[p.first : p.start], ids[p.first : p.start].copy()))
+            ids[p.first : p.start] = ids[: p.start - p.first]
+        try:
+            yield
+        finally:
+            for ids, own in hidden:
+                ids[:] = own
+
+    def _get_prompt_logprobs_dict(self, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+        """As vLLM's, but rows of positions that were computed before stay: the first pass wins."""
+        kept = []
+        for request_id in self.step.passes.keys() & self.num_prompt_logprobs.keys() & num_scheduled_tokens.keys():
+            state = self.requests[request_id]
+            tensors, begin = state.in_progress_prompt_logprobs_cpu, state.num_computed_tokens
+            if tensors is not None:
+                end = min(self.step.passes[request_id].frontier, begin + num_scheduled_tokens[request_id])
+                kept += [(t, begin, t[begin:end].clone()) for t in tensors[:3]]
+        result = super()._get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)
+        for tensor, begin, rows in kept:
+            tensor[begin : begin + len(rows)] = rows
+        return result

@@ -1,0 +1,161 @@
+"""Memory layers of Focused Transformers (arXiv 2307.03170) in vLLM's CPU engine.
+
+All positions are counted from the query's window (`focused.worker`), so keys of the window are rotated by their places in
+it and queries by theirs. A key before the window must look as if it were the window's first: it is rotated by nothing. So a
+memory layer that attends to all is plain attention over all blocks, in vLLM's own kernel, and what remains to be done is to
+turn back the keys of a window that ends. Queries that look up the best keys take that kernel's output no further than the
+window, and `retrieval` for the rest.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+from vllm_longctx.cpu.kernels.branches import additive, attend
+from vllm_longctx.cpu.kernels.retrieval import Codes, Memory, Pages, attend_best
+from vllm_longctx.cpu.kernels.scratch import as_kernel_cache, packed_order, unpack
+from vllm_longctx.cpu.kernels.tables import cdiv
+from vllm_longctx.cpu.window import PassRow, from_blocks
+from vllm_longctx.engine.lookup import ClosedWindow, Lookup, covering
+from vllm_longctx.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """A request's queries whose memory is larger than top_k. tokens: of the step. start: of their window; end: behind it.
+
+    block_table int64: the request's blocks up to `end`.
+    """
+
+    tokens: slice
+    start: int
+    end: int
+    block_table: Tensor
+
+
+@dataclass
+class MemoryMetadata(CPUAttentionMetadata):
+    """vLLM's, for which requests with lookups end at their window's first block."""
+
+    lookups: tuple[Lookups, ...] = ()
+
+
+class MemoryBackend(CPUAttentionBackend):
+    """vLLM's CPU backend. Chosen per layer by `vllm_longctx.cpu.worker`, with a spec of its own."""
+
+    @staticmethod
+    def get_builder_cls() -> type["MemoryMetadataBuilder"]:
+        return MemoryMetadataBuilder
+
+
+class MemoryMetadataBuilder(CPUAttentionMetadataBuilder):
+    lookup: Lookup | None = None  # set by the worker, as is `windows`: of the step to come
+    windows: tuple[PassRow, ...] = ()
+    seconds = 0.0  # as `LambdaMetadataBuilder`'s; nothing is selected here
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> CPUAttentionMetadata:
+        m, lookup = common_attn_metadata, self.lookup
+        # The kernel attends to all of a memory that is no larger than top_k.
+        rows = () if lookup is None else tuple(w for w in self.windows if w.first > lookup.top_k)
+        if not rows:
+            return super().build(common_prefix_len, m, fast_build)
+        lookups = tuple(self._lookups(m, w) for w in rows)
+        first_blocks = torch.zeros_like(m.seq_lens)
+        for w in rows:
+            first_blocks[w.row] = w.first // self.block_size
+        m = from_blocks(m, first_blocks, m.seq_lens - first_blocks * self.block_size, self.block_size)
+        stock = super().build(common_prefix_len, m, fast_build)
+        return MemoryMetadata(**{f.name: getattr(stock, f.name) for f in fields(stock)}, lookups=lookups)
+
+    def _lookups(self, m: CommonAttentionMetadata, w: PassRow) -> Lookups:
+        begin, behind = m.query_start_loc[w.row : w.row + 2].tolist()
+        end = int(m.seq_lens[w.row])
+        table = m.block_table_tensor[w.row, : cdiv(end, self.block_size)].long()
+        return Lookups(slice(begin, behind), w.first, end, table)
+
+
+class MemoryImpl(CPUAttentionBackendImpl):
+    """A stock CPU attention layer taken over after the weights are loaded."""
+
+    def __init__(self, stock: CPUAttentionBackendImpl, lookup: Lookup):
+        self.__dict__.update(vars(stock))
+        self.lookup = lookup
+
+    def look_into(self, cache: Tensor, isa: str) -> None:
+        """cache: the layer's, once it is there."""
+        num_blocks, kv_heads, block_size, width = cache.shape
+        self.pages = Pages(cache, packed_order(block_size, width // 2, cache.dtype, isa))
+        self.codes = Codes.empty(num_blocks, kv_heads, block_size, width // 2)
+
+    def summarise(self, window: ClosedWindow) -> None:
+        """After `remember`: a closed window's blocks can be looked up."""
+        block_size = self.pages.cache.shape[2]
+        first = window.start // block_size
+        filled = (window.end - (first + torch.arange(len(window.blocks))) * block_size).clamp_max(block_size)
+        self.codes.summarise(self.pages, window.blocks.long(), filled)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """As `CPUAttentionBackendImpl.forward`; keys and values of the step are in the cache already."""
+        super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        if isinstance(attn_metadata, MemoryMetadata):
+            for lookups in attn_metadata.lookups:
+                output[lookups.tokens] = self._look_up(query[lookups.tokens], lookups)
+        return output
+
+    def _look_up(self, query: Tensor, lookups: Lookups) -> Tensor:
+        memory = Memory(self.pages, lookups.block_table, 0, lookups.start, self.codes)
+        window = self._window(query, lookups)
+        return attend_best(query, memory, window, self.lookup.top_k, self.scale, self.lookup.share)
+
+    def _window(self, query: Tensor, lookups: Lookups) -> tuple[Tensor, Tensor]:
+        """Attention over the window: output [T, heads, d], log-sum-exp [T, heads]."""
+        cache, block_size = self.pages.cache, self.pages.cache.shape[2]
+        blocks = covering(lookups.block_table, lookups.start, lookups.end, block_size)
+        skip, length = lookups.start % block_size, lookups.end - lookups.start
+        keys, values = (x[skip : skip + length].transpose(0, 1)[None] for x in unpack(cache[blocks], self.pages.places))
+        places = torch.arange(length)
+        mask = additive(places[None] <= places[length - len(query) :, None])
+        attended, lse = attend(query.transpose(0, 1)[None], keys, values, mask, self.scale)
+        return attended[0].transpose(0, 1), lse[0].transpose(0, 1)
+
+
+def remember(cache: Tensor, window: ClosedWindow, rotary: Rotary | None, mem_dtype: torch.dtype, isa: str) -> None:
+    """Turn a closed window's keys back to no rotation at all, and round keys and values to mem_dtype, in place.
+
+    cache [blocks, kv_heads, block_size, 2 * head_size]: of one layer. rotary: None for a layer without positions.
+    """
+    block_size, head_size = cache.shape[2], cache.shape[3] // 2
+    if rotary is None and mem_dtype == cache.dtype:
+        return
+    skip = window.start % block_size
+    length = window.end - window.start
+    places = packed_order(block_size, head_size, cache.dtype, isa)
+    keys, values = (x[skip : skip + length] for x in unpack(cache[window.blocks], places))
+    if rotary is not None:
+        keys = rotary.turn(keys, torch.arange(window.origin - window.start, window.origin - window.end, -1)[:, None])
+    keys, values = (x.to(mem_dtype).to(cache.dtype).contiguous() for x in (keys, values))
+    entries = torch.arange(skip, skip + length)
+    slots = window.blocks[entries // block_size].long() * block_size + entries % block_size
+    ops.cpu_attn_reshape_and_cache(keys, values, *as_kernel_cache(cache).chunk(2, dim=2), slots, isa)

@@ -1,0 +1,302 @@
+"""Λ attention in vLLM's CPU engine: a metadata builder and an implementation around the stock CPU kernel.
+
+A step's queries go one of two ways, decided once per step for all layers. Decodes, and those of prompts still inside the
+window, take one call of vLLM's own kernel over compact tables (`selection`, `scratch`). Prompts past it take `tiles`.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_longctx.config import active_config
+from vllm_longctx.cpu.kernels.retrieval import Memory, Pages, top_k
+from vllm_longctx.cpu.kernels.scratch import Scratch, as_kernel_cache, extend, packed_order, unpack
+from vllm_longctx.cpu.kernels.tables import KernelTables, ScratchLayout, cdiv, kernel_tables, next_tables
+from vllm_longctx.cpu.kernels.tiles import ChunkPlan, attend_chunk, plan_chunk
+from vllm_longctx.engine.lookup import TopK
+from vllm_longctx.geometry import Geometry
+from vllm_longctx.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class Middle:
+    """The un-rotated tokens begin .. end - 1 of the request whose blocks are block_table, int64."""
+
+    begin: int
+    end: int
+    block_table: Tensor
+
+
+@dataclass(frozen=True)
+class KernelPart:
+    """Requests served by the stock kernel. tokens [n]: their rows in the step, or None for all of them."""
+
+    tokens: Tensor | None
+    query_start_loc: Tensor
+    tables: KernelTables
+    scheduler_metadata: Tensor
+
+
+@dataclass(frozen=True)
+class ChunkPart:
+    """A request's queries past its window. context_blocks cover the window before, from `context_skip` tokens into them on."""
+
+    tokens: slice
+    plan: ChunkPlan
+    context_blocks: Tensor
+    context_skip: int
+    first_blocks: Tensor
+    middle: Middle | None = None
+
+
+@dataclass(frozen=True)
+class LambdaMetadata:
+    num_actual_tokens: int
+    kernel: KernelPart | None
+    chunks: list[ChunkPart]
+
+
+class LambdaBackend(CPUAttentionBackend):
+    """vLLM's CPU backend with Λ geometry. Chosen per layer by `vllm_longctx.cpu.worker`, with a spec of its own."""
+
+    @staticmethod
+    def get_impl_cls() -> type["LambdaImpl"]:
+        return LambdaImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["LambdaMetadataBuilder"]:
+        return LambdaMetadataBuilder
+
+
+class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
+    def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.geometry = active_config(vllm_config).geometry
+        self._last_tables: KernelTables | None = None
+        self.seconds = 0.0  # spent in `build` since the worker last took them
+        self.writing: frozenset[int] = frozenset()  # rows of the step to come that have a top-k branch; set by the worker
+        self.layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
+        self.impl: LambdaImpl = self.layers[0].impl
+        self.places = packed_order(self.block_size, self.head_dim, kv_cache_spec.dtype, self.isa)
+        for layer in self.layers:
+            layer.impl.places = self.places
+
+    @functools.cached_property
+    def scratch(self) -> Scratch:
+        """Built in the first step, when the KV cache is there."""
+        num_blocks = self.vllm_config.cache_config.num_gpu_blocks
+        layout = scratch_layout(self.vllm_config, self.impl, self.block_size, num_blocks)
+        caches = [layer.kv_cache for layer in self.layers]
+        blocks = layout.first_block + layout.num_blocks
+        for number, cache in enumerate(caches):
+            if cache.storage_offset() != caches[0].storage_offset() + number * blocks * cache.stride(0):
+                raise RuntimeError("layers of a KV cache group do not stand one behind the other; vLLM's layout changed")
+        whole = extend(caches[0], len(caches) * blocks)
+        n_global = self.geometry.n_global
+        for layer, cache in zip(self.layers, caches, strict=True):
+            layer.impl.kernel_cache = as_kernel_cache(extend(cache, blocks)).chunk(2, dim=2)
+        return Scratch(layout, whole, len(caches), n_global, self.places, self.impl.rotary, self.isa)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> LambdaMetadata:
+        started = time.perf_counter()
+        m = common_attn_metadata
+        if self.impl.rotary is not None:
+            self.impl.rotary.new_step()
+        self.scratch.forget_written(m.slot_mapping)
+        starts, seq_lens, table = m.query_start_loc, m.seq_lens, m.block_table_tensor
+        query_lens = starts.diff()
+        tiled = self._needs_tiles(seq_lens.numpy(), query_lens.numpy())
+        if not tiled.any():
+            kernel: KernelPart | None = self._kernel_part(None, starts, table, seq_lens, query_lens)
+        else:
+            kernel = self._kernel_part_beside_tiles(tiled, starts, table, seq_lens, query_lens)
+        chunks = [self._chunk(r, starts, seq_lens, table) for r in tiled.nonzero()[0].tolist()]
+        self.seconds += time.perf_counter() - started
+        return LambdaMetadata(m.num_actual_tokens, kernel, chunks)
+
+    def _needs_tiles(self, seq_lens: NDArray[np.int32], query_lens: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """[rows]: requests with queries past their window that one row of a table cannot describe."""
+        if self.geometry.n_global == 0:  # the kernel masks everything before the window by itself
+            return np.zeros(len(seq_lens), np.bool_)
+        assert self.geometry.n_local is not None
+        past = seq_lens > self.geometry.n_local
+        tiled = past & (query_lens > 1)
+        return past if int((past & ~tiled).sum()) > self.scratch.layout.rows else tiled
+
+    def _kernel_part_beside_tiles(
+        self, tiled: NDArray[np.bool_], starts: Tensor, table: Tensor, seq_lens: Tensor, query_lens: Tensor
+    ) -> KernelPart | None:
+        """The other requests, and of the tiled ones the queries that are still inside the window; None if there are none."""
+        context = seq_lens - query_lens
+        inside = torch.minimum((self.geometry.n_local - context).clamp_min(0), query_lens)
+        lens = torch.where(torch.from_numpy(tiled), inside, query_lens)
+        rows = lens.nonzero().flatten()
+        if len(rows) == 0:
+            return None
+        lens = lens[rows]
+        own_starts = torch.cat((starts.new_zeros(1), lens.cumsum(0, dtype=torch.int32)))
+        tokens = torch.repeat_interleave(starts[rows] - own_starts[:-1], lens) + torch.arange(int(own_starts[-1]))
+        return self._kernel_part(tokens, own_starts, table[rows], context[rows] + lens, lens)
+
+    def _kernel_part(
+        self, tokens: Tensor | None, starts: Tensor, table: Tensor, seq_lens: Tensor, query_lens: Tensor
+    ) -> KernelPart:
+        tables = self._last_tables and next_tables(self._last_tables, table, seq_lens, query_lens)
+        if tables is None:
+            tables = kernel_tables(self.geometry, self.block_size, self.scratch.layout, table, seq_lens, query_lens)
+        self._last_tables = tables
+        if tables.moves is not None:
+            self.scratch.fill(tables.moves)
+        scheduler_metadata = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(seq_lens),
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            seq_lens=tables.seq_lens,
+            dtype=self.dtype,
+            query_start_loc=starts,
+            causal=True,
+            sliding_window_size=self.window_size,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+        return KernelPart(tokens, starts, tables, scheduler_metadata)
+
+    def _chunk(self, row: int, starts: Tensor, seq_lens: Tensor, table: Tensor) -> ChunkPart:
+        """The queries of a request that are past the window."""
+        n_local, bs = self.geometry.n_local, self.block_size
+        assert n_local is not None
+        begin, end = int(starts[row]), int(starts[row + 1])
+        context = max(int(seq_lens[row]) - (end - begin), n_local)
+        begin = end - (int(seq_lens[row]) - context)
+        window_start = context - n_local + 1
+        middle = None
+        if self.impl.top_k is not None and row in self.writing:
+            middle = Middle(self.geometry.n_global, window_start, table[row, : cdiv(window_start, bs)].long())
+            if middle.end - middle.begin < self.impl.top_k.k:
+                middle = None
+        return ChunkPart(
+            tokens=slice(begin, end),
+            plan=plan_chunk(self.geometry, context, end - begin, self.impl.alibi_slopes),
+            context_blocks=table[row, window_start // bs : cdiv(context, bs)].long(),
+            context_skip=window_start % bs,
+            first_blocks=table[row, : cdiv(self.geometry.n_global, bs)].long(),
+            middle=middle,
+        )
+
+
+class LambdaImpl(CPUAttentionBackendImpl):
+    """A stock CPU attention layer taken over after the weights are loaded. The metadata builder sets what is known later:
+
+    places: `packed_order`. kernel_cache: keys and values as the kernel takes them, scratch blocks included.
+    rotary: None for a model with ALiBi. top_k: of this layer.
+    """
+
+    places: tuple[Tensor, Tensor]
+    kernel_cache: tuple[Tensor, Tensor]
+
+    def __init__(
+        self,
+        stock: CPUAttentionBackendImpl,
+        geometry: Geometry,
+        rotary: Rotary | None,
+        top_k: TopK | None = None,
+    ):
+        self.__dict__.update(vars(stock))
+        self.geometry, self.rotary, self.top_k = geometry, rotary, top_k
+        assert geometry.n_local is not None
+        self.sliding_window = geometry.n_global + geometry.n_local  # what a compact table shows; the builder reads it too
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: LambdaMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """As `CPUAttentionBackendImpl.forward`; keys and values of the step are in the cache already."""
+        if attn_metadata is None:  # profiling run
+            return output
+        if attn_metadata.kernel is not None:
+            self._kernel(attn_metadata.kernel, query[: attn_metadata.num_actual_tokens], output)
+        for chunk in attn_metadata.chunks:
+            rows = chunk.tokens
+            output[rows] = attend_chunk(
+                chunk.plan,
+                query[rows],
+                key[rows],
+                value[rows],
+                context=self._read(kv_cache, chunk.context_blocks, chunk.context_skip, chunk.plan.n_local - 1),
+                first=self._read(kv_cache, chunk.first_blocks, 0, self.geometry.n_global),
+                rotary=self.rotary,
+                scale=self.scale,
+                further=None if chunk.middle is None else self._look_up(query[rows], kv_cache, chunk.middle, chunk.plan),
+            )
+        return output
+
+    def _look_up(self, query: Tensor, kv_cache: Tensor, middle: Middle, plan: ChunkPlan) -> tuple[Tensor, Tensor]:
+        """Scores [1, heads, k] and values [1, heads, k, d] of the middle's best keys for one query."""
+        assert self.top_k is not None and self.rotary is not None
+        query = self.rotary.turn(query, torch.full((1, 1), self.top_k.insert_at - plan.context))
+        memory = Memory(Pages(kv_cache, self.places), middle.block_table, middle.begin, middle.end)
+        best = top_k(query, memory, self.top_k.k, self.scale)
+        return best.scores, memory.values(best.positions)
+
+    def _kernel(self, part: KernelPart, query: Tensor, output: Tensor) -> None:
+        key_cache, value_cache = self.kernel_cache
+        whole_step = part.tokens is None
+        query = query if whole_step else query[part.tokens]
+        out = output[: len(query)] if whole_step else torch.empty_like(query)
+        ops.cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=out,
+            query_start_loc=part.query_start_loc,
+            seq_lens=part.tables.seq_lens,
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=self.alibi_slopes,
+            sliding_window=self.sliding_window,
+            block_table=part.tables.block_table,
+            softcap=self.logits_soft_cap,
+            scheduler_metadata=part.scheduler_metadata,
+            s_aux=None,
+        )
+        if not whole_step:
+            output[part.tokens] = out
+
+    def _read(self, kv_cache: Tensor, blocks: Tensor, skip: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [length, kv_heads, head_size] from `skip` tokens into the first of `blocks` on."""
+        keys, values = unpack(kv_cache[blocks], self.places)
+        return keys[skip : skip + length], values[skip : skip + length]
+
+
+def scratch_layout(vllm_config: VllmConfig, impl: LambdaImpl, block_size: int, num_blocks: int) -> ScratchLayout:
+    max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+    alibi = impl.alibi_slopes is not None
+    top_k = bool(active_config(vllm_config).top_k_layers)
+    return ScratchLayout.plan(impl.geometry, block_size, num_blocks, max_num_seqs, alibi=alibi, top_k=top_k)

@@ -1,0 +1,154 @@
+"""Attention over stepped windows on the GPU, and over what a lookup found before them, in one softmax.
+
+Each row of a batch sees the keys since the start of its window, through the request's own block table: nothing is shifted.
+The online softmax begins where the other branch ended, so merging costs no pass of its own.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_longctx.cuda.kernels.lambda_attention import prefill_launch, tile_of
+from vllm_longctx.cuda.kernels.lambda_tile import LOG2_E, UNBOUNDED, attend_window, cache_arguments
+
+
+def stepped_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    starts: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    max_query_len: int,
+    scale: float,
+    out: Tensor,
+    branch: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Attention of the last query_start_loc[r + 1] - query_start_loc[r] tokens of each row r to its keys from starts[r] on.
+
+    starts int32 [rows]: positions, none behind a row's first query. branch: output float32 [tokens, heads, head_size] and
+    log-sum-exp float32 [tokens, heads] of further keys, contiguous; -inf where there are none. The rest as in
+    `lambda_attention`.
+    """
+    tokens, heads, head_size = query.shape
+    kv_heads, rows = key_cache.shape[2], len(seq_lens)
+    if tokens == 0 or rows == 0:
+        return
+    group = heads // kv_heads
+    launch = prefill_launch(head_size, query.element_size(), group, max_query_len)
+    per_tile = launch.rows // group
+    further, further_lse = (query, query) if branch is None else branch
+    # Each row wastes less than a tile: this many programs are enough whatever the rows' lengths.
+    _stepped[(tokens // per_tile + rows, kv_heads)](
+        query,
+        key_cache,
+        value_cache,
+        out,
+        block_table,
+        starts,
+        seq_lens,
+        query_start_loc,
+        further,
+        further_lse,
+        rows,
+        scale * LOG2_E,
+        query.stride(0),
+        query.stride(1),
+        out.stride(0),
+        out.stride(1),
+        block_table.stride(0),
+        *cache_arguments(key_cache, value_cache),
+        GROUP=group,
+        TOKENS=per_tile,
+        ROWS=launch.rows,
+        KEYS=launch.keys,
+        HEAD_SIZE=head_size,
+        PADDED_HEAD=max(16, triton.next_power_of_2(head_size)),
+        BLOCK_SIZE=key_cache.shape[1],
+        FURTHER=branch is not None,
+        UNSEEN=UNBOUNDED,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+# What changes from step to step must not ask for another compilation.
+@triton.jit(do_not_specialize=["rows", "block_table", "starts", "seq_lens", "query_start_loc"])
+def _stepped(
+    query_ptr,
+    key_cache,
+    value_cache,
+    out_ptr,
+    block_table,
+    starts,
+    seq_lens,
+    query_start_loc,
+    further,
+    further_lse,
+    rows,
+    scale,
+    stride_query,
+    stride_query_head,
+    stride_out,
+    stride_out_head,
+    stride_table,
+    stride_block,
+    stride_slot,
+    stride_head,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PADDED_HEAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    FURTHER: tl.constexpr,
+    UNSEEN: tl.constexpr,
+):
+    kv_head = tl.program_id(1)
+    row, row_begin, query_len, tile_begin = tile_of(query_start_loc, tl.program_id(0), rows, TOKENS)
+    seq_len = tl.load(seq_lens + row)
+    if tile_begin >= query_len or seq_len == 0:
+        return
+
+    m = tl.arange(0, ROWS)
+    d = tl.arange(0, PADDED_HEAD)
+    in_row = tile_begin + m // GROUP
+    heads = kv_head * GROUP + m % GROUP
+    active = (m < TOKENS * GROUP) & (in_row < query_len)
+    mask = active[:, None] & (d < HEAD_SIZE)[None, :]
+    token = (row_begin + in_row).to(tl.int64)
+    query = tl.load(query_ptr + (token * stride_query + heads * stride_query_head)[:, None] + d[None, :], mask=mask, other=0.0)
+
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, PADDED_HEAD), tl.float32)
+    if FURTHER:
+        place = token * (tl.num_programs(1) * GROUP) + heads
+        top = tl.load(further_lse + place, mask=active, other=float("-inf")) * 1.4426950408889634
+        total = tl.where(top > float("-inf"), 1.0, 0.0)
+        acc = tl.load(further + place[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
+
+    positions = seq_len - query_len + in_row
+    first_query = seq_len - query_len + tile_begin
+    end = seq_len - query_len + tl.minimum(tile_begin + TOKENS, query_len)
+    begin = tl.load(starts + row)
+    # All queries see the whole tiles before the first of them.
+    whole_end = begin + (first_query + 1 - begin) // KEYS * KEYS
+    table = block_table + row.to(tl.int64) * stride_table
+    key_cache += kv_head.to(tl.int64) * stride_head
+    value_cache += kv_head.to(tl.int64) * stride_head
+    top, total, acc = attend_window(
+        query, positions, positions, top, total, acc, key_cache, value_cache, table,
+        begin, whole_end, UNSEEN, scale, 0.0, stride_block, stride_slot,
+        KEYS, False, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, False, False,
+    )  # fmt: skip
+    top, total, acc = attend_window(
+        query, positions, positions, top, total, acc, key_cache, value_cache, table,
+        whole_end, end, UNSEEN, scale, 0.0, stride_block, stride_slot,
+        KEYS, True, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, False, False,
+    )  # fmt: skip
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    out_pointers = out_ptr + (token * stride_out + heads * stride_out_head)[:, None] + d[None, :]
+    tl.store(out_pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)

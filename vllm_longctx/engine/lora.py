@@ -1,0 +1,397 @@
+"""The worker's side of LoRA on any device: the users' adapters as vLLM has them, and our slots, swapped in place beside them.
+
+What the user asked for is in the engine's `lora_config`, and is all that the front end and the scheduler know. Workers have
+`with_slots` of it: LoRA layers with places for the users' adapters, which vLLM's caches manage, and behind them one for each
+slot, which they never see.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.config.lora import LoRAConfig, MaxLoRARanks
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.logger import init_logger
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import is_in_target_modules
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from vllm_longctx.config import active_config
+from vllm_longctx.engine.step import ATTRIBUTE, AdaptationStep, SlotUse, Weights
+from vllm_longctx.startup.engine_args import LINEAR_MODULES
+from vllm_longctx.temp_lora.slots import Slots
+
+logger = init_logger("vllm.longctx")
+
+EMPTY = AdaptationStep(None, {}, {}, [])
+
+
+class LoRAConfigWithSlots(LoRAConfig):
+    """Of LoRA layers whose last `slots` places are ours. users: what the user asked for, None without `enable_lora`."""
+
+    slots: int
+    users: LoRAConfig | None
+
+
+def with_slots(vllm_config: VllmConfig) -> VllmConfig:
+    """What a worker's LoRA layers are made from; the configuration itself where there is no Temp-LoRA."""
+    adaptation, users = active_config(vllm_config).adaptation, vllm_config.lora_config
+    if adaptation is None:
+        return vllm_config
+    assert adaptation.slots is not None
+    own = users or LoRAConfig(target_modules=list(LINEAR_MODULES))
+    assert own.max_cpu_loras is not None
+    places = adaptation.slots + (0 if users is None else users.max_loras)
+    rank = max(adaptation.rank_limit, 1 if users is None else users.max_lora_rank)
+    values = {field.name: getattr(own, field.name) for field in dataclasses.fields(LoRAConfig)}
+    values["max_loras"], values["max_cpu_loras"] = places, max(places, own.max_cpu_loras)
+    values["max_lora_rank"] = next(allowed for allowed in get_args(MaxLoRARanks) if allowed >= rank)
+    if own.target_modules is not None:  # else vLLM wraps all that it can
+        values["target_modules"] = list(dict.fromkeys([*own.target_modules, *LINEAR_MODULES]))
+    lora_config = LoRAConfigWithSlots(**values)
+    lora_config.slots, lora_config.users = adaptation.slots, users
+    lora_config.verify_with_model_config(vllm_config.model_config)
+    vllm_config = copy(vllm_config)
+    vllm_config.lora_config = lora_config
+    return vllm_config
+
+
+class Numbered(LoRARequest):
+    """vLLM's, under the worker's own number, and told apart by that: two adapters may have one name."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Numbered) and self.lora_int_id == other.lora_int_id
+
+    def __hash__(self) -> int:
+        return self.lora_int_id
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """layers: the LoRA buffers A [max_rank, in] and B [out, max_rank] of every layer, for one adapter. into, weights: the part
+    of each that a slot's rank takes, and the same in the slot. All are views of memory that stays."""
+
+    layers: list[Tensor]
+    into: list[Tensor]
+    weights: list[Tensor]
+
+
+class AdapterManager(LRUCacheLoRAModelManager):
+    """vLLM's, whose places in the LoRA layers are the users', as many as they asked for, and behind them the slots'.
+
+    Slot s has number s + 1. While vLLM warms up, all places are those of the adapters that it makes up.
+    """
+
+    lora_index_to_id: list[int | None]
+
+    def __init__(self, *args: Any, lora_config: LoRAConfig, **kwargs: Any):
+        self.num_slots: int = 0
+        self.users: LoRAConfig | None = lora_config
+        if isinstance(lora_config, LoRAConfigWithSlots):
+            self.num_slots, self.users = lora_config.slots, lora_config.users
+        self.warming_up = True
+        super().__init__(*args, lora_config=lora_config, **kwargs)
+        targets = None if self.users is None else self.users.target_modules
+        self.not_the_users = [
+            module
+            for name, module in self.modules.items()
+            if not is_in_target_modules(name, targets, self.packed_modules_mapping)
+        ]
+        self.lay_out(warming_up=False)
+
+    @property
+    def lora_slots(self) -> int:
+        return self.lora_config.max_loras - (0 if self.warming_up else self.num_slots)
+
+    @property
+    def capacity(self) -> int:
+        lora_config = self.lora_config if self.warming_up else self.users
+        return 0 if lora_config is None else lora_config.max_cpu_loras or 0
+
+    def lay_out(self, warming_up: bool) -> None:
+        """Give the places to those who have them from now on; nobody's weights are in them."""
+        super().remove_all_adapters()
+        self.warming_up = warming_up
+        self._registered_adapters = AdapterLRUCache(self.capacity, self.deactivate_adapter)
+        self._active_adapters = AdapterLRUCache(self.lora_slots, self._deactivate_adapter)
+        slots = [] if warming_up else [slot + 1 for slot in range(self.num_slots)]
+        self.lora_index_to_id = [*[None] * self.lora_slots, *slots]
+
+    def place_of_slot(self, slot: int) -> int:
+        return self.lora_config.max_loras - self.num_slots + slot
+
+    def remove_all_adapters(self) -> None:
+        self.lay_out(warming_up=False)
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        activated = super().activate_adapter(lora_id)
+        if activated and not self.warming_up:
+            for module in self.not_the_users:  # wrapped for the slots' sake
+                module.reset_lora(self.lora_index_to_id.index(lora_id))
+        return activated
+
+
+class SlotLoRAManager(LRUCacheWorkerLoRAManager):
+    """vLLM's manager of adapters beside our slots, whose weights are swapped in place before a forward.
+
+    An adapter that cannot be loaded for a step is an error of the requests that have it, not of the step.
+    """
+
+    _manager_cls = AdapterManager
+    _adapter_manager: AdapterManager
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.step = EMPTY
+        self.holds: dict[int, tuple[int, Weights]] = {}  # slot -> (owner, weights) in the layers
+        self.slots: Slots | None = None
+        self.device_slots: Tensor | None = None  # their memory on this GPU, if they have it there
+        self._copies: dict[tuple[int, int, int], Copies] = {}  # by slot, bank, rank
+        self.swap_seconds: list[float] = []
+        self.loaded = False  # the last adapter, on all ranks
+        self.failed: dict[int, str] = {}  # adapters of this step that could not be loaded, with the reason
+
+    def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> Any:
+        wrapped = super().create_lora_manager(model, vllm_config)
+        if self._adapter_manager.users is not None:
+            self.lora_config: LoRAConfig = self._adapter_manager.users  # by which adapters are judged
+        return wrapped
+
+    # --- the users' adapters ----------------------------------------------------------------------------------------------
+
+    def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        """All ranks load an adapter, or none does."""
+        self.loaded, adapter, error = False, None, None
+        try:
+            adapter = super()._load_adapter(lora_request)
+        except Exception as e:
+            error = e
+        _raise_on_all_ranks(error)
+        assert adapter is not None
+        self.loaded = True
+        return adapter
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """All ranks have an adapter in their layers, or none has."""
+        number = lora_request.lora_int_id
+        if number in self.list_adapters() and not lora_request.load_inplace:
+            return super().add_adapter(lora_request)
+        added, error = False, None
+        try:
+            added = super().add_adapter(lora_request)
+        except Exception as e:
+            if not self.loaded:  # on no rank; what was there before still is
+                raise
+            error = e
+        try:
+            _raise_on_all_ranks(error)
+        except Exception:
+            self.remove_adapter(number)  # some of its weights may be in the layers
+            raise
+        return added
+
+    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+        if self._adapter_manager.warming_up:
+            super()._apply_adapters(lora_requests)
+            return
+        for request in sorted(lora_requests, key=lambda request: request.lora_int_id):  # on all ranks in one order
+            try:
+                super()._apply_adapters({request})
+            except Exception as e:
+                logger.error("longctx: the adapter %r (%s) cannot be used: %s", request.lora_name, request.lora_path, e)
+                self.failed[request.lora_int_id] = f"the adapter {request.lora_name!r} cannot be used: {e}"
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        if not self._adapter_manager.warming_up:  # it may do so between steps, too
+            self._lay_out(warming_up=True)
+        with super().dummy_lora_cache():
+            yield
+
+    def remove_all_adapters(self) -> None:
+        self._lay_out(warming_up=False)
+
+    def _lay_out(self, warming_up: bool) -> None:
+        self._adapter_manager.lay_out(warming_up)
+        self.holds.clear()
+
+    # --- a step -----------------------------------------------------------------------------------------------------------
+
+    def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
+        if self._adapter_manager.warming_up:
+            super().set_active_adapters(requests, mapping)
+            return
+        self._apply_adapters({request for request in requests if request.lora_int_id > self._adapter_manager.num_slots})
+        if mapping is not None:
+            if self.failed:  # what these tokens come to is nobody's
+                mapping = copy(mapping)
+                mapping.index_mapping = self._without_failed(mapping.index_mapping)
+                mapping.prompt_mapping = self._without_failed(mapping.prompt_mapping)
+            self._adapter_manager.set_adapter_mapping(mapping)
+        for use in self.step.slots.values():
+            if self.holds.get(use.slot) != (use.owner, use.weights):
+                started = time.perf_counter()
+                self._swap(use)
+                self.swap_seconds.append(time.perf_counter() - started)
+
+    def _without_failed(self, numbers: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(0 if number in self.failed else number for number in numbers)
+
+    def free(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            if self.holds.pop(slot, None) is not None:
+                for module in self._adapter_manager.modules.values():
+                    module.reset_lora(self._adapter_manager.place_of_slot(slot))
+
+    def _swap(self, use: SlotUse) -> None:
+        """Put the weights that the scheduler approved into the layers. A slot that holds others is an error, not a wait."""
+        manager, index = self._adapter_manager, self._adapter_manager.place_of_slot(use.slot)
+        if use.weights.bank is None or use.slot not in self.holds:
+            for module in manager.modules.values():
+                module.reset_lora(index)
+        if use.weights.bank is None:
+            pass
+        elif self.device_slots is not None:
+            self._swap_on_the_device(use, use.weights.bank, index)
+        else:
+            assert self.slots is not None
+            with self.slots.read(use.slot, use.weights.bank, use.owner, use.weights.version) as weights:
+                for parts, module in self._adapted_layers(self.slots):
+                    if len(parts) > 1:
+                        module.set_lora(index, *map(list, zip(*(weights[part] for part in parts), strict=True)))
+                    else:
+                        module.set_lora(index, *weights[parts[0]])
+        self.holds[use.slot] = (use.owner, use.weights)
+
+    def _adapted_layers(self, slots: Slots) -> Iterator[tuple[list[str], Any]]:
+        """Those that slots have weights of, with the names these have there."""
+        for name, module in self._adapter_manager.modules.items():
+            parts = self._adapter_manager.packed_modules.get(name, [name])
+            if parts[0] in slots.modules:
+                yield parts, module
+
+    def _swap_on_the_device(self, use: SlotUse, bank: int, index: int) -> None:
+        """What `set_lora` does in each layer, in one call: on a GPU hundreds would take longer to start than to run.
+
+        For layers that are not parted among ranks, as those of an engine with device memory for its slots are.
+        """
+        assert self.slots is not None
+        with self.slots.holding(use.slot, bank, use.owner, use.weights.version) as rank:
+            if (copies := self._copies.get((use.slot, bank, rank))) is None:
+                copies = self._copies[use.slot, bank, rank] = Copies([], [], [])
+                weights = self.slots.views(use.slot, bank, rank)
+                for parts, module in self._adapted_layers(self.slots):
+                    for part, a, b in zip(parts, module.lora_a_stacked, module.lora_b_stacked, strict=True):
+                        copies.layers.extend((a[index, 0], b[index, 0]))
+                        copies.into.extend((a[index, 0, :rank], b[index, 0, :, :rank]))
+                        copies.weights.extend(weights[part])
+            if rank < len(copies.layers[0]):
+                torch._foreach_zero_(copies.layers)
+            torch._foreach_copy_(copies.into, copies.weights)
+
+
+def _raise_on_all_ranks(error: Exception | None) -> None:
+    """Where one of the tensor-parallel ranks has an error, all raise one; all must ask."""
+    group = get_tp_group()
+    if group.world_size > 1:
+        failed = torch.tensor(int(error is not None))
+        torch.distributed.all_reduce(failed, group=group.cpu_group)
+        if failed and error is None:
+            raise RuntimeError("another rank cannot load it; see its log")
+    if error is not None:
+        raise error
+
+
+class Adapts:
+    """Mixed into a model runner of vLLM's, before it.
+
+    The ids that users give their adapters end here: behind, adapters have numbers of the worker's own, of which the first
+    are the slots'. So no id names a slot, and none is too large for vLLM's arrays.
+    """
+
+    step = EMPTY
+    lora_manager_class: type[SlotLoRAManager] = SlotLoRAManager
+    lora_manager: SlotLoRAManager
+    vllm_config: VllmConfig
+
+    def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
+        self.lora_manager = self.lora_manager_class(vllm_config, device, model.embedding_modules)
+        self.numbers: dict[int, int] = {}  # of the users' adapters, by the id that the user gave
+        return self.lora_manager.create_lora_manager(model, vllm_config)
+
+    def begin_step(self, scheduler_output: SchedulerOutput) -> None:
+        """Before a forward: what this step's requests compute with, and where their passes began."""
+        self.step = getattr(scheduler_output, ATTRIBUTE, EMPTY)
+        if not hasattr(self, "lora_manager"):
+            return
+        manager = self.lora_manager
+        if self.step.memory is not None and manager.slots is None:
+            manager.slots = Slots.open(**vars(self.step.memory), device_memory=manager.device_slots)
+        manager.step, manager.failed = self.step, {}
+        manager.free(self.step.freed)
+        for new in scheduler_output.scheduled_new_reqs:
+            if (use := self.step.slots.get(new.req_id)) is not None:
+                new.lora_request = Numbered(f"slot {use.slot}", use.slot + 1, "in memory")
+            elif new.lora_request is not None:
+                new.lora_request = self._numbered(new.lora_request)
+
+    def _numbered(self, request: LoRARequest) -> Numbered:
+        first = self.lora_manager._adapter_manager.num_slots + 1
+        number = self.numbers.setdefault(request.lora_int_id, first + len(self.numbers))
+        values = {name: getattr(request, name) for name in request.__struct_fields__}
+        return Numbered(**{**values, "lora_int_id": number})
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        return self._users_manager().add_adapter(self._numbered(lora_request))
+
+    def remove_lora(self, lora_id: int) -> bool:
+        manager = self._users_manager()
+        return lora_id in self.numbers and manager.remove_adapter(self.numbers[lora_id])
+
+    def pin_lora(self, lora_id: int) -> bool:
+        manager, number = self._users_manager(), self.numbers.get(lora_id, 0)
+        if number not in manager.list_adapters():
+            raise ValueError(f"Pinning failed. LoRA {lora_id} is not registered.")
+        return manager.pin_adapter(number)
+
+    def list_loras(self) -> set[int]:
+        loaded = self._users_manager().list_adapters()
+        return {lora_id for lora_id, number in self.numbers.items() if number in loaded}
+
+    def _users_manager(self) -> SlotLoRAManager:
+        """Raises RuntimeError, as vLLM does, where only we have turned LoRA on."""
+        if not hasattr(self, "lora_manager") or self.lora_manager._adapter_manager.users is None:
+            raise RuntimeError("LoRA is not enabled. Use --enable-lora to enable LoRA.")
+        return self.lora_manager
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Raises RuntimeError where there is a trainer: it has loaded the weights that the engine has, and keeps them."""
+        if active_config(self.vllm_config).adaptation is None:
+            super().reload_weights(*args, **kwargs)  # type: ignore[misc]
+            return
+        raise RuntimeError(
+            "longctx: the weights of an engine with adaptation cannot be changed, because its trainer has a copy of them; "
+            "start it anew with the other weights"
+        )
+
+    def take_swap_seconds(self) -> list[float]:
+        if not hasattr(self, "lora_manager"):
+            return []
+        seconds, self.lora_manager.swap_seconds = self.lora_manager.swap_seconds, []
+        return seconds
+
+    def take_failed_adapters(self) -> dict[int, str]:
+        """By the id that the user gave."""
+        failed = self.lora_manager.failed if hasattr(self, "lora_manager") else {}
+        if not failed:
+            return {}
+        return {lora_id: failed[number] for lora_id, number in self.numbers.items() if number in failed}

@@ -1,0 +1,440 @@
+"""What a longctx engine checks in a request before vLLM takes it, and the one thing it fills in.
+
+A body that stock vLLM takes is taken; what vLLM ignores in it is logged and counted. Only options of ours are strict: a wrong
+one is a 400 that names it. With `serving.strict` nothing is silently ignored, converted or shortened: each is such a 400.
+`RequestChecks` is given to `vllm serve` as a middleware (`plugin.py`); `check_engine_requests` is the part that holds for
+`LLM.generate` too.
+"""
+
+import contextvars
+import dataclasses
+import functools
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import typing_extensions
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from starlette.datastructures import State
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.config import VllmConfig
+from vllm.entrypoints.launchers.api_server import app_state
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+from vllm.sampling_params import BeamSearchParams, SamplingParams
+from vllm.utils import length_from_prompt_token_ids_or_embeds
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.serial_utils import MsgpackEncoder
+
+from vllm_longctx.config import KEY, LongContextConfig, LongContextError, RequestOptions, active_config, did_you_mean
+from vllm_longctx.metrics import count_ignored_field, export_ignored_fields
+from vllm_longctx.serving import stop_strings
+from vllm_longctx.serving.streams import guarded, over_http, watch
+from vllm_longctx.startup.engine_args import trained_length
+
+logger = init_logger("vllm.longctx")
+
+NOT_PER_REQUEST = "this engine has no options per request (it was started without adaptation); leave it out"
+OVER_HTTP = f"vllm_xargs.{KEY}"  # where options of ours stand in a body
+EXAMPLE = """{"vllm_xargs": {"longctx": "{\\"temp_lora\\": true}"}}"""
+OFFLINE_EXAMPLE = """SamplingParams(extra_args={"longctx": {"temp_lora": True}})"""
+ANY_BODY = "/invocations"  # SageMaker's route, whose handler finds the model that a body fits
+# Requests travel to the engine as msgpack, whose integers end here; beyond, vLLM answers 500.
+INT64 = range(-(2**63), 2**63)
+# In vLLM's order of precedence.
+OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
+
+_encoder = MsgpackEncoder()  # that of vLLM's clients of its engine core
+
+# Of the HTTP request being served, with `serving.strict`: the field with which it limits its output, and its value.
+_output_limit: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar("output_limit", default=None)
+
+Models = tuple[type, ...]  # pydantic models and dataclasses
+
+
+class RequestError(VLLMValidationError, LongContextError):
+    """A bad request: over HTTP a 400 whose `param` is the field, offline a ValueError."""
+
+    def __init__(self, message: str, parameter: str) -> None:
+        VLLMValidationError.__init__(self, message, parameter=parameter)
+
+
+class RequestChecks:
+    """ASGI middleware that puts the checks in front of every route with a pydantic body when the server starts.
+
+    They stand right before vLLM's handlers, behind its authentication, CORS headers and error handlers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            prepare(scope["app"])
+        await self.app(scope, receive, send)
+
+
+def prepare(app: FastAPI) -> None:
+    """Check the bodies of the app's routes, and guard their answers.
+
+    Only if the app's engine runs a longctx configuration, and once.
+    """
+    config = LongContextConfig.parse(app.state.vllm_config.additional_config[KEY])
+    if not config.changes_engine or getattr(app.state, "longctx_prepared", False):
+        return
+    app.state.longctx_prepared = True
+    export_ignored_fields()
+    watch(app.state.engine_client)
+    for route in app.routes:
+        if isinstance(route, APIRoute) and "POST" in route.methods:
+            models = _models(route.body_field.field_info.annotation) if route.body_field is not None else ()
+            if models or route.path == ANY_BODY:
+                route.app = functools.partial(_checked, route.app, route.path, models, config.serving.strict)
+            route.app = guarded(route.app, route, config.serving.keep_alive_s)
+
+
+def limit_requests() -> None:
+    """Give the handlers of every server of this process, once they are made, the limits of its longctx engine.
+
+    They are made for `vllm serve` and `vllm run-batch` alike, and vLLM initializes endpoint plugins behind them.
+    """
+    init = app_state.init_endpoint_plugins_state
+    if hasattr(init, "__wrapped__"):
+        return
+
+    @functools.wraps(init)
+    async def limit(engine_client: Any, state: State, *args: Any, **kwargs: Any) -> None:
+        await init(engine_client, state, *args, **kwargs)
+        vllm_config = engine_client.vllm_config
+        if KEY not in (vllm_config.additional_config or {}) or not active_config(vllm_config).changes_engine:
+            return
+        config = active_config(vllm_config)
+        for handler in (state[name] for name in state):
+            # What vLLM takes from the model's generation_config.json, where that says anything.
+            defaults = getattr(handler, "default_sampling_params", None)
+            if isinstance(defaults, dict):
+                defaults.setdefault("max_tokens", config.serving.default_max_tokens)
+            if hasattr(handler, "beam_search") and not config.changes_attention:
+                handler.beam_search = _within_trained(handler.beam_search, trained_length(vllm_config.model_config))
+
+    app_state.init_endpoint_plugins_state = limit
+
+
+async def _checked(app: ASGIApp, path: str, models: Models, strict: bool, scope: Scope, receive: Receive, send: Send) -> None:
+    try:
+        body = await Request(scope, receive).body()
+    except ClientDisconnect:
+        return
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError):
+        parsed = None
+    if isinstance(parsed, dict):  # vLLM answers anything else with a 400
+        check_own_options(models, parsed)
+        if strict and models:
+            check_strictly(models, parsed)
+            given = [(name, parsed[name]) for name in OUTPUT_LIMITS if parsed.get(name) is not None]
+            # Beam search sends its prompts again for every token.
+            _output_limit.set(given[0] if given and not parsed.get("use_beam_search") else None)
+        elif models:
+            for where, name, _ in unknown_fields(models, parsed):
+                if new := count_ignored_field(path, where + name):
+                    logger.info("%s: vLLM does not know the field %s and ignores it; this is said once.", path, new)
+    unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return unread.pop() if unread else await receive()
+
+    await app(scope, receive_again, send)
+
+
+def check_own_options(models: Models, body: dict[str, Any]) -> None:
+    """Raises RequestError where options of ours are in a place or a form in which nobody would read them.
+
+    models: of which the body is to fit one; none where nobody knows.
+    """
+    if KEY in body:
+        raise RequestError(f"{KEY}: options of ours stand in vllm_xargs, as a JSON string: {EXAMPLE}", KEY)
+    extra_args = body.get("vllm_xargs")
+    if not isinstance(extra_args, dict) or KEY not in extra_args:
+        return
+    if models and "vllm_xargs" not in _fields(models):
+        raise RequestError(f"{OVER_HTTP}: this route takes no vllm_xargs; leave it out", OVER_HTTP)
+    if not isinstance(extra_args[KEY], str):
+        raise RequestError(f"{OVER_HTTP} = {_short(extra_args[KEY])}: give a JSON string, {EXAMPLE}", OVER_HTTP)
+    if body.get("use_beam_search"):  # vLLM makes requests of its own for each beam, without vllm_xargs
+        raise RequestError(f"{OVER_HTTP}: a beam search takes no options of ours; leave it out, or use_beam_search", OVER_HTTP)
+
+
+def check_strictly(models: Models, body: dict[str, Any]) -> None:
+    """Raises RequestError naming the first field that vLLM would ignore, convert or stumble over.
+
+    models: of which the body is to fit one.
+    """
+    for where, name, known in unknown_fields(models, body):
+        if "[]" not in where:  # inside messages and tools vLLM decides
+            hint = did_you_mean(name, known) or "leave it out"
+            raise RequestError(f"{where}{name}: unknown key; {hint}", f"{where}{name}")
+    _check_numbers(body)
+    for name, value in body.items():
+        if not isinstance(value, list | dict):
+            _check_type(models, name, value)
+
+
+def unknown_fields(models: Models, body: dict[str, Any]) -> Iterator[tuple[str, str, Iterable[str]]]:
+    """Each field of a body that no model has: where, as `outer.` or `list[].`; its name; the names that are known there."""
+    pending = [(models, "", body)]
+    for models, where, values in pending:
+        fields = _fields(models)
+        for name, value in values.items():
+            if name not in fields:
+                yield where, name, fields
+                continue
+            one, many = fields[name]
+            if one and isinstance(value, dict):
+                pending.append((one, f"{where}{name}.", value))
+            elif many and isinstance(value, list):
+                pending += [(many, f"{where}{name}[].", item) for item in value if isinstance(item, dict)]
+
+
+@functools.cache
+def _fields(models: Models) -> dict[str, tuple[Models, Models]]:
+    """Names that a body may use; for each the models of an object there, and of the objects in a list there."""
+    annotations: dict[str, list[Any]] = {}
+    for model in models:
+        if dataclasses.is_dataclass(model):
+            hints = typing.get_type_hints(model)
+            for field in dataclasses.fields(model):
+                if field.init:
+                    annotations.setdefault(field.name, []).append(hints[field.name])
+        else:
+            assert issubclass(model, BaseModel)
+            for name, info in model.model_fields.items():
+                for spelling in {name, info.alias or name}:
+                    annotations.setdefault(spelling, []).append(info.annotation)
+    found = {}
+    for name, given in annotations.items():
+        alternatives = [a for annotation in given for a in _alternatives(annotation)]
+        items = [i for a in alternatives if typing.get_origin(a) is list for i in _alternatives(*typing.get_args(a))]
+        found[name] = (_all_models(alternatives), _all_models(items))
+    return found
+
+
+def _alternatives(annotation: Any) -> Iterator[Any]:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        yield from _alternatives(typing.get_args(annotation)[0])
+    elif origin in (typing.Union, types.UnionType):
+        for alternative in typing.get_args(annotation):
+            yield from _alternatives(alternative)
+    else:
+        yield annotation
+
+
+def _models(annotation: Any) -> Models:
+    return _all_models(list(_alternatives(annotation)))
+
+
+def _all_models(alternatives: list[Any]) -> Models:
+    """The models that an object must fit one of; none where it may be anything, or where vLLM refuses unknown keys itself."""
+    models = []
+    for a in alternatives:
+        if isinstance(a, type) and (issubclass(a, BaseModel) or dataclasses.is_dataclass(a)):
+            models.append(a)
+        elif a is Any or typing_extensions.is_typeddict(a) or (typing.get_origin(a) or a) in (dict, Mapping):
+            return ()
+    forbidding = any(getattr(m, "model_config", {}).get("extra") == "forbid" for m in models)
+    return () if forbidding else tuple(models)
+
+
+def _check_numbers(body: dict[str, Any]) -> None:
+    pending = list(body.items())
+    for name, value in pending:
+        if isinstance(value, dict):
+            pending += [(f"{name}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, int) and value not in INT64:
+            raise RequestError(f"{name} = {_short(value)} does not fit into 64 bits", name)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise RequestError(f"{name} = {value} is not a finite number", name)
+
+
+def _check_type(models: Models, name: str, value: str | float | None) -> None:
+    """No conversion: "5" is not a number, 1 not a boolean."""
+    errors = []
+    for adapter in filter(None, (_adapter(model, name) for model in models)):
+        try:
+            adapter.validate_json(json.dumps(value), strict=True)
+            return
+        except ValidationError as e:
+            errors.append(e.errors()[0]["msg"])
+    if errors:
+        raise RequestError(f"{name} = {_short(value)}: {errors[0]}", name)
+
+
+@functools.cache
+def _adapter(model: type[BaseModel], name: str) -> TypeAdapter[Any] | None:
+    for known, info in model.model_fields.items():
+        if name in (known, info.alias):
+            return TypeAdapter(info.rebuild_annotation())
+    return None
+
+
+def _short(value: Any, characters: int = 100) -> str:
+    text = repr(value)
+    return text if len(text) <= characters else f"{text[:characters]}..."
+
+
+def check_engine_requests() -> None:
+    """Check every request that enters a longctx engine of this process, over HTTP or offline.
+
+    Afterwards such an engine refuses bad options of ours in `SamplingParams.extra_args` with RequestError. Requests that do
+    not adapt on an engine with Temp-LoRA end at the model's trained length, as they do on stock vLLM.
+    """
+    process_inputs = InputProcessor.process_inputs
+    if hasattr(process_inputs, "__wrapped__"):
+        return
+
+    @functools.wraps(process_inputs)
+    def process(self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        if KEY not in (self.vllm_config.additional_config or {}):
+            return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        config = active_config(self.vllm_config)
+        if not config.changes_engine:
+            return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        options, adapts = _adaptation(config, self.vllm_config, params)
+        try:
+            request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        except VLLMValidationError as e:
+            if config.serving.strict and str(e).startswith("Token id"):  # the one message of vLLM's that does not say where
+                raise RequestError(f"prompt: {e}", "prompt") from None
+            raise
+        # What cannot travel to the engine fails now, as it does later, but before the front end keeps it for ever.
+        _encoder.encode((request.request_id, request.sampling_params, request.cache_salt, request.session_id))
+        if request.lora_request is not None and options == RequestOptions():
+            adapts = False  # it has its adapter, also where all others learn one
+        if request.resumable:
+            _check_streamed(config)
+        if getattr(params, "max_tokens", 0) is None:
+            limits = request.sampling_params.max_tokens, config.serving.default_max_tokens
+            request.sampling_params.max_tokens = min(limits)
+        if adapts:
+            _check_adapting(request, options)
+        if config.serving.strict:
+            _check_room(request, self.model_config.max_model_len)
+            _check_priority(request, self.scheduler_config.policy)
+        if not adapts and not config.changes_attention:
+            _limit_to_trained(request, params, trained_length(self.model_config), config.serving.strict)
+        return request
+
+    InputProcessor.process_inputs = process
+
+
+def _adaptation(config: LongContextConfig, vllm_config: VllmConfig, params: Any) -> tuple[RequestOptions, bool]:
+    """A request's options, and whether it adapts. Raises RequestError naming what is wrong with them."""
+    given = getattr(params, "extra_args", None) or {}
+    if config.adaptation is None or not isinstance(params, SamplingParams):
+        if KEY in given:
+            raise _bad_options(f"{KEY}: {NOT_PER_REQUEST}")
+        return RequestOptions(), False
+    try:
+        options = RequestOptions.parse(given.get(KEY, {}))
+        trained, kv_block = trained_length(vllm_config.model_config), vllm_config.cache_config.block_size
+        adapts = config.adaptation.for_request(options, trained, kv_block) is not None
+    except LongContextError as e:
+        raise _bad_options(str(e) if str(e).startswith(KEY) else f"{KEY}.{e}") from None
+    if options.save_as is not None and params.n > 1:
+        raise _bad_options(f"{KEY}.save_as = {options.save_as!r} with n = {params.n}: samples would overwrite it; set n to 1")
+    return options, adapts
+
+
+def _bad_options(message: str) -> RequestError:
+    """message: begins with the option, as it is called below `extra_args`."""
+    return RequestError(f"vllm_xargs.{message}", OVER_HTTP) if over_http() else RequestError(message, KEY)
+
+
+def _check_adapting(request: EngineCoreRequest, options: RequestOptions) -> None:
+    if request.lora_request is not None:
+        name = request.lora_request.lora_name
+        raise _bad_options(f"{KEY}.temp_lora beside the adapter {name!r}: a request has one; leave one of them out")
+    if request.prompt_token_ids is None or request.resumable:
+        raise _bad_options(f"{KEY}.temp_lora needs a prompt of tokens, given at once; leave it out")
+    if options.save_as is not None:
+        stop_strings.wait_for_save(request, options.save_as)
+
+
+def _check_streamed(config: LongContextConfig) -> None:
+    """Windows and blocks are laid out for the whole prompt; Λ attention alone does not look at where it ends."""
+    if config.attention.remembers or not config.slides:
+        what = "adaptation" if config.adaptation is not None else f"attention.method {config.attention.method}"
+        what = "attention.top_k" if config.slides else what
+        raise RequestError(
+            f"prompt: its parts come one after the other, but {what} of this engine needs all of it at once; give it at once, "
+            "or start the engine with attention.method lm_infinite or streaming alone",
+            "prompt",
+        )
+
+
+def _limit_to_trained(request: EngineCoreRequest, params: Any, trained: int, strict: bool) -> None:
+    """Requests that do not adapt see all they read, so they end where the model was trained to end."""
+    if request.sampling_params is None:
+        return
+    prompt = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+    asked = request.sampling_params.max_tokens
+    remedy = EXAMPLE if over_http() else OFFLINE_EXAMPLE
+    if prompt >= trained:
+        raise RequestError(  # vLLM's words for a prompt that is too long
+            f"This model's maximum context length is {trained} tokens, on which it was trained. However, your prompt contains "
+            f"{prompt} input tokens, and this request does not adapt. Please reduce the length of the input prompt, or ask for "
+            f"{remedy}",
+            "input_tokens",
+        )
+    explicit = _output_limit.get() is not None if over_http() else params.max_tokens is not None
+    if strict and explicit and prompt + asked > trained:
+        raise RequestError(
+            f"prompt of {prompt} tokens and max_tokens = {asked}: this request does not adapt, and the model was trained on "
+            f"{trained} tokens; shorten it, or ask for {remedy}",
+            "max_tokens",
+        )
+    request.sampling_params.max_tokens = min(asked, trained - prompt)
+
+
+def _within_trained(beam_search: Any, trained: int) -> Any:
+    """As `_limit_to_trained`, for a handler's beam search, which sends its prompt again with each token that it has chosen."""
+
+    @functools.wraps(beam_search)
+    def limited(prompt: Any, request_id: str, params: BeamSearchParams, **kwargs: Any) -> Any:
+        room = trained - len(prompt.get("prompt_token_ids") or ())
+        if room > 0:  # else the first token is refused
+            params.max_tokens = min(params.max_tokens, room)
+        return beam_search(prompt=prompt, request_id=request_id, params=params, **kwargs)
+
+    return limited
+
+
+def _check_room(request: EngineCoreRequest, max_model_len: int) -> None:
+    output_limit = _output_limit.get()
+    if output_limit is None or request.prompt_token_ids is None:
+        return
+    (name, value), prompt = output_limit, len(request.prompt_token_ids)
+    if prompt + value > max_model_len:
+        raise RequestError(
+            f"{name} = {value} does not fit behind the prompt of {prompt} tokens: max_model_len is {max_model_len}; "
+            f"ask for at most {max_model_len - prompt}",
+            name,
+        )
+
+
+def _check_priority(request: EngineCoreRequest, policy: str) -> None:
+    if request.priority and policy != "priority":
+        raise RequestError(
+            f"priority = {request.priority}, but the scheduling policy is {policy!r}; leave it out, or start the engine with "
+            "--scheduling-policy priority",
+            "priority",
+        )

@@ -1,0 +1,222 @@
+"""What the engine tells the trainer of its model, and the proof that both have the same one.
+
+Nothing is told by its name where it can be told by its value: the Hugging Face config after every override, and the files that
+vLLM loaded. What is left (another file's contents, a model that vLLM and transformers compute differently) shows in the
+log-probabilities of a short text, the probe, which both compute before the first request.
+"""
+
+import functools
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from functools import partial
+from statistics import pstdev
+from typing import TYPE_CHECKING, Any
+
+import torch
+import vllm.envs as envs
+from vllm.config import ModelConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor import Executor
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_longctx import refusals
+from vllm_longctx.config import KEY, AdaptationSection, LongContextError
+from vllm_longctx.metrics import StepStats
+from vllm_longctx.startup.engine_args import ADAPTABLE, ADAPTING_SCHEDULER, ASYNC_SCHEDULERS, check_load_format
+from vllm_longctx.temp_lora.messages import Ready
+
+if TYPE_CHECKING:
+    from vllm_longctx.scheduling.temp_lora import TempLoraScheduler
+
+logger = init_logger("vllm.longctx")
+
+ADAPTING_SCHEDULERS = (ADAPTING_SCHEDULER, ASYNC_SCHEDULERS[ADAPTING_SCHEDULER])
+PROBE_TOKENS = 64
+# By how much the same model's log-probabilities may differ, see `difference`. Measured on the CPU: 4e-6, 0.007 and 0.03 at
+# most, of a trained model and of random ones of up to 24 layers; with YaRN's factor 2 on one side only, 0.14 to 1.
+TOLERANCES = {torch.float32: 2e-3, torch.float16: 0.04, torch.bfloat16: 0.2}
+TF32_TOLERANCE = 0.04  # on a GPU kernels take float32 as TF32, which has float16's mantissa
+SMALLEST_SPREAD = 1e-2  # in nats; of a model that has learned nothing, as those of vLLM's dummy weights
+# Settings that say which weights are loaded, or how the model computes.
+MODEL_SETTINGS = (
+    "revision",
+    "hf_overrides",
+    "hf_config_path",
+    "config_format",
+    "quantization",
+    "model_impl",
+    "disable_sliding_window",
+    "trust_remote_code",
+)
+LOAD_SETTINGS = ("load_format", "download_dir")
+
+
+def resolved_config(model: ModelConfig) -> dict[str, Any]:
+    """The Hugging Face config that the engine computes with, whatever it came from."""
+    config = json.loads(model.hf_text_config.to_json_string(use_diff=False))
+    for key in ("model_max_length", "auto_map"):  # the length is ours; the code of a checkpoint's own is not run
+        config.pop(key, None)
+    return config | {"architectures": [a for a in model.architectures if a in ADAPTABLE]}
+
+
+def weight_files(vllm_config: VllmConfig) -> list[str]:
+    """The files that vLLM loaded the model from, or, where they are of Mistral's own format, Hugging Face's beside them.
+
+    Raises LongContextError if there are none that the trainer can load.
+    """
+    model, load = vllm_config.model_config, vllm_config.load_config
+    check_load_format(load)
+    if load.load_format in ("auto", "mistral"):
+        load = replace(load, load_format="hf")
+    _, files, *_ = DefaultModelLoader(load)._prepare_weights(model.model, None, model.revision, True, None)
+    if any(file.rpartition("/")[2].startswith("consolidated") for file in files):
+        raise LongContextError(
+            f"model {model.model} has its weights in Mistral's own format only, which the trainer cannot load; give a "
+            "checkpoint in Hugging Face's, or leave adaptation out"
+        )
+    return sorted(files)
+
+
+def probe(model: ModelConfig, adaptation: AdaptationSection) -> list[int]:
+    """Token ids of the probe: no text that anybody wrote, told twice, so that the second time much can be foreseen.
+
+    It is short enough for every query to see all before it. Empty where not even two tokens are.
+    """
+    assert adaptation.window_tokens is not None
+    length = min(PROBE_TOKENS, adaptation.window_tokens, model.max_model_len - 1)
+    if length < 2:
+        return []
+    vocabulary, bos = model.get_vocab_size(), getattr(model.hf_text_config, "bos_token_id", None)
+    first = [bos] if isinstance(bos, int) and 0 <= bos < vocabulary else []
+    half = random.Random(0).choices(range(vocabulary), k=PROBE_TOKENS // 2)
+    return [*first, *half, *half][:length]
+
+
+def measure(scheduler: Scheduler, executor: Executor, tokens: Sequence[int]) -> list[float]:
+    """The engine's log-probabilities of the tokens after the first, in nats: of a request that leaves nothing behind.
+
+    It is one that adapts without learning, so its KV is never published to the prefix cache. Raises LongContextError if the
+    KV cache does not hold it.
+    """
+    options = {KEY: {"temp_lora": True, "epochs": 0}}
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, extra_args=options)
+    request = Request("longctx-probe", list(tokens), params, None)
+    scheduler.add_request(request)
+    logprobs: list[float] = []
+    while scheduler.has_requests():
+        step = scheduler.schedule()
+        if scheduler.has_unfinished_requests() and not step.total_num_scheduled_tokens:
+            scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+            raise LongContextError("the KV cache does not hold a single request that adapts; make it larger")
+        output = executor.execute_model(step)
+        if output is None:
+            output = executor.sample_tokens(None)
+        for outputs in scheduler.update_from_output(step, output).values():
+            for o in outputs.outputs:
+                if o.new_prompt_logprobs_tensors is not None:
+                    logprobs += o.new_prompt_logprobs_tensors.logprobs[:, 0].tolist()
+    return logprobs
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """By how much nine in ten log-probabilities of the same tokens differ at most: in nats, and as a share of our spread.
+
+    Nine in ten, since a few tokens that no model would write decide any other figure; the spread, since rounding errors grow
+    with the logits. What is not a number in both is no difference, in one of them an infinite one.
+    """
+    apart = sorted(_apart(a, b) for a, b in zip(ours, theirs, strict=True))
+    finite = [a for a in ours if math.isfinite(a)]
+    spread = max(pstdev(finite), SMALLEST_SPREAD) if finite else 1.0
+    most = apart[int(0.9 * (len(apart) - 1))]
+    return most, most / spread
+
+
+def _apart(a: float, b: float) -> float:
+    if math.isfinite(a) and math.isfinite(b):
+        return abs(a - b)
+    return 0.0 if a == b or (math.isnan(a) and math.isnan(b)) else math.inf
+
+
+def fault(ready: Ready, *, ours: Sequence[float], vllm_config: VllmConfig, address: str | None) -> str | None:
+    """What is wrong with the trainer's model: None if it gives the probe the engine's log-probabilities, `ours`."""
+    if not ours:
+        return None
+    nats, share = difference(ours, ready.logprobs)
+    model = vllm_config.model_config
+    on_gpu = model.dtype == torch.float32 and not current_platform.is_cpu()
+    allowed = TF32_TOLERANCE if on_gpu else TOLERANCES[model.dtype]
+    what = f"{nats:.2g} nats, {share:.2g} of their spread"
+    if share <= allowed:
+        logger.info("longctx: the trainer has the engine's model: log-probabilities differ by %s", what)
+        return None
+    causes = "; ".join(unusual_settings(vllm_config))
+    if address is not None:
+        remedy = f"start the trainer at adaptation.trainer.address = {address!r} with the engine's model, or leave address out"
+    elif causes:
+        remedy = "leave out what the trainer does not understand of these settings, or adaptation"
+    else:
+        remedy = "see whether the checkpoint was changed while the engine started, or leave adaptation out"
+    return (
+        f"has another model than the engine: log-probabilities of the same text differ by {what}, where {model.dtype} explains "
+        f"{allowed:g}. It has {ready.about}, the engine {model.model} with {causes or 'no unusual settings'}; {remedy}"
+    )
+
+
+def unusual_settings(vllm_config: VllmConfig) -> list[str]:
+    """Settings that are not vLLM's defaults and decide which weights are loaded, or what is computed with them."""
+    model, load = vllm_config.model_config, vllm_config.load_config
+    found = []
+    for section, names in ((model, MODEL_SETTINGS), (load, LOAD_SETTINGS)):
+        defaults = {f.name: f.default for f in fields(section)}
+        found += [(name, value) for name in names if (value := getattr(section, name)) and value != defaults[name]]
+    overrides = model.hf_overrides
+    if isinstance(overrides, dict):  # without the entry of our own
+        found = [(name, value) for name, value in found if name != "hf_overrides"]
+        if own := {key: value for key, value in overrides.items() if key != "model_max_length"}:
+            found.append(("hf_overrides", own))
+    if envs.VLLM_USE_MODELSCOPE:
+        found.append(("VLLM_USE_MODELSCOPE", True))
+    scaling = (getattr(model.hf_text_config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if scaling != "default":
+        found.append(("rope_type", scaling))
+    return [f"{name} = {value!r}" for name, value in found]
+
+
+def check_trainer_model(scheduler: "TempLoraScheduler", executor: Executor) -> None:
+    """Wait for the trainer and compare the models. Raises LongContextError if there is no trainer, or with another model."""
+    trainer, address = scheduler.trainer, scheduler.settings.trainer.address
+    begin = time.monotonic()
+    ours = measure(scheduler, executor, trainer.probe) if trainer.probe else []
+    scheduler.step_stats = StepStats()  # no request of a user's was in these steps
+    logger.info("longctx: waiting for the trainer%s", f" at {address}" if address else " to load its model")
+    trainer.wait_until_ready(partial(fault, ours=ours, vllm_config=scheduler.vllm_config, address=address))
+    logger.info("longctx: the trainer was ready, and its model compared, after %.1f s", time.monotonic() - begin)
+
+
+def check_when_engines_start() -> None:
+    """Have each engine core that adapts compare the models as soon as it has its workers and its scheduler."""
+    initialize = EngineCore._initialize_effective_attention_block_size
+    if hasattr(initialize, "__wrapped__"):
+        return
+
+    @functools.wraps(initialize)
+    def initialize_and_check(self: EngineCore) -> None:
+        initialize(self)
+        if self.vllm_config.scheduler_config.scheduler_cls in ADAPTING_SCHEDULERS:
+            try:
+                with refusals.told(self.vllm_config):
+                    check_trainer_model(self.scheduler, self.model_executor)
+            except LongContextError:
+                self.shutdown()
+                raise
+
+    EngineCore._initialize_effective_attention_block_size = initialize_and_check

@@ -1,0 +1,270 @@
+"""The trainer process: `python -m vllm_longctx.trainer.sidecar '{"address": "ipc:///tmp/trainer", "model": ..., ...}'`.
+
+Without an argument it reads its options from standard input. It has a copy of the model of its own, unless it can use the
+weights of an engine on its GPU; on a CPU an engine packs them for inference. It works for one engine at a time, one job after
+the other; a job that fails is answered, whatever the reason, and does not end the process, unless the GPU does.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from vllm_longctx.temp_lora import messages as m
+from vllm_longctx.temp_lora import shared_weights as shared
+from vllm_longctx.temp_lora.slots import Slots
+from vllm_longctx.trainer import attention
+from vllm_longctx.trainer.trainer import Trainer
+
+NICENESS = 10  # engine and front end go first, but a busy machine leaves the trainer a share
+
+
+class Sidecar:
+    """socket: a bound ROUTER socket, on which each engine has an identity. device_slots: the slots' device memory. duty_cycle:
+    the share of the time in which to train. about: what was loaded, in words."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        socket: zmq.Socket,
+        adapters_root: str | None,
+        device_slots: torch.Tensor | None = None,
+        duty_cycle: float = 1.0,
+        about: str = "",
+    ):
+        self._trainer, self._socket, self._adapters_root, self._about = trainer, socket, adapters_root, about
+        self._device_slots, self._duty_cycle = device_slots, duty_cycle
+        self._slots: Slots | None = None
+        self._engine: bytes | None = None
+        self._jobs: deque[tuple[bytes, m.Job]] = deque()
+
+    def serve(self) -> None:
+        while True:
+            self.serve_one()
+
+    def serve_one(self) -> None:
+        """Wait for a message and do what it says."""
+        self._receive(wait=not self._jobs)
+        engine, job = self._jobs.popleft()
+        if isinstance(job, m.Join):
+            self._change_engine(engine, job)
+        elif engine != self._engine:
+            self._send(m.Lost("was restarted or works for another engine"), engine)
+        else:
+            try:
+                self._do(job)
+            except torch.AcceleratorError:  # of CUDA's, after which nothing works in this process; the engine starts another
+                raise
+            except Exception as e:
+                self._send(failure(job, f"{type(e).__name__}: {e}"))
+
+    def _receive(self, wait: bool = False) -> None:
+        """Take in everything sent so far; with wait, at least one message."""
+        while True:
+            try:
+                engine, payload = self._socket.recv_multipart(0 if wait and not self._jobs else zmq.NOBLOCK)
+                job = m.decode_job(payload)
+            except zmq.Again:
+                return
+            except msgspec.MsgspecError as e:
+                self._send(m.Lost(f"does not understand this engine: {e}"), engine)
+                continue
+            if isinstance(job, m.Join):
+                self._jobs.clear()
+            self._jobs.append((engine, job))
+
+    def _change_engine(self, engine: bytes | None, join: m.Join | None = None) -> None:
+        if engine is not None and self._engine not in (None, engine):
+            self._send(m.Lost("works for another engine now, which has joined it"))
+        self._trainer.drop_all()
+        self._close_slots()
+        self._engine = engine
+        if join is not None:
+            self._adapters_root = join.adapters_root or self._adapters_root
+            try:
+                self._send(m.Ready(self._trainer.modules, self._trainer.logprobs(join.probe), self._about))
+            except ValueError as e:
+                self._send(m.Unable(f"has {self._about}, and {e}"))
+
+    def _do(self, job: m.Job) -> None:
+        trainer = self._trainer
+        match job:
+            case m.OpenSlots():
+                self._close_slots()
+                self._slots = Slots.open(job.path, trainer.modules, job.max_rank, job.num_slots, self._device_slots)
+            case m.Begin() | m.Resume():
+                slots = self._open_slots()
+                if job.recipe.rank > slots.max_rank:
+                    raise ValueError(f"rank {job.recipe.rank} is more than the server's slots hold ({slots.max_rank})")
+                trainer.begin(job.owner, job.recipe)
+                try:
+                    if isinstance(job, m.Resume):
+                        with slots.read(job.slot, job.bank, job.owner, job.version) as weights:
+                            trainer.load(job.owner, weights)
+                    elif job.start_from is not None:
+                        trainer.load_directory(job.owner, m.adapter_path(self._adapters_root, job.start_from))
+                        slots.write(job.slot, 0, job.owner, 0, trainer.weights(job.owner))
+                except BaseException:
+                    trainer.drop(job.owner)
+                    raise
+                self._send(m.Began(job.owner))
+            case m.Train():
+                self._train(job, self._open_slots())
+            case m.Save():
+                trainer.save(job.owner, m.adapter_path(self._adapters_root, job.name), job.position)
+                self._send(m.Saved(job.owner, job.name))
+            case m.Drop():
+                trainer.drop(job.owner)
+            case m.Leave():
+                self._change_engine(None)
+
+    def _train(self, job: m.Train, slots: Slots) -> None:
+        begin = time.perf_counter()
+        losses = []
+        if not self._is_dropped(job.owner):
+            self._send(m.Started(job.owner, job.version))
+            losses = self._trainer.train(job.owner, job.version, job.tokens, job.num_targets)
+        if self._is_dropped(job.owner):  # its slot may be cleared, or another's, by now
+            raise ValueError(f"owner {job.owner} was dropped")
+        slots.write(job.slot, job.bank, job.owner, job.version, self._trainer.weights(job.owner))
+        seconds = time.perf_counter() - begin
+        self._send(m.Trained(job.owner, job.slot, job.bank, job.version, losses, seconds))
+        time.sleep(seconds * (1 / self._duty_cycle - 1))
+
+    def _is_dropped(self, owner: int) -> bool:
+        """Whether nothing will come of the owner's training any more."""
+        self._receive()
+        return any(
+            isinstance(job, m.Join | m.Leave) or (isinstance(job, m.Drop) and job.owner == owner) for _, job in self._jobs
+        )
+
+    def _open_slots(self) -> Slots:
+        if self._slots is None:
+            raise RuntimeError("the slots are not open")
+        return self._slots
+
+    def _close_slots(self) -> None:
+        if self._slots is not None:
+            self._slots.close()
+            self._slots = None
+
+    def _send(self, report: m.Report, engine: bytes | None = None) -> None:
+        self._socket.send_multipart([engine or self._engine or b"", m.encode(report)])
+
+
+def failure(job: m.Job, reason: str) -> m.Report:
+    match job:
+        case m.Save():
+            return m.SaveFailed(job.owner, job.name, reason)
+        case m.Train() | m.Resume():
+            return m.Failed(job.owner, job.version, reason)
+        case m.Begin():
+            return m.Failed(job.owner, 0, reason)
+    return m.Lost(f"failed: {reason}")
+
+
+def end_with(parent: int, directory: Path) -> None:
+    """Watched, not signalled by the kernel: its signal comes at the end of the thread that started us."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    while directory.exists():  # again, if the main thread has bound its socket meanwhile
+        shutil.rmtree(directory, ignore_errors=True)
+    os._exit(0)
+
+
+def prepare(options: m.Options, socket: zmq.Socket) -> Sidecar:
+    """The model where it is to be trained: the engine's own weights, if it shares them, or a copy of its own."""
+    device, slots = torch.device(options.device), None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if options.dtype != "float32":
+            # Else the float32 adapters would take as long as the model; TF32 has bfloat16's exponent.
+            torch.set_float32_matmul_precision("high")
+    if options.attention == "xformers":
+        attention.register()
+    if options.shares:
+        share = m.decode_job(socket.recv_multipart()[1])
+        assert isinstance(share, m.Share)
+        weights = {name: shared.attach(tensor, device) for name, tensor in share.weights.items()}
+        model = shared.fill(shared.skeleton(options.model, options.dtype, options.attention, options.config), weights)
+        slots = shared.attach(share.slots, device)
+    else:
+        model = load(options).to(device)
+    model.name_or_path = options.model  # for those who load the adapters that it saves
+    about = f"{options.model}{f' (revision {options.revision})' if options.revision else ''} in {options.dtype}"
+    return Sidecar(Trainer(model, options.recompute), socket, options.adapters_root, slots, options.duty_cycle, about)
+
+
+def load(options: m.Options) -> PreTrainedModel:
+    """A copy of its own. Raises ValueError if the files do not hold all of the model's weights."""
+    settings: dict[str, Any] = {"dtype": options.dtype, "attn_implementation": options.attention, "output_loading_info": True}
+    made: Any = AutoModelForCausalLM
+    if options.config is not None:
+        made = shared.model_class(options.config)
+        settings["config"] = made.config_class.from_dict(options.config)
+    if options.weights:
+        weights: dict[str, torch.Tensor] = {}
+        for path in options.weights:
+            if path.endswith(".safetensors"):
+                weights |= load_file(path)
+            else:
+                weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        model, found = made.from_pretrained(None, state_dict=weights, **settings)
+    else:
+        model, found = made.from_pretrained(options.model, revision=options.revision or "main", **settings)
+    if found["missing_keys"]:  # transformers would make them up
+        raise ValueError(f"the weights of {options.model} lack {', '.join(sorted(found['missing_keys'])[:3])}")
+    return model
+
+
+def tell_why_not(socket: zmq.Socket, reason: str) -> None:
+    """Answer an engine that is waiting for a model which cannot be loaded; not one that comes later."""
+    while socket.poll(1000):
+        engine, payload = socket.recv_multipart()
+        if isinstance(m.decode_job(payload), m.Join):
+            socket.send_multipart([engine, m.encode(m.Unable(f"could not load its model: {reason}"))])
+            socket.close(linger=1000)
+            return
+
+
+def main() -> None:
+    options = msgspec.json.decode(sys.stdin.buffer.read() if len(sys.argv) < 2 else sys.argv[1], type=m.Options)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit())  # its files are removed, an adapter half saved too
+    path = Path(options.address.removeprefix("ipc://"))
+    if options.parent is not None:
+        threading.Thread(target=end_with, args=(options.parent, path.parent), daemon=True).start()
+    if options.cpus is not None:
+        os.sched_setaffinity(0, options.cpus)
+    os.nice(NICENESS)
+    torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
+    try:
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+            socket.set_hwm(0)
+            socket.linger = 0
+            socket.bind(options.address)
+            try:
+                sidecar = prepare(options, socket)
+            except Exception as e:
+                tell_why_not(socket, f"{type(e).__name__}: {e}")
+                raise
+            sidecar.serve()
+    finally:
+        path.unlink(missing_ok=True)  # ZeroMQ leaves it
+
+
+if __name__ == "__main__":
+    main()

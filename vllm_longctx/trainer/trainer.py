@@ -1,0 +1,283 @@
+"""Temp-LoRA's training: adapters of one frozen model, each trained on one text's blocks as they come.
+
+Only torch and peft; where tokens come from and where weights go is `sidecar`'s. Source: Temp-LoRA (arXiv 2401.11504).
+"""
+
+import inspect
+import json
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from msgspec.structs import asdict
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vllm_longctx.files import whole_directory
+from vllm_longctx.temp_lora.messages import Recipe
+from vllm_longctx.temp_lora.slots import Weights
+
+ABOUT_NAME = "longctx.json"  # beside peft's files in a saved adapter
+SAVING_PREFIX = ".saving-"  # no adapter's name begins with a dot
+
+
+class NotFinite(Exception):
+    """A loss, a weight or an optimizer's state became infinite or not a number."""
+
+
+@dataclass
+class Adapter:
+    name: str
+    recipe: Recipe
+    pairs: dict[str, tuple[nn.Parameter, nn.Parameter]]
+    optimizer: torch.optim.AdamW
+    rng: Tensor
+
+
+class Trainer:
+    """The model must be loaded as it is to be used; its own dropout stays off. It is changed in place, its weights never are.
+
+    recompute: keep only the decoder layers' inputs for the backward pass and compute the layers again there: the same numbers,
+    about a third more work, a small part of the memory.
+    modules: of every adapted module, under the model's name for it, its (in, out) features.
+    """
+
+    def __init__(self, model: PreTrainedModel, recompute: bool = False):
+        model.eval()
+        self._base, self._device = model, model.device
+        self._gpus = [model.device] if model.device.type == "cuda" else []  # whose random numbers dropout draws from
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        # This adapter is never trained. It says which layers get adapters, and is the active one while others are deleted.
+        self._model = get_peft_model(model, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"), "none")
+        self._layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+        self._adapters: dict[int, Adapter] = {}
+        self.modules = {name: (layer.in_features, layer.out_features) for name, layer in self._layers.items()}
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in model.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = True  # it asks for its own flag; the modules inside stay as they are
+
+    def begin(self, owner: int, recipe: Recipe) -> None:
+        """A new adapter as peft makes it right after `torch.manual_seed(adapter_seed)`: its output is 0. float32."""
+        if owner in self._adapters:
+            raise ValueError(f"owner {owner} has an adapter already")
+        name = f"owner-{owner}"
+        with torch.random.fork_rng(devices=self._gpus):
+            torch.manual_seed(recipe.adapter_seed)
+            self._model.add_adapter(
+                name,
+                LoraConfig(
+                    r=recipe.rank,
+                    lora_alpha=recipe.alpha,
+                    lora_dropout=recipe.dropout,
+                    target_modules="all-linear",
+                    task_type="CAUSAL_LM",
+                    base_model_name_or_path=self._base.name_or_path,
+                ),
+            )
+            rng = self._get_rng_state()
+        pairs = {m: (layer.lora_A[name].weight, layer.lora_B[name].weight) for m, layer in self._layers.items()}
+        optimizer = torch.optim.AdamW(
+            [parameter for pair in pairs.values() for parameter in pair],
+            lr=recipe.learning_rate,
+            eps=recipe.adam_eps,
+            weight_decay=recipe.weight_decay,
+            fused=bool(self._gpus),  # on a GPU the default makes temporary copies of all weights
+        )
+        self._adapters[owner] = Adapter(name, recipe, pairs, optimizer, rng)
+
+    def train(self, owner: int, version: int, tokens: list[int], num_targets: int) -> list[float]:
+        """`epochs` AdamW steps on the mean cross-entropy of the last num_targets tokens, given all before each.
+
+        version: the block's number, from 1, which sets the learning rate. Returns the losses before each step, in nats per
+        token. If it raises, NotFinite or anything else, the adapter, its optimizer and its dropout are as they were before.
+        """
+        adapter = self._adapter(owner)
+        if not 0 < num_targets < len(tokens):
+            raise ValueError(f"{num_targets} targets in {len(tokens)} tokens: at least one of each, and one token before them")
+        self._check_vocabulary(tokens)
+        self._model.set_adapter(adapter.name)
+        ids = torch.tensor([tokens], device=self._device)
+        for group in adapter.optimizer.param_groups:
+            group["lr"] = adapter.recipe.learning_rate_of(version)
+        parameters = [p for pair in adapter.pairs.values() for p in pair]
+        weights_before = [p.detach().clone() for p in parameters]
+        optimizer_before = deepcopy(adapter.optimizer.state_dict())
+        try:
+            with torch.random.fork_rng(devices=self._gpus):
+                self._set_rng_state(adapter.rng)
+                losses = [self._step(adapter, parameters, ids, num_targets) for _ in range(adapter.recipe.epochs)]
+                rng = self._get_rng_state()
+            moments = [value for state in adapter.optimizer.state.values() for value in state.values()]
+            largest = nn.utils.get_total_norm([p.detach() for p in parameters] + moments, torch.inf)
+            if not torch.isfinite(largest):
+                raise NotFinite("the trained weights are not finite")
+        except BaseException:
+            with torch.no_grad():
+                for parameter, before in zip(parameters, weights_before, strict=True):
+                    parameter.copy_(before)
+            adapter.optimizer.load_state_dict(optimizer_before)
+            raise
+        finally:
+            adapter.optimizer.zero_grad()
+        adapter.rng = rng
+        return losses
+
+    def logprobs(self, tokens: list[int]) -> list[float]:
+        """Of every token after the first, by the model without any adapter, in nats. Raises ValueError for one it lacks."""
+        if not tokens:
+            return []
+        self._check_vocabulary(tokens)
+        self._model.set_adapter("none")
+        with torch.no_grad():
+            logits = self._base(input_ids=torch.tensor([tokens], device=self._device), use_cache=False).logits[0, :-1]
+            targets = torch.tensor(tokens[1:], device=self._device)
+            return (-cross_entropy(logits.float(), targets, reduction="none")).tolist()
+
+    def weights(self, owner: int) -> Weights:
+        """Per module A [rank, in], a view, and B [out, rank] times alpha / rank."""
+        adapter = self._adapter(owner)
+        scaling = adapter.recipe.alpha / adapter.recipe.rank
+        return {name: (a.detach(), b.detach() * scaling) for name, (a, b) in adapter.pairs.items()}
+
+    def load(self, owner: int, weights: Weights) -> None:
+        """Replace an adapter's weights by some as `weights` gives them. Raises ValueError where they do not fit."""
+        adapter = self._adapter(owner)
+        if weights.keys() != adapter.pairs.keys():
+            raise ValueError(f"it does not have weights for exactly this model's {len(adapter.pairs)} linear layers")
+        for name, pair in adapter.pairs.items():
+            for own, new in zip(pair, weights[name], strict=True):
+                if own.shape != new.shape:
+                    raise ValueError(f"its {name} has shape {tuple(new.shape)}; this model and rank need {tuple(own.shape)}")
+                if not torch.isfinite(new).all():
+                    raise ValueError(f"its {name} is not finite")
+        with torch.no_grad():
+            for name, (a, b) in adapter.pairs.items():
+                a.copy_(weights[name][0])
+                b.copy_(weights[name][1] * (adapter.recipe.rank / adapter.recipe.alpha))
+
+    def load_directory(self, owner: int, directory: Path) -> None:
+        """Replace an adapter's weights by a PEFT directory's: plain LoRA of all linear layers, of the recipe's rank.
+
+        All of it is of one directory, though another trainer may save under the name meanwhile.
+        """
+        while True:
+            opened = _identity(directory)
+            try:
+                self._load_directory(owner, directory)
+            except Exception:
+                if _identity(directory) == opened:
+                    raise
+            else:
+                if _identity(directory) == opened:
+                    return
+
+    def _load_directory(self, owner: int, directory: Path) -> None:
+        if not (directory / CONFIG_NAME).is_file():
+            raise ValueError(f"there is no adapter {directory.name!r} in adapters_root")
+        if (directory / ABOUT_NAME).is_file():
+            about = json.loads((directory / ABOUT_NAME).read_text())["model"]
+            if about != self._about_model():
+                raise ValueError(f"adapter {directory.name!r} was made for {about}, but this model is {self._about_model()}")
+        config = LoraConfig.from_pretrained(str(directory))
+        if config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern:
+            raise ValueError(f"adapter {directory.name!r} is not plain LoRA of one rank")
+        if config.r != self._adapter(owner).recipe.rank:
+            raise ValueError(f"adapter {directory.name!r} has rank {config.r}: ask for that rank to start from it")
+        saved = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
+        keys = {name: (_saved_key(name, "A"), _saved_key(name, "B")) for name in self.modules}
+        if saved.keys() != {key for pair in keys.values() for key in pair}:
+            raise ValueError(f"adapter {directory.name!r} does not adapt exactly this model's {len(keys)} linear layers")
+        scaling = config.lora_alpha / config.r
+        try:
+            self.load(owner, {name: (saved[a].float(), saved[b].float() * scaling) for name, (a, b) in keys.items()})
+        except ValueError as e:
+            raise ValueError(f"adapter {directory.name!r}: {e}") from None
+
+    def save(self, owner: int, directory: Path, position: int) -> None:
+        """Write a PEFT directory, complete or not at all. position: tokens of the text read so far, for the reader's use.
+
+        It is on disk when this returns. Replaces a directory that `save` wrote; raises ValueError if there is any other, and
+        OSError if it cannot be written.
+        """
+        adapter = self._adapter(owner)
+        if directory.exists() and not (directory / ABOUT_NAME).is_file():
+            raise ValueError(f"{directory.name!r} exists in adapters_root and was not saved by longctx; choose another name")
+        tensors = {}
+        for name, (a, b) in adapter.pairs.items():
+            tensors[_saved_key(name, "A")], tensors[_saved_key(name, "B")] = a.detach(), b.detach()
+        with whole_directory(directory, SAVING_PREFIX) as new:
+            self._model.peft_config[adapter.name].save_pretrained(str(new))
+            save_file(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            about = {"position": position, "model": self._about_model(), "recipe": asdict(adapter.recipe)}
+            (new / ABOUT_NAME).write_text(json.dumps(about, indent=2) + "\n")
+
+    def drop(self, owner: int) -> None:
+        """Forget an adapter; nothing happens if there is none."""
+        adapter = self._adapters.pop(owner, None)
+        if adapter is not None:
+            self._model.set_adapter("none")
+            self._model.delete_adapter(adapter.name)
+
+    def drop_all(self) -> None:
+        for owner in list(self._adapters):
+            self.drop(owner)
+
+    def _check_vocabulary(self, tokens: list[int]) -> None:
+        vocabulary = self._base.config.get_text_config().vocab_size
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:  # on a GPU such an index ends the process
+            raise ValueError(f"a token is out of range: the model has 0 to {vocabulary - 1}")
+
+    def _get_rng_state(self) -> Tensor:
+        return torch.cuda.get_rng_state(self._device) if self._gpus else torch.get_rng_state()
+
+    def _set_rng_state(self, state: Tensor) -> None:
+        if self._gpus:
+            torch.cuda.set_rng_state(state, self._device)
+        else:
+            torch.set_rng_state(state)
+
+    def _adapter(self, owner: int) -> Adapter:
+        if owner not in self._adapters:
+            raise ValueError(f"owner {owner} has no adapter")
+        return self._adapters[owner]
+
+    def _step(self, adapter: Adapter, parameters: list[nn.Parameter], ids: Tensor, num_targets: int) -> float:
+        """ids: [1, tokens]."""
+        keep = {"logits_to_keep": num_targets + 1} if self._keeps_logits else {}
+        logits = self._base(input_ids=ids, use_cache=False, **keep).logits[0, -num_targets - 1 : -1]
+        loss = cross_entropy(logits.float(), ids[0, -num_targets:])
+        if not torch.isfinite(loss):
+            raise NotFinite(f"the loss is {loss.item()}")
+        adapter.optimizer.zero_grad()
+        loss.backward()
+        if adapter.recipe.grad_clip is not None:
+            nn.utils.clip_grad_norm_(parameters, adapter.recipe.grad_clip)
+        adapter.optimizer.step()
+        return loss.item()
+
+    def _about_model(self) -> dict[str, Any]:
+        keys = "model_type", "hidden_size", "num_hidden_layers", "vocab_size"
+        return {key: getattr(self._base.config, key, None) for key in keys}
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """Of what has this name now, None if nothing has."""
+    try:
+        stat = directory.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+def _saved_key(module: str, matrix: str) -> str:
+    return f"base_model.model.{module}.lora_{matrix}.weight"
