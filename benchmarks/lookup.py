@@ -29,6 +29,7 @@ from rich.table import Table
 from texts import read_all
 from torch import Tensor
 from vllm import _custom_ops as ops
+from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_longctx.cli.engine import console, model_path, plot
@@ -36,7 +37,6 @@ from vllm_longctx.cli.score import tokenize
 from vllm_longctx.cpu.kernels import retrieval
 from vllm_longctx.cpu.kernels.retrieval import Codes, Memory, Pages, attend_best, best_blocks, recall, top_k
 from vllm_longctx.cpu.kernels.scratch import as_kernel_cache, packed_order
-from vllm_longctx.cpu.kernels.tables import cdiv
 
 BLOCK_SIZE = 32
 WAYS = ("all", "top_k", "blocks")

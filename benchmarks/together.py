@@ -14,9 +14,9 @@ import typer
 from lm_infinite import random_tokens
 from rich.console import Console
 from rich.progress import Progress
+from vllm.utils.math_utils import cdiv
 
 from vllm_longctx.cli.engine import console, running_engine
-from vllm_longctx.cpu.kernels.tables import cdiv
 
 
 def main(

@@ -3,8 +3,9 @@
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from vllm.utils.math_utils import cdiv
 
-from vllm_longctx.cpu.kernels.tables import ScratchLayout, cdiv, kernel_tables, next_tables
+from vllm_longctx.cpu.kernels.tables import ScratchLayout, kernel_tables, next_tables
 from vllm_longctx.geometry import Geometry, branches
 
 BS = 8

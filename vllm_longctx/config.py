@@ -2,24 +2,24 @@
 
 A configuration is a plain dict under `additional_config["longctx"]`, so that it reaches every process and enters vLLM's
 compile-cache hash. `LongContextConfig.parse` checks it by itself; `for_model` fills in lengths from the model's trained
-length and checks them against it.
+length and checks them against it. What is then in force, without anything left open, is `settings.Settings`.
 """
 
 import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from vllm.config import VllmConfig
 
-from vllm_longctx.geometry import Distances, Geometry, SteppedWindows
-from vllm_longctx.temp_lora.blocks import KVPolicy, UpdateMode
-from vllm_longctx.temp_lora.messages import ADAPTER_NAME
+from vllm_longctx.geometry import Distances
+from vllm_longctx.modes import SLIDING_METHODS, Mode, mode_of
 
 KEY = "longctx"
+KVPolicy = Literal["reuse", "recompute", "keep"]
+UpdateMode = Literal["cascaded", "parallel"]
+ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # a directory's name, never a path
 
 PRESETS: dict[str, dict[str, Any]] = {
     "lm-infinite": {"attention": {"method": "lm_infinite"}},
@@ -34,6 +34,7 @@ DEFAULT_BLOCKS_PER_WINDOW = 4
 DEFAULT_PRESET = "lm-infinite"
 MAX_RANK = 512  # vLLM's largest `max_lora_rank`
 SIZES = ("block_tokens", "context_tokens", "window_tokens", "train_context_tokens")  # of Temp-LoRA; None: from the window
+DEFAULT_SLOTS = 8
 # Papers' choices: LM-Infinite section 4.1 (10 to 100 first tokens), StreamingLLM section 3.2 (4).
 DEFAULT_N_GLOBAL = {"lm_infinite": 10, "streaming": 4}
 
@@ -144,11 +145,6 @@ class AttentionSection(_Section):
             raise ValueError(f"lookup_share = {self.lookup_share} has no effect but with lookup blocks; leave it out")
 
     @property
-    def remembers(self) -> bool:
-        """Some layers keep the KV of the whole text."""
-        return self.method == "focused" or self.top_k is not None
-
-    @property
     def in_cache(self) -> bool:
         return self.method == "streaming" or self.distances == "in_cache"
 
@@ -230,7 +226,6 @@ class AttentionSection(_Section):
             filled["last_context_length"] = min(filled["last_context_length"], n_local)
         # Validated again: what the checkpoint says is as much somebody's input as what the user says.
         section = _parse(AttentionSection, {**self.model_dump(exclude_none=True), **filled}, "attention")
-        assert section.last_context_length is not None
         if not section.mem_layers:
             raise LongContextError(
                 "attention.method focused needs memory layers, but neither attention.mem_layers nor the checkpoint's "
@@ -241,9 +236,9 @@ class AttentionSection(_Section):
             raise LongContextError(
                 f"attention.mem_layers = {section.mem_layers}, but the model has layers 0 to {num_layers - 1}; give each once"
             )
-        if section.last_context_length > n_local:
+        if filled["last_context_length"] > n_local:
             raise LongContextError(
-                f"attention.last_context_length = {section.last_context_length} is more than the window, attention.n_local = "
+                f"attention.last_context_length = {filled['last_context_length']} is more than the window, attention.n_local = "
                 f"{n_local}; lower it"
             )
         return section
@@ -331,13 +326,12 @@ class AdaptationSection(_Section):
     def without_recommended_sizes(self) -> Self:
         return self.model_copy(update=dict.fromkeys(self._recommended_sizes))
 
-    @property
-    def rank_limit(self) -> int:
-        return self.rank if self.max_rank is None else self.max_rank
-
-    def for_model(self, trained_length: int, attention: AttentionSection, kv_block: int, preset: str | None) -> Self:
+    def for_model(
+        self, trained_length: int, attention: AttentionSection, kv_block: int, max_num_seqs: int, preset: str | None
+    ) -> Self:
         """Every size filled in and checked. trained_length, kv_block: tokens. attention: filled in, too."""
-        sliding = attention.method != "none"
+        sliding = attention.method in SLIDING_METHODS
+        max_rank = self.rank if self.max_rank is None else self.max_rank
         policy = self.kv_policy or ("keep" if sliding else "reuse")
         window = self.window_tokens or attention.n_local or trained_length
         block = self.block_tokens or max(window // BLOCKS_PER_WINDOW.get(preset or "", DEFAULT_BLOCKS_PER_WINDOW), 1)
@@ -352,7 +346,8 @@ class AdaptationSection(_Section):
                 "train_context_tokens": min(block, max(trained_length - block - 1, 0))
                 if train_context is None
                 else train_context,
-                "max_rank": self.rank_limit,
+                "max_rank": max_rank,
+                "slots": self.slots or min(DEFAULT_SLOTS, max_num_seqs),
                 "min_block_tokens": min(self.min_block_tokens, block),
                 "max_epochs": max(self.max_epochs, self.epochs),
             }
@@ -372,79 +367,9 @@ class AdaptationSection(_Section):
             raise LongContextError(
                 f"adaptation.keep_first = {self.keep_first} is more than a KV block of {kv_block} tokens; lower it"
             )
-        if self.rank > filled.rank_limit:
-            raise LongContextError(
-                f"adaptation.rank = {self.rank} is above adaptation.max_rank = {filled.rank_limit}; raise max_rank"
-            )
-        filled.check(trained_length, sliding, kv_block)
+        if self.rank > max_rank:
+            raise LongContextError(f"adaptation.rank = {self.rank} is above adaptation.max_rank = {max_rank}; raise max_rank")
         return filled
-
-    def check(self, trained_length: int, sliding: bool, kv_block: int) -> None:
-        """Raises LongContextError unless filled-in sizes go together. sliding: the window slides (Λ attention)."""
-        assert self.window_tokens and self.block_tokens and self.context_tokens and self.train_context_tokens is not None
-        if (self.kv_policy == "keep") != sliding:
-            other = "reuse or recompute; Λ attention (attention.method lm_infinite or streaming) goes with keep"
-            raise LongContextError(f"adaptation.kv_policy = {self.kv_policy!r}, but attention.method none takes {other}")
-        example = self.train_context_tokens + self.block_tokens + 1
-        if example > trained_length:
-            raise LongContextError(
-                f"adaptation.train_context_tokens + adaptation.block_tokens + 1 = {example}, but the model was trained on "
-                f"{trained_length} tokens; lower one of them"
-            )
-        if not sliding and self.context_tokens + kv_block + self.keep_first > self.window_tokens:
-            raise LongContextError(
-                f"adaptation.context_tokens = {self.context_tokens} leaves no room in adaptation.window_tokens = "
-                f"{self.window_tokens}: a new pass keeps them, up to {kv_block - 1} more and {self.keep_first} first ones; "
-                f"give at most {self.window_tokens - kv_block - self.keep_first}"
-            )
-
-    def for_request(self, options: "RequestOptions", trained_length: int, kv_block: int) -> Self | None:
-        """The settings of one request, or None if it does not adapt. On sections that `for_model` has filled in.
-
-        Raises LongContextError for an option beyond the server's limits.
-        """
-        given = options.model_dump(exclude_none=True)
-        wanted = given.pop("temp_lora", self.requests == "all")
-        if not wanted:
-            if given:
-                raise LongContextError(
-                    f"{next(iter(given))} has no effect without temp_lora; set temp_lora true, or leave it out"
-                )
-            return None
-        for name in ("save_as", "start_from"):
-            if given.pop(name, None) is not None and self.adapters_root is None:
-                raise LongContextError(f"{name}: this server keeps no adapters; start it with adaptation.adapters_root")
-        if options.start_from is not None:
-            given.setdefault("rank", self._saved_rank(options.start_from))
-        assert self.block_tokens is not None
-        limits = {
-            "rank": (given.get("rank", 1) <= self.rank_limit, f"at most {self.rank_limit} (adaptation.max_rank)"),
-            "epochs": (given.get("epochs", 0) <= self.max_epochs, f"at most {self.max_epochs} (adaptation.max_epochs)"),
-            "block_tokens": (
-                given.get("block_tokens", self.block_tokens) >= self.min_block_tokens,
-                f"at least {self.min_block_tokens} (adaptation.min_block_tokens)",
-            ),
-        }
-        for name, (holds, allowed) in limits.items():
-            if not holds:
-                raise LongContextError(f"{name} = {given[name]} is beyond this server's limit; give {allowed}")
-        if "block_tokens" in given and "train_context_tokens" not in given:
-            assert self.train_context_tokens is not None
-            room = max(trained_length - given["block_tokens"] - 1, 0)
-            given["train_context_tokens"] = min(self.train_context_tokens, room)
-        own = self.model_copy(update=given)
-        own.check(trained_length, self.kv_policy == "keep", kv_block)
-        return own
-
-    def _saved_rank(self, name: str) -> int:
-        assert self.adapters_root is not None
-        path = Path(self.adapters_root, name, "adapter_config.json")
-        if not path.is_file():
-            raise LongContextError(f"start_from = {name!r}: there is no such adapter in adaptation.adapters_root")
-        try:
-            return int(json.loads(path.read_text())["r"])
-        except (OSError, ValueError, KeyError) as e:
-            raise LongContextError(f"start_from = {name!r}: its adapter_config.json cannot be read: {e!r}") from None
 
 
 class RequestOptions(_Section):
@@ -513,9 +438,9 @@ class LongContextConfig(_Section):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        if self.attention.remembers and self.adaptation is not None:
+        if mode_of(self.attention.method, self.attention.top_k is not None, self.adaptation is not None) is None:
             raise ValueError("adaptation does not go with attention.method focused or attention.top_k; leave one of them out")
-        if not self.changes_engine and "serving" in self.model_fields_set:
+        if self.mode.is_plain and "serving" in self.model_fields_set:
             raise ValueError("serving has no effect with attention.method none, which leaves vLLM as it is; leave it out")
         return self
 
@@ -524,6 +449,12 @@ class LongContextConfig(_Section):
         """From a dict or a JSON string. Raises LongContextError naming each bad field, its value and what is allowed."""
         return _parse(cls, value)
 
+    @property
+    def mode(self) -> Mode:
+        mode = mode_of(self.attention.method, self.attention.top_k is not None, self.adaptation is not None)
+        assert mode is not None  # as validated
+        return mode
+
     def for_model(
         self,
         trained_length: int,
@@ -531,62 +462,17 @@ class LongContextConfig(_Section):
         num_layers: int,
         checkpoint: Mapping[str, Any],
         caches_prefixes: bool = True,
+        max_num_seqs: int = DEFAULT_SLOTS,
     ) -> "LongContextConfig":
         """Every value filled in. trained_length, kv_block: tokens. checkpoint: the model's own configuration."""
         attention = self.attention
-        if self.changes_attention:
+        if attention.method != "none":
             cached_block = kv_block if caches_prefixes else 1
             attention = attention.for_model(trained_length, num_layers, checkpoint, cached_block)
-        adaptation = self.adaptation and self.adaptation.for_model(trained_length, attention, kv_block, self.preset)
+        adaptation = self.adaptation
+        if adaptation is not None:
+            adaptation = adaptation.for_model(trained_length, attention, kv_block, max_num_seqs, self.preset)
         return self.model_copy(update={"attention": attention, "adaptation": adaptation})
-
-    @property
-    def changes_attention(self) -> bool:
-        return self.attention.method != "none"
-
-    @property
-    def changes_engine(self) -> bool:
-        """False for a configuration that leaves vLLM as it is."""
-        return self.changes_attention or self.adaptation is not None
-
-    @property
-    def slides(self) -> bool:
-        """Λ attention, whose window slides."""
-        return self.attention.method in DEFAULT_N_GLOBAL
-
-    @property
-    def windows(self) -> SteppedWindows | None:
-        """Those of method focused, of a configuration that `for_model` has filled in; None for other methods."""
-        a = self.attention
-        if a.method != "focused":
-            return None
-        if a.n_local is None or a.last_context_length is None:
-            raise RuntimeError("LongContextConfig.for_model has not been called")
-        return SteppedWindows(a.n_local, a.last_context_length)
-
-    @property
-    def top_k_layers(self) -> range:
-        """Layers with LM-Infinite's top-k branch, of a configuration that `for_model` has filled in."""
-        a = self.attention
-        if not self.slides or a.top_k is None:
-            return range(0)
-        assert a.top_k_from_layer is not None and a.top_k_to_layer is not None
-        return range(a.top_k_from_layer, a.top_k_to_layer)
-
-    @property
-    def has_scratch(self) -> bool:
-        """Λ attention by compact tables over scratch blocks."""
-        return self.slides and not self.top_k_layers
-
-    @property
-    def geometry(self) -> Geometry:
-        """The sliding geometry of a configuration that `for_model` has filled in; that of plain attention for other methods."""
-        a = self.attention
-        if not self.slides:
-            return Geometry()
-        if a.n_global is None or a.n_local is None or a.distances is None:
-            raise RuntimeError("LongContextConfig.for_model has not been called")
-        return Geometry(a.n_global, a.n_local, a.distance_ceiling, a.distances)
 
     def dump(self) -> dict[str, Any]:
         """As plain JSON values, `parse`-able again."""
@@ -619,8 +505,3 @@ def _describe(error: Any, name: str) -> str:
     if error["type"] == "value_error":
         return f"{where}: {message}"
     return f"{where} = {error['input']!r}: {message}"
-
-
-def active_config(vllm_config: VllmConfig) -> LongContextConfig:
-    """The filled-in configuration of an engine that `vllm_longctx.startup.engine_args` has set up."""
-    return LongContextConfig.parse(vllm_config.additional_config[KEY])

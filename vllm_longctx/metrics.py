@@ -13,8 +13,9 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from vllm.v1.metrics.utils import create_metric_per_engine
 
-from vllm_longctx.config import KEY, active_config
-from vllm_longctx.startup.engine_args import trained_length
+from vllm_longctx.config import KEY
+from vllm_longctx.engine.model import trained_length
+from vllm_longctx.settings import active_settings
 
 PREFIX = "vllm:longctx_"  # vLLM's own prefix: `LLM.get_metrics` shows, and a new engine unregisters, no other
 SELECTION_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0)
@@ -54,7 +55,7 @@ class StepStats:
 
     live_blocks: KV blocks held by running requests past their window. freed_blocks: those that went back to the pool from
     requests that run on. tokens_past_trained: computed at positions past the trained length. selection_seconds:
-    spent in `LambdaMetadataBuilder.build`; None in a step without a forward. memory_usage: share in use of the memory layers'
+    see `StepReport`; None in a step without a forward. memory_usage: share in use of the memory layers'
     own pool of blocks, None where they have none.
     """
 
@@ -121,16 +122,16 @@ class LongContextStatLogger(AggregateStatLoggerBase):
             buckets=SELECTION_BUCKETS,
         )
 
-        config = active_config(vllm_config)
+        settings = active_settings(vllm_config)
         self.memory_usage = {}
-        if config.attention.memory_limit_gib is not None:
+        if settings.attention.memory_limit_gib is not None:
             self.memory_usage = per_engine(
                 Gauge,
                 "memory_usage_perc",
                 "Memory-usage of the memory layers' own blocks. 1 means 100 percent usage.",
                 multiprocess_mode="mostrecent",
             )
-        self.adapts = config.adaptation is not None
+        self.adapts = settings.mode.adapts
         if self.adapts:
             self._adaptation_metrics(per_engine)
 
@@ -178,11 +179,11 @@ class LongContextStatLogger(AggregateStatLoggerBase):
                 metric[engine_idx].observe(loss)
 
     def log_engine_initialized(self) -> None:
-        config = active_config(self.vllm_config)
+        settings = active_settings(self.vllm_config)
         info = {
-            "method": config.attention.method,
+            "method": settings.attention.method,
             "trained_length": trained_length(self.vllm_config.model_config),
-            **vars(config.geometry),
+            **vars(settings.geometry),
         }
         gauge = Gauge(
             PREFIX + "config_info",

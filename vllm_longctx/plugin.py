@@ -21,7 +21,9 @@ from vllm_longctx.config import KEY, PRESETS, LongContextError, checked_json
 from vllm_longctx.engine import kv_cache
 from vllm_longctx.metrics import LongContextStatLogger
 from vllm_longctx.models import longllama
+from vllm_longctx.modes import SCHEDULERS
 from vllm_longctx.startup import engine_args
+from vllm_longctx.startup.platform import CUDA_BACKEND
 
 MIDDLEWARE = "vllm_longctx.serving.app.RequestChecks"
 
@@ -33,7 +35,7 @@ def register() -> None:
     ModelRegistry.register_model(longllama.ARCHITECTURE, "vllm.model_executor.models.llama:LlamaForCausalLM")
     AutoConfig.register(longllama.MODEL_TYPE, longllama.LongLlamaConfig, exist_ok=True)
     if not AttentionBackendEnum.CUSTOM.is_overridden():  # it is chosen by name only, never by vLLM itself
-        register_backend(AttentionBackendEnum.CUSTOM, engine_args.CUDA_BACKEND)
+        register_backend(AttentionBackendEnum.CUSTOM, CUDA_BACKEND)
     if not hasattr(EngineArgs.create_engine_config, "__wrapped__"):
         _wrap_create_engine_config()
         _wrap_cli()
@@ -55,7 +57,7 @@ def _wrap_create_engine_config() -> None:
             app.limit_requests()
             stop_strings.wait_for_saves()
             refusals.listen()
-            if config.changes_engine:
+            if not config.mode.is_plain:
                 processes.end_together()
         elif longllama.ARCHITECTURE in vllm_config.model_config.architectures:
             raise LongContextError(f"model {self.model} is LongLLaMA, which needs its memory; start it with --plugin longctx")
@@ -104,7 +106,7 @@ def _wrap_stat_loggers() -> None:
     @functools.wraps(init)
     def with_ours(self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         init(self, vllm_config, *args, **kwargs)
-        if vllm_config.scheduler_config.scheduler_cls in engine_args.SCHEDULERS:
+        if vllm_config.scheduler_config.scheduler_cls in SCHEDULERS:
             self.stat_loggers.insert(0, LongContextStatLogger(vllm_config, self.engine_indexes))
 
     StatLoggerManager.__init__ = with_ours

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
+from vllm.utils.math_utils import cdiv
 
 from vllm_longctx import BOOKLM
 from vllm_longctx.cli.passkey import CHOICES, Task
-from vllm_longctx.cpu.kernels.tables import cdiv
 from vllm_longctx.geometry import Geometry
 
 COMMAND = Path(sys.executable).parent / "vllm-longctx"

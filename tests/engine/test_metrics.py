@@ -7,8 +7,7 @@ import pytest
 from conftest_engine import generate, metric, prompt, running
 from vllm import LLM, SamplingParams
 from vllm.inputs import tokens_input
-
-from vllm_longctx.cpu.kernels.tables import cdiv
+from vllm.utils.math_utils import cdiv
 
 TRAINED, N_GLOBAL, N_LOCAL, CHUNK, BLOCK = 128, 10, 64, 128, 32
 ATTENTION = {"n_global": N_GLOBAL, "n_local": N_LOCAL, "distance_ceiling": 100}

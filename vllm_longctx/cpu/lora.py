@@ -1,7 +1,6 @@
-"""The CPU worker's side of LoRA: layers per segment; and of Temp-LoRA: passes whose first tokens are the text's first again."""
+"""LoRA in vLLM's CPU engine: work per run of rows that share an adapter."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any
 
@@ -9,11 +8,8 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_longctx.cpu.window import PassRow, SteppedMetadataBuilder
-from vllm_longctx.engine.lora import Adapts, SlotLoRAManager
+from vllm_longctx.engine.lora import SlotLoRAManager
 
 # Which rows have which adapter: (index in the layers, rows), or where every adapter has one row, both as tensors.
 Rows = list[tuple[int | Tensor, slice | Tensor]]
@@ -124,67 +120,9 @@ class SegmentedLoRAManager(SlotLoRAManager):
         wrapped = super().create_lora_manager(model, vllm_config)
         for wrapper in self.wrappers():
             assert type(wrapper) is PunicaWrapperCPU
-            wrapper.__class__ = SegmentedPunica
+            wrapper.__class__ = SegmentedPunica  # vLLM names its class in the code, and layers hold the object
             wrapper.by_token, wrapper.by_sample, wrapper.scored = [], [], None
         return wrapped
 
     def wrappers(self) -> Iterable[Any]:
         return self._adapter_manager.punica_wrapper_mapping.values()
-
-
-class LongContextRunner(Adapts, CPUModelRunner):
-    """vLLM's model runner in all engines of ours. Private methods of its that are overridden here: see `vllm_longctx.seams`."""
-
-    lora_manager_class = SegmentedLoRAManager
-
-    def _get_prompt_logprobs_dict(self, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
-        wrappers = list(self.lora_manager.wrappers()) if self.lora_config else []
-        for wrapper in wrappers:
-            wrapper.scored = hidden_states
-        try:
-            return super()._get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)
-        finally:
-            for wrapper in wrappers:
-                wrapper.scored = None
-
-
-class AdaptingRunner(LongContextRunner):
-    def _prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        with self._first_tokens_before_windows():
-            prepared = super()._prepare_inputs(scheduler_output, *args, **kwargs)
-        rows = self.input_batch.req_id_to_index
-        passes = tuple(PassRow(rows[request_id], p.first) for request_id, p in self.step.passes.items())
-        for groups in self.attn_groups:
-            for group in groups:
-                builder = group.get_metadata_builder()
-                if isinstance(builder, SteppedMetadataBuilder):
-                    builder.passes = passes
-        return prepared
-
-    @contextmanager
-    def _first_tokens_before_windows(self) -> Iterator[None]:
-        """While ids are gathered, a pass's positions right before its window hold the text's first tokens."""
-        hidden = []
-        for request_id, p in self.step.passes.items():
-            ids = self.input_batch.token_ids_cpu[self.input_batch.req_id_to_index[request_id]]
-            hidden.append((ids[p.first : p.start], ids[p.first : p.start].copy()))
-            ids[p.first : p.start] = ids[: p.start - p.first]
-        try:
-            yield
-        finally:
-            for ids, own in hidden:
-                ids[:] = own
-
-    def _get_prompt_logprobs_dict(self, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
-        """As vLLM's, but rows of positions that were computed before stay: the first pass wins."""
-        kept = []
-        for request_id in self.step.passes.keys() & self.num_prompt_logprobs.keys() & num_scheduled_tokens.keys():
-            state = self.requests[request_id]
-            tensors, begin = state.in_progress_prompt_logprobs_cpu, state.num_computed_tokens
-            if tensors is not None:
-                end = min(self.step.passes[request_id].frontier, begin + num_scheduled_tokens[request_id])
-                kept += [(t, begin, t[begin:end].clone()) for t in tensors[:3]]
-        result = super()._get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)
-        for tensor, begin, rows in kept:
-            tensor[begin : begin + len(rows)] = rows
-        return result

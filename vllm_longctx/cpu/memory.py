@@ -1,10 +1,10 @@
 """Memory layers of Focused Transformers (arXiv 2307.03170) in vLLM's CPU engine.
 
-All positions are counted from the query's window (`focused.worker`), so keys of the window are rotated by their places in
-it and queries by theirs. A key before the window must look as if it were the window's first: it is rotated by nothing. So a
-memory layer that attends to all is plain attention over all blocks, in vLLM's own kernel, and what remains to be done is to
-turn back the keys of a window that ends. Queries that look up the best keys take that kernel's output no further than the
-window, and `retrieval` for the rest.
+All positions are counted from the query's window (`memory_runner`). Keys of the window are rotated by their places in it, and
+so are its queries. Keys before the window are stored unrotated (position 0), so that they appear at its start. So a memory
+layer that attends to all is plain attention over all blocks, in vLLM's own kernel; all that is left to do is to turn back the
+keys of a window that ends. Queries that look up the best keys use that kernel for the window, and `kernels.retrieval` for the
+memory.
 """
 
 from dataclasses import dataclass, fields
@@ -12,21 +12,26 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
-from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_longctx.cpu.kernels.branches import additive, attend
 from vllm_longctx.cpu.kernels.retrieval import Codes, Memory, Pages, attend_best
 from vllm_longctx.cpu.kernels.scratch import as_kernel_cache, packed_order, unpack
-from vllm_longctx.cpu.kernels.tables import cdiv
-from vllm_longctx.cpu.window import PassRow, from_blocks
-from vllm_longctx.engine.lookup import ClosedWindow, Lookup, covering
+from vllm_longctx.cpu.rows import StepRows, WindowRow
+from vllm_longctx.cpu.window import from_blocks
+from vllm_longctx.engine.layers import LayerSite, TakenOver
+from vllm_longctx.engine.lookup import ClosedWindow, covering
 from vllm_longctx.rotary import Rotary
+from vllm_longctx.settings import Lookup, active_settings
 
 
 @dataclass(frozen=True)
@@ -50,24 +55,30 @@ class MemoryMetadata(CPUAttentionMetadata):
 
 
 class MemoryBackend(CPUAttentionBackend):
-    """vLLM's CPU backend. Chosen per layer by `vllm_longctx.cpu.worker`, with a spec of its own."""
+    """vLLM's CPU backend, whose queries may look up the best keys."""
 
     @staticmethod
     def get_builder_cls() -> type["MemoryMetadataBuilder"]:
         return MemoryMetadataBuilder
 
+    @classmethod
+    def make_layer(cls, site: LayerSite) -> AttentionImpl:
+        return MemoryImpl.of(site.layer.impl, lookup=site.settings.memory.lookup)
+
 
 class MemoryMetadataBuilder(CPUAttentionMetadataBuilder):
-    lookup: Lookup | None = None  # set by the worker, as is `windows`: of the step to come
-    windows: tuple[PassRow, ...] = ()
-    seconds = 0.0  # as `LambdaMetadataBuilder`'s; nothing is selected here
+    rows: StepRows
+
+    def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.lookup = active_settings(vllm_config).memory.lookup
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
         m, lookup = common_attn_metadata, self.lookup
         # The kernel attends to all of a memory that is no larger than top_k.
-        rows = () if lookup is None else tuple(w for w in self.windows if w.first > lookup.top_k)
+        rows = () if lookup is None else tuple(w for w in self.rows.windows if w.first > lookup.top_k)
         if not rows:
             return super().build(common_prefix_len, m, fast_build)
         lookups = tuple(self._lookups(m, w) for w in rows)
@@ -78,28 +89,31 @@ class MemoryMetadataBuilder(CPUAttentionMetadataBuilder):
         stock = super().build(common_prefix_len, m, fast_build)
         return MemoryMetadata(**{f.name: getattr(stock, f.name) for f in fields(stock)}, lookups=lookups)
 
-    def _lookups(self, m: CommonAttentionMetadata, w: PassRow) -> Lookups:
+    def _lookups(self, m: CommonAttentionMetadata, w: WindowRow) -> Lookups:
         begin, behind = m.query_start_loc[w.row : w.row + 2].tolist()
         end = int(m.seq_lens[w.row])
         table = m.block_table_tensor[w.row, : cdiv(end, self.block_size)].long()
         return Lookups(slice(begin, behind), w.first, end, table)
 
 
-class MemoryImpl(CPUAttentionBackendImpl):
-    """A stock CPU attention layer taken over after the weights are loaded."""
+class MemoryImpl(TakenOver, CPUAttentionBackendImpl):
+    """A stock CPU attention layer taken over after the weights are loaded. lookup: None where queries see all."""
 
-    def __init__(self, stock: CPUAttentionBackendImpl, lookup: Lookup):
-        self.__dict__.update(vars(stock))
-        self.lookup = lookup
+    lookup: Lookup | None
+    pages: Pages
+    codes: Codes
 
-    def look_into(self, cache: Tensor, isa: str) -> None:
-        """cache: the layer's, once it is there."""
-        num_blocks, kv_heads, block_size, width = cache.shape
-        self.pages = Pages(cache, packed_order(block_size, width // 2, cache.dtype, isa))
-        self.codes = Codes.empty(num_blocks, kv_heads, block_size, width // 2)
+    def bind_kv_cache(self, cache: Tensor, isa: str) -> None:
+        """cache: The layer's, once it is there."""
+        if self.lookup is not None:
+            num_blocks, kv_heads, block_size, width = cache.shape
+            self.pages = Pages(cache, packed_order(block_size, width // 2, cache.dtype, isa))
+            self.codes = Codes.empty(num_blocks, kv_heads, block_size, width // 2)
 
     def summarise(self, window: ClosedWindow) -> None:
-        """After `remember`: a closed window's blocks can be looked up."""
+        """A closed window's blocks, un-rotated, can be looked up."""
+        if self.lookup is None:
+            return
         block_size = self.pages.cache.shape[2]
         first = window.start // block_size
         filled = (window.end - (first + torch.arange(len(window.blocks))) * block_size).clamp_max(block_size)
@@ -119,15 +133,15 @@ class MemoryImpl(CPUAttentionBackendImpl):
     ) -> Tensor:
         """As `CPUAttentionBackendImpl.forward`; keys and values of the step are in the cache already."""
         super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
-        if isinstance(attn_metadata, MemoryMetadata):
+        if isinstance(attn_metadata, MemoryMetadata) and self.lookup is not None:
             for lookups in attn_metadata.lookups:
-                output[lookups.tokens] = self._look_up(query[lookups.tokens], lookups)
+                output[lookups.tokens] = self._look_up(query[lookups.tokens], lookups, self.lookup)
         return output
 
-    def _look_up(self, query: Tensor, lookups: Lookups) -> Tensor:
+    def _look_up(self, query: Tensor, lookups: Lookups, lookup: Lookup) -> Tensor:
         memory = Memory(self.pages, lookups.block_table, 0, lookups.start, self.codes)
         window = self._window(query, lookups)
-        return attend_best(query, memory, window, self.lookup.top_k, self.scale, self.lookup.share)
+        return attend_best(query, memory, window, lookup.top_k, self.scale, lookup.share)
 
     def _window(self, query: Tensor, lookups: Lookups) -> tuple[Tensor, Tensor]:
         """Attention over the window: output [T, heads, d], log-sum-exp [T, heads]."""
@@ -141,7 +155,7 @@ class MemoryImpl(CPUAttentionBackendImpl):
         return attended[0].transpose(0, 1), lse[0].transpose(0, 1)
 
 
-def remember(cache: Tensor, window: ClosedWindow, rotary: Rotary | None, mem_dtype: torch.dtype, isa: str) -> None:
+def close_window(cache: Tensor, window: ClosedWindow, rotary: Rotary | None, mem_dtype: torch.dtype, isa: str) -> None:
     """Turn a closed window's keys back to no rotation at all, and round keys and values to mem_dtype, in place.
 
     cache [blocks, kv_heads, block_size, 2 * head_size]: of one layer. rotary: None for a layer without positions.

@@ -1,12 +1,13 @@
 """Λ attention in vLLM's CPU engine: a metadata builder and an implementation around the stock CPU kernel.
 
 A step's queries go one of two ways, decided once per step for all layers. Decodes, and those of prompts still inside the
-window, take one call of vLLM's own kernel over compact tables (`selection`, `scratch`). Prompts past it take `tiles`.
+window, take one call of vLLM's own kernel over compact tables (`kernels.tables`, `kernels.scratch`). Prompts past it take
+`kernels.tiles`.
 """
 
 import functools
-import time
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.config import VllmConfig
-from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.utils.math_utils import cdiv
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -23,23 +25,14 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_longctx.config import active_config
-from vllm_longctx.cpu.kernels.retrieval import Memory, Pages, top_k
 from vllm_longctx.cpu.kernels.scratch import Scratch, as_kernel_cache, extend, packed_order, unpack
-from vllm_longctx.cpu.kernels.tables import KernelTables, ScratchLayout, cdiv, kernel_tables, next_tables
+from vllm_longctx.cpu.kernels.tables import KernelTables, ScratchLayout, kernel_tables, next_tables
 from vllm_longctx.cpu.kernels.tiles import ChunkPlan, attend_chunk, plan_chunk
-from vllm_longctx.engine.lookup import TopK
+from vllm_longctx.cpu.rows import StepRows
+from vllm_longctx.engine.layers import LayerSite, TakenOver
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.rotary import Rotary
-
-
-@dataclass(frozen=True)
-class Middle:
-    """The un-rotated tokens begin .. end - 1 of the request whose blocks are block_table, int64."""
-
-    begin: int
-    end: int
-    block_table: Tensor
+from vllm_longctx.settings import active_settings
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,6 @@ class ChunkPart:
     context_blocks: Tensor
     context_skip: int
     first_blocks: Tensor
-    middle: Middle | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ class LambdaMetadata:
 
 
 class LambdaBackend(CPUAttentionBackend):
-    """vLLM's CPU backend with Λ geometry. Chosen per layer by `vllm_longctx.cpu.worker`, with a spec of its own."""
+    """vLLM's CPU backend with Λ geometry."""
 
     @staticmethod
     def get_impl_cls() -> type["LambdaImpl"]:
@@ -82,14 +74,18 @@ class LambdaBackend(CPUAttentionBackend):
     def get_builder_cls() -> type["LambdaMetadataBuilder"]:
         return LambdaMetadataBuilder
 
+    @classmethod
+    def make_layer(cls, site: LayerSite) -> AttentionImpl:
+        return LambdaImpl.over(site)
+
 
 class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
+    rows: StepRows
+
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.geometry = active_config(vllm_config).geometry
+        self.geometry = active_settings(vllm_config).geometry
         self._last_tables: KernelTables | None = None
-        self.seconds = 0.0  # spent in `build` since the worker last took them
-        self.writing: frozenset[int] = frozenset()  # rows of the step to come that have a top-k branch; set by the worker
         self.layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         self.impl: LambdaImpl = self.layers[0].impl
         self.places = packed_order(self.block_size, self.head_dim, kv_cache_spec.dtype, self.isa)
@@ -115,7 +111,6 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LambdaMetadata:
-        started = time.perf_counter()
         m = common_attn_metadata
         if self.impl.rotary is not None:
             self.impl.rotary.new_step()
@@ -128,7 +123,6 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         else:
             kernel = self._kernel_part_beside_tiles(tiled, starts, table, seq_lens, query_lens)
         chunks = [self._chunk(r, starts, seq_lens, table) for r in tiled.nonzero()[0].tolist()]
-        self.seconds += time.perf_counter() - started
         return LambdaMetadata(m.num_actual_tokens, kernel, chunks)
 
     def _needs_tiles(self, seq_lens: NDArray[np.int32], query_lens: NDArray[np.int32]) -> NDArray[np.bool_]:
@@ -188,42 +182,34 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         context = max(int(seq_lens[row]) - (end - begin), n_local)
         begin = end - (int(seq_lens[row]) - context)
         window_start = context - n_local + 1
-        middle = None
-        if self.impl.top_k is not None and row in self.writing:
-            middle = Middle(self.geometry.n_global, window_start, table[row, : cdiv(window_start, bs)].long())
-            if middle.end - middle.begin < self.impl.top_k.k:
-                middle = None
         return ChunkPart(
             tokens=slice(begin, end),
             plan=plan_chunk(self.geometry, context, end - begin, self.impl.alibi_slopes),
             context_blocks=table[row, window_start // bs : cdiv(context, bs)].long(),
             context_skip=window_start % bs,
             first_blocks=table[row, : cdiv(self.geometry.n_global, bs)].long(),
-            middle=middle,
         )
 
 
-class LambdaImpl(CPUAttentionBackendImpl):
+class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
     """A stock CPU attention layer taken over after the weights are loaded. The metadata builder sets what is known later:
 
-    places: `packed_order`. kernel_cache: keys and values as the kernel takes them, scratch blocks included.
-    rotary: None for a model with ALiBi. top_k: of this layer.
+    places: `packed_order`. kernel_cache: Keys and values as the kernel takes them, scratch blocks included.
     """
 
+    geometry: Geometry
+    rotary: Rotary | None
     places: tuple[Tensor, Tensor]
     kernel_cache: tuple[Tensor, Tensor]
 
-    def __init__(
-        self,
-        stock: CPUAttentionBackendImpl,
-        geometry: Geometry,
-        rotary: Rotary | None,
-        top_k: TopK | None = None,
-    ):
-        self.__dict__.update(vars(stock))
-        self.geometry, self.rotary, self.top_k = geometry, rotary, top_k
-        assert geometry.n_local is not None
-        self.sliding_window = geometry.n_global + geometry.n_local  # what a compact table shows; the builder reads it too
+    @classmethod
+    def over(cls, site: LayerSite, **own: Any) -> Self:
+        geometry = site.settings.geometry
+        if geometry.n_local is None:
+            raise RuntimeError(f"{site.name}: a sliding layer needs a window")
+        made = cls.of(site.layer.impl, geometry=geometry, rotary=site.rotary, **own)
+        made.sliding_window = geometry.n_global + geometry.n_local  # what a compact table shows; the builder reads it too
+        return made
 
     def forward(
         self,
@@ -253,17 +239,13 @@ class LambdaImpl(CPUAttentionBackendImpl):
                 first=self._read(kv_cache, chunk.first_blocks, 0, self.geometry.n_global),
                 rotary=self.rotary,
                 scale=self.scale,
-                further=None if chunk.middle is None else self._look_up(query[rows], kv_cache, chunk.middle, chunk.plan),
+                further=self._further(query[rows], kv_cache, chunk),
             )
         return output
 
-    def _look_up(self, query: Tensor, kv_cache: Tensor, middle: Middle, plan: ChunkPlan) -> tuple[Tensor, Tensor]:
-        """Scores [1, heads, k] and values [1, heads, k, d] of the middle's best keys for one query."""
-        assert self.top_k is not None and self.rotary is not None
-        query = self.rotary.turn(query, torch.full((1, 1), self.top_k.insert_at - plan.context))
-        memory = Memory(Pages(kv_cache, self.places), middle.block_table, middle.begin, middle.end)
-        best = top_k(query, memory, self.top_k.k, self.scale)
-        return best.scores, memory.values(best.positions)
+    def _further(self, query: Tensor, kv_cache: Tensor, chunk: ChunkPart) -> tuple[Tensor, Tensor] | None:
+        """Scores [T, heads, k] and values [T, heads, k, d] of keys beside those of Λ attention; here there are none."""
+        return None
 
     def _kernel(self, part: KernelPart, query: Tensor, output: Tensor) -> None:
         key_cache, value_cache = self.kernel_cache
@@ -296,7 +278,6 @@ class LambdaImpl(CPUAttentionBackendImpl):
 
 
 def scratch_layout(vllm_config: VllmConfig, impl: LambdaImpl, block_size: int, num_blocks: int) -> ScratchLayout:
-    max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+    max_num_seqs, mode = vllm_config.scheduler_config.max_num_seqs, active_settings(vllm_config).mode
     alibi = impl.alibi_slopes is not None
-    top_k = bool(active_config(vllm_config).top_k_layers)
-    return ScratchLayout.plan(impl.geometry, block_size, num_blocks, max_num_seqs, alibi=alibi, top_k=top_k)
+    return ScratchLayout.plan(impl.geometry, block_size, num_blocks, max_num_seqs, alibi=alibi, top_k=mode.top_k)

@@ -5,62 +5,58 @@ cache are counted from its first computed token on, tables and slots are shifted
 """
 
 from copy import copy
-from dataclasses import dataclass
 
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.utils.math_utils import cdiv
+from vllm.v1.attention.backend import AttentionImpl, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_longctx.cpu.kernels.tables import cdiv
+from vllm_longctx.cpu.rows import StepRows, WindowRow
+from vllm_longctx.engine.layers import LayerSite
 
 
-@dataclass(frozen=True)
-class PassRow:
-    """row: of the step's batch. first: the first position that this pass computed, its oldest key; of a window, its start."""
-
-    row: int
-    first: int
-
-
-class SteppedBackend(CPUAttentionBackend):
-    """vLLM's CPU backend with stepped windows. Chosen per layer by `vllm_longctx.cpu.worker`, with a spec of its own."""
+class WindowBackend(CPUAttentionBackend):
+    """vLLM's CPU backend with stepped windows, for layers that are vLLM's own."""
 
     @staticmethod
-    def get_builder_cls() -> type["SteppedMetadataBuilder"]:
-        return SteppedMetadataBuilder
+    def get_builder_cls() -> type["WindowMetadataBuilder"]:
+        return WindowMetadataBuilder
+
+    @classmethod
+    def make_layer(cls, site: LayerSite) -> AttentionImpl:
+        return site.layer.impl
 
 
-class SteppedMetadataBuilder(CPUAttentionMetadataBuilder):
-    passes: tuple[PassRow, ...] = ()  # of the step to come, set by the worker
-    seconds = 0.0  # as `LambdaMetadataBuilder`'s; nothing is selected here
+class WindowMetadataBuilder(CPUAttentionMetadataBuilder):
+    rows: StepRows
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
         m = common_attn_metadata
-        if self.passes:
-            m = shifted(m, self.passes, self.block_size)
+        if self.rows.windows:
+            m = shifted(m, self.rows.windows, self.block_size)
         return super().build(common_prefix_len, m, fast_build)
 
 
-def shifted(m: CommonAttentionMetadata, passes: tuple[PassRow, ...], block_size: int) -> CommonAttentionMetadata:
-    """Tables, sequence lengths and slots of the rows in `passes`, counted from the first position of their pass.
+def shifted(m: CommonAttentionMetadata, windows: tuple[WindowRow, ...], block_size: int) -> CommonAttentionMetadata:
+    """Tables, sequence lengths and slots of the rows in `windows`, counted from their first position.
 
     Slots are changed in place: the same tensor says where the step's keys and values are written.
     """
     first = torch.zeros_like(m.seq_lens)
-    for p in passes:
-        first[p.row] = p.first
+    for w in windows:
+        first[w.row] = w.first
     m = from_blocks(m, first // block_size, m.seq_lens - first, block_size)
-    for p in passes:
-        begin, end = m.query_start_loc[p.row : p.row + 2].tolist()
-        length = int(m.seq_lens[p.row])
+    for w in windows:
+        begin, end = m.query_start_loc[w.row : w.row + 2].tolist()
+        length = int(m.seq_lens[w.row])
         entries = torch.arange(length - (end - begin), length)
-        blocks = m.block_table_tensor[p.row][entries // block_size]
+        blocks = m.block_table_tensor[w.row][entries // block_size]
         m.slot_mapping[begin:end] = blocks * block_size + entries % block_size
     return m
 

@@ -7,8 +7,7 @@ cache is a tensor on the device like any other; each key that is read crosses th
 import contextlib
 import math
 import mmap
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import psutil
 import torch
@@ -18,8 +17,10 @@ from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit
 from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_longctx.config import LongContextError, active_config
+from vllm_longctx.config import LongContextError
 from vllm_longctx.engine.kv_cache import blocks_apart
+from vllm_longctx.engine.layers import LayerSite
+from vllm_longctx.settings import active_settings
 
 GIB = 1 << 30
 
@@ -61,7 +62,7 @@ def free_host_bytes() -> int:
 
 def check_host_memory(vllm_config: VllmConfig) -> None:
     """Before any rank has pinned its own. Raises LongContextError if the host has less than all its ranks ask for."""
-    limit = active_config(vllm_config).attention.memory_limit_gib
+    limit = active_settings(vllm_config).attention.memory_limit_gib
     if limit is None:
         return
     ranks, free = vllm_config.parallel_config.local_world_size, free_host_bytes()
@@ -73,14 +74,14 @@ def check_host_memory(vllm_config: VllmConfig) -> None:
         )
 
 
-def keep_apart(layers: Mapping[str, Any], kv_cache_config: KVCacheConfig) -> HostMemory | None:
+def allocate_apart(sites: Sequence[LayerSite], kv_cache_config: KVCacheConfig) -> HostMemory | None:
     """Give memory layers with a pool of their own caches in host memory, like those they have in vLLM's; what holds them.
 
     kv_cache_config: the model runner's own, once caches are there. vLLM makes up block ids below its num_blocks to warm its
     kernels, at least one for each group; so this many there must be, and num_blocks not be more. Raises LongContextError if
     the memory cannot be pinned.
     """
-    groups = kv_cache_config.kv_cache_groups
+    layers, groups = {site.name: site.layer for site in sites}, kv_cache_config.kv_cache_groups
     apart = {name: blocks for group in groups if (blocks := blocks_apart(group.kv_cache_spec)) for name in group.layer_names}
     if not apart:
         return None

@@ -1,38 +1,34 @@
-"""The GPU worker's side of Focused Transformers: positions counted from each request's window, and windows that become memory.
+"""Stepped windows of a memory engine: positions counted from each request's window, and windows that become memory.
 
-And of LM-Infinite's top-k branch, whose memory is what the window has left behind when a request writes.
-
-For vLLM's Model Runner V2. What it computes from a request's true positions (slots, the sampler's random numbers) stays; where
-they are counted from windows the model alone is given others, in a buffer of its own that CUDA graphs may hold.
+For vLLM's Model Runner V2. What it computes from a request's true positions (slots, the sampler's random numbers) stays. The
+model alone is given others, in a buffer of its own that CUDA graphs may hold.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from vllm_longctx.config import active_config
-from vllm_longctx.cuda.kernels.lookup import WORKSPACE
-from vllm_longctx.cuda.top_k import TopKMetadataBuilder, turn_back
-from vllm_longctx.cuda.window import SteppedImpl, SteppedMetadataBuilder, remember
+from vllm_longctx.cuda.memory import LookupImpl, close_window
+from vllm_longctx.cuda.rows import StepRows
+from vllm_longctx.cuda.runner import LongContextRunner
 from vllm_longctx.engine.kv_cache import MemorySpec
+from vllm_longctx.engine.layers import LayerSite
 from vllm_longctx.engine.lookup import ClosedWindow, covering
-from vllm_longctx.engine.lora import Adapts
-from vllm_longctx.engine.window_step import ATTRIBUTE, RequestWindow, copies_of
-from vllm_longctx.rotary import Rotary
+from vllm_longctx.engine.step import RequestWindow, copied_blocks
+from vllm_longctx.modes import Role
 
-FIRST = RequestWindow(0, None)  # of requests that vLLM makes up to warm its kernels
+FIRST = RequestWindow(0)  # of requests that vLLM makes up to warm its kernels
 
 
 class WindowedModelState(DefaultModelState):
-    """vLLM's, whose model is given positions counted from windows. Takes over a DefaultModelState (`FocusedCUDARunner`)."""
+    """vLLM's, whose model is given positions counted from windows. Takes over a DefaultModelState (`MemoryRunner`)."""
 
     window_positions: Tensor
 
@@ -44,43 +40,38 @@ class WindowedModelState(DefaultModelState):
         return {**inputs, "positions": self.window_positions[:num_tokens]}
 
 
-class FocusedCUDARunner(Adapts, GPUModelRunner):
+class MemoryRunner(LongContextRunner, GPUModelRunner):
     """vLLM's Model Runner V2. Methods of its that are overridden here: see `vllm_longctx.seams`."""
 
     windows: dict[str, RequestWindow]
+    memory_sites: list[LayerSite]
+    memory_group: int  # of the KV cache, in which the memory layers are
+    mem_dtype: torch.dtype
 
-    def count_from_windows(self) -> None:
-        """Once the model is loaded. Raises RuntimeError for a model whose positions are not one number per token."""
+    def begin(self, sites: Sequence[LayerSite], rows: StepRows) -> None:
+        """Raises RuntimeError for a model whose positions are not one number per token."""
+        super().begin(sites, rows)
         if type(self.model_state) is not DefaultModelState or self.model_state.rope_state is not None:
             raise RuntimeError(f"longctx cannot count the positions of {type(self.model_state).__name__} from windows")
-        self.model_state.__class__ = WindowedModelState
+        self.model_state.__class__ = WindowedModelState  # vLLM makes it while the model is loaded, of a class that it names
         self.model_state.window_positions = torch.zeros_like(self.input_buffers.positions)
 
-    def look_into_memory(self) -> None:
-        """Once the KV cache is there."""
-        mem_dtype = active_config(self.vllm_config).attention.mem_dtype
-        assert mem_dtype is not None
-        self.mem_dtype = getattr(torch, mem_dtype)
-        self.window_starts = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device)
-        for builder in self._builders():
-            builder.starts = self.window_starts
-        tables = self.block_tables.input_block_tables
-        for table, group in zip(tables, self.kv_cache_config.kv_cache_groups, strict=True):
-            layers = [self.compilation_config.static_forward_context[name] for name in group.layer_names]
-            looking = [layer for layer in layers if isinstance(layer.impl, SteppedImpl) and layer.impl.lookup is not None]
-            for layer in looking:
-                layer.impl.look_into(layer.kv_cache)
-            if looking:
-                looking[0].impl.warm_up(looking[0].kv_cache, table)
+    def bind_kv_cache(self) -> None:
+        self.memory_sites = [site for site in self.sites if site.role == Role.MEMORY]
+        groups = self.kv_cache_config.kv_cache_groups
+        self.memory_group = next(n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MemorySpec))
+        self.mem_dtype = getattr(torch, self.memory_sites[0].settings.memory.dtype)
+        looking = [site.layer for site in self.memory_sites if isinstance(site.layer.impl, LookupImpl)]
+        for layer in looking:
+            layer.impl.bind_kv_cache(layer.kv_cache)
+        if looking:
+            looking[0].impl.warm_up(looking[0].kv_cache, self.block_tables.input_block_tables[self.memory_group])
 
     def prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         batch = super().prepare_inputs(scheduler_output, *args, **kwargs)
-        windows = getattr(scheduler_output, ATTRIBUTE, {})
-        self.windows = {name: windows.get(name, FIRST) for name in batch.req_ids}
+        self.windows = {name: self.step.windows.get(name, FIRST) for name in batch.req_ids}
         starts = np.array([self.windows[name].start for name in batch.req_ids], dtype=np.int32)
-        async_tensor_h2d(starts, out=self.window_starts[: len(starts)])
-        for builder in self._builders():
-            builder.starts_on_host[: len(starts)] = starts
+        self.rows.begin_windows(starts)
         offsets = np.repeat(starts, batch.num_scheduled_tokens).astype(np.int64)
         positions = self.model_state.window_positions
         torch.sub(
@@ -93,83 +84,26 @@ class FocusedCUDARunner(Adapts, GPUModelRunner):
 
     def prepare_attn(self, input_batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
         block_tables, slot_mappings = super().prepare_attn(input_batch)
-        for table, group in zip(block_tables, self.kv_cache_config.kv_cache_groups, strict=True):
-            if isinstance(group.kv_cache_spec, MemorySpec):
-                self._copy_blocks(group.layer_names)
-                self._close_windows(input_batch.req_ids, table, group.kv_cache_spec.block_size, group.layer_names)
+        self._copy_blocks()
+        self._close_windows(input_batch.req_ids, block_tables[self.memory_group])
         return block_tables, slot_mappings
 
-    def _copy_blocks(self, layer_names: list[str]) -> None:
-        if copies := copies_of(self.windows.values()):
+    def _copy_blocks(self) -> None:
+        """Of requests that were hit in another one's open window."""
+        if copies := copied_blocks(self.windows.values()):
             sources, targets = async_tensor_h2d(np.array(copies, dtype=np.int64), device=self.device)
-            for name in layer_names:
-                cache = self.compilation_config.static_forward_context[name].kv_cache
-                cache[targets] = cache[sources]
+            for site in self.memory_sites:
+                site.layer.kv_cache[targets] = site.layer.kv_cache[sources]
 
-    def _close_windows(self, request_ids: list[str], table: Tensor, block_size: int, layer_names: list[str]) -> None:
+    def _close_windows(self, request_ids: list[str], table: Tensor) -> None:
+        block_size = self.kv_cache_config.kv_cache_groups[self.memory_group].kv_cache_spec.block_size
         for row, request_id in enumerate(request_ids):
             window = self.windows[request_id]
             if window.closes is None:
                 continue
             blocks = covering(table[row], window.closes, window.start, block_size)
             closed = ClosedWindow(window.closes, window.closes, window.start, blocks)
-            for name in layer_names:
-                layer = self.compilation_config.static_forward_context[name]
-                remember(layer.kv_cache, closed, self._rotary_of(name), self.mem_dtype)
-                if isinstance(layer.impl, SteppedImpl):
-                    layer.impl.summarise(layer.kv_cache, closed)
-
-    def _builders(self) -> list[SteppedMetadataBuilder]:
-        builders = (group.get_metadata_builder() for groups in self.attn_groups for group in groups)
-        return [builder for builder in builders if isinstance(builder, SteppedMetadataBuilder)]
-
-    def _rotary_of(self, layer_name: str) -> Rotary | None:
-        rotary = self.model.get_submodule(layer_name.rpartition(".")[0]).rotary_emb
-        return rotary if isinstance(rotary, Rotary) else None
-
-
-class TopKCUDARunner(Adapts, GPUModelRunner):
-    """vLLM's Model Runner V2. Methods of its that are overridden here: see `vllm_longctx.seams`."""
-
-    def warm_up(self) -> None:
-        """Once the KV cache is there."""
-        for builder, table in self._builders(self.block_tables.input_block_tables):
-            builder.impl.warm_up(builder.layers[0].kv_cache, table)
-
-    def prepare_attn(self, input_batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
-        block_tables, slot_mappings = super().prepare_attn(input_batch)
-        positions = input_batch.num_computed_tokens_np.astype(np.int64)  # of the first query of each row, a writing one's only
-        last = self.req_states.prompt_len.np[input_batch.idx_mapping_np] - 1
-        for builder, table in self._builders(block_tables):
-            n_global, n_local = builder.geometry.n_global, builder.geometry.n_local
-            assert n_local is not None
-            builder.ends = np.where(positions >= last, positions + 1 - n_local, 0)
-            # Since the step before one token has left the window; at the prompt's last, none was turned back before.
-            starts = np.where(positions == last, n_global, np.maximum(builder.ends - 1, n_global))
-            self._leave_behind(builder, table, starts, builder.ends)
-        return block_tables, slot_mappings
-
-    def _leave_behind(
-        self, builder: TopKMetadataBuilder, table: Tensor, starts: NDArray[np.int64], ends: NDArray[np.int64]
-    ) -> None:
-        """Un-rotate the keys starts .. ends - 1 of each row. A long prompt's middle comes in parts, within bounded memory."""
-        impl = builder.impl
-        assert impl.rotary is not None
-        lengths = np.maximum(ends - starts, 0)
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        positions = np.arange(len(rows)) + np.repeat(starts - lengths.cumsum() + lengths, lengths)
-        both, at_once = np.stack((rows, positions)), WORKSPACE // (4 * impl.num_kv_heads * impl.head_size)
-        for first in range(0, len(rows), at_once):
-            row, position = async_tensor_h2d(both[:, first : first + at_once], device=self.device)
-            block_size = builder.layers[0].kv_cache.shape[2]
-            blocks, offsets = table[row, position // block_size].long(), position % block_size
-            cos, sin = impl.rotary.cos_sin(-position[:, None])
-            for layer in builder.layers:
-                turn_back(layer.kv_cache, blocks, offsets, impl.rotary, cos, sin)
-
-    def _builders(self, block_tables: Iterable[Tensor]) -> Iterator[tuple[TopKMetadataBuilder, Tensor]]:
-        """Those of layers with a top-k branch, each with its group's block table."""
-        for table, groups in zip(block_tables, self.attn_groups, strict=True):
-            for group in groups:
-                if isinstance(builder := group.get_metadata_builder(), TopKMetadataBuilder):
-                    yield builder, table
+            for site in self.memory_sites:
+                close_window(site.layer.kv_cache, closed, site.rotary, self.mem_dtype)
+                if isinstance(site.layer.impl, LookupImpl):
+                    site.layer.impl.summarise(site.layer.kv_cache, closed)

@@ -5,29 +5,27 @@ makes known tokens count as not computed; the runner then reads them as the rest
 itself, and samples no token before the last of them, so that penalties, seeds and grammars see nothing of it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.sampling_params import SamplingParams
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
-from vllm_longctx.cuda.window import SteppedMetadataBuilder
-from vllm_longctx.engine.lora import Adapts
-from vllm_longctx.engine.step import Pass
+from vllm_longctx.cuda.runner import LongContextRunner
+from vllm_longctx.engine.step import Pass, StepInfo
 
 
 class FirstPassWins(PromptLogprobsWorker):
     """vLLM's, but rows of positions that were computed before stay. Takes over a PromptLogprobsWorker."""
 
-    passes: dict[str, Pass]  # of the step
+    passes: Mapping[str, Pass]  # of the step
     aside: dict[str, tuple[Any, Any]]  # of preempted requests: what vLLM forgets
 
     def put_aside(self, request_ids: Iterable[str]) -> None:
@@ -88,17 +86,17 @@ def rows(tensors: LogprobsTensors, begin: int, end: int | None) -> LogprobsTenso
     return LogprobsTensors(*(t[begin:end] for t in tensors[:3]))
 
 
-class PassesCUDARunner(Adapts, GPUModelRunner):
+class PassesRunner(LongContextRunner, GPUModelRunner):
     """vLLM's Model Runner V2. Methods of its that are overridden here: see `vllm_longctx.seams`."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         assert type(self.prompt_logprobs_worker) is PromptLogprobsWorker
-        self.prompt_logprobs_worker.__class__ = FirstPassWins
+        self.prompt_logprobs_worker.__class__ = FirstPassWins  # vLLM makes it with the model, of a class that it names
         self.prompt_logprobs_worker.passes, self.prompt_logprobs_worker.aside = {}, {}
 
-    def begin_step(self, scheduler_output: SchedulerOutput) -> None:
-        super().begin_step(scheduler_output)
+    def begin_step(self, scheduler_output: SchedulerOutput, info: StepInfo) -> None:
+        super().begin_step(scheduler_output, info)
         self.prompt_logprobs_worker.passes = self.step.passes
 
     def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
@@ -133,12 +131,7 @@ class PassesCUDARunner(Adapts, GPUModelRunner):
         batch = super().prepare_inputs(*args, **kwargs)
         passes = [self.step.passes.get(name) for name in batch.req_ids]
         starts = np.array([0 if p is None else p.first for p in passes], dtype=np.int32)
-        for groups in self.attn_groups:
-            for group in groups:
-                builder = group.get_metadata_builder()
-                assert isinstance(builder, SteppedMetadataBuilder)
-                async_tensor_h2d(starts, out=builder.starts[: len(starts)])
-                builder.starts_on_host[: len(starts)] = starts
+        self.rows.begin_windows(starts)
         for row, p in enumerate(passes):
             if p is not None:
                 self._put_first_tokens(batch, row, p)

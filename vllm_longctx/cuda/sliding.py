@@ -1,6 +1,6 @@
-"""Λ attention in vLLM's GPU engine: a backend, a metadata builder and an implementation around `attention.kernels`.
+"""Λ attention in vLLM's GPU engine: a backend, a metadata builder and an implementation around `kernels`.
 
-vLLM makes the layers with this backend (its place `CUSTOM`), `worker_cuda` tells each layer its view once the weights are
+vLLM makes the layers with this backend (its place `CUSTOM`), and `make_layer` tells each layer its view once the weights are
 loaded. Everything a step needs stays on the device: the kernels read vLLM's own block tables and lengths, and the builder adds
 one thing, by how much each query is turned towards the first tokens. A CUDA graph of decodes replays over the same tensors, so
 those are written in place.
@@ -33,8 +33,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from vllm_longctx.cuda.kernels.lambda_attention import lambda_attention
 from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
 from vllm_longctx.cuda.kernels.lambda_tile import Turn, View
+from vllm_longctx.engine.layers import LayerSite
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.rotary import Rotary
+from vllm_longctx.settings import Settings
 
 MIN_CAPABILITY = DeviceCapability(8, 0)  # bfloat16 in tensor cores
 MIN_FP8_CAPABILITY = DeviceCapability(8, 9)  # float8_e4m3 in Triton
@@ -92,6 +94,16 @@ class LambdaBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type["LambdaMetadataBuilder"]:
         return LambdaMetadataBuilder
+
+    @classmethod
+    def for_settings(cls, settings: Settings) -> type[AttentionBackend]:
+        """The backend that serves the role in an engine with these settings."""
+        return cls
+
+    @classmethod
+    def make_layer(cls, site: LayerSite) -> AttentionImpl:
+        site.layer.impl.take_over(site.settings.geometry, site.rotary, site.device)
+        return site.layer.impl
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:

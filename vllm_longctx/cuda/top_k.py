@@ -2,7 +2,7 @@
 
 Layers with the branch keep all their KV, and what has left the window of a request that writes is un-rotated in place
 (`turn_back`). To the best of these keys a query attends beside Λ attention, joined by their log-sum-exps. Only decodes have the
-branch: the scheduler computes one at a time the tokens that have it (`focused.scheduler.TopKScheduler`).
+branch: the scheduler computes one at a time the tokens that have it (`scheduling.memory.TopKScheduler`).
 """
 
 from dataclasses import dataclass, replace
@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionImpl, AttentionLayer, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_longctx.cpu.kernels.branches import weigh
 from vllm_longctx.cuda.kernels.lookup import Memories, attend_best
+from vllm_longctx.cuda.rows import StepRows
 from vllm_longctx.cuda.sliding import Decodes, LambdaBackend, LambdaImpl, LambdaMetadata, LambdaMetadataBuilder
-from vllm_longctx.engine.lookup import TopK
+from vllm_longctx.engine.layers import LayerSite, TakenOver
+from vllm_longctx.engine.lookup import weigh
 from vllm_longctx.rotary import Rotary
+from vllm_longctx.settings import TopK
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,17 @@ class TopKBackend(LambdaBackend):
     def get_builder_cls() -> type["TopKMetadataBuilder"]:
         return TopKMetadataBuilder
 
+    @classmethod
+    def make_layer(cls, site: LayerSite) -> AttentionImpl:
+        return TopKImpl.of(super().make_layer(site), top_k=site.settings.top_k)
+
 
 class TopKMetadataBuilder(LambdaMetadataBuilder):
-    """No CUDA graphs: how much there is to look up changes from step to step.
-
-    ends int64 [rows]: where the middle of each request of the step to come ends, at most 0 of one that does not write. Set by
-    the worker before each step; None in steps that vLLM makes up.
-    """
+    """No CUDA graphs: how much there is to look up changes from step to step."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
     impl: "TopKImpl"
-    ends: NDArray[np.int64] | None = None
+    rows: StepRows
 
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -70,14 +72,12 @@ class TopKMetadataBuilder(LambdaMetadataBuilder):
         self.geometry = self.impl.view.geometry
         self.begins = torch.full((rows,), self.geometry.n_global, dtype=torch.int32, device=device)
         self.lse = torch.empty((rows, self.impl.num_heads), dtype=torch.float32, device=device)
-        context = vllm_config.compilation_config.static_forward_context
-        self.layers = [context[name] for name in layer_names]
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> TopKMetadata:
         m = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        ends, self.ends = self.ends, None
+        ends, self.rows.middle_ends = self.rows.middle_ends, None
         decodes, middles = m.decodes, None
         if decodes is not None:
             rows = len(decodes.seq_lens)
@@ -98,12 +98,10 @@ class TopKMetadataBuilder(LambdaMetadataBuilder):
         return Middles(self.begins[: len(ends)], async_tensor_h2d(ends, device=self.device), int(ends.max()), cos, sin)
 
 
-class TopKImpl(LambdaImpl):
-    """A layer of `attention.cuda` taken over after the weights are loaded."""
+class TopKImpl(TakenOver, LambdaImpl):
+    """A layer of `sliding` taken over after the weights are loaded."""
 
-    def __init__(self, stock: LambdaImpl, top_k: TopK):
-        self.__dict__.update(vars(stock))
-        self.top_k = top_k
+    top_k: TopK
 
     def warm_up(self, kv_cache: Tensor, block_table: Tensor) -> None:
         """Compile what lookups need before a request waits. block_table [rows, columns]: by its strides vLLM's own."""

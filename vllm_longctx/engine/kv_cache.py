@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm.config import CacheConfig, VllmConfig
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, BlockHashWithGroupId, KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
@@ -26,11 +27,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from vllm_longctx.config import LongContextConfig
-from vllm_longctx.cpu.kernels.tables import cdiv
+from vllm_longctx.engine.model import trained_length
 from vllm_longctx.geometry import Geometry, SteppedWindows
+from vllm_longctx.modes import Role
+from vllm_longctx.settings import Settings, active_settings
 
 NO_ROOM = 1 << 62  # blocks
+FP8 = ("fp8", "fp8_e4m3")  # dtypes of the KV cache
 OPEN = 1 << 16  # added to a group's id in the prefix cache: its blocks while the first window is open
 
 
@@ -554,7 +557,7 @@ def _window_starts_before(num_tokens: int, spec: WindowSpec | MemorySpec) -> int
 
 @dataclass(frozen=True, kw_only=True)
 class MiddleSpec(FullAttentionSpec):
-    """KV of a layer with LM-Infinite's top-k branch: all of it. `engine_args` turns prefix caching off."""
+    """KV of a layer with LM-Infinite's top-k branch: all of it. `startup.engine_args` turns prefix caching off."""
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> "MiddleSpec":
@@ -567,18 +570,50 @@ class MiddleSpec(FullAttentionSpec):
         return specs[0]
 
 
-def prefix_caching(config: LongContextConfig, cache: CacheConfig) -> str:
-    """From which length on and in which steps prefixes are hit, for users. config: filled in for the model."""
+def prefix_caching(settings: Settings, cache: CacheConfig) -> str:
+    """From which length on and in which steps prefixes are hit, for users."""
     if not cache.enable_prefix_caching:
         return "off"
     steps = f"in steps of {cache.block_size} tokens"
-    if config.windows is not None:
-        windows = config.windows
+    if Role.MEMORY in settings.mode.layers:
+        windows = settings.memory.windows
         return (
             f"{steps} inside of the first window, while that is open; then in steps of {windows.tokens}, up to "
             f"{windows.last_tokens} tokens before the end of either prompt"
         )
-    return steps if config.adaptation is None else f"{steps}; requests that learn: off"
+    return f"{steps}; requests that learn: off" if settings.mode.adapts else steps
+
+
+def layer_spec(kind: str, spec: AttentionSpec, vllm_config: VllmConfig) -> KVCacheSpec:
+    """What the pool keeps of a layer. kind: the name of the spec in `modes.MODES`. spec: what vLLM would keep of it.
+
+    Raises TypeError for a layer with a window of its own.
+    """
+    settings = active_settings(vllm_config)
+    if kind == "LambdaSpec":
+        return LambdaSpec.from_attention_spec(spec, settings.geometry)
+    if kind == "MiddleSpec":
+        return MiddleSpec.of(spec)
+    if kind == "SteppedSpec":
+        return SteppedSpec.from_attention_spec(spec, trained_length(vllm_config.model_config))
+    windows = settings.memory.windows
+    if kind == "WindowSpec":
+        return WindowSpec.of(spec, windows, vllm_config.max_concurrent_batches)
+    return MemorySpec.of(spec, windows, memory_blocks(settings, vllm_config))
+
+
+def memory_blocks(settings: Settings, vllm_config: VllmConfig) -> int | None:
+    """Blocks of the memory layers' own pool on a rank, the null block included; None if memory lives in vLLM's pool."""
+    if Role.MEMORY not in settings.mode.layers or (limit := settings.memory.limit_gib) is None:
+        return None
+    return int(limit * 2**30) // (len(settings.memory.layers) * bytes_per_layer_block(vllm_config))
+
+
+def bytes_per_layer_block(vllm_config: VllmConfig) -> int:
+    """Bytes of one KV block in one of a rank's layers."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    element = 2 * model.get_head_size() * (1 if cache.cache_dtype in FP8 else model.dtype.itemsize)
+    return model.get_num_kv_heads(vllm_config.parallel_config) * cache.block_size * element
 
 
 def register() -> None:

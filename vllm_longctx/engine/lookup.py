@@ -1,33 +1,29 @@
-"""What memory layers are told, on every platform."""
+"""The rule of a lookup: which keys of a memory win, how keys are compared, and how they join a layer's other keys.
+
+Both platforms follow it, each in its own way (`cpu.kernels.retrieval`, `cuda.kernels.lookup`). Every query head attends to the k
+keys with the highest inner products (Memorizing Transformers, arXiv 2203.08913, section 3.1; Focused Transformer, arXiv
+2307.03170, section 3.1). Of equal products the earlier key wins. To read few blocks, each block has a summary: its keys in 7
+bits with one step for the block. The bound that it gives says which blocks are read.
+"""
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from vllm.utils.math_utils import cdiv
 
-from vllm_longctx.cpu.kernels.tables import cdiv
-
-
-@dataclass(frozen=True)
-class Lookup:
-    """A query attends to the memory's best top_k keys. share: of the blocks that are read for that; None for exactly these."""
-
-    top_k: int
-    share: float | None
-
-
-@dataclass(frozen=True)
-class TopK:
-    """LM-Infinite's top-k branch of a layer: the k best keys between first tokens and window, seen at distance insert_at."""
-
-    k: int
-    insert_at: int
+SHARE = 0.1  # of a memory's blocks, read by default
+SCANNED = 128  # blocks: so many are read in less time than it takes to choose among them
+LEVELS = 63  # of a key's code: products of two codes add up in 16 bits on CPUs without VNNI
+LOW = 0xFFFFFFFF  # the bits of a packed key that hold its place
 
 
 @dataclass(frozen=True)
 class ClosedWindow:
-    """Tokens of a request that become memory: positions start .. end - 1. blocks [n]: from the one that holds `start` on.
+    """Tokens of a request that become memory: positions start .. end - 1.
 
-    origin: the position from which their rotation is counted.
+    origin: The position from which their rotation is counted.
+    blocks: int64 or int32 [n], from the one that holds `start` on.
     """
 
     origin: int
@@ -39,3 +35,32 @@ class ClosedWindow:
 def covering(table: Tensor, start: int, end: int, block_size: int) -> Tensor:
     """The blocks of a request's table [blocks] that hold positions start .. end - 1."""
     return table[start // block_size : cdiv(end, block_size)]
+
+
+def weigh(lse: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """One softmax over a branch and further keys.
+
+    lse: The branch's log-sum-exp [T, heads]. scores: Of the further keys [T, heads, S].
+    Returns the weights of the keys [T, heads, S] and of the branch [T, heads, 1].
+    """
+    total = torch.logaddexp(lse, scores.logsumexp(-1)).unsqueeze(-1)
+    return (scores - total).exp(), (lse.unsqueeze(-1) - total).exp()
+
+
+def pack(scores: Tensor, places: Tensor) -> Tensor:
+    """float32 scores and places below 2^32 as int64 in one order: by score, the higher first, then the earlier place."""
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0: no -0.0
+    return (_ordered_bits(bits).long() << 32) + (LOW - places)
+
+
+def score_of(packed: Tensor) -> Tensor:
+    return _ordered_bits((packed >> 32).int()).view(torch.float32)
+
+
+def place_of(packed: Tensor) -> Tensor:
+    return LOW - (packed & LOW)
+
+
+def _ordered_bits(bits: Tensor) -> Tensor:
+    """Bits of floats as integers in the floats' order, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)

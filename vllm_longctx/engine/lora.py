@@ -25,14 +25,14 @@ from vllm.lora.utils import is_in_target_modules
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_longctx.config import active_config
-from vllm_longctx.engine.step import ATTRIBUTE, AdaptationStep, SlotUse, Weights
-from vllm_longctx.startup.engine_args import LINEAR_MODULES
+from vllm_longctx.engine.model import LINEAR_MODULES
+from vllm_longctx.engine.step import SlotUse, StepInfo, Weights
+from vllm_longctx.settings import active_settings
 from vllm_longctx.temp_lora.slots import Slots
 
 logger = init_logger("vllm.longctx")
 
-EMPTY = AdaptationStep(None, {}, {}, [])
+EMPTY = StepInfo()
 
 
 class LoRAConfigWithSlots(LoRAConfig):
@@ -44,14 +44,13 @@ class LoRAConfigWithSlots(LoRAConfig):
 
 def with_slots(vllm_config: VllmConfig) -> VllmConfig:
     """What a worker's LoRA layers are made from; the configuration itself where there is no Temp-LoRA."""
-    adaptation, users = active_config(vllm_config).adaptation, vllm_config.lora_config
+    adaptation, users = active_settings(vllm_config).adaptation, vllm_config.lora_config
     if adaptation is None:
         return vllm_config
-    assert adaptation.slots is not None
     own = users or LoRAConfig(target_modules=list(LINEAR_MODULES))
     assert own.max_cpu_loras is not None
     places = adaptation.slots + (0 if users is None else users.max_loras)
-    rank = max(adaptation.rank_limit, 1 if users is None else users.max_lora_rank)
+    rank = max(adaptation.max_rank, 1 if users is None else users.max_lora_rank)
     values = {field.name: getattr(own, field.name) for field in dataclasses.fields(LoRAConfig)}
     values["max_loras"], values["max_cpu_loras"] = places, max(places, own.max_cpu_loras)
     values["max_lora_rank"] = next(allowed for allowed in get_args(MaxLoRARanks) if allowed >= rank)
@@ -328,16 +327,16 @@ class Adapts:
         self.numbers: dict[int, int] = {}  # of the users' adapters, by the id that the user gave
         return self.lora_manager.create_lora_manager(model, vllm_config)
 
-    def begin_step(self, scheduler_output: SchedulerOutput) -> None:
+    def begin_step(self, scheduler_output: SchedulerOutput, info: StepInfo) -> None:
         """Before a forward: what this step's requests compute with, and where their passes began."""
-        self.step = getattr(scheduler_output, ATTRIBUTE, EMPTY)
+        self.step = info
         if not hasattr(self, "lora_manager"):
             return
         manager = self.lora_manager
-        if self.step.memory is not None and manager.slots is None:
-            manager.slots = Slots.open(**vars(self.step.memory), device_memory=manager.device_slots)
+        if self.step.slots_memory is not None and manager.slots is None:
+            manager.slots = Slots.open(**vars(self.step.slots_memory), device_memory=manager.device_slots)
         manager.step, manager.failed = self.step, {}
-        manager.free(self.step.freed)
+        manager.free(self.step.freed_slots)
         for new in scheduler_output.scheduled_new_reqs:
             if (use := self.step.slots.get(new.req_id)) is not None:
                 new.lora_request = Numbered(f"slot {use.slot}", use.slot + 1, "in memory")
@@ -375,7 +374,7 @@ class Adapts:
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Raises RuntimeError where there is a trainer: it has loaded the weights that the engine has, and keeps them."""
-        if active_config(self.vllm_config).adaptation is None:
+        if not active_settings(self.vllm_config).mode.adapts:
             super().reload_weights(*args, **kwargs)  # type: ignore[misc]
             return
         raise RuntimeError(

@@ -6,14 +6,13 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
-from vllm_longctx.config import active_config
 from vllm_longctx.engine.kv_cache import MemoryManager
-from vllm_longctx.engine.window_step import ATTRIBUTE, RequestWindow
+from vllm_longctx.engine.step import RequestWindow, StepInfo
 from vllm_longctx.scheduling.scheduler import LongContextScheduler
 
 
-class FocusedScheduler(LongContextScheduler):
-    """Also a mixin: `class X(FocusedScheduler, AsyncScheduler)` cuts the same over vLLM's other scheduler.
+class MemoryScheduler(LongContextScheduler):
+    """Also a mixin: `class X(MemoryScheduler, AsyncScheduler)` cuts the same over vLLM's other scheduler.
 
     Nothing here depends on which tokens stand where, so a step may be cut before those of the step before are known. A window
     is closed by the step after its last one, in the order in which the device computes them.
@@ -21,9 +20,7 @@ class FocusedScheduler(LongContextScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        windows = active_config(self.vllm_config).windows
-        assert windows is not None
-        self.windows = windows
+        self.windows = self.settings.memory.windows
         self.open: dict[str, int] = {}  # where the window of each request's last step began
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.memories = [m for m in managers if isinstance(m, MemoryManager)]
@@ -43,10 +40,8 @@ class FocusedScheduler(LongContextScheduler):
         end = self.windows.end(num_computed_tokens, request.num_prompt_tokens)
         return min(allowed, end - num_computed_tokens)
 
-    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        output = super().schedule(*args, **kwargs)
-        setattr(output, ATTRIBUTE, {name: self._window(name, new) for name, new in output.num_scheduled_tokens.items()})
-        return output
+    def _step_info(self, output: SchedulerOutput) -> StepInfo:
+        return StepInfo(windows={name: self._window(name, new) for name, new in output.num_scheduled_tokens.items()})
 
     def _window(self, request_id: str, num_new_tokens: int) -> RequestWindow:
         request = self.requests[request_id]
@@ -81,7 +76,7 @@ class TopKScheduler(LongContextScheduler):
         return min(allowed, max(request.num_prompt_tokens - 1 - num_computed_tokens, 1))
 
 
-class AsyncFocusedScheduler(FocusedScheduler, AsyncScheduler):
+class AsyncMemoryScheduler(MemoryScheduler, AsyncScheduler):
     """For engines that schedule a step while the device still computes the one before."""
 
 

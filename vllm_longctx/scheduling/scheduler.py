@@ -15,11 +15,13 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_longctx.config import KEY, active_config
+from vllm_longctx.config import KEY
 from vllm_longctx.engine.kv_cache import LambdaManager, MemoryManager, prefix_caching
+from vllm_longctx.engine.model import trained_length
+from vllm_longctx.engine.step import StepInfo, StepReport
 from vllm_longctx.metrics import StepStats
 from vllm_longctx.processes import end_without_collecting
-from vllm_longctx.startup.engine_args import trained_length
+from vllm_longctx.settings import active_settings
 
 logger = init_logger("vllm.longctx")
 
@@ -33,8 +35,8 @@ class LongContextScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.trained_length = trained_length(self.vllm_config.model_config)
-        config = active_config(self.vllm_config)
-        self.window = config.attention.n_local or self.trained_length
+        self.settings = active_settings(self.vllm_config)
+        self.window = self.settings.attention.n_local or self.trained_length
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.lambda_managers = [m for m in managers if isinstance(m, LambdaManager)]
         self.memory_pools = [m.block_pool for m in managers if isinstance(m, MemoryManager) and m.is_apart]
@@ -49,22 +51,14 @@ class LongContextScheduler(Scheduler):
 
     def _log_start(self) -> None:
         """Here, because there is one scheduler per engine; the engine's arguments are read in every API server."""
-        config, model = active_config(self.vllm_config), self.vllm_config.model_config
-        parts = [str(config.attention.method)]
-        if config.slides:
-            parts += [f"{name} {value}" for name, value in vars(config.geometry).items()]
-        if config.windows is not None:
-            keys = ("n_local", "last_context_length", "mem_layers", "mem_positionals", "mem_dtype", "lookup", "top_k")
-            parts += [f"{key} {value}" for key in keys if (value := getattr(config.attention, key)) is not None]
-        if config.adaptation is not None:
-            a = config.adaptation
-            parts += [f"Temp-LoRA rank {a.rank}, blocks of {a.block_tokens} tokens, kv_policy {a.kv_policy}, {a.slots} slots"]
+        settings, model = self.settings, self.vllm_config.model_config
+        parts = [f"mode {settings.mode.name}", *settings.described()]
         parts += [
             f"trained length {self.trained_length}",
             f"max_model_len {model.max_model_len}",
             f"block_size {self.vllm_config.cache_config.block_size}",
             f"at most {sum(m.max_admission_blocks_per_request for m in self.lambda_managers)} KV blocks per request",
-            f"prefix caching {prefix_caching(config, self.vllm_config.cache_config)}",
+            f"prefix caching {prefix_caching(settings, self.vllm_config.cache_config)}",
             f"worker {self.vllm_config.parallel_config.worker_cls}",
         ]
         logger.info("longctx: %s", ", ".join(parts))
@@ -114,13 +108,22 @@ class LongContextScheduler(Scheduler):
         allowed = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         return min(allowed, self.shares.get(request.request_id, NO_LIMIT))
 
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        self._step_info(scheduler_output).send_with(scheduler_output)
+
+    def _step_info(self, output: SchedulerOutput) -> StepInfo:
+        """What the workers are told of a step. Its tokens count as computed already."""
+        return StepInfo()
+
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        self.step_stats.selection_seconds = getattr(model_runner_output, "longctx_selection_seconds", None)
+        report = StepReport.of(model_runner_output)
+        self.step_stats.selection_seconds, self.step_stats.swap_seconds = report.selection_seconds, report.swap_seconds
         ended: dict[int, EngineCoreOutputs] = {}
-        if failed := getattr(model_runner_output, "longctx_failed_adapters", None):
-            self._fail_adapters(scheduler_output, failed)
+        if report.failed_adapters:
+            self._fail_adapters(scheduler_output, report.failed_adapters)
             self._end_failed(ended)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for client, more in ended.items():

@@ -13,34 +13,41 @@ A request that ends and has something to save gives its blocks back at once, but
 saved, or is known not to be. Till then it has its slot, whose weights a trainer that is started again goes on with.
 """
 
+import functools
 import itertools
+import os
 import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor import Executor
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_longctx import refusals
-from vllm_longctx.config import KEY, AdaptationSection, LongContextError, RequestOptions, active_config
-from vllm_longctx.cpu.kernels.tables import cdiv
+from vllm_longctx.config import KEY, LongContextError, RequestOptions
 from vllm_longctx.engine.kv_cache import LambdaManager, PrivateRequests, SteppedManager
-from vllm_longctx.engine.step import ATTRIBUTE, AdaptationStep, Pass, SlotsMemory, SlotUse, Weights
+from vllm_longctx.engine.step import Pass, SlotsMemory, SlotUse, StepInfo, Weights
 from vllm_longctx.engine.waiting import wait_patiently
+from vllm_longctx.metrics import StepStats
 from vllm_longctx.scheduling.scheduler import LongContextScheduler
-from vllm_longctx.startup.trainer import Shape, device_of, recomputes
+from vllm_longctx.settings import Adaptation
+from vllm_longctx.startup.trainer import Shape
 from vllm_longctx.temp_lora import base_model, messages
 from vllm_longctx.temp_lora.blocks import Blocks, Window, example
 from vllm_longctx.temp_lora.client import TrainerClient
-from vllm_longctx.temp_lora.shared_weights import Offer, offers
+from vllm_longctx.temp_lora.shared_weights import SharedWeights, shared_by_engine
 
 logger = init_logger("vllm.longctx")
 
@@ -74,7 +81,7 @@ class Adapted:
     """
 
     request: Request
-    settings: AdaptationSection
+    settings: Adaptation
     save_as: str | None
     start_from: str | None
     blocks: Blocks
@@ -126,10 +133,8 @@ class TempLoraScheduler(LongContextScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        config = active_config(self.vllm_config)
-        assert config.adaptation is not None and config.adaptation.slots is not None
-        self.settings = config.adaptation
-        on_the_cpu = device_of(self.settings.trainer).type == "cpu"  # where polling would take the trainer's core
+        self.temp_lora = self.settings.temp_lora
+        on_the_cpu = self.temp_lora.trainer.device == "cpu"  # where polling would take the trainer's core
         wait_patiently(busy_loop_s=0.0 if on_the_cpu else None)
         self.bos = self.vllm_config.model_config.hf_text_config.bos_token_id
         managers = self.kv_cache_manager.coordinator.single_type_managers
@@ -139,17 +144,26 @@ class TempLoraScheduler(LongContextScheduler):
         self.by_owner: dict[int, Adapted] = {}  # all of these
         self.answers: list[tuple[int, EngineCoreOutput]] = []  # last outputs to be sent, each with its client
         self.owners = itertools.count(1)
-        self.free_slots = deque(range(config.adaptation.slots))
+        self.free_slots = deque(range(self.temp_lora.slots))
         self.freed_slots: list[int] = []
         self.steps_scheduled = self.steps_done = 0  # only those that compute anything
         self.leaving: deque[tuple[int, int]] = deque()  # slots whose request has ended, each with its last step
         self.reserved_blocks = 0
         self.trainer_lost: str | None = None
-        offered = offers.pop(self.vllm_config.instance_id, None)
+        shared = shared_by_engine.pop(self.vllm_config.instance_id, None)
         with refusals.told(self.vllm_config):
-            self.trainer = trainer_client(self.vllm_config, config.adaptation, offered)
+            self.trainer = trainer_client(self.vllm_config, self.temp_lora, shared)
             self.trainer.start()
-        base_model.check_when_engines_start()
+        check_when_engines_start()
+
+    def check_trainer_model(self, executor: Executor) -> None:
+        """Wait for the trainer and compare its model. Raises LongContextError if there is no trainer, or with another model."""
+        trainer, address, begin = self.trainer, self.temp_lora.trainer.address, time.monotonic()
+        ours = base_model.measure(self, executor, trainer.probe) if trainer.probe else []
+        self.step_stats = StepStats()  # no request of a user's was in these steps
+        logger.info("longctx: waiting for the trainer%s", f" at {address}" if address else " to load its model")
+        trainer.wait_until_ready(partial(base_model.fault, ours=ours, vllm_config=self.vllm_config, address=address))
+        logger.info("longctx: the trainer was ready, and its model compared, after %.1f s", time.monotonic() - begin)
 
     # --- a request's life -----------------------------------------------------------------------------------------------
 
@@ -163,13 +177,12 @@ class TempLoraScheduler(LongContextScheduler):
         assert request.sampling_params is not None
         try:
             options = RequestOptions.parse((request.sampling_params.extra_args or {}).get(KEY) or {})
-            settings = self.settings.for_request(options, self.trained_length, self.block_size)
+            settings = self.temp_lora.for_request(options, self.trained_length, self.block_size)
         except LongContextError as e:  # the front end has checked this, but an adapter may be gone since
             self.failed[request.request_id] = str(e)
             return
         if settings is None:
             return
-        assert settings.block_tokens and settings.window_tokens and settings.context_tokens and settings.kv_policy
         sizes = settings.window_tokens, settings.context_tokens, settings.keep_first
         window = Window(settings.kv_policy, *sizes, self.block_size)
         manager = self.private_managers[0]
@@ -342,31 +355,31 @@ class TempLoraScheduler(LongContextScheduler):
         return data
 
     @property
-    def memory(self) -> SlotsMemory | None:
+    def slots_memory(self) -> SlotsMemory | None:
         slots = self.trainer.slots
         return None if slots is None else SlotsMemory(slots.path, slots.modules, slots.max_rank, slots.num_slots)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
-        setattr(scheduler_output, ATTRIBUTE, self._step(scheduler_output))
         for request_id in scheduler_output.num_scheduled_tokens:
             adapted = self.adapted.get(request_id)
             if adapted is not None:
                 adapted.frontier = max(adapted.frontier, self.requests[request_id].num_computed_tokens)
 
-    def _step(self, output: SchedulerOutput) -> AdaptationStep:
-        step = AdaptationStep(self.memory, {}, {}, self.freed_slots)
-        self.freed_slots = []
+    def _step_info(self, output: SchedulerOutput) -> StepInfo:
+        slots: dict[str, SlotUse] = {}
+        passes: dict[str, Pass] = {}
+        freed, self.freed_slots = self.freed_slots, []
         for request_id, new in output.num_scheduled_tokens.items():
             adapted = self.adapted.get(request_id)
             if adapted is None:
                 continue
             if adapted.slot is not None:
-                step.slots[request_id] = SlotUse(adapted.slot, adapted.owner, adapted.weights)
+                slots[request_id] = SlotUse(adapted.slot, adapted.owner, adapted.weights)
             again = self.requests[request_id].num_computed_tokens - new < adapted.frontier
             if adapted.start or again:
-                step.passes[request_id] = Pass(adapted.first, adapted.start, adapted.frontier)
-        return step
+                passes[request_id] = Pass(adapted.first, adapted.start, adapted.frontier)
+        return StepInfo(slots=slots, passes=passes, freed_slots=freed, slots_memory=self.slots_memory)
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         """Only `reset_prefix_cache` with running requests comes here for one that adapts: it computes its pass again.
@@ -392,7 +405,6 @@ class TempLoraScheduler(LongContextScheduler):
         for request_id in scheduler_output.num_scheduled_tokens:
             if request_id in self.adapted:
                 self.step_stats.adapted_tokens += scheduler_output.num_scheduled_tokens[request_id]
-        self.step_stats.swap_seconds = getattr(model_runner_output, "longctx_swap_seconds", [])
         if scheduler_output.total_num_scheduled_tokens:
             self.steps_done += 1
             self._free_slots()
@@ -479,7 +491,6 @@ class TempLoraScheduler(LongContextScheduler):
         if self.trainer_lost is not None:
             self._lose(adapted, self.trainer_lost)
             return True
-        assert adapted.settings.train_context_tokens is not None
         tokens = example(request.all_token_ids, targets, adapted.settings.train_context_tokens, self.bos)
         bank = 0 if adapted.weights.bank is None else 1 - adapted.weights.bank
         self.trainer.send(messages.Train(adapted.owner, adapted.slot, bank, adapted.sent, tokens, len(targets)))
@@ -521,7 +532,7 @@ class TempLoraScheduler(LongContextScheduler):
         """A block (or what the request was to start from) is lost: go on with the last good version, or end the request."""
         request_id = adapted.request.request_id
         self.step_stats.train_failures += 1
-        fail = self.settings.on_failure == "fail" or not adapted.ready
+        fail = self.temp_lora.on_failure == "fail" or not adapted.ready
         if self.trainer_lost is None:  # else the log has said so, and it would say it for every block
             logger.error(
                 "longctx: training of %s failed at block %d: %s; %s",
@@ -592,6 +603,26 @@ class AsyncTempLoraScheduler(TempLoraScheduler, AsyncScheduler):
     """For engines that schedule a step while the device still computes the one before."""
 
 
+def check_when_engines_start() -> None:
+    """Have each engine core that adapts compare the models as soon as it has its workers and its scheduler."""
+    initialize = EngineCore._initialize_effective_attention_block_size
+    if hasattr(initialize, "__wrapped__"):
+        return
+
+    @functools.wraps(initialize)
+    def initialize_and_check(self: EngineCore) -> None:
+        initialize(self)
+        if isinstance(self.scheduler, TempLoraScheduler):
+            try:
+                with refusals.told(self.vllm_config):
+                    self.scheduler.check_trainer_model(self.model_executor)
+            except LongContextError:
+                self.shutdown()
+                raise
+
+    EngineCore._initialize_effective_attention_block_size = initialize_and_check
+
+
 def ends_by_itself(request: Request) -> bool:
     """False where a client left or the request failed. A stop string is found by the front end, which then aborts as clients
     do, so what has stop strings and has written anything counts as ended by one."""
@@ -605,44 +636,30 @@ def ends_by_itself(request: Request) -> bool:
     )
 
 
-def trainer_client(vllm_config: VllmConfig, settings: AdaptationSection, offered: Offer | None) -> TrainerClient:
-    assert settings.slots is not None
-    model, trainer, recompute = vllm_config.model_config, settings.trainer, recomputes(settings.trainer)
-    loads = offered is None and trainer.address is None
-    return TrainerClient(
-        model.model,
-        str(model.dtype).removeprefix("torch."),
+def trainer_client(vllm_config: VllmConfig, settings: Adaptation, shared: SharedWeights | None) -> TrainerClient:
+    model, trainer = vllm_config.model_config, settings.trainer
+    options = messages.Options(
+        address=trainer.address or "",
+        model=model.model,
+        dtype=str(model.dtype).removeprefix("torch."),
         config=base_model.resolved_config(model),
-        weights=base_model.weight_files(vllm_config) if loads else [],
-        probe=base_model.probe(model, settings),
-        device=str(device_of(trainer)),
-        attention=trainer.attention,
-        recompute=recompute,
-        duty_cycle=trainer.duty_cycle,
-        training_bytes=Shape.of(model.hf_text_config, model.dtype).training_bytes(settings, recompute),
-        share=None if offered is None else offered.message,
-        max_rank=settings.rank_limit,
-        num_slots=settings.slots,
+        weights=base_model.weight_files(vllm_config) if shared is None and trainer.address is None else [],
+        shares=shared is not None,
         adapters_root=settings.adapters_root,
-        threads=trainer.threads,
-        cpus=trainer.cpus,
-        start_timeout_s=trainer.start_timeout_s,
-        train_timeout_s=trainer.timeout_s,
-        max_restarts=trainer.max_restarts,
-        address=trainer.address,
+        parent=os.getpid(),
+        **messages.taken(messages.Options, trainer),
+    )
+    return TrainerClient(
+        options,
+        trainer,
+        max_rank=settings.max_rank,
+        num_slots=settings.slots,
+        probe=base_model.probe(model, settings),
+        training_bytes=Shape.of(model.hf_text_config, model.dtype).training_bytes(settings),
+        share=None if shared is None else shared.message,
     )
 
 
-def recipe(settings: AdaptationSection) -> messages.Recipe:
-    return messages.Recipe(
-        rank=settings.rank,
-        alpha=settings.rank if settings.alpha is None else settings.alpha,
-        dropout=settings.dropout,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        adam_eps=settings.adam_eps,
-        grad_clip=settings.grad_clip,
-        warmup_blocks=settings.warmup_blocks,
-        epochs=settings.epochs,
-        adapter_seed=settings.adapter_seed,
-    )
+def recipe(settings: Adaptation) -> messages.Recipe:
+    alpha = settings.rank if settings.alpha is None else settings.alpha
+    return messages.Recipe(**{**messages.taken(messages.Recipe, settings), "alpha": alpha})

@@ -33,11 +33,12 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from vllm_longctx.config import KEY, LongContextConfig, LongContextError, RequestOptions, active_config, did_you_mean
+from vllm_longctx.config import KEY, LongContextConfig, LongContextError, RequestOptions, did_you_mean
+from vllm_longctx.engine.model import trained_length
 from vllm_longctx.metrics import count_ignored_field, export_ignored_fields
 from vllm_longctx.serving import stop_strings
 from vllm_longctx.serving.streams import guarded, over_http, watch
-from vllm_longctx.startup.engine_args import trained_length
+from vllm_longctx.settings import Settings, active_settings
 
 logger = init_logger("vllm.longctx")
 
@@ -87,7 +88,7 @@ def prepare(app: FastAPI) -> None:
     Only if the app's engine runs a longctx configuration, and once.
     """
     config = LongContextConfig.parse(app.state.vllm_config.additional_config[KEY])
-    if not config.changes_engine or getattr(app.state, "longctx_prepared", False):
+    if config.mode.is_plain or getattr(app.state, "longctx_prepared", False):
         return
     app.state.longctx_prepared = True
     export_ignored_fields()
@@ -113,15 +114,14 @@ def limit_requests() -> None:
     async def limit(engine_client: Any, state: State, *args: Any, **kwargs: Any) -> None:
         await init(engine_client, state, *args, **kwargs)
         vllm_config = engine_client.vllm_config
-        if KEY not in (vllm_config.additional_config or {}) or not active_config(vllm_config).changes_engine:
+        if KEY not in (vllm_config.additional_config or {}) or (settings := active_settings(vllm_config)).mode.is_plain:
             return
-        config = active_config(vllm_config)
         for handler in (state[name] for name in state):
             # What vLLM takes from the model's generation_config.json, where that says anything.
             defaults = getattr(handler, "default_sampling_params", None)
             if isinstance(defaults, dict):
-                defaults.setdefault("max_tokens", config.serving.default_max_tokens)
-            if hasattr(handler, "beam_search") and not config.changes_attention:
+                defaults.setdefault("max_tokens", settings.serving.default_max_tokens)
+            if hasattr(handler, "beam_search") and not settings.mode.extends:
                 handler.beam_search = _within_trained(handler.beam_search, trained_length(vllm_config.model_config))
 
     app_state.init_endpoint_plugins_state = limit
@@ -305,14 +305,14 @@ def check_engine_requests() -> None:
     def process(self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         if KEY not in (self.vllm_config.additional_config or {}):
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        config = active_config(self.vllm_config)
-        if not config.changes_engine:
+        settings = active_settings(self.vllm_config)
+        if settings.mode.is_plain:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        options, adapts = _adaptation(config, self.vllm_config, params)
+        options, adapts = _adaptation(settings, self.vllm_config, params)
         try:
             request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         except VLLMValidationError as e:
-            if config.serving.strict and str(e).startswith("Token id"):  # the one message of vLLM's that does not say where
+            if settings.serving.strict and str(e).startswith("Token id"):  # the one message of vLLM's that does not say where
                 raise RequestError(f"prompt: {e}", "prompt") from None
             raise
         # What cannot travel to the engine fails now, as it does later, but before the front end keeps it for ever.
@@ -320,33 +320,33 @@ def check_engine_requests() -> None:
         if request.lora_request is not None and options == RequestOptions():
             adapts = False  # it has its adapter, also where all others learn one
         if request.resumable:
-            _check_streamed(config)
+            _check_streamed(settings)
         if getattr(params, "max_tokens", 0) is None:
-            limits = request.sampling_params.max_tokens, config.serving.default_max_tokens
+            limits = request.sampling_params.max_tokens, settings.serving.default_max_tokens
             request.sampling_params.max_tokens = min(limits)
         if adapts:
             _check_adapting(request, options)
-        if config.serving.strict:
+        if settings.serving.strict:
             _check_room(request, self.model_config.max_model_len)
             _check_priority(request, self.scheduler_config.policy)
-        if not adapts and not config.changes_attention:
-            _limit_to_trained(request, params, trained_length(self.model_config), config.serving.strict)
+        if not adapts and not settings.mode.extends:
+            _limit_to_trained(request, params, trained_length(self.model_config), settings.serving.strict)
         return request
 
     InputProcessor.process_inputs = process
 
 
-def _adaptation(config: LongContextConfig, vllm_config: VllmConfig, params: Any) -> tuple[RequestOptions, bool]:
+def _adaptation(settings: Settings, vllm_config: VllmConfig, params: Any) -> tuple[RequestOptions, bool]:
     """A request's options, and whether it adapts. Raises RequestError naming what is wrong with them."""
     given = getattr(params, "extra_args", None) or {}
-    if config.adaptation is None or not isinstance(params, SamplingParams):
+    if settings.adaptation is None or not isinstance(params, SamplingParams):
         if KEY in given:
             raise _bad_options(f"{KEY}: {NOT_PER_REQUEST}")
         return RequestOptions(), False
     try:
         options = RequestOptions.parse(given.get(KEY, {}))
         trained, kv_block = trained_length(vllm_config.model_config), vllm_config.cache_config.block_size
-        adapts = config.adaptation.for_request(options, trained, kv_block) is not None
+        adapts = settings.adaptation.for_request(options, trained, kv_block) is not None
     except LongContextError as e:
         raise _bad_options(str(e) if str(e).startswith(KEY) else f"{KEY}.{e}") from None
     if options.save_as is not None and params.n > 1:
@@ -369,11 +369,11 @@ def _check_adapting(request: EngineCoreRequest, options: RequestOptions) -> None
         stop_strings.wait_for_save(request, options.save_as)
 
 
-def _check_streamed(config: LongContextConfig) -> None:
+def _check_streamed(settings: Settings) -> None:
     """Windows and blocks are laid out for the whole prompt; Λ attention alone does not look at where it ends."""
-    if config.attention.remembers or not config.slides:
-        what = "adaptation" if config.adaptation is not None else f"attention.method {config.attention.method}"
-        what = "attention.top_k" if config.slides else what
+    if not settings.mode.takes_parts:
+        what = "adaptation" if settings.mode.adapts else f"attention.method {settings.attention.method}"
+        what = "attention.top_k" if settings.mode.top_k else what
         raise RequestError(
             f"prompt: its parts come one after the other, but {what} of this engine needs all of it at once; give it at once, "
             "or start the engine with attention.method lm_infinite or streaming alone",

@@ -11,29 +11,19 @@ import zmq
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import import_pynvml
 
-from vllm_longctx.config import AdaptationSection, LongContextError, TrainerSection
+from vllm_longctx.config import LongContextError
+from vllm_longctx.settings import Adaptation, Trainer
 
 # Of a process on a GPU, in bytes: its CUDA context, cuBLAS's workspace, fragmentation. An estimate.
 OVERHEAD = 1 << 30
 
 
-def device_of(trainer: TrainerSection) -> torch.device:
-    """What the trainer trains on, always with its number among the visible GPUs: the engine's, its first one, where none is
-    named."""
-    name = trainer.device or ("cuda" if current_platform.is_cuda() else "cpu")
-    return torch.device("cuda:0" if name == "cuda" else name)
-
-
-def recomputes(trainer: TrainerSection) -> bool:
-    return device_of(trainer).type == "cuda" if trainer.recompute is None else trainer.recompute
-
-
-def check_trainer(trainer: TrainerSection) -> None:
+def check_trainer(trainer: Trainer) -> None:
     """Raises LongContextError if the trainer's device, CPUs or attention are not there, or nobody could be at its address."""
     check_cpus(trainer)
     if trainer.address is not None:
         check_address(trainer.address)
-    device = device_of(trainer)
+    device = torch.device(trainer.device)
     if device.type == "cuda":
         found = torch.cuda.device_count()
         if device.index >= found:
@@ -54,7 +44,7 @@ def check_trainer(trainer: TrainerSection) -> None:
             )
 
 
-def check_cpus(trainer: TrainerSection) -> None:
+def check_cpus(trainer: Trainer) -> None:
     """Raises LongContextError for CPUs that this process may not use, and for more threads than CPUs."""
     allowed = sorted(os.sched_getaffinity(0))
     there = f"this process may use {', '.join(map(str, allowed))}"
@@ -146,14 +136,11 @@ class Shape:
         adapters = (4 + 1) * (5 * self.hidden + self.query + self.intermediate)
         return adapters + 2 * 4 * self.hidden + self.itemsize * (4 * self.query + 3 * self.intermediate)
 
-    def training_bytes(self, settings: AdaptationSection, recompute: bool) -> int:
-        """What training needs at most, the model's weights not counted, for examples of the server's own sizes.
-
-        settings: filled in by `for_model`.
-        """
-        assert settings.slots and settings.block_tokens and settings.train_context_tokens is not None
+    def training_bytes(self, settings: Adaptation) -> int:
+        """What training needs at most, the model's weights not counted, for examples of the server's own sizes."""
+        recompute = settings.trainer.recompute
         tokens = settings.train_context_tokens + settings.block_tokens + 1
-        adapter = 4 * settings.rank_limit * self.adapted_features
+        adapter = 4 * settings.max_rank * self.adapted_features
         # Weights and AdamW's two moments of every adapter; of the one in training a gradient, and all as they were before.
         adapters = (3 * settings.slots + 1 + 3) * adapter
         kept = self.activation_bytes * (1 if recompute else self.layers) + 4 * self.hidden  # and the last norm's input

@@ -5,16 +5,13 @@ vLLM loaded. What is left (another file's contents, a model that vLLM and transf
 log-probabilities of a short text, the probe, which both compute before the first request.
 """
 
-import functools
 import json
 import math
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from functools import partial
 from statistics import pstdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import vllm.envs as envs
@@ -24,22 +21,16 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_longctx import refusals
-from vllm_longctx.config import KEY, AdaptationSection, LongContextError
-from vllm_longctx.metrics import StepStats
-from vllm_longctx.startup.engine_args import ADAPTABLE, ADAPTING_SCHEDULER, ASYNC_SCHEDULERS, check_load_format
+from vllm_longctx.config import KEY, LongContextError
+from vllm_longctx.engine.model import ADAPTABLE, check_load_format
+from vllm_longctx.settings import Adaptation
 from vllm_longctx.temp_lora.messages import Ready
-
-if TYPE_CHECKING:
-    from vllm_longctx.scheduling.temp_lora import TempLoraScheduler
 
 logger = init_logger("vllm.longctx")
 
-ADAPTING_SCHEDULERS = (ADAPTING_SCHEDULER, ASYNC_SCHEDULERS[ADAPTING_SCHEDULER])
 PROBE_TOKENS = 64
 # By how much the same model's log-probabilities may differ, see `difference`. Measured on the CPU: 4e-6, 0.007 and 0.03 at
 # most, of a trained model and of random ones of up to 24 layers; with YaRN's factor 2 on one side only, 0.14 to 1.
@@ -86,12 +77,11 @@ def weight_files(vllm_config: VllmConfig) -> list[str]:
     return sorted(files)
 
 
-def probe(model: ModelConfig, adaptation: AdaptationSection) -> list[int]:
+def probe(model: ModelConfig, adaptation: Adaptation) -> list[int]:
     """Token ids of the probe: no text that anybody wrote, told twice, so that the second time much can be foreseen.
 
     It is short enough for every query to see all before it. Empty where not even two tokens are.
     """
-    assert adaptation.window_tokens is not None
     length = min(PROBE_TOKENS, adaptation.window_tokens, model.max_model_len - 1)
     if length < 2:
         return []
@@ -189,34 +179,3 @@ def unusual_settings(vllm_config: VllmConfig) -> list[str]:
     if scaling != "default":
         found.append(("rope_type", scaling))
     return [f"{name} = {value!r}" for name, value in found]
-
-
-def check_trainer_model(scheduler: "TempLoraScheduler", executor: Executor) -> None:
-    """Wait for the trainer and compare the models. Raises LongContextError if there is no trainer, or with another model."""
-    trainer, address = scheduler.trainer, scheduler.settings.trainer.address
-    begin = time.monotonic()
-    ours = measure(scheduler, executor, trainer.probe) if trainer.probe else []
-    scheduler.step_stats = StepStats()  # no request of a user's was in these steps
-    logger.info("longctx: waiting for the trainer%s", f" at {address}" if address else " to load its model")
-    trainer.wait_until_ready(partial(fault, ours=ours, vllm_config=scheduler.vllm_config, address=address))
-    logger.info("longctx: the trainer was ready, and its model compared, after %.1f s", time.monotonic() - begin)
-
-
-def check_when_engines_start() -> None:
-    """Have each engine core that adapts compare the models as soon as it has its workers and its scheduler."""
-    initialize = EngineCore._initialize_effective_attention_block_size
-    if hasattr(initialize, "__wrapped__"):
-        return
-
-    @functools.wraps(initialize)
-    def initialize_and_check(self: EngineCore) -> None:
-        initialize(self)
-        if self.vllm_config.scheduler_config.scheduler_cls in ADAPTING_SCHEDULERS:
-            try:
-                with refusals.told(self.vllm_config):
-                    check_trainer_model(self.scheduler, self.model_executor)
-            except LongContextError:
-                self.shutdown()
-                raise
-
-    EngineCore._initialize_effective_attention_block_size = initialize_and_check

@@ -8,10 +8,8 @@ Source: Temp-LoRA (arXiv 2401.11504, sections 3.1 and 3.2).
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-KVPolicy = Literal["reuse", "recompute", "keep"]
-UpdateMode = Literal["cascaded", "parallel"]
+from vllm_longctx.config import KVPolicy, UpdateMode
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 
 from vllm_longctx.config import LongContextError
 from vllm_longctx.processes import SOCKETS
+from vllm_longctx.settings import Trainer
 from vllm_longctx.startup.trainer import free_bytes
 from vllm_longctx.temp_lora import messages as m
 from vllm_longctx.temp_lora.shared_weights import skeleton
@@ -31,67 +32,37 @@ SOCKET_PATH_BYTES = 107  # of a Unix socket, on Linux
 
 
 class TrainerClient:
-    """model, dtype, config, weights, device, attention, recompute, duty_cycle, threads, cpus, adapters_root: see
-    `messages.Options`. probe: token ids of the text of which `messages.Ready` has the log-probabilities.
-
-    training_bytes: what a trainer on a GPU needs beside the model's weights. share: makes the message for each new process by
-    which it uses the engine's weights; None where it loads its own.
-    max_rank, num_slots: of the shared memory. start_timeout_s: for the model to be loaded. train_timeout_s: for any one job;
-    a trainer that takes longer is killed. max_restarts: in a row, with nothing trained or saved between. address: of a trainer
-    that runs already; it is joined and not watched over, and the arguments about the process mean nothing.
+    """
+    options: What a trainer process is started with; the address is chosen for each process, unless it is joined.
+    trainer: How it is watched over. One with an address runs already; it is joined and not watched over.
+    max_rank, num_slots: Of the shared memory.
+    probe: Token ids of the text of which `messages.Ready` has the log-probabilities.
+    training_bytes: What a trainer on a GPU needs beside the model's weights.
+    share: Makes the message for each new process by which it uses the engine's weights; None where it loads its own.
 
     slots: None until the trainer is ready; the caller may clear slots. process_id: None while there is no process of our own.
     """
 
     def __init__(
         self,
-        model: str,
-        dtype: str,
+        options: m.Options,
+        trainer: Trainer,
         *,
-        config: dict[str, Any] | None = None,
-        weights: Sequence[str] = (),
-        probe: Sequence[int] = (),
         max_rank: int,
         num_slots: int,
-        device: str = "cpu",
-        attention: str = "sdpa",
-        recompute: bool = False,
-        duty_cycle: float = 1.0,
+        probe: Sequence[int] = (),
         training_bytes: int = 0,
         share: Callable[[], m.Share] | None = None,
-        adapters_root: str | None = None,
-        threads: int = 1,
-        cpus: list[int] | None = None,
-        start_timeout_s: float = 600.0,
-        train_timeout_s: float = 600.0,
-        max_restarts: int = 3,
-        address: str | None = None,
     ):
         self.slots: Slots | None = None
-        self._options = m.Options(
-            address=address or "",
-            model=model,
-            dtype=dtype,
-            config=config,
-            weights=list(weights),
-            device=device,
-            attention=attention,
-            recompute=recompute,
-            duty_cycle=duty_cycle,
-            shares=share is not None,
-            threads=threads,
-            cpus=cpus,
-            adapters_root=adapters_root,
-            parent=os.getpid(),
-        )
         self.probe = list(probe)
+        self._options, self._trainer = options, trainer
         self._training_bytes, self._share = training_bytes, share
         self._fault: Callable[[m.Ready], str | None] = lambda ready: None
         self._ready_report: m.Ready | None = None
         self._reason: str | None = None
-        self._joins = address is not None
+        self._joins = trainer.address is not None
         self._max_rank, self._num_slots = max_rank, num_slots
-        self._start_timeout_s, self._train_timeout_s, self._max_restarts = start_timeout_s, train_timeout_s, max_restarts
         self._context = zmq.Context()
         self._socket: zmq.Socket | None = None
         self._process: subprocess.Popen | None = None
@@ -283,19 +254,19 @@ class TrainerClient:
         code = None if self._process is None else self._process.poll()
         if code is not None:
             self._restart(f"ended with code {code}")
-        elif not self._ready and now - self._since > self._start_timeout_s:
+        elif not self._ready and now - self._since > self._trainer.start_timeout_s:
             where = f"at {self._options.address} " if self._joins else ""
-            reason = f"{where}was not ready after {self._start_timeout_s:g} s"
+            reason = f"{where}was not ready after {self._trainer.start_timeout_s:g} s"
             if self.slots is None:
                 more = "if its model takes longer to load, allow it more (adaptation.trainer.start_timeout_s)"
                 self._die(f"{reason}; {more}")
             else:  # one before it was, so the time is enough and this one hangs
                 self._restart(reason)
-        elif self._unanswered and now - self._since > self._train_timeout_s:
-            self._restart(f"took more than {self._train_timeout_s:g} s for one job")
+        elif self._unanswered and now - self._since > self._trainer.timeout_s:
+            self._restart(f"took more than {self._trainer.timeout_s:g} s for one job")
 
     def _restart(self, reason: str) -> None:
-        if self._joins or self._failures >= self._max_restarts:
+        if self._joins or self._failures >= self._trainer.max_restarts:
             self._die(reason)
             return
         owner = self._unanswered[0] if self._unanswered else None
@@ -303,7 +274,7 @@ class TrainerClient:
         delay = 0.5 * 2**self._failures
         self._failures += 1
         self._start_at = time.monotonic() + delay
-        logger.warning("longctx: the trainer %s; restart %d of %d", reason, self._failures, self._max_restarts)
+        logger.warning("longctx: the trainer %s; restart %d of %d", reason, self._failures, self._trainer.max_restarts)
         self._reports.append(m.Restarted(owner))
 
     def _die(self, reason: str) -> None:

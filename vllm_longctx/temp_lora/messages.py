@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # a directory's name, never a path
+from vllm_longctx.config import ADAPTER_NAME
 
 
 class Recipe(msgspec.Struct, frozen=True):
@@ -255,3 +255,8 @@ def adapter_path(adapters_root: str | None, name: str) -> Path:
             f"adapter name {name!r}: use up to 128 letters, digits, '.', '_' and '-', the first a letter or a digit"
         )
     return Path(adapters_root) / name
+
+
+def taken(struct: type[msgspec.Struct], settings: Any) -> dict[str, Any]:
+    """Those fields of a struct that settings have under the same names."""
+    return {name: getattr(settings, name) for name in struct.__struct_fields__ if hasattr(settings, name)}

@@ -59,8 +59,8 @@ def attach(shared: SharedTensor, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Offer:
-    """What an engine's only worker offers the trainer on its GPU. weights: under vLLM's names. slots: device memory, uint8."""
+class SharedWeights:
+    """What an engine's only worker shares with the trainer on its GPU. weights: under vLLM's names. slots: device memory, uint8."""
 
     weights: dict[str, Tensor]
     slots: Tensor
@@ -71,7 +71,7 @@ class Offer:
 
 
 # Of the engines in this process, by their `VllmConfig.instance_id`: a worker adds one, the scheduler beside it takes it.
-offers: dict[str, Offer] = {}
+shared_by_engine: dict[str, SharedWeights] = {}
 
 
 def engine_weights(model: nn.Module) -> dict[str, Tensor]:

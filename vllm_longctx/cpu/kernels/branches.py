@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from vllm_longctx.engine.lookup import weigh
+
 # The fused CPU kernel behind F.scaled_dot_product_attention: the only one that also returns the log-sum-exp.
 _attention_with_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -37,9 +39,3 @@ def merge(branch: tuple[Tensor, Tensor], scores: Tensor, value: Tensor) -> Tenso
     grouped = weights.unflatten(1, (value.shape[1], -1))
     added = torch.einsum("tkgs,skd->tkgd", grouped, value.float()).flatten(1, 2)
     return torch.addcmul(added, branch[0].float(), rest)
-
-
-def weigh(lse: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """One softmax over a branch [T, heads] and further scores [T, heads, S]: their weights, the branch's [T, heads, 1]."""
-    total = torch.logaddexp(lse, scores.logsumexp(-1)).unsqueeze(-1)
-    return (scores - total).exp(), (lse.unsqueeze(-1) - total).exp()

@@ -1,8 +1,7 @@
 """A memory's best keys for each query, and attention over just those: exactly, or by a few blocks.
 
 The memory is a range of one request's text whose un-rotated keys stand in the paged KV cache. Queries come rotated by the
-distance at which the memory is seen, and every query head keeps the k keys with the highest inner products (Memorizing
-Transformers, arXiv 2203.08913, section 3.1; Focused Transformer, arXiv 2307.03170, section 3.1).
+distance at which the memory is seen. `engine.lookup` has the rule of which keys they get.
 
 `top_k` is exact. `best_blocks` reads few keys: it scores every block by an upper bound of its keys' products, reads the best
 blocks in full, and says for which queries the result is proven exact. Elementwise minima and maxima of a block's keys (Quest,
@@ -19,15 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_longctx.cpu.kernels.branches import weigh
+from vllm_longctx.engine.lookup import LEVELS, SCANNED, SHARE, pack, place_of, score_of, weigh
 
 TILE = 1 << 21  # elements of a temporary: 8 MiB of float32
 QUERY_TILE = 32
-SHARE = 0.1  # of a memory's blocks, read by default
-SCANNED = 128  # blocks: so many are read in less time than it takes to choose among them
-LEVELS = 63  # of a key's code: products of two codes add up in 16 bits on CPUs without VNNI
 FINE = 254  # a query's second code divides the step of its first one by this
-_LOW = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -35,7 +30,7 @@ class Pages:
     """One layer's KV cache [num_blocks, kv_heads, block_size, 2 * head_size], contiguous, packed as `places` says.
 
     places: for keys and for values, where element [offset, dim] stands in its half of a block and head; int64 [block_size,
-    head_size] each (`scratch.packed_order`).
+    head_size] each (`cpu.kernels.scratch.packed_order`).
     """
 
     cache: Tensor
@@ -204,7 +199,7 @@ def top_k(query: Tensor, memory: Memory, k: int, scale: float) -> Selection:
         return _scan(query, memory, k, scale)
     bounds = memory.codes.bounds(query, memory.blocks)
     found, _ = _read(query, memory, bounds, _chosen_count(query, memory, k, SHARE, 1), k)
-    kth = _score(found[0, :, -1]).view(len(bounds), -1, 1)
+    kth = score_of(found[0, :, -1]).view(len(bounds), -1, 1)
     return _scan(query, memory, k, scale, (bounds[:, 0] >= kth).any(1))
 
 
@@ -277,7 +272,7 @@ def _read(query: Tensor, memory: Memory, bounds: Tensor, count: int, k: int) -> 
     positions = memory.positions(chosen).unsqueeze(2)
     best = _filled(_best(_visible(products, positions, memory), positions, k), k)
     rejected = bounds.scatter(3, chosen.unsqueeze(2).expand(-1, -1, bounds.shape[2], -1), -torch.inf).amax(-1)
-    proven = rejected <= _score(best[..., -1])
+    proven = rejected <= score_of(best[..., -1])
     return best.transpose(0, 1).flatten(1, 2), proven.transpose(0, 1).flatten(1, 2)
 
 
@@ -350,13 +345,13 @@ def _best(products: Tensor, positions: Tensor, k: int, before: Tensor | None = N
     n, best = products.shape[-2], products.amax(-1)
     count = min(k, n)
     if before is not None and before.shape[-1] == k:
-        count = min(count, int((best > _score(before[..., -1:])).sum(-1).amax()))
+        count = min(count, int((best > score_of(before[..., -1:])).sum(-1).amax()))
     if count < n:
-        blocks = _LOW - (_highest(_pack(best, torch.arange(n)), count) & _LOW)
+        blocks = place_of(_highest(pack(best, torch.arange(n)), count))
         index = blocks.unsqueeze(-1).expand(*blocks.shape, products.shape[-1])
         products = products.gather(-2, index)
         positions = positions.expand(*blocks.shape[:-1], *positions.shape[-2:]).gather(-2, index)
-    packed = _pack(products, positions).flatten(-2)
+    packed = pack(products, positions).flatten(-2)
     return _highest(packed if before is None else torch.cat((before, packed), -1), k)
 
 
@@ -364,27 +359,12 @@ def _highest(packed: Tensor, k: int) -> Tensor:
     return packed.topk(min(k, packed.shape[-1]), -1).values
 
 
-def _pack(scores: Tensor, positions: Tensor) -> Tensor:
-    """float32 scores and places below 2^32 as int64 in one order: by score, the higher first, then the earlier place."""
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0: no -0.0
-    return (_ordered_bits(bits).long() << 32) + (_LOW - positions)
-
-
-def _score(packed: Tensor) -> Tensor:
-    return _ordered_bits((packed >> 32).int()).view(torch.float32)
-
-
-def _ordered_bits(bits: Tensor) -> Tensor:
-    """Bits of floats as integers in the floats' order, and back."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
 def _filled(packed: Tensor, k: int) -> Tensor:
     """Packed keys [..., at most k], filled up to k with ones that are none."""
     missing = torch.full((*packed.shape[:-1], k - packed.shape[-1]), -torch.inf)
-    return torch.cat((packed, _pack(missing, torch.tensor(0))), -1)
+    return torch.cat((packed, pack(missing, torch.tensor(0))), -1)
 
 
 def _unpack(packed: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-    scores = _score(packed)
-    return scores, (_LOW - (packed & _LOW)).masked_fill(scores.isneginf(), memory.begin)
+    scores = score_of(packed)
+    return scores, place_of(packed).masked_fill(scores.isneginf(), memory.begin)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
+from vllm.utils.math_utils import cdiv
 
-from vllm_longctx.cpu.kernels.tables import Ints, ScratchLayout, SinkMoves, cdiv
+from vllm_longctx.cpu.kernels.tables import Ints, ScratchLayout, SinkMoves
 from vllm_longctx.rotary import Rotary
 
 

@@ -21,14 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from vllm.utils.math_utils import cdiv
 
 from vllm_longctx.geometry import Geometry
 
 Ints = NDArray[np.int64]
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""The memory's lookup in Triton: what `attention.retrieval` computes, for a batch, on the device, through the block tables.
+"""The memory's lookup in Triton: what `cpu.kernels.retrieval` computes, for a batch, on the device, through the block tables.
 
 The k best keys stand in the k blocks with the best maxima, so nothing as long as the memory is ever sorted. One kernel writes
 every block's best product, or the bound that its summary gives; torch.topk takes the best blocks, span by span of the text;
 a second kernel scores just their keys; a third attends to the best of these. Workspaces are bounded (`WORKSPACE`), whatever
 the memory and the number of queries, and nothing is read back to the host.
 
-Scores and places are packed in one int64 as in `retrieval`, so equal products go to the earlier key here too.
+Scores and places are packed in one int64 as in `engine.lookup`, so equal products go to the earlier key here too.
 """
 
 from collections.abc import Iterator
@@ -15,18 +15,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vllm.utils.math_utils import cdiv
 
-from vllm_longctx.cpu.kernels.retrieval import LEVELS, SCANNED
-from vllm_longctx.cpu.kernels.tables import cdiv
+from vllm_longctx.engine.lookup import LEVELS, SCANNED, place_of
 
 WORKSPACE = 1 << 24  # packed scores of a call: 128 MiB
 QUERY_TILE = 128  # queries of a row looked up at once
-_LOW = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class Summaries:
-    """One layer's keys in 7 bits, by block id: every key is code * step up to step / 2. `retrieval.Codes`, on the device.
+    """One layer's keys in 7 bits, by block id: every key is code * step up to step / 2. As `cpu.kernels.retrieval.Codes`.
 
     codes int8 [num_blocks, block_size, kv_heads, head_size]; steps float32 [num_blocks, kv_heads].
     """
@@ -116,7 +115,7 @@ def top_k(query: Tensor, memories: Memories, k: int) -> Tensor:
 
 
 def best_blocks(query: Tensor, memories: Memories, k: int, share: float, least: int) -> Tensor:
-    """As `top_k`, in the blocks with the highest bounds, which are chosen as in `retrieval.best_blocks`.
+    """As `top_k`, in the blocks with the highest bounds, which are chosen as in `cpu.kernels.retrieval.best_blocks`.
 
     A memory of at most k keys is read whole.
 
@@ -284,7 +283,7 @@ def _highest(packed: Tensor, k: int) -> Tensor:
 
 
 def _places(packed: Tensor) -> Tensor:
-    return _LOW - (packed & _LOW)
+    return place_of(packed)
 
 
 def _is_wide(query: Tensor, memories: Memories) -> bool:
@@ -298,7 +297,7 @@ def _is_wide(query: Tensor, memories: Memories) -> bool:
 
 @triton.jit
 def _pack(scores, places):
-    """As `retrieval._pack`."""
+    """As `engine.lookup.pack`."""
     bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.to(tl.int64) << 32) + (0xFFFFFFFF - places.to(tl.int64))

@@ -1,0 +1,39 @@
+"""vLLM's model runners for GPUs, as all engines of ours have them: both where windows slide, Model Runner V2 where they step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from vllm_longctx.cuda.rows import StepRows
+from vllm_longctx.engine.layers import LayerSite
+from vllm_longctx.engine.lora import Adapts
+from vllm_longctx.modes import BASE_RUNNER, Mode, load
+
+
+class LongContextRunner(Adapts):
+    """Mixed into a model runner of vLLM's, before it. Methods of vLLM's that are overridden: see `vllm_longctx.seams`."""
+
+    sites: Sequence[LayerSite]
+    rows: StepRows
+
+    def begin(self, sites: Sequence[LayerSite], rows: StepRows) -> None:
+        """Once the model is loaded and its layers are made."""
+        self.sites, self.rows = sites, rows
+
+    def bind_kv_cache(self) -> None:
+        """Once the KV cache is there."""
+
+
+def runner_class(mode: Mode, vllm_config: VllmConfig) -> type[Any]:
+    """Raises RuntimeError where the mode needs Model Runner V2 and vLLM has chosen the other."""
+    if not vllm_config.use_v2_model_runner:
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Stock
+    else:
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Stock
+    if mode.runner == BASE_RUNNER:
+        return type(f"LongContext{Stock.__name__}", (LongContextRunner, Stock), {})
+    runner = load(f"cuda.{mode.runner}")
+    if not issubclass(runner, Stock):
+        raise RuntimeError(f"longctx cannot run mode {mode.name} on vLLM's {Stock.__module__}")
+    return runner

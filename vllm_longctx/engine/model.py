@@ -1,0 +1,54 @@
+"""What the engine has to know of a model: its rotation, its trained length, its linear layers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.config import ModelConfig
+from vllm.config.load import LoadConfig
+
+from vllm_longctx.config import LongContextError
+
+# Those whose linear layers vLLM adapts, under Hugging Face's names for them.
+ADAPTABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Those of vLLM's whose files transformers can read. The others stream, cut or make up the weights.
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "pt", "npcache", "mistral")
+# The entries of a Hugging Face config that may hold the trained length: Llama's and GPT-J's, MPT's, BLOOM's.
+LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "seq_length")
+
+
+def rope_parameters(model_config: ModelConfig) -> Mapping[str, Any] | None:
+    """The model's one set of RoPE parameters, or None if it has none or one per layer type."""
+    if "GPTJForCausalLM" in model_config.architectures:  # its config has rotary_dim only
+        return {"rope_type": "default"}
+    parameters = getattr(model_config.hf_text_config, "rope_parameters", None)
+    if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
+        return None
+    return parameters
+
+
+def trained_length(model_config: ModelConfig) -> int:
+    """Tokens the model was trained (or its positions rescaled) for. Raises LongContextError if its config has none."""
+    hf_config = model_config.hf_text_config
+    length = next((v for key in LENGTH_KEYS if (v := getattr(hf_config, key, None)) is not None), None)
+    if length is None:
+        raise LongContextError(
+            f"the config of model {model_config.model} does not say the trained length ({', '.join(LENGTH_KEYS)}); "
+            f"""give it, for example --hf-overrides '{{"{LENGTH_KEYS[-1]}": 2048}}'"""
+        )
+    parameters = rope_parameters(model_config) or {}
+    scaling = parameters.get("rope_type")
+    if scaling == "linear":
+        return int(length * parameters["factor"])
+    if scaling == "yarn":
+        return int(parameters["original_max_position_embeddings"] * parameters["factor"])
+    return length
+
+
+def check_load_format(load: LoadConfig) -> None:
+    """Raises LongContextError where a trainer with a copy of its own cannot load the weights that vLLM loads."""
+    if load.load_format not in LOAD_FORMATS:
+        raise LongContextError(
+            f"load_format = {load.load_format!r}: the trainer loads its own copy of the weights, and not in this way; give one "
+            f"of {', '.join(LOAD_FORMATS)}, or leave adaptation out"
+        )

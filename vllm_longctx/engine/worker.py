@@ -1,0 +1,91 @@
+"""The worker's life on every platform: when layers are made, the KV cache is bound, a step begins and is reported."""
+
+from functools import partial
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.worker_base import WorkerBase
+
+from vllm_longctx.engine.kv_cache import layer_spec
+from vllm_longctx.engine.layers import LayerSite, engine_backend, find_layers
+from vllm_longctx.engine.lora import with_slots
+from vllm_longctx.engine.platform import Platform
+from vllm_longctx.engine.step import StepInfo, StepReport
+from vllm_longctx.engine.waiting import wait_patiently
+from vllm_longctx.modes import BACKENDS, load
+from vllm_longctx.processes import end_without_collecting
+from vllm_longctx.settings import Settings, active_settings
+
+
+class ReportedOutput(AsyncModelRunnerOutput):
+    """vLLM's, whose copies to the host are under way, and the report of the step beside it."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, report: StepReport):
+        self.output, self.report = output, report
+
+    def get_output(self) -> ModelRunnerOutput:
+        output = self.output.get_output()
+        self.report.send_with(output)
+        return output
+
+
+class LongContextWorkerBase(Platform, WorkerBase):
+    """Mixed into vLLM's worker of a platform, before it.
+
+    platform: The folder of this package with its classes.
+    sites: The model's attention layers, once they are made.
+    """
+
+    platform: str
+    stock_impl: Any
+    settings: Settings
+    sites: list[LayerSite]
+    model_runner: Any
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
+        self.settings = active_settings(vllm_config)
+        if self.settings.adaptation is not None:
+            wait_patiently()
+        super().__init__(with_slots(vllm_config), *args, **kwargs)
+
+    def load_model(self, **kwargs: Any) -> None:
+        super().load_model(**kwargs)
+        self.sites = find_layers(self.get_model(), self.vllm_config, self.stock_impl, self.device)
+        rows = self.new_rows()
+        backends = {
+            role: engine_backend(self.backend(role), rows, partial(layer_spec, kind, vllm_config=self.vllm_config))
+            for role, kind in self.settings.mode.layers.items()
+        }
+        for site in self.sites:
+            self.make_layer(site)
+            site.layer.attn_backend = backends[site.role]
+        self.model_runner.begin(self.sites, rows)
+
+    def backend(self, role: Any) -> Any:
+        return load(f"{self.platform}.{BACKENDS[role]}")
+
+    def make_layer(self, site: LayerSite) -> None:
+        site.layer.impl = self.backend(site.role).make_layer(site)
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(kv_cache_config)
+        self.bind_kv_cache(kv_cache_config)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        self.begin_step(scheduler_output, StepInfo.of(scheduler_output))
+        return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)
+        if isinstance(output, AsyncModelRunnerOutput):
+            return ReportedOutput(output, self.report_step())
+        if isinstance(output, ModelRunnerOutput) and output.req_ids:  # else it may be vLLM's one empty output, which all share
+            self.report_step().send_with(output)
+        return output
+
+    def shutdown(self) -> None:
+        end_without_collecting()
+        super().shutdown()

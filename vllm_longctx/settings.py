@@ -1,0 +1,267 @@
+"""A configuration in force: of an engine whose model is known, with nothing left open.
+
+`config` has what a user may write, where None takes a value from the model. Here a mode's values are typed by what the mode is,
+so nobody who reads them has to ask whether they are there.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from pydantic import Field
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from vllm_longctx.config import (
+    KEY,
+    MAX_RANK,
+    AdaptationSection,
+    AttentionSection,
+    KVPolicy,
+    LongContextConfig,
+    LongContextError,
+    RequestOptions,
+    ServingSection,
+    TrainerSection,
+)
+from vllm_longctx.geometry import Geometry, SteppedWindows
+from vllm_longctx.modes import Mode, Role
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """LM-Infinite's top-k branch.
+
+    k: Keys between first tokens and window that each query head sees, those with the highest scores.
+    insert_at: The distance at which they are seen, in tokens.
+    layers: Those that have the branch.
+    """
+
+    k: int
+    insert_at: int
+    layers: range
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """How a query finds its keys in a memory.
+
+    top_k: It attends to so many, those with the highest scores.
+    share: Of the memory's blocks, that are read to find them; None to find exactly these.
+    """
+
+    top_k: int
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory of LongLLaMA's memory layers.
+
+    layers: Those that have one.
+    has_positions: Their queries and keys are rotated (`mem_positionals`).
+    dtype: torch's name of the dtype to which keys and values are rounded as a window becomes memory.
+    lookup: None where queries see all of the memory.
+    limit_gib: Host memory for a pool of their own, in GiB; None for vLLM's pool.
+    """
+
+    layers: frozenset[int]
+    has_positions: bool
+    dtype: str
+    windows: SteppedWindows
+    lookup: Lookup | None
+    limit_gib: float | None
+
+
+class Trainer(TrainerSection):
+    """The trainer process of an engine.
+
+    device: Always with its number among the visible GPUs.
+    """
+
+    device: str
+    recompute: bool
+
+    @classmethod
+    def of(cls, section: TrainerSection) -> Self:
+        name = section.device or ("cuda" if current_platform.is_cuda() else "cpu")
+        recompute = name != "cpu" if section.recompute is None else section.recompute
+        device = "cuda:0" if name == "cuda" else name
+        return cls.model_construct(**{**dict(section), "device": device, "recompute": recompute})
+
+
+class Adaptation(AdaptationSection):
+    """Temp-LoRA in an engine, or for one request. Sizes in tokens."""
+
+    block_tokens: int
+    context_tokens: int
+    window_tokens: int
+    train_context_tokens: int
+    kv_policy: KVPolicy
+    slots: int
+    max_rank: int = Field(le=MAX_RANK)
+    trainer: Trainer
+
+    @classmethod
+    def of(cls, section: AdaptationSection) -> Self:
+        """section: filled in by `for_model`."""
+        return cls.model_construct(**{**dict(section), "trainer": Trainer.of(section.trainer)})
+
+    def check(self, trained_length: int, sliding: bool, kv_block: int) -> None:
+        """Raises LongContextError unless filled-in sizes go together. sliding: the window slides (Λ attention)."""
+        if (self.kv_policy == "keep") != sliding:
+            other = "reuse or recompute; Λ attention (attention.method lm_infinite or streaming) goes with keep"
+            raise LongContextError(f"adaptation.kv_policy = {self.kv_policy!r}, but attention.method none takes {other}")
+        example = self.train_context_tokens + self.block_tokens + 1
+        if example > trained_length:
+            raise LongContextError(
+                f"adaptation.train_context_tokens + adaptation.block_tokens + 1 = {example}, but the model was trained on "
+                f"{trained_length} tokens; lower one of them"
+            )
+        if not sliding and self.context_tokens + kv_block + self.keep_first > self.window_tokens:
+            raise LongContextError(
+                f"adaptation.context_tokens = {self.context_tokens} leaves no room in adaptation.window_tokens = "
+                f"{self.window_tokens}: a new pass keeps them, up to {kv_block - 1} more and {self.keep_first} first ones; "
+                f"give at most {self.window_tokens - kv_block - self.keep_first}"
+            )
+
+    def for_request(self, options: RequestOptions, trained_length: int, kv_block: int) -> Self | None:
+        """The settings of one request, or None if it does not adapt.
+
+        Raises LongContextError for an option beyond the server's limits.
+        """
+        given = options.model_dump(exclude_none=True)
+        wanted = given.pop("temp_lora", self.requests == "all")
+        if not wanted:
+            if given:
+                raise LongContextError(
+                    f"{next(iter(given))} has no effect without temp_lora; set temp_lora true, or leave it out"
+                )
+            return None
+        for name in ("save_as", "start_from"):
+            if given.pop(name, None) is not None and self.adapters_root is None:
+                raise LongContextError(f"{name}: this server keeps no adapters; start it with adaptation.adapters_root")
+        if options.start_from is not None:
+            given.setdefault("rank", self._saved_rank(options.start_from))
+        limits = {
+            "rank": (given.get("rank", 1) <= self.max_rank, f"at most {self.max_rank} (adaptation.max_rank)"),
+            "epochs": (given.get("epochs", 0) <= self.max_epochs, f"at most {self.max_epochs} (adaptation.max_epochs)"),
+            "block_tokens": (
+                given.get("block_tokens", self.block_tokens) >= self.min_block_tokens,
+                f"at least {self.min_block_tokens} (adaptation.min_block_tokens)",
+            ),
+        }
+        for name, (holds, allowed) in limits.items():
+            if not holds:
+                raise LongContextError(f"{name} = {given[name]} is beyond this server's limit; give {allowed}")
+        if "block_tokens" in given and "train_context_tokens" not in given:
+            room = max(trained_length - given["block_tokens"] - 1, 0)
+            given["train_context_tokens"] = min(self.train_context_tokens, room)
+        own = self.model_copy(update=given)
+        own.check(trained_length, self.kv_policy == "keep", kv_block)
+        return own
+
+    def _saved_rank(self, name: str) -> int:
+        path = Path(_filled(self.adapters_root), name, "adapter_config.json")
+        if not path.is_file():
+            raise LongContextError(f"start_from = {name!r}: there is no such adapter in adaptation.adapters_root")
+        try:
+            return int(json.loads(path.read_text())["r"])
+        except (OSError, ValueError, KeyError) as e:
+            raise LongContextError(f"start_from = {name!r}: its adapter_config.json cannot be read: {e!r}") from None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The configuration in force. A value that its mode does not have raises RuntimeError.
+
+    mode: The row of `modes.MODES` that the engine runs.
+    attention, serving: As the user wrote them, every value filled in.
+    """
+
+    mode: Mode
+    attention: AttentionSection
+    serving: ServingSection
+    adaptation: Adaptation | None
+
+    @classmethod
+    def of(cls, config: LongContextConfig) -> Self:
+        """config: filled in by `for_model`."""
+        adaptation = None if config.adaptation is None else Adaptation.of(config.adaptation)
+        return cls(config.mode, config.attention, config.serving, adaptation)
+
+    @property
+    def temp_lora(self) -> Adaptation:
+        return _filled(self.adaptation)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of sliding layers; in modes without any, that of plain attention."""
+        a = self.attention
+        if not self.mode.slides:
+            return Geometry()
+        return Geometry(_filled(a.n_global), _filled(a.n_local), a.distance_ceiling, _filled(a.distances))
+
+    @property
+    def top_k(self) -> TopK:
+        a = self.attention
+        layers = range(_filled(a.top_k_from_layer), _filled(a.top_k_to_layer))
+        return TopK(_filled(a.top_k), _filled(a.top_k_insert_at), layers)
+
+    @property
+    def memory(self) -> Memory:
+        a = self.attention
+        return Memory(
+            frozenset(_filled(a.mem_layers)),
+            _filled(a.mem_positionals),
+            _filled(a.mem_dtype),
+            SteppedWindows(_filled(a.n_local), _filled(a.last_context_length)),
+            None if a.top_k is None else Lookup(a.top_k, a.lookup_share),
+            a.memory_limit_gib,
+        )
+
+    def described(self) -> list[str]:
+        """What is in force, for the log."""
+        attention = self.attention.model_dump(exclude_none=True, exclude={"allow_beyond_trained"})
+        parts = [f"{name} {value}" for name, value in attention.items()]
+        if (a := self.adaptation) is not None:
+            parts += [f"Temp-LoRA rank {a.rank}, blocks of {a.block_tokens} tokens, kv_policy {a.kv_policy}, {a.slots} slots"]
+        return parts
+
+    def role(self, layer: int) -> Role:
+        """What the model's layer of this number is in the mode. Raises RuntimeError in mode plain."""
+        roles = self.mode.layers
+        if Role.KEPT in roles and layer in self.top_k.layers:
+            return Role.KEPT
+        if Role.MEMORY in roles and layer in self.memory.layers:
+            return Role.MEMORY
+        return _filled(next(iter(roles), None))
+
+
+def for_model(config: LongContextConfig, trained_length: int, kv_block: int, *args: Any, **kwargs: Any) -> LongContextConfig:
+    """`LongContextConfig.for_model`, and whether its values go together. Raises LongContextError if they do not."""
+    filled = config.for_model(trained_length, kv_block, *args, **kwargs)
+    settings = Settings.of(filled)
+    if settings.adaptation is not None:
+        settings.adaptation.check(trained_length, settings.mode.slides, kv_block)
+    return filled
+
+
+def active_settings(vllm_config: VllmConfig) -> Settings:
+    """Of an engine that `startup.engine_args` has set up."""
+    return _parsed(json.dumps(vllm_config.additional_config[KEY]))
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(text: str) -> Settings:
+    return Settings.of(LongContextConfig.parse(text))
+
+
+def _filled(value: T | None) -> T:
+    if value is None:
+        raise RuntimeError("this engine's mode does not have the value, or LongContextConfig.for_model has not been called")
+    return value
