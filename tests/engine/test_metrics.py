@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest_engine import generate, metric, prompt, running
 from vllm import LLM, SamplingParams
 from vllm.inputs import tokens_input
 
+from tests.support.engines import generate, metric, prompt, running
 from vllm_longctx.cpu.kernels.tables import cdiv
 
 TRAINED, N_GLOBAL, N_LOCAL, CHUNK, BLOCK = 128, 10, 64, 128, 32
