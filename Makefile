@@ -24,7 +24,7 @@ lint: setup
 
 # One thread for each of two processes: threads that wait for each other's cores cost more than they compute.
 fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations 20 $(SELECTED) tests --ignore tests/engine
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations 20 $(SELECTED) tests/fast
 
 engine: setup
 	$(BIN)/pytest -q --durations 20 $(SELECTED) tests/engine

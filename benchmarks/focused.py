@@ -648,7 +648,7 @@ def memory(
         longest = ways.longest(sizes)
 
     def rows(engine: "LLMEngine", meter: PeakBlocks, model: str, name: str) -> list[Row]:
-        from vllm_longctx.startup.engine_args import bytes_per_layer_block
+        from vllm_longctx.engine.kv_cache import bytes_per_layer_block
 
         layer = bytes_per_layer_block(engine.vllm_config)
         block = layer * round(ways.engine["kv_cache_memory_bytes"] / meter.num_blocks / layer)  # of a group of layers

@@ -77,7 +77,7 @@ class Memory:
     limit_gib: float | None
 
 
-class Trainer(TrainerSection):
+class TrainerSettings(TrainerSection):
     """The trainer process of an engine.
 
     device: Always with its number among the visible GPUs.
@@ -104,12 +104,12 @@ class Adaptation(AdaptationSection):
     kv_policy: KVPolicy
     slots: int
     max_rank: int = Field(le=MAX_RANK)
-    trainer: Trainer
+    trainer: TrainerSettings
 
     @classmethod
     def of(cls, section: AdaptationSection) -> Self:
         """section: filled in by `for_model`."""
-        return cls.model_construct(**{**dict(section), "trainer": Trainer.of(section.trainer)})
+        return cls.model_construct(**{**dict(section), "trainer": TrainerSettings.of(section.trainer)})
 
     def check(self, trained_length: int, sliding: bool, kv_block: int) -> None:
         """Raises LongContextError unless filled-in sizes go together. sliding: the window slides (Λ attention)."""

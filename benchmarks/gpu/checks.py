@@ -33,12 +33,12 @@ SAMPLED = 4  # queries of a chunk that are compared
 ROUNDINGS = 8
 
 # Those that run on a GPU where there is one.
-TESTS = ("test_kernels_*.py", "test_*cuda*.py", "test_*_gpu.py")
+TESTS = ("cuda/**/test_*.py", "**/test_*_gpu.py")
 
 
 def tests_plan(setting: "Setting") -> Plan:
-    files = {path.name for pattern in TESTS for path in (ROOT / "tests").glob(pattern)}
-    return [{"file": f"tests/{name}"} for name in sorted(files)]
+    files = {str(path.relative_to(ROOT)) for pattern in TESTS for path in (ROOT / "tests" / "fast").glob(pattern)}
+    return [{"file": name} for name in sorted(files)]
 
 
 def tests(record: "Record", plan: Plan, setting: "Setting") -> None:

@@ -10,19 +10,17 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from conftest_engine import generate, logprobs_of, metric, prompt, running_here, tokens_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lora_adapters import write_adapter, write_bad_adapters
-from peft import PeftModel
 from server import running_server
-from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 
+from tests.support.engines import generate, logprobs_of, metric, prompt, running_here, tokens_of
+from tests.support.lora_adapters import logprobs_by_peft, write_adapter, write_bad_adapters
 from vllm_longctx import BOOKLM
 
 RECIPE = {"rank": 8, "dropout": 0.0, "learning_rate": 2e-3, "block_tokens": 32, "train_context_tokens": 64}
@@ -77,20 +75,8 @@ def write(llm: LLM, requests: list[tuple[list[int], int, LoRARequest | None, dic
     return llm.generate(prompts, params, use_tqdm=False, lora_request=[adapter for _, _, adapter, _ in requests])
 
 
-def expected(model: Path, adapter: LoRARequest | None, output: RequestOutput) -> torch.Tensor:
-    """Log-probabilities of what was written (and of the prompt, where it was scored), by peft."""
-    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    if adapter is not None:
-        base = PeftModel.from_pretrained(base, adapter.lora_path)
-    tokens = torch.tensor([tokens_of(output)])
-    with torch.no_grad():
-        logprobs = base(tokens).logits.double().log_softmax(-1)[0, :-1]
-    values = logprobs.gather(1, tokens[0, 1:, None])[:, 0]
-    return values[-len(logprobs_of(output)) :]
-
-
 def assert_right(model: Path, adapter: LoRARequest | None, output: RequestOutput) -> None:
-    torch.testing.assert_close(logprobs_of(output), expected(model, adapter, output), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logprobs_of(output), logprobs_by_peft(model, adapter, output), rtol=0, atol=1e-4)
 
 
 def test_adapters_after_all_slots_were_used(learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest]) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest_engine import CHAT_TEMPLATE
 from server import running_server
 
+from tests.support.engines import CHAT_TEMPLATE
 from vllm_longctx import BOOKLM
 
 ROOT = Path(__file__).parents[2]

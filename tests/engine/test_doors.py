@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest_engine import CHAT_TEMPLATE, generate, prompt, running_here
 from vllm import LLM, SamplingParams
 from vllm.inputs import tokens_input
 from vllm.v1.engine import EngineCoreRequest
 
+from tests.support.engines import CHAT_TEMPLATE, generate, prompt, running_here
 from vllm_longctx import BOOKLM
 
 LAMBDA = {"n_global": 10, "n_local": 64, "distance_ceiling": 64}

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest_engine import generate, logprobs_of, metric, poison, prompt, running_here, tokens_of
-from reference_model import ReferenceLlama
 from vllm import LLM
 
+from tests.support.engines import generate, logprobs_of, metric, poison, prompt, running_here, tokens_of
+from tests.support.reference_model import ReferenceLlama
 from vllm_longctx.geometry import Geometry
 
 LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 300, 641]

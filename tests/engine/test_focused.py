@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest_engine import generate, logprobs_of, metric, poison, prompt, running_here, tokens_of
-from reference_model import Layers, ReferenceLlama, focused, with_top_k
 from transformers import AutoTokenizer
 from vllm import LLM
 from vllm.outputs import RequestOutput
 
+from tests.support.engines import generate, logprobs_of, metric, poison, prompt, running_here, tokens_of
+from tests.support.reference_model import Layers, ReferenceLlama, focused, with_top_k
 from vllm_longctx.cli.engine import METHODS
 from vllm_longctx.cli.passkey import ANSWER_TOKENS, Task, tells, windows
 from vllm_longctx.geometry import Geometry, SteppedWindows

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest_engine import a_core_for_each_of_two_ranks, generate, logprobs_of, running, running_here
-from reference_model import official_top_k
+
+from tests.support.engines import a_core_for_each_of_two_ranks, generate, logprobs_of, running, running_here
+from tests.support.reference_model import official_top_k
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])

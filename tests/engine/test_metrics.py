@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest_engine import generate, metric, prompt, running
 from vllm import LLM, SamplingParams
 from vllm.inputs import tokens_input
 from vllm.utils.math_utils import cdiv
+
+from tests.support.engines import generate, metric, prompt, running
 
 TRAINED, N_GLOBAL, N_LOCAL, CHUNK, BLOCK = 128, 10, 64, 128, 32
 ATTENTION = {"n_global": N_GLOBAL, "n_local": N_LOCAL, "distance_ceiling": 100}

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest_engine import generate, logprobs_of, prompt, running_here, tokens_of
-from reference_model import Reference, ReferenceBloom, ReferenceGPTJ, ReferenceLlama, ReferenceMpt
 
+from tests.support.engines import generate, logprobs_of, prompt, running_here, tokens_of
+from tests.support.reference_model import Reference, ReferenceBloom, ReferenceGPTJ, ReferenceLlama, ReferenceMpt
 from vllm_longctx.geometry import Geometry
 
 LENGTHS = [1, 31, 63, 64, 65, 97, 300]

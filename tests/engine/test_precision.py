@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from conftest_engine import generate, logprobs_of, prompt, running_here, tokens_of
-from reference_model import ReferenceLlama
 from safetensors.torch import load_file, save_file
 
+from tests.support.engines import generate, logprobs_of, prompt, running_here, tokens_of
+from tests.support.reference_model import ReferenceLlama
 from vllm_longctx.geometry import Geometry
 
 

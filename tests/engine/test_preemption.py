@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from conftest_engine import generate, logprobs_of, metric, prompt, running, tokens_of
-from reference_model import ReferenceLlama
-
+from tests.support.engines import generate, logprobs_of, metric, prompt, running, tokens_of
+from tests.support.reference_model import ReferenceLlama
 from vllm_longctx.geometry import Geometry
 
 

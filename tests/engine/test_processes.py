@@ -61,7 +61,7 @@ class Family:
         """None for one that is on its way to what it will be."""
         with contextlib.suppress(psutil.Error):
             words = " ".join(process.cmdline())
-            roles = {"adaptation.sidecar": "trainer", "VLLM::Worker": "worker", "EngineCore": "engine core"}
+            roles = {"vllm_longctx.trainer.sidecar": "trainer", "VLLM::Worker": "worker", "EngineCore": "engine core"}
             roles |= {"resource_tracker": "tracker", "VLLM::APIServer": "API server", "Coordinator": "coordinator"}
             return next((role for part, role in roles.items() if part in words), None)
         return None

@@ -11,17 +11,16 @@ import httpx
 import psutil
 import pytest
 import torch
-from conftest_engine import a_core_for_each_of_two_ranks, generate, logprobs_of, prompt, running, sidecars, tokens_of
-from lora_adapters import write_adapter
-from reference_model import ReferenceLlama
 from server import running_server
-from test_adapters import expected as by_peft
-from test_temp_lora import STEPPED, assert_equal, replayed, written_together
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 
+from tests.support.engines import a_core_for_each_of_two_ranks, generate, logprobs_of, prompt, running, sidecars, tokens_of
+from tests.support.lora_adapters import logprobs_by_peft, write_adapter
+from tests.support.reference_model import ReferenceLlama
+from tests.support.temp_lora_engine import STEPPED, assert_equal, replayed, written_together
 from vllm_longctx import BOOKLM
 from vllm_longctx.geometry import Geometry
 
@@ -53,7 +52,7 @@ def test_two_ranks_equal_the_reference(tiny_llama: Path, tmp_path: Path) -> None
         expected = reference.token_logprobs(tokens_of(output), Geometry(10, 64, 64))
         assert (logprobs_of(output) - expected[-len(logprobs_of(output)) :]).abs().max() <= 1e-4
     for output in (adapted[0], again[0]):
-        torch.testing.assert_close(logprobs_of(output), by_peft(tiny_llama, adapters[0], output), rtol=0, atol=1e-4)
+        torch.testing.assert_close(logprobs_of(output), logprobs_by_peft(tiny_llama, adapters[0], output), rtol=0, atol=1e-4)
     assert [output.outputs[0].finish_reason for output in adapted] == ["length", "error", "error", "length"]
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest_engine import metric, running_here, sidecars
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
+from tests.support.engines import metric, running_here, sidecars
 from vllm_longctx import BOOKLM
 
 BLOCK = 32

@@ -14,12 +14,12 @@ import httpx
 import openai
 import pytest
 import torch
-from conftest_engine import CHAT_TEMPLATE, wait_until
 from openai import OpenAI
-from reference_model import ReferenceLlama
 from server import metrics, running_server
 from transformers import AutoTokenizer
 
+from tests.support.engines import CHAT_TEMPLATE, wait_until
+from tests.support.reference_model import ReferenceLlama
 from vllm_longctx import BOOKLM
 from vllm_longctx.geometry import Geometry
 

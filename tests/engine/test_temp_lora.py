@@ -1,7 +1,6 @@
 """Temp-LoRA through the engine, against the independent replay of `temp_lora_replay`: greedy, float32, no dropout."""
 
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,17 +9,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest_engine import generate, logprobs_of, metric, prompt, running, sidecars, tokens_of
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
 from vllm.inputs import tokens_input
 from vllm.outputs import RequestOutput
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from temp_lora_replay import Lambda, Options, Replay, replay
+from tests.support.engines import generate, logprobs_of, metric, prompt, running, sidecars, tokens_of
+from tests.support.temp_lora_engine import RECIPE, STEPPED, asked, assert_equal, replayed, written_together
+from tests.support.temp_lora_replay import Lambda, Options, replay
 
-RECIPE = {"rank": 8, "dropout": 0.0, "learning_rate": 2e-3, "block_tokens": 32, "train_context_tokens": 64}
-STEPPED = {**RECIPE, "window_tokens": 128, "context_tokens": 64}
 SLOTS = 4
 
 # (prompt tokens, tokens written, options): prompts inside and past the window, blocks on and off KV blocks and chunk ends.
@@ -43,43 +40,6 @@ KEEP_CASES: list[tuple[int, int, dict[str, Any]]] = [
     (33, 70, {"train_on_prompt": False}),
     (1, 40, {"rank": 4}),
 ]
-
-
-def asked(options: dict[str, Any] | None) -> dict[str, Any]:
-    return {} if options is None else {"extra_args": {"longctx": {"temp_lora": True, **options}}}
-
-
-def written_together(llm: LLM, cases: list[tuple[int, int, dict[str, Any] | None]]) -> list[RequestOutput]:
-    """All at once; prompts are scored where the request adapts."""
-    params = [
-        SamplingParams(
-            max_tokens=tokens,
-            temperature=0,
-            logprobs=0,
-            prompt_logprobs=None if options is None else 0,
-            ignore_eos=True,
-            detokenize=False,
-            **asked(options),
-        )
-        for _, tokens, options in cases
-    ]
-    prompts = [{"prompt_token_ids": prompt(length, seed)} for seed, (length, _, _) in enumerate(cases)]
-    return llm.generate(prompts, params, use_tqdm=False)
-
-
-def replayed(model: Path, seed: int, case: tuple[int, int, dict[str, Any]], base: dict[str, Any]) -> Replay:
-    length, tokens, options = case
-    given = {key: value for key, value in {**base, **options}.items() if key != "dropout"}
-    return replay(model, prompt(length, seed), tokens, Options(**given))
-
-
-def assert_equal(output: RequestOutput, expected: Replay) -> None:
-    """Every log-probability, and every token up to the first that the replay itself nearly decides otherwise."""
-    want = torch.tensor(expected.prompt_logprobs + expected.logprobs, dtype=torch.float64)
-    assert min(expected.margins) > 1e-4
-    assert list(output.outputs[0].token_ids) == expected.tokens
-    assert output.outputs[0].finish_reason == "length"
-    torch.testing.assert_close(logprobs_of(output), want, rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

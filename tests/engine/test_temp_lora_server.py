@@ -3,7 +3,6 @@
 import json
 import pydoc_data.topics
 import re
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,16 +12,14 @@ import httpx
 import openai
 import pytest
 import torch
-from conftest_engine import CHAT_TEMPLATE, sidecars, wait_until
 from openai import OpenAI
 from peft import LoraConfig, get_peft_model
 from server import metrics, running_server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.engines import CHAT_TEMPLATE, sidecars, wait_until
+from tests.support.temp_lora_replay import Options, replay
 from vllm_longctx import BOOKLM
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from temp_lora_replay import Options, replay
 
 TRAINED = 512
 RANK, BLOCK = 4, 64

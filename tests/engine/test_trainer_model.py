@@ -2,23 +2,20 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import psutil
 import pytest
-from conftest_engine import generate, metric, prompt, running, running_here, sidecars
-from test_temp_lora import STEPPED, asked, assert_equal
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
+from tests.support.engines import generate, metric, prompt, running, running_here, sidecars
+from tests.support.temp_lora_engine import STEPPED, asked, assert_equal
+from tests.support.temp_lora_replay import Options, replay
 from vllm_longctx.config import LongContextError
 from vllm_longctx.temp_lora import base_model
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from temp_lora_replay import Options, replay
 
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 NONE = {"method": "none"}

@@ -9,7 +9,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from conftest_engine import generate, logprobs_of, prompt, running, tokens_of
+from tests.support.engines import generate, logprobs_of, prompt, running, tokens_of
 if __name__ == "__main__":
     import json
     with running(sys.argv[2], None, max_model_len=128) as llm:
@@ -23,7 +23,7 @@ def run(model: Path, tmp_path: Path, plugins: str) -> list:
 
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, str(program), str(Path(__file__).parent), str(model)]
+    command = [sys.executable, str(program), str(Path(__file__).parents[2]), str(model)]
     done = subprocess.run(
         command, env={**os.environ, "VLLM_PLUGINS": plugins}, capture_output=True, text=True, timeout=300, check=True
     )

@@ -15,6 +15,7 @@ from vllm_longctx.cuda.runner import runner_class
 from vllm_longctx.cuda.sliding import LambdaImpl
 from vllm_longctx.engine.step import StepInfo, StepReport
 from vllm_longctx.engine.worker import LongContextWorkerBase
+from vllm_longctx.modes import Role
 from vllm_longctx.settings import Lookup
 
 
@@ -33,7 +34,7 @@ class LongContextWorker(LongContextWorkerBase, Worker):
     def new_rows(self) -> StepRows:
         return StepRows(self.scheduler_config.max_num_seqs, self.device)
 
-    def backend(self, role: Any) -> Any:
+    def backend(self, role: Role) -> Any:
         return super().backend(role).for_settings(self.settings)
 
     def load_model(self, **kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+from torch import nn
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -13,9 +14,10 @@ from vllm_longctx.engine.kv_cache import layer_spec
 from vllm_longctx.engine.layers import LayerSite, engine_backend, find_layers
 from vllm_longctx.engine.lora import with_slots
 from vllm_longctx.engine.platform import Platform
+from vllm_longctx.engine.rows import StepTimes
 from vllm_longctx.engine.step import StepInfo, StepReport
 from vllm_longctx.engine.waiting import wait_patiently
-from vllm_longctx.modes import BACKENDS, load
+from vllm_longctx.modes import BACKENDS, Role, load
 from vllm_longctx.processes import end_without_collecting
 from vllm_longctx.settings import Settings, active_settings
 
@@ -53,18 +55,22 @@ class LongContextWorkerBase(Platform, WorkerBase):
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
-        self.sites = find_layers(self.get_model(), self.vllm_config, self.stock_impl, self.device)
         rows = self.new_rows()
+        self.sites = self.make_layers(self.get_model(), rows)
+        self.model_runner.begin(self.sites, rows)
+
+    def make_layers(self, model: nn.Module, rows: StepTimes) -> list[LayerSite]:
+        sites = find_layers(model, self.vllm_config, self.stock_impl, self.device)
         backends = {
             role: engine_backend(self.backend(role), rows, partial(layer_spec, kind, vllm_config=self.vllm_config))
             for role, kind in self.settings.mode.layers.items()
         }
-        for site in self.sites:
+        for site in sites:
             self.make_layer(site)
             site.layer.attn_backend = backends[site.role]
-        self.model_runner.begin(self.sites, rows)
+        return sites
 
-    def backend(self, role: Any) -> Any:
+    def backend(self, role: Role) -> Any:
         return load(f"{self.platform}.{BACKENDS[role]}")
 
     def make_layer(self, site: LayerSite) -> None:

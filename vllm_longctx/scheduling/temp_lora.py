@@ -638,16 +638,16 @@ def ends_by_itself(request: Request) -> bool:
 
 def trainer_client(vllm_config: VllmConfig, settings: Adaptation, shared: SharedWeights | None) -> TrainerClient:
     model, trainer = vllm_config.model_config, settings.trainer
+    loads = shared is None and trainer.address is None
     options = messages.Options(
-        address=trainer.address or "",
+        **{**messages.taken(messages.Options, trainer), "address": trainer.address or ""},
         model=model.model,
         dtype=str(model.dtype).removeprefix("torch."),
         config=base_model.resolved_config(model),
-        weights=base_model.weight_files(vllm_config) if shared is None and trainer.address is None else [],
+        weights=base_model.weight_files(vllm_config) if loads else [],
         shares=shared is not None,
         adapters_root=settings.adapters_root,
         parent=os.getpid(),
-        **messages.taken(messages.Options, trainer),
     )
     return TrainerClient(
         options,

@@ -4,12 +4,12 @@ import vllm.envs as envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
-from vllm_longctx.config import LongContextConfig, LongContextError
+from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError
 from vllm_longctx.engine.kv_cache import FP8
 from vllm_longctx.engine.model import ADAPTABLE, check_load_format, rope_parameters
 from vllm_longctx.models import longllama
 from vllm_longctx.rotary import SCALINGS
-from vllm_longctx.settings import Adaptation
+from vllm_longctx.settings import TrainerSettings
 from vllm_longctx.startup.platform import attention_backend, check_capability, on_cuda
 from vllm_longctx.startup.trainer import check_trainer
 
@@ -132,7 +132,7 @@ def check_settings_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -
             raise LongContextError(f"{_asked_for(config)} does not run on CUDA with this setting: {setting}")
 
 
-def check_adaptation(adaptation: Adaptation, vllm_config: VllmConfig) -> None:
+def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> None:
     """Raises LongContextError for a model or a setting with which Temp-LoRA cannot work."""
     model, scheduler, parallel = vllm_config.model_config, vllm_config.scheduler_config, vllm_config.parallel_config
     name = f"model {model.model} ({', '.join(model.architectures)})"
@@ -146,7 +146,7 @@ def check_adaptation(adaptation: Adaptation, vllm_config: VllmConfig) -> None:
             not set(model.architectures) & set(ADAPTABLE)
         ),
         f"adaptation.slots = {adaptation.slots}, but max_num_seqs = {most} requests run at once; lower slots, or raise "
-        "max_num_seqs": adaptation.slots > most,
+        "max_num_seqs": adaptation.slots is not None and adaptation.slots > most,
         f"scheduling_policy = {scheduler.policy!r} may preempt a request that adapts; leave it at 'fcfs'": (
             scheduler.policy != "fcfs"
         ),
@@ -170,7 +170,7 @@ def check_adaptation(adaptation: Adaptation, vllm_config: VllmConfig) -> None:
             raise LongContextError(f"longctx cannot adapt here: {reason}")
     if adaptation.trainer.address is None and not on_cuda():  # there it may share the engine's weights
         check_load_format(vllm_config.load_config)
-    check_trainer(adaptation.trainer)
+    check_trainer(TrainerSettings.of(adaptation.trainer))
 
 
 def check_memory(vllm_config: VllmConfig) -> None:

@@ -22,7 +22,7 @@ from vllm_longctx.config import KEY, AdaptationSection, LongContextConfig, LongC
 from vllm_longctx.engine.kv_cache import memory_blocks
 from vllm_longctx.engine.model import trained_length
 from vllm_longctx.models import longllama
-from vllm_longctx.settings import Adaptation, Settings, for_model
+from vllm_longctx.settings import Settings, for_model
 from vllm_longctx.startup.checks import (
     check_adaptation,
     check_memory,
@@ -152,7 +152,7 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bo
     if scheduler.async_scheduling:  # only now vLLM has decided
         scheduler.scheduler_cls = mode.scheduler_paths[1]
     if config.adaptation is not None:
-        check_adaptation(Adaptation.of(config.adaptation), vllm_config)
+        check_adaptation(config.adaptation, vllm_config)
         if not enable_lora:
             vllm_config.lora_config = None
     if mode.grows:

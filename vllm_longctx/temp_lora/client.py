@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 
 from vllm_longctx.config import LongContextError
 from vllm_longctx.processes import SOCKETS
-from vllm_longctx.settings import Trainer
+from vllm_longctx.settings import TrainerSettings
 from vllm_longctx.startup.trainer import free_bytes
 from vllm_longctx.temp_lora import messages as m
 from vllm_longctx.temp_lora.shared_weights import skeleton
@@ -46,7 +46,7 @@ class TrainerClient:
     def __init__(
         self,
         options: m.Options,
-        trainer: Trainer,
+        trainer: TrainerSettings,
         *,
         max_rank: int,
         num_slots: int,

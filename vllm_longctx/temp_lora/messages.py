@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from pydantic import BaseModel
 
 from vllm_longctx.config import ADAPTER_NAME
 
@@ -257,6 +258,7 @@ def adapter_path(adapters_root: str | None, name: str) -> Path:
     return Path(adapters_root) / name
 
 
-def taken(struct: type[msgspec.Struct], settings: Any) -> dict[str, Any]:
+def taken(struct: type[msgspec.Struct], settings: BaseModel) -> dict[str, Any]:
     """Those fields of a struct that settings have under the same names."""
-    return {name: getattr(settings, name) for name in struct.__struct_fields__ if hasattr(settings, name)}
+    names = type(settings).model_fields.keys() & set(struct.__struct_fields__)
+    return {name: getattr(settings, name) for name in names}

@@ -1,0 +1,79 @@
+"""Fixtures for tests without an engine."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+
+
+@pytest.fixture
+def no_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM asks about it while a model is loaded."""
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 0)
+
+
+@pytest.fixture(scope="module")
+def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose attention is far from uniform; small, since interpreted."""
+    path = tmp_path_factory.mktemp("model")
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.12)
+    torch.manual_seed(5)
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> type:
+    """vLLM's one platform object is a CUDA platform: an H100, without its libraries."""
+    if not current_platform.is_cuda():
+        monkeypatch.setitem(sys.modules, "vllm._C_stable_libtorch", ModuleType("vllm._C_stable_libtorch"))
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    from vllm.platforms.cuda import NonNvmlCudaPlatform
+
+    class H100(NonNvmlCudaPlatform):
+        capability = DeviceCapability(9, 0)
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+            return cls.capability
+
+        @classmethod
+        def get_device_name(cls, device_id: int = 0) -> str:
+            return "NVIDIA H100"
+
+        @classmethod
+        def get_device_total_memory(cls, device_id: int = 0) -> int:
+            return 80 << 30
+
+    monkeypatch.setattr(current_platform, "__class__", H100)
+    return H100
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """What vLLM's loader needs and can make only before the platform looks like CUDA."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU takes the tests of whole engines")
+    importlib.import_module("vllm.model_executor.layers.quantization.online.base")
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{tmp_path / 'ranks'}", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+    yield
+    destroy_model_parallel()
+    destroy_distributed_environment()

@@ -1,0 +1,529 @@
+"""The GPU engine's attention backend, run as vLLM runs it, but interpreted, on CPU tensors; CUDA's engine arguments."""
+
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.sampling_params import SamplingParams
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.worker.gpu import attn_utils
+
+from tests.support.cuda_engine import made_layers
+from tests.support.engine_args import TINY, create, save
+from tests.support.reference_model import ReferenceLlama
+from vllm_longctx import reference
+from vllm_longctx.config import LongContextError
+from vllm_longctx.cuda import sliding as cuda
+from vllm_longctx.cuda import worker as worker_cuda
+from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, LambdaMetadata, LambdaMetadataBuilder
+from vllm_longctx.engine.kv_cache import LambdaSpec, bytes_per_layer_block
+from vllm_longctx.geometry import Geometry, alibi_slopes, branches
+from vllm_longctx.modes import SCHEDULERS
+from vllm_longctx.rotary import Rotary, inverse_frequencies
+from vllm_longctx.scheduling.scheduler import AsyncLongContextScheduler, LongContextScheduler
+from vllm_longctx.startup import platform
+
+HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, SCALE = 4, 2, 32, 16, 0.25
+MAX_SEQS, MAX_TOKENS, MAX_LEN = 4, 64, 256
+LAMBDA = Geometry(n_global=5, n_local=24, distance_ceiling=30)
+CPU, META = torch.device("cpu"), torch.device("meta")
+DEVICE = torch.device("cuda") if torch.cuda.is_available() else CPU  # kernels are compiled there, interpreted here
+
+
+def rotary_of(alibi: bool) -> Rotary | None:
+    return None if alibi else Rotary(HEAD_SIZE, HEAD_SIZE, True, inverse_frequencies(HEAD_SIZE, {}))
+
+
+@dataclass
+class Engine:
+    """One layer and vLLM's persistent inputs (v1/worker/gpu/input_batch.py, block_table.py), on `device`.
+
+    texts: un-rotated queries, keys and values of each request's tokens, [tokens, heads, head_size] each.
+    """
+
+    geometry: Geometry = LAMBDA
+    alibi: bool = False
+    device: torch.device = DEVICE
+    kv_cache_dtype: str = "auto"
+    texts: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    computed: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rotary = rotary_of(self.alibi)
+        if self.rotary is not None:
+            self.rotary.to(self.device)
+        slopes = alibi_slopes(HEADS).tolist() if self.alibi else None
+        self.impl = LambdaImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, slopes, kv_cache_dtype=self.kv_cache_dtype)
+        self.impl.take_over(self.geometry, self.rotary, self.device)
+        config = SimpleNamespace(
+            compilation_config=SimpleNamespace(static_forward_context={"layer": SimpleNamespace(impl=self.impl)}),
+            scheduler_config=SimpleNamespace(max_num_seqs=MAX_SEQS, max_num_batched_tokens=MAX_TOKENS),
+            model_config=SimpleNamespace(max_model_len=MAX_LEN),
+            parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        )
+        self.builder = LambdaMetadataBuilder(None, ["layer"], config, self.device)
+        self.layer = SimpleNamespace(_k_scale=None, _v_scale=None, _k_scale_float=1.0, _v_scale_float=1.0)
+        ints = {"dtype": torch.int32, "device": self.device}
+        self.starts, self.seq_lens = torch.zeros(MAX_SEQS + 1, **ints), torch.zeros(MAX_SEQS, **ints)
+        self.positions = torch.zeros(MAX_TOKENS, dtype=torch.int64, device=self.device)
+        self.table = torch.zeros(MAX_SEQS, MAX_LEN // BLOCK_SIZE, **ints)
+        num_blocks = 1 + len(self.texts) * MAX_LEN // BLOCK_SIZE
+        # What nobody wrote is NaN, as are freed blocks and the null block: whoever reads them shows it.
+        self.nan = torch.nan if self.kv_cache_dtype == "auto" else 0x7F  # float8's
+        dtype = torch.float32 if self.kv_cache_dtype == "auto" else torch.uint8
+        shape = num_blocks, KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE
+        self.cache = torch.full(shape, self.nan, dtype=dtype, device=self.device)
+        self.free = list(range(1, num_blocks))
+        self.computed, self.tables = dict.fromkeys(self.texts, 0), {name: [] for name in self.texts}
+
+    def metadata(self, lens: list[int], rows: int) -> CommonAttentionMetadata:
+        """Of the persistent inputs, as `build_attn_metadata` makes it: `rows` with padding, those of a CUDA graph."""
+        starts = torch.tensor([0, *lens]).cumsum(0).to(torch.int32)
+        starts = torch.cat((starts, starts[-1:].expand(rows - len(lens))))
+        tokens = rows if rows > len(lens) else int(starts[-1])
+        return CommonAttentionMetadata(
+            query_start_loc=self.starts[: rows + 1],
+            query_start_loc_cpu=starts,
+            seq_lens=self.seq_lens[:rows],
+            num_reqs=rows,
+            num_actual_tokens=tokens,
+            max_query_len=max(lens),
+            max_seq_len=MAX_LEN,
+            block_table_tensor=self.table[:rows],
+            slot_mapping=torch.full((tokens,), -1),
+            positions=self.positions,
+        )
+
+    def capture(self, rows: int) -> LambdaMetadata:
+        """Metadata of a CUDA graph of `rows` decodes, on dummy inputs."""
+        self.starts[: rows + 1] = torch.arange(rows + 1, device=self.device)
+        self.seq_lens[:rows] = 1
+        self.table.zero_()
+        return self.builder.build_for_cudagraph_capture(self.metadata([1] * rows, rows))
+
+    def step(self, tokens: dict[str, int], replay: LambdaMetadata | None = None, rows: int = 0) -> dict[str, Tensor]:
+        """Computes so many tokens of each request, decodes first as vLLM orders them; the outputs [tokens, heads, head_size].
+
+        replay: forward with what a graph of `rows` rows captured, while the step's own metadata is built and thrown away.
+        """
+        names, lens = list(tokens), list(tokens.values())
+        slots = []
+        self.seq_lens.zero_()
+        self.table.zero_()
+        for row, (name, new) in enumerate(tokens.items()):
+            first, end = self.computed[name], self.computed[name] + new
+            table = self.tables[name]
+            while len(table) * BLOCK_SIZE < end:
+                table.append(self.free.pop())
+            self.seq_lens[row] = end
+            self.table[row, : len(table)] = torch.tensor(table, device=self.device)
+            slots += [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(first, end)]
+            self.computed[name] = end
+        count = len(slots)
+        self.starts[: len(lens) + 1] = torch.tensor([0, *lens], device=self.device).cumsum(0)
+        self.starts[len(lens) + 1 :] = count
+        positions = torch.cat([torch.arange(self.computed[n] - tokens[n], self.computed[n]) for n in names])
+        self.positions[:count] = positions.to(self.device)
+        m = self.metadata(lens, rows or len(lens))
+        metadata = self.builder.build(0, m)
+
+        padded = m.num_actual_tokens
+        q, k, v = (torch.zeros(padded, heads, HEAD_SIZE, device=self.device) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        for x, whole in zip((q, k, v), zip(*(self.texts[n] for n in names), strict=True), strict=True):
+            new = [t[self.computed[n] - tokens[n] : self.computed[n]] for t, n in zip(whole, names, strict=True)]
+            x[:count] = torch.cat(new).to(self.device)
+        if self.rotary is not None:
+            flat_q, flat_k = self.rotary(self.positions[:padded], q.flatten(1), k.flatten(1))
+            q, k = flat_q.view_as(q), flat_k.view_as(k)
+        slot_mapping = torch.tensor(slots + [-1] * (padded - count), device=self.device)
+        self.impl.do_kv_cache_update(self.layer, k, v, self.cache, slot_mapping)
+        output = torch.empty_like(q)
+        self.impl.forward(self.layer, q, k, v, self.cache, replay or metadata, output)
+        self._free_the_middle(names)
+        return dict(zip(names, output[:count].cpu().split(lens), strict=True))
+
+    def _free_the_middle(self, names: list[str]) -> None:
+        for name in names:
+            first_blocks = -(-self.geometry.n_global // BLOCK_SIZE)
+            end = max(self.computed[name] - self.geometry.n_local + 1, 0) // BLOCK_SIZE
+            for block in range(first_blocks, end):
+                self.cache[self.tables[name][block]] = self.nan
+                self.tables[name][block] = 0
+
+    def expected(self, name: str, new: int) -> Tensor:
+        """The dense float64 reference for the last `new` tokens computed."""
+        end = self.computed[name]
+        q, k, v = (t[:end] for t in self.texts[name])
+        queries, keys = torch.arange(end - new, end), torch.arange(end)
+        seen = branches(self.geometry, queries, keys)
+        slopes = alibi_slopes(HEADS) if self.alibi else None
+        return reference.attention(q[-new:], k, v, seen, SCALE, rotary_of(self.alibi), slopes)
+
+
+def text(length: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(length, heads, HEAD_SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    return q, k, v
+
+
+@pytest.mark.usefixtures("stock_cache_update", "one_thread")
+@pytest.mark.parametrize(
+    ("geometry", "alibi"),
+    [(LAMBDA, False), (Geometry(5, 24, None, "in_cache"), False), (LAMBDA, True)],
+    ids=["relative", "in_cache", "alibi"],
+)
+def test_steps_of_two_requests_attend_as_the_reference(geometry: Geometry, alibi: bool) -> None:
+    """Chunks of a prompt, decodes beside them, decodes alone, and decodes in a padded CUDA graph."""
+    engine = Engine(geometry, alibi, texts={"a": text(120), "b": text(120)})
+    graph = engine.capture(rows=3)
+
+    def check(tokens: dict[str, int], **kwargs: Any) -> None:
+        for name, output in engine.step(tokens, **kwargs).items():
+            torch.testing.assert_close(output.double(), engine.expected(name, tokens[name]), atol=1e-5, rtol=1e-5)
+
+    check({"a": 48})
+    check({"a": 1, "b": 20})
+    check({"b": 30, "a": 34})
+    for _ in range(2):
+        check({"b": 1, "a": 1})
+        check({"b": 1, "a": 1}, replay=graph, rows=3)
+    check({"a": 1}, replay=graph, rows=3)
+
+
+@pytest.mark.usefixtures("stock_cache_update", "one_thread")
+def test_a_float8_cache_is_read_as_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a float32 cache of the same, already rounded, keys and values."""
+    texts = {"a": text(60)}
+    rounded, fp8 = Engine(texts=texts), Engine(texts=texts, kv_cache_dtype="fp8")
+    monkeypatch.setattr(current_platform, "fp8_dtype", lambda: torch.float8_e4m3fn, raising=False)
+    update = rounded.impl.do_kv_cache_update
+
+    def update_rounded(layer: Any, key: Tensor, value: Tensor, *args: Any) -> None:
+        update(layer, *(t.to(torch.float8_e4m3fn).float() for t in (key, value)), *args)
+
+    monkeypatch.setattr(rounded.impl, "do_kv_cache_update", update_rounded)
+    for tokens in (50, 1):
+        torch.testing.assert_close(fp8.step({"a": tokens}), rounded.step({"a": tokens}))
+    assert not torch.allclose(rounded.step({"a": 1})["a"].double(), rounded.expected("a", 1), atol=1e-4)
+
+
+def test_the_worker_takes_over_once_the_weights_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(worker_cuda.Worker, "load_model", lambda self, **kwargs: done.append(kwargs))
+    worker = object.__new__(worker_cuda.LongContextWorker)
+    worker.settings = SimpleNamespace(mode=SimpleNamespace(adapts=False))
+    worker.model_runner = SimpleNamespace(get_model=lambda: "model", begin=lambda *args: done.append(args))
+    worker.new_rows, worker.make_layers = lambda: "rows", lambda *args: done.append(args) or "sites"
+    worker.load_model(load_dummy_weights=False)
+    assert done == [{"load_dummy_weights": False}, ("model", "rows"), ("sites", "rows")]
+
+
+@pytest.mark.parametrize("geometry", [LAMBDA, Geometry(5, 24, None, "in_cache")], ids=["relative", "in_cache"])
+@pytest.mark.parametrize("lens", [[1, 1, 1], [1, 1, 9], [7]], ids=["decodes", "mixed", "chunk"])
+def test_nothing_waits_for_the_device(geometry: Geometry, lens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, whose tensors have no values to wait for."""
+    engine = Engine(geometry, device=META)
+    called = []
+    for kernel in ("lambda_decode", "lambda_attention"):
+        monkeypatch.setattr(cuda, kernel, lambda *args, name=kernel: called.append(name))
+    metadata = engine.builder.build(0, engine.metadata(lens, len(lens)))
+    q, k = (torch.empty(sum(lens), heads * HEAD_SIZE, device=META) for heads in (HEADS, KV_HEADS))
+    assert engine.rotary is not None
+    q, k = engine.rotary(engine.positions[: sum(lens)], q, k)
+    assert k is not None
+    q, k = q.view(-1, HEADS, HEAD_SIZE), k.view(-1, KV_HEADS, HEAD_SIZE)
+    engine.impl.forward(engine.layer, q, k, k, engine.cache, metadata, torch.empty_like(q))
+    assert called == [name for name, used in (("lambda_decode", 1 in lens), ("lambda_attention", max(lens) > 1)) if used]
+
+
+def test_a_profiling_run_has_no_metadata() -> None:
+    engine = Engine()
+    output = torch.full((3, HEADS, HEAD_SIZE), torch.nan, device=DEVICE)
+    assert engine.impl.forward(engine.layer, output, output, output, engine.cache, None, output).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("position", [5, 1_000_003, 2**31 - 64])
+def test_exact_angles_in_one_graph(position: int) -> None:
+    """Without a break, which would be a place where the host waits; at any position the same as in eager mode."""
+    rotary = Rotary(32, 16, False, inverse_frequencies(16, {})).to(DEVICE)
+    positions = torch.arange(position, position + 3, device=DEVICE)
+    query, key = torch.randn(3, 4 * 32, device=DEVICE), torch.randn(3, 2 * 32, device=DEVICE)
+    compiled = torch.compile(rotary, backend="aot_eager", fullgraph=True)
+    for ours, eager in zip(compiled(positions, query, key), rotary(positions, query, key), strict=True):
+        assert torch.equal(ours, eager)
+
+
+def test_it_declares_cuda_graphs_of_decodes() -> None:
+    support = LambdaMetadataBuilder.get_cudagraph_support(None, None)
+    assert support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    default = CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
+    mode = default.resolve_cudagraph_mode_and_sizes(support, "LambdaBackend", use_v2_model_runner=True)
+    assert mode == CUDAGraphMode.FULL_AND_PIECEWISE
+
+
+SUPPORTED = {
+    "head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 32, "use_mla": False, "has_sink": False,
+    "use_sparse": False, "use_mm_prefix": False, "use_per_head_quant_scales": False, "attn_type": "decoder",
+    "device_capability": DeviceCapability(8, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"device_capability": DeviceCapability(9, 0), "kv_cache_dtype": "fp8"}, None),
+        ({"head_size": 512}, "head_size not supported"),
+        ({"dtype": torch.float64}, "dtype not supported"),
+        ({"device_capability": DeviceCapability(9, 0), "kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype not supported"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8 needs compute capability 8.9"),
+        ({"block_size": 24}, "block_size not supported"),
+        ({"device_capability": DeviceCapability(7, 5)}, "compute capability not supported"),
+        ({"attn_type": "encoder"}, "attention type encoder not supported"),
+        ({"has_sink": True}, "attention sinks not supported"),
+        ({"has_sliding_window": True}, "sliding window not supported"),
+        ({"use_mla": True}, "MLA not supported"),
+        ({"use_dcp": True}, "DCP not supported"),
+    ],
+)
+def test_vllm_hears_what_the_backend_cannot_do(change: dict[str, Any], reason: str | None) -> None:
+    assert LambdaBackend.validate_configuration(**{**SUPPORTED, **change}) == ([] if reason is None else [reason])
+
+
+@pytest.mark.parametrize("v2", [True, False])
+def test_engine_arguments_on_cuda(gpu: type, v2: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(v2)))
+    config = create(max_num_seqs=8)
+    assert config.use_v2_model_runner == v2
+    assert config.parallel_config.worker_cls == "vllm_longctx.cuda.worker.LongContextWorker"
+    assert config.attention_config.backend == AttentionBackendEnum.CUSTOM
+    assert AttentionBackendEnum.CUSTOM.get_class() is LambdaBackend
+    assert (config.cache_config.block_size, config.model_config.max_model_len) == (32, 1 << 20)
+    assert config.scheduler_config.async_scheduling
+    assert config.scheduler_config.get_scheduler_cls() is AsyncLongContextScheduler
+    assert config.scheduler_config.scheduler_cls in SCHEDULERS
+
+
+@dataclass
+class Loaded:
+    """A checkpoint that vLLM has loaded as for CUDA, but to the CPU."""
+
+    config: VllmConfig
+    model: nn.Module
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        return self.config.compilation_config.static_forward_context
+
+
+@pytest.fixture
+def loaded(one_rank: None, gpu: type, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Loaded:
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 0)
+    config = create(
+        tiny_llama,
+        {"longctx": {"attention": {"n_local": 24, "n_global": 5, "distance_ceiling": 30}}},
+        dtype="float32",
+        block_size=BLOCK_SIZE,
+        num_gpu_blocks_override=20,
+        max_num_seqs=MAX_SEQS,
+        max_num_batched_tokens=MAX_TOKENS,
+        enforce_eager=True,
+        compilation_config={"mode": 0, "custom_ops": ["none"]},
+    )
+    config.device_config.device, config.load_config.device, config.load_config.load_format = CPU, "cpu", "auto"
+    with set_current_vllm_config(config):
+        model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
+    return Loaded(config, model)
+
+
+@pytest.mark.usefixtures("stock_cache_update", "one_thread")
+def test_a_model_of_vllms_gives_the_references_log_probabilities(loaded: Loaded, tiny_llama: Path) -> None:
+    """Model, weights, KV specs, pool, builders, metadata by vLLM's code (v1/worker/gpu/attn_utils.py): two chunks, a decode."""
+    config, layers = loaded.config, loaded.layers
+    made_layers(loaded.model, config)
+    assert sum(isinstance(module, Rotary) for module in loaded.model.modules()) == 1  # shared by all layers
+    specs = attn_utils.get_kv_cache_spec(config)
+    assert all(isinstance(spec, LambdaSpec) for spec in specs.values())
+    supported = get_supported_kv_cache_layouts(layer.get_attn_backend() for layer in layers.values())
+    resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
+    kv_cache_config = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, specs), available_memory=1 << 30)
+    attn_groups, support, block_sizes = attn_utils.init_attn_backend(kv_cache_config, config, CPU)
+    assert support.min_cg_support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    attn_utils.init_kv_cache(layers, kv_cache_config, CPU, block_sizes, config, attn_groups=attn_groups[0])
+
+    ids = torch.randint(3, 512, (80,))
+    table = torch.arange(1, 1 + len(ids) // BLOCK_SIZE, dtype=torch.int32)[None]
+    expected = ReferenceLlama(tiny_llama).logprobs(ids.tolist(), LAMBDA)
+    for first, end in ((0, 50), (50, 79), (79, 80)):
+        positions, starts = torch.arange(first, end), torch.tensor([0, end - first], dtype=torch.int32)
+        slots = table[0, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+        metadata = attn_utils.build_attn_metadata(
+            attn_groups,
+            num_reqs=1,
+            num_tokens=end - first,
+            query_start_loc_gpu=starts,
+            query_start_loc_cpu=starts,
+            max_query_len=end - first,
+            seq_lens=torch.tensor([end], dtype=torch.int32),
+            max_seq_len=end,
+            block_tables=[table],
+            slot_mappings=slots[None],
+            kv_cache_config=kv_cache_config,
+            positions=positions,
+        )
+        by_layer = attn_utils.build_slot_mappings_by_layer(slots[None], kv_cache_config)
+        with torch.inference_mode(), set_forward_context(metadata, config, num_tokens=end - first, slot_mapping=by_layer):
+            logits = loaded.model.compute_logits(loaded.model(ids[first:end], positions))
+        ours = logits.double().log_softmax(-1)
+        torch.testing.assert_close(ours, expected[first:end], atol=1e-4, rtol=0)
+
+
+def test_a_layer_of_another_backend_is_not_taken_over(loaded: Loaded) -> None:
+    next(iter(loaded.layers.values())).impl = SimpleNamespace(attn_type="decoder", sinks=None, alibi_slopes=None)
+    with pytest.raises(RuntimeError, match=r"longctx cannot take over model.layers.0.self_attn.attn \(Attention, RotaryEmb"):
+        made_layers(loaded.model, loaded.config)
+
+
+def test_without_async_scheduling_the_scheduler_is_the_plain_one(gpu: type) -> None:
+    assert create(async_scheduling=False).scheduler_config.get_scheduler_cls() is LongContextScheduler
+
+
+def test_what_is_allowed_on_cuda_only(gpu: type) -> None:
+    config = create(block_size=16, kv_cache_dtype="fp8", attention_backend="CUSTOM")
+    assert (config.cache_config.block_size, config.cache_config.cache_dtype) == (16, "fp8")
+    model = config.model_config
+    assert bytes_per_layer_block(config) == 2 * 16 * model.get_total_num_kv_heads() * model.get_head_size()
+
+
+def test_an_engine_without_a_configuration_keeps_vllms_own(gpu: type) -> None:
+    config = create(additional_config={})
+    assert config.parallel_config.worker_cls == "vllm.v1.worker.gpu_worker.Worker"
+    assert config.attention_config.backend is None and config.scheduler_config.scheduler_cls is None
+
+
+def test_a_step_ahead_of_the_device_no_block_it_reads_is_freed(gpu: type) -> None:
+    """The async scheduler through a prompt past the window and decodes: at each time two steps are in flight."""
+    n_local, prompt, new = 64, 500, 40
+    attention = {"n_local": n_local, "n_global": 16}
+    vllm_config = create(
+        additional_config={"longctx": {"attention": attention}},
+        max_num_batched_tokens=96,
+        num_gpu_blocks_override=20,
+        enable_prefix_caching=False,
+    )
+    vllm_config.cache_config.num_gpu_blocks = 20
+    full = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    spec = LambdaSpec.from_attention_spec(full, Geometry(16, n_local, n_local))
+    scheduler = AsyncLongContextScheduler(
+        vllm_config, KVCacheConfig(20, [], [KVCacheGroupSpec(["layer"], spec)]), MagicMock(), 32, log_stats=True
+    )
+    request = Request("r", [1] * prompt, SamplingParams(max_tokens=new, ignore_eos=True), None)
+    scheduler.add_request(request)
+    in_flight: deque[tuple[SchedulerOutput, list[int]]] = deque()
+    held, freed = [], 0
+    while scheduler.requests:
+        first = request.num_computed_tokens
+        if (step := scheduler.schedule()).total_num_scheduled_tokens:
+            table = scheduler.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks["r"]
+            end = first + step.num_scheduled_tokens["r"]
+            seen = {0, *range(max(first - n_local + 1, 0) // 32, (end - 1) // 32 + 1)}
+            in_flight.append((step, [7] if end >= prompt else []))
+            assert not any(table[block].is_null for block in seen)
+            held.append(sum(not block.is_null for block in table))
+        if len(in_flight) == 2 or not step.total_num_scheduled_tokens:
+            done, sampled = in_flight.popleft()
+            outputs = scheduler.update_from_output(done, ModelRunnerOutput(["r"], {"r": 0}, [sampled]))
+            freed += sum(o.scheduler_stats.kv_connector_stats["longctx"]["freed_blocks"] for o in outputs.values())
+    assert request.num_output_tokens == new
+    assert max(held) <= spec.max_admission_blocks_per_request(vllm_config.max_in_flight_tokens, 1 << 20)
+    assert held[-1] <= 1 + n_local // 32 + 2
+    assert freed >= (prompt + new - n_local) // 32 - 2
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"block_size": 24}, r"block_size = 24; give a multiple of 16"),
+        (
+            {"kv_cache_dtype": "int8_per_token_head"},
+            r"kv_cache_dtype = 'int8_per_token_head'; leave it at 'auto', or give 'fp8'",
+        ),
+        ({"attention_backend": "FLASH_ATTN"}, r"attention_backend = FLASH_ATTN, but longctx brings its own; leave"),
+        ({"attention_config": {"backend": "TRITON_ATTN"}}, r"attention_backend = TRITON_ATTN, but longctx brings its own"),
+        (
+            {"attention_config": {"backend_per_kind": {"full_attention": "FLASH_ATTN"}}},
+            r"backend_per_kind = .*, but longctx's backend serves all layers; leave it out",
+        ),
+        ({"worker_cls": "my.Worker"}, r"worker_cls = 'my.Worker', but longctx needs its own; leave worker_cls out"),
+        ({"kv_cache_memory_bytes": 1_000_000}, r"the KV cache of 1000000 bytes \(kv_cache_memory_bytes\) gives .* blocks"),
+    ],
+)
+def test_what_cuda_cannot_do_is_refused(kwargs: dict[str, Any], message: str, gpu: type) -> None:
+    with pytest.raises(LongContextError, match=message):
+        create(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kwargs", "message"),
+    [
+        (
+            DeviceCapability(7, 5),
+            {},
+            r"capability of NVIDIA H100 is 7.5, but longctx's attention needs 8.0 or newer; use such a GPU, or vLLM for",
+        ),
+        (
+            DeviceCapability(8, 0),
+            {"kv_cache_dtype": "fp8"},
+            r"capability of NVIDIA H100 is 8.0, but kv_cache_dtype = 'fp8' needs 8.9 or newer; leave kv_cache_dtype at 'auto'",
+        ),
+    ],
+)
+def test_a_gpu_that_is_too_old_is_refused(
+    capability: DeviceCapability, kwargs: dict[str, Any], message: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "capability", capability)
+    with pytest.raises(LongContextError, match=message):
+        create(**kwargs)
+
+
+def test_another_platform_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    tpu = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_name="tpu")
+    monkeypatch.setattr(platform, "current_platform", tpu)
+    with pytest.raises(LongContextError, match="longctx runs on vLLM's CPU and CUDA platforms, but this is tpu"):
+        create()
+
+
+def test_heads_beyond_the_kernels_are_refused(gpu: type, tmp_path: Path) -> None:
+    config = LlamaConfig(**TINY, intermediate_size=64, head_dim=512)
+    with pytest.raises(
+        LongContextError, match=r"it has heads of 512 elements; longctx's attention on CUDA takes 32, 64, .* 256"
+    ):
+        create(save(tmp_path, config, "LlamaForCausalLM"))
+
+
+def test_another_plugins_backend_is_not_overwritten(gpu: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules["vllm.v1.attention.backends.registry"]._ATTN_OVERRIDES, AttentionBackendEnum.CUSTOM, "a.B")
+    with pytest.raises(LongContextError, match=r"another plugin has registered its own attention backend CUSTOM \(a.B\)"):
+        create()
+    create(additional_config={})

@@ -1,0 +1,253 @@
+"""LM-Infinite's top-k branch of the GPU engine in models of vLLM's, run as the Model Runner V2 runs them, but interpreted."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.worker.gpu import attn_utils
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+from tests.support.cuda_engine import BLOCK_SIZE, CPU, made_layers, metadata_of, places, text, to_cpu
+from tests.support.cuda_engine import Engine as WholeEngine
+from tests.support.engine_args import create
+from tests.support.reference_model import ReferenceLlama, official_top_k, with_top_k
+from vllm_longctx.config import LongContextError
+from vllm_longctx.cuda import memory_runner as focused_worker
+from vllm_longctx.cuda.kernels import lambda_attention, lambda_decode
+from vllm_longctx.cuda.kernels.lambda_tile import Launch
+from vllm_longctx.cuda.kernels.lookup import WORKSPACE
+from vllm_longctx.cuda.memory import pool_beside_lookups
+from vllm_longctx.cuda.runner import runner_class
+from vllm_longctx.cuda.top_k_runner import TopKRunner
+from vllm_longctx.engine.kv_cache import LambdaSpec, MiddleSpec
+from vllm_longctx.geometry import Geometry
+from vllm_longctx.scheduling.memory import AsyncTopKScheduler, TopKScheduler
+from vllm_longctx.settings import Lookup, active_settings
+
+TOP_K = {
+    "n_global": 5, "n_local": 24, "distance_ceiling": 24,
+    "top_k": 3, "top_k_from_layer": 1, "top_k_to_layer": 2, "top_k_insert_at": 20,
+}  # fmt: skip
+
+
+def configure(model: Path, attention: dict[str, Any] = TOP_K, **kwargs: Any) -> VllmConfig:
+    return create(model, {"longctx": {"attention": attention}}, max_num_seqs=4, **kwargs)
+
+
+@pytest.fixture
+def one_tile(no_gpu_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fewer tiles, the sooner they are interpreted."""
+    monkeypatch.setattr(lambda_attention, "prefill_launch", lambda *args: Launch(128, 128, 4, 1))
+    monkeypatch.setattr(lambda_decode, "decode_launch", lambda *args: Launch(16, 128, 4, 1))
+
+
+class Engine:
+    """A checkpoint that vLLM has loaded as for CUDA, and the parts of vLLM around it; what only the device can do is done here.
+
+    texts: token ids of each request. prompts: how many of them are its prompt.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        attention: dict[str, Any],
+        texts: dict[str, list[int]],
+        prompts: dict[str, int],
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        self.texts, self.prompts, self.computed = texts, prompts, dict.fromkeys(prompts, 0)
+        self.config = config = to_cpu(
+            configure(
+                path,
+                attention,
+                dtype="float32",
+                block_size=BLOCK_SIZE,
+                max_num_batched_tokens=512,
+                enforce_eager=True,
+                compilation_config={"mode": 0, "custom_ops": ["none"]},
+            )
+        )
+        with set_current_vllm_config(config):
+            self.model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
+        sites, rows = made_layers(self.model, config)
+        self.layers: dict[str, Any] = config.compilation_config.static_forward_context
+        specs = attn_utils.get_kv_cache_spec(config)
+        top_k_layers = active_settings(config).top_k.layers
+        assert [i for i, spec in enumerate(specs.values()) if isinstance(spec, MiddleSpec)] == list(top_k_layers)
+        assert sum(isinstance(spec, LambdaSpec) for spec in specs.values()) == len(specs) - len(top_k_layers)
+        supported = get_supported_kv_cache_layouts(layer.get_attn_backend() for layer in self.layers.values())
+        resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
+        groups = get_kv_cache_groups(config, specs)
+        self.kv_cache_config = get_kv_cache_config_from_groups(config, groups, available_memory=1 << 25)
+        self.attn_groups, self.support, sizes = attn_utils.init_attn_backend(self.kv_cache_config, config, CPU)
+        every = [group for groups in self.attn_groups for group in groups]
+        attn_utils.init_kv_cache(self.layers, self.kv_cache_config, CPU, sizes, config, attn_groups=every)
+        for layer in self.layers.values():
+            layer.kv_cache.fill_(torch.nan)
+        columns = max(len(text) for text in texts.values()) // BLOCK_SIZE + 1
+        shape = len(self.kv_cache_config.kv_cache_groups), len(prompts), columns
+        free = torch.randperm(self.kv_cache_config.num_blocks - 1).int() + 1
+        self.tables, self.free = free[: np.prod(shape)].view(shape), free[np.prod(shape) :]
+
+        self.runner = runner = TopKRunner.__new__(TopKRunner)
+        runner.device, runner.attn_groups = CPU, self.attn_groups
+        runner.req_states = SimpleNamespace(prompt_len=SimpleNamespace(np=np.array(list(prompts.values()), dtype=np.int32)))
+        runner.block_tables = SimpleNamespace(input_block_tables=list(self.tables))
+        monkeypatch.setattr(GPUModelRunner, "prepare_attn", lambda self, batch: batch.attn)
+        runner.kv_cache_config = self.kv_cache_config
+        runner.begin(sites, rows)
+        runner.bind_kv_cache()
+
+    def step(self, tokens: dict[str, int]) -> dict[str, Tensor]:
+        """Computes so many tokens of each request, decodes first as vLLM orders them; log-probabilities behind each."""
+        names, lens = list(tokens), list(tokens.values())
+        rows = [list(self.prompts).index(name) for name in names]
+        first = [self.computed[n] for n in names]
+        ends = [f + n for f, n in zip(first, lens, strict=True)]
+        self.computed.update(zip(names, ends, strict=True))
+        count = sum(lens)
+        tables = [table[rows] for table in self.tables]
+        positions, slots = places(first, ends, tables)
+        batch = SimpleNamespace(
+            num_computed_tokens_np=np.array(first, dtype=np.int32), idx_mapping_np=np.array(rows), attn=(tables, slots)
+        )
+        tables, slots = self.runner.prepare_attn(batch)
+        metadata = metadata_of(self.attn_groups, self.kv_cache_config, first, ends, tables, slots)
+        self.looked_up = {name for name, of_layer in metadata.items() if getattr(of_layer, "middles", None) is not None}
+        by_layer = attn_utils.build_slot_mappings_by_layer(slots, self.kv_cache_config)
+        ids = torch.tensor([i for n, f, e in zip(names, first, ends, strict=True) for i in self.texts[n][f:e]])
+        with torch.inference_mode(), set_forward_context(metadata, self.config, num_tokens=count, slot_mapping=by_layer):
+            logits = self.model.compute_logits(self.model(ids, positions))
+        return dict(zip(names, logits.double().log_softmax(-1).split(lens), strict=True))
+
+    def preempt(self, name: str) -> None:
+        """The request computes again from its first token on, in other blocks; those that it had are anybody's."""
+        row = list(self.prompts).index(name)
+        columns = self.tables.shape[2]
+        for table in self.tables:
+            table[row], self.free = self.free[:columns], self.free[columns:]
+        self.computed[name] = 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
+@pytest.mark.usefixtures("one_rank", "gpu", "one_tile", "stock_cache_update", "one_thread")
+def test_requests_that_write_see_the_best_keys_of_their_middle(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long and short prompts, chunks beside decodes, middles that are empty, too small, just enough; one is preempted."""
+    monkeypatch.setattr(focused_worker, "WORKSPACE", 4 * 2 * 32 * 7)  # seven keys are turned back at once
+    prompts = {"long": 40, "short": 6, "middling": 31}
+    texts = {name: torch.randint(3, 512, (length + 12,)).tolist() for name, length in prompts.items()}
+    engine = Engine(tiny_llama, TOP_K, texts, prompts, monkeypatch)
+    assert engine.support.min_cg_support == AttentionCGSupport.NEVER
+    reference, expected = ReferenceLlama(tiny_llama), {}
+    for name, length in prompts.items():
+        seen = with_top_k(Geometry(5, 24, 24), length, range(1, 2), 3, 20)
+        expected[name] = reference.logprobs(texts[name], seen)
+        assert min(reference.margins) > 1e-5  # no two keys are equally good
+
+    def check(tokens: dict[str, int]) -> None:
+        for name, ours in engine.step(tokens).items():
+            end = engine.computed[name]
+            torch.testing.assert_close(ours, expected[name][end - tokens[name] : end], atol=1e-4, rtol=0)
+
+    check({"long": 30})
+    check({"short": 5, "long": 8})
+    check({"long": 1, "middling": 30})  # its last token but one: it does not write yet
+    assert not engine.looked_up
+    check({"long": 1, "short": 1, "middling": 1})
+    assert engine.looked_up == {"model.layers.1.self_attn.attn"}
+    for _ in range(2):
+        check({"middling": 1, "long": 1, "short": 1})
+    engine.preempt("long")
+    check({"short": 1, "long": 39})
+    for _ in range(4):
+        check({"long": 1})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
+@pytest.mark.usefixtures("one_rank", "gpu", "host", "one_tile", "stock_cache_update", "one_thread")
+def test_the_middle_grows_with_a_step_under_way(small_llama: Path) -> None:
+    """Of requests that write, one of them preempted meanwhile; one ends by a token with its next step computed, one at once."""
+    pool = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 40, "max_model_len": 80}
+    engine = WholeEngine(small_llama, {"attention": TOP_K}, TopKRunner, [TopKScheduler, AsyncTopKScheduler], 1, **pool)
+    seen = {}
+
+    def add(name: str, prompt: list[int], new: int, **params: Any) -> Request:
+        seen[name] = with_top_k(Geometry(5, 24, 24), len(prompt), range(1, 2), 3, 20)
+        return engine.add(name, prompt, max_tokens=new, **params)
+
+    with set_current_vllm_config(engine.config):
+        first = add("first", text(31), 9)
+        add("one", text(5), 1)
+        other = add("other", text(28), 12)
+        while engine.scheduler.has_requests() or engine.under_way:
+            engine.step()
+            if first.num_output_tokens == 5 and "ends" not in seen:
+                stop = first.output_token_ids[1]
+                ends = add("ends", [*first.prompt_token_ids], 9, stop_token_ids=[stop])
+    for name, layers in seen.items():
+        engine.check(name, layers)
+    assert min(engine.reference.margins) > 1e-5
+    assert engine.stale == {"other"} and other.num_preemptions
+    assert engine.in_vain == {"ends"} and ends.status == RequestStatus.FINISHED_STOPPED
+    assert engine.is_empty()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
+@pytest.mark.usefixtures("one_rank", "gpu", "one_tile", "stock_cache_update", "one_thread")
+def test_it_is_the_official_code(goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says behind a prompt of 160 tokens, of which 22 stand between first tokens and window."""
+    case = goldens / "lminf_topk"
+    p = json.loads((case / "case.json").read_text())
+    ids, rows = np.load(case / "input_ids.npy").flatten().tolist(), np.load(case / "logprobs.npy")
+    length = 160
+    expected = torch.from_numpy(rows[np.load(case / "prefix_lengths.npy").tolist().index(length)])
+    engine = Engine(goldens / "models" / "llama", official_top_k(p), {"": ids[:length]}, {"": length}, monkeypatch)
+    engine.step({"": length - 1})
+    assert (engine.step({"": 1})[""][-1] - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.usefixtures("gpu")
+def test_engine_arguments_of_the_top_k_branch_on_cuda(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(tiny_llama)
+    assert config.use_v2_model_runner and config.scheduler_config.async_scheduling
+    assert config.scheduler_config.get_scheduler_cls() is AsyncTopKScheduler
+    assert configure(tiny_llama, async_scheduling=False).scheduler_config.get_scheduler_cls() is TopKScheduler
+    assert pool_beside_lookups(1 << 36, Lookup(3, None), 2) == (1 << 36) - 4 * 8 * WORKSPACE
+    mode = active_settings(config).mode
+    assert runner_class(mode, config) is TopKRunner
+    with pytest.raises(RuntimeError, match=r"longctx cannot run mode top-k on vLLM's .*gpu_model_runner"):
+        runner_class(mode, SimpleNamespace(use_v2_model_runner=False))
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("kwargs", "v2", "message"),
+    [
+        (
+            {"kv_cache_dtype": "fp8"},
+            True,
+            "attention.top_k does not run on CUDA with this setting: kv_cache_dtype = 'fp8'; leave",
+        ),
+        ({"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}, True, "with this setting: microbatches are on; leave"),
+        ({}, False, "with this setting: the Model Runner V1 is chosen; leave VLLM_USE_V2_MODEL_RUNNER out"),
+        ({"block_size": 48}, True, "setting: block_size = 48; with attention.top_k give a power of two"),
+    ],
+)
+def test_what_the_top_k_branch_cannot_do_on_cuda_is_refused(
+    kwargs: dict[str, Any], v2: bool, message: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(v2)))
+    with pytest.raises(LongContextError, match=message):
+        configure(tiny_llama, **kwargs)

@@ -1,0 +1,225 @@
+"""Where the trainer trains and what it needs there. No GPU is touched: what torch and the driver would say is put in place."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, MistralForCausalLM
+from vllm.platforms import current_platform
+
+from vllm_longctx import BOOKLM
+from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError, TrainerSection
+from vllm_longctx.settings import Adaptation, TrainerSettings
+from vllm_longctx.startup import trainer as device
+from vllm_longctx.startup.trainer import Shape, check_trainer
+from vllm_longctx.temp_lora import client
+from vllm_longctx.temp_lora.messages import Options, Recipe
+from vllm_longctx.trainer import sidecar
+from vllm_longctx.trainer.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LLAMA_2_7B = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch):
+    def have(number: int) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+        monkeypatch.setattr(current_platform, "is_cuda", lambda: number > 0)
+
+    return have
+
+
+def test_the_engines_own_device_is_the_default(gpus):
+    def found(**given) -> tuple[str, bool]:
+        trainer = TrainerSettings.of(TrainerSection(**given))
+        return trainer.device, trainer.recompute
+
+    assert found() == ("cpu", False)
+    gpus(2)
+    assert found() == found(device="cuda") == ("cuda:0", True)
+    assert found(device="cuda:1") == ("cuda:1", True)
+    assert found(recompute=False) == ("cuda:0", False) and found(device="cpu") == ("cpu", False)
+
+
+@pytest.mark.parametrize(
+    ("number", "trainer", "reason"),
+    [
+        (0, {"device": "cuda"}, "device = 'cuda', but torch sees no GPU; name another, or leave it out"),
+        (2, {"device": "cuda:2"}, "device = 'cuda:2', but torch sees 2 GPUs, cuda:0 to cuda:1; name another"),
+        (2, {"device": "cpu", "attention": "xformers"}, "'xformers' needs a GPU, but adaptation.trainer.device is cpu"),
+        (2, {"attention": "xformers"}, "xformers is not installed here; install it .*, or leave attention out"),
+    ],
+)
+def test_what_is_not_there_is_refused(gpus, monkeypatch: pytest.MonkeyPatch, number: int, trainer: dict, reason: str):
+    gpus(number)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LongContextError, match=reason):
+        check_trainer(TrainerSettings.of(TrainerSection(**trainer)))
+    check_trainer(TrainerSettings.of(TrainerSection()))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "reason"),
+    [
+        ({"device": "gpu"}, r"adaptation.trainer.device = 'gpu': String should match pattern .*cpu\|cuda"),
+        ({"attention": "flash"}, "adaptation.trainer.attention = 'flash': Input should be 'sdpa' or 'xformers'"),
+        ({"device": "cpu", "address": "ipc:///x"}, "device has no effect beside address"),
+    ],
+)
+def test_what_nobody_has_is_refused(trainer: dict, reason: str):
+    with pytest.raises(LongContextError, match=reason):
+        LongContextConfig.parse({"adaptation": {"trainer": trainer}})
+
+
+def test_a_trainer_that_runs_elsewhere_is_still_one_when_written_out():
+    config = LongContextConfig.parse({"adaptation": {"trainer": {"address": "ipc:///x"}}})
+    assert LongContextConfig.parse(config.dump()) == config
+
+
+def settings(**given) -> Adaptation:
+    sizes = {"rank": 4, "max_rank": 4, "slots": 2, "block_tokens": 32, "train_context_tokens": 31}
+    return Adaptation.of(AdaptationSection(**{**sizes, **given}))
+
+
+def test_adapters_are_counted_as_they_are(tiny_llama: Path):
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained(tiny_llama))
+    shape = Shape.of(AutoConfig.from_pretrained(tiny_llama), torch.float32)
+    assert shape.adapted_features == sum(map(sum, trainer.modules.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_about_what_autograd_keeps(tiny_llama: Path, dtype: torch.dtype, recompute: bool):
+    """Counted where autograd saves them. `recompute` keeps a layer's while it is computed again, which this does not see."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=dtype)
+    trainer, tokens = Trainer(model, recompute), 64
+    trainer.begin(1, Recipe(rank=4, dropout=0.1))
+    trainer._model.set_adapter("owner-1")
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(x.untyped_storage().data_ptr(), x)
+        return x
+
+    ids = torch.arange(tokens)[None]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    assert hidden.requires_grad
+    measured = sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in weights)
+    shape = Shape.of(model.config, dtype)
+    wider_masks = 3 * (5 * shape.hidden + shape.query + shape.intermediate)  # a dropout mask has 4 bytes on the CPU, 1 on a GPU
+    per_layer = shape.hidden * shape.itemsize if recompute else shape.activation_bytes + wider_masks
+    last_norm = 4 * shape.hidden
+    assert measured < 1.05 * tokens * (shape.layers * per_layer + last_norm) < 1.3 * measured
+
+
+def test_what_training_a_7b_model_needs():
+    """Rank 64 on all linear layers is 160M values, so 1.8 GiB a stream with AdamW's; 4K tokens keep 47 GiB, or 2 and 1.2."""
+    shape, gib = Shape.of(LLAMA_2_7B, torch.bfloat16), 2**30
+    assert 64 * shape.adapted_features == 159907840  # peft's count of trainable parameters
+
+    def need(slots: int, recompute: bool) -> float:
+        sizes = {"max_rank": 64, "block_tokens": 1024, "train_context_tokens": 3071}
+        one = settings(**sizes, slots=slots, trainer=TrainerSection(recompute=recompute))
+        return shape.training_bytes(one) / gib
+
+    recomputed, kept, eight = need(1, True), need(1, False), need(8, True)
+    assert 7 < recomputed < 9.5
+    assert 40 < kept < 50
+    assert eight - recomputed == pytest.approx(7 * 3 * 4 * 159907840 / gib)
+
+
+def test_too_little_memory_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch):
+    options = Options(address="", model=str(BOOKLM), dtype="float32", device="cuda:1")
+    need = client.weight_bytes(str(BOOKLM), torch.float32) + 2**30
+    monkeypatch.setattr(client, "free_bytes", lambda where: need if where == torch.device("cuda:1") else 0)
+    client.check_memory(options, 2**30)
+    with pytest.raises(LongContextError, match=r"on cuda:1 \(.*, 1\.00 to train\).* lower gpu_memory_utilization, adapt"):
+        client.check_memory(options, 2**30 + 1)
+
+
+def test_free_memory_is_the_drivers(monkeypatch: pytest.MonkeyPatch):
+    class Nvml:
+        open = 0
+
+        def nvmlInit(self):
+            self.open += 1
+
+        def nvmlShutdown(self):
+            self.open -= 1
+
+        def nvmlDeviceGetHandleByIndex(self, index):
+            return index
+
+        def nvmlDeviceGetMemoryInfo(self, handle):
+            assert self.open
+            return type("Memory", (), {"free": 1000 + handle})
+
+    nvml: Any = Nvml()
+    monkeypatch.setattr(device, "import_pynvml", lambda: nvml)
+    monkeypatch.setattr(current_platform, "visible_device_id_to_physical_device_id", lambda index: index + 4)
+    assert device.free_bytes(torch.device("cuda:1")) == 1005 and not nvml.open
+    nvml.NVMLError, nvml.nvmlInit = LookupError, {}.popitem  # it raises: KeyError is a LookupError
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda where: (77, 99))
+    assert device.free_bytes(torch.device("cuda:1")) == 77
+
+
+class Window:
+    """xformers' biases, as far as they are used, as the mask [tokens, tokens] that they stand for."""
+
+    def __init__(self, size: int | None = None):
+        self.size = size
+
+    @classmethod
+    def from_seqlens(cls, seqlens: list[int]) -> "Window":
+        return cls(*seqlens)
+
+    def make_local_attention(self, size: int) -> "Window":
+        return Window(size)
+
+    def mask(self, tokens: int) -> torch.Tensor:
+        mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        return mask if self.size is None else mask.triu(1 - self.size)
+
+
+def attend(query, key, value, attn_bias, p, scale):
+    """xformers' `memory_efficient_attention`: [1, tokens, heads, head_size], as many KV heads as query heads."""
+    assert query.shape == key.shape == value.shape and p == 0
+    attended.append(attn_bias.size)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    mask = attn_bias.mask(query.shape[1])
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+attended: list[int | None] = []
+
+
+@pytest.mark.parametrize(("window", "tokens"), [(None, 40), (16, 40), (40, 40)])
+def test_xformers_is_asked_for_the_same_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int | None, tokens: int
+):
+    ops = SimpleNamespace(memory_efficient_attention=attend, LowerTriangularMask=Window)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    monkeypatch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", SimpleNamespace(BlockDiagonalCausalMask=Window))
+    attended.clear()
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MistralConfig(vocab_size=64, num_hidden_layers=2, sliding_window=window, **sizes)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    runs = []
+    for name in ("sdpa", "xformers"):
+        options = Options(address="", model=str(tmp_path), dtype="float32", attention=name)
+        trainer = sidecar.prepare(options, None)._trainer
+        trainer.begin(1, Recipe(rank=4, learning_rate=1e-2, warmup_blocks=0))
+        losses = trainer.train(1, 1, [3 * i % 64 for i in range(tokens)], 16)
+        runs.append((losses, trainer.weights(1)))
+    assert attended == 2 * 2 * [None if window in (None, tokens) else window]  # layers, epochs
+    assert runs[0][0] == pytest.approx(runs[1][0], abs=1e-5)
+    for name, pair in runs[0][1].items():
+        torch.testing.assert_close(runs[1][1][name], pair, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,177 @@
+"""What users may write, and the message each mistake gets."""
+
+import pytest
+
+from vllm_longctx.config import LongContextConfig, LongContextError, RequestOptions
+from vllm_longctx.geometry import Geometry
+from vllm_longctx.settings import Adaptation, Settings, for_model
+
+TRAINED = 4096
+KV_BLOCK = 32
+NUM_LAYERS = 6
+
+
+def geometry(value: object) -> Geometry:
+    return Settings.of(for_model(LongContextConfig.parse(value), TRAINED, KV_BLOCK, NUM_LAYERS, {})).geometry
+
+
+@pytest.mark.parametrize("value", [{}, {"preset": "lm-infinite"}, '{"attention": {"method": "lm_infinite"}}'])
+def test_lm_infinite_takes_its_lengths_from_the_model(value: object) -> None:
+    assert geometry(value) == Geometry(10, 4096, 4096, "relative")
+
+
+def test_streaming_takes_its_lengths_from_the_model() -> None:
+    assert geometry({"preset": "streaming"}) == Geometry(4, 4092, None, "in_cache")
+
+
+def test_keys_override_the_preset() -> None:
+    value = {"preset": "streaming", "attention": {"n_global": 8, "n_local": 100}}
+    assert geometry(value) == Geometry(8, 100, None, "in_cache")
+
+
+def test_a_filled_in_configuration_survives_the_way_to_another_process() -> None:
+    for value in ({}, {"preset": "streaming"}, {"attention": {"n_local": 64, "n_global": 0}}):
+        filled = LongContextConfig.parse(value).for_model(TRAINED, KV_BLOCK, NUM_LAYERS, {})
+        assert Settings.of(LongContextConfig.parse(filled.dump())) == Settings.of(filled)
+
+
+def test_method_none_changes_nothing() -> None:
+    assert LongContextConfig.parse({"attention": {"method": "none"}}).mode.is_plain
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"atention": {}}, r"longctx: unknown key 'atention'; did you mean 'attention'\?"),
+        ({"attention": {"n_globl": 1}}, r"longctx.attention: unknown key 'n_globl'; did you mean 'n_global'\?"),
+        ({"attention": {"zzz": 1}}, r"longctx.attention: unknown key 'zzz'; known keys: method, n_global"),
+        ({"preset": "lm-infinit"}, r"longctx: unknown preset 'lm-infinit'; presets: lm-infinite, streaming"),
+        ({"attention": {"method": "magic"}}, r"longctx.attention.method = 'magic': Input should be 'lm_infinite'"),
+        ({"attention": {"n_local": 0}}, r"longctx.attention.n_local = 0: Input should be greater than or equal to 1"),
+        ({"attention": {"n_local": "4096"}}, r"longctx.attention.n_local = '4096': Input should be a valid integer"),
+        ({"attention": {"n_global": -1}}, r"longctx.attention.n_global = -1: Input should be greater"),
+        ({"attention": {"n_global": 9, "n_local": 8}}, r"n_global = 9 is more than n_local = 8; lower n_global"),
+        ({"attention": {"method": "focused", "n_global": 4}}, r"n_global has no effect with method focused; leave it out"),
+        ({"attention": {"mem_layers": [1]}}, r"mem_layers has no effect with method lm_infinite; leave it out"),
+        ({"attention": {"method": "focused", "lookup": "top_k"}}, r"lookup = 'top_k' needs top_k; give both"),
+        ({"attention": {"method": "focused", "top_k": 8}}, r"top_k = 8 needs lookup top_k or blocks; give both"),
+        ({"attention": {"method": "focused", "top_k": 0}}, r"longctx.attention.top_k = 0: Input should be greater"),
+        ({"attention": {"method": "focused"}, "adaptation": {}}, r"adaptation does not go with attention.method focused"),
+        ({"adaptation": {"rnk": 8}}, r"longctx.adaptation: unknown key 'rnk'; did you mean 'rank'\?"),
+        ({"adaptation": {"rank": 0}}, r"longctx.adaptation.rank = 0: Input should be greater"),
+        (
+            {"adaptation": {"trainer": {"threads": "2"}}},
+            r"longctx.adaptation.trainer.threads = '2': Input should be",
+        ),
+        ({"attention": {"method": "streaming", "distances": "relative"}}, r"for relative distances use lm_infinite"),
+        ({"attention": {"method": "streaming", "distance_ceiling": 5}}, r"distance_ceiling = 5 has no effect"),
+        ({"attention": {"method": "none", "n_local": 5}}, r"method none takes no other keys, but n_local was given"),
+        ({"attention": 5}, r"longctx.attention = 5"),
+        ({"serving": {"default_max_tokens": 0}}, r"longctx.serving.default_max_tokens = 0: Input should be greater"),
+        ({"serving": {}, "attention": {"method": "none"}}, r"longctx: serving has no effect with attention.method none"),
+        ([], r"longctx: expected a mapping such as \{'preset': 'lm-infinite'\}, got \[\]"),
+        ("{", r"longctx: not valid JSON .* at character 1\): \{"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(value: object, message: str) -> None:
+    with pytest.raises(LongContextError, match=message):
+        LongContextConfig.parse(value)
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ({"n_local": 8192}, r"attention.n_local = 8192, but the model was trained on 4096 tokens; lower it, or set"),
+        ({"distance_ceiling": 5000}, r"attention.distance_ceiling = 5000, but the model was trained on 4096 tokens"),
+        ({"method": "streaming", "n_local": 4096}, r"n_global \+ attention.n_local = 4100, but the model was trained"),
+        ({"n_global": 5000}, r"attention.n_global = 5000 is more than attention.n_local = 4096"),
+    ],
+)
+def test_lengths_beyond_the_trained_length_need_an_explicit_override(attention: dict, message: str) -> None:
+    with pytest.raises(LongContextError, match=message):
+        geometry({"attention": attention})
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "caches_prefixes", "n_local"),
+    [
+        (4096, None, True, 4096),
+        (4100, None, True, 4096),
+        (4100, None, False, 4100),
+        (4100, 500, False, 500),
+        (20, None, True, 20),
+    ],
+)
+def test_stepped_windows_are_whole_blocks_where_prefixes_are_cached(
+    trained: int, given: int | None, caches_prefixes: bool, n_local: int
+) -> None:
+    attention = {"method": "focused", "mem_layers": [1]} | ({} if given is None else {"n_local": given})
+    config = LongContextConfig.parse({"attention": attention}).for_model(trained, KV_BLOCK, NUM_LAYERS, {}, caches_prefixes)
+    assert config.attention.n_local == n_local
+
+
+@pytest.mark.parametrize(("n_local", "near"), [(500, "480 or 512"), (20, "32")])
+def test_a_stepped_window_that_would_never_be_hit_is_refused(n_local: int, near: str) -> None:
+    value = {"attention": {"method": "focused", "mem_layers": [1], "n_local": n_local}}
+    with pytest.raises(
+        LongContextError, match=rf"n_local = {n_local} is no multiple of block_size = 32, .*; give {near}, or turn"
+    ):
+        LongContextConfig.parse(value).for_model(TRAINED, KV_BLOCK, NUM_LAYERS, {})
+
+
+def test_the_explicit_override() -> None:
+    attention = {"n_local": 8192, "distance_ceiling": 6000, "allow_beyond_trained": True}
+    assert geometry({"attention": attention}) == Geometry(10, 8192, 6000)
+
+
+def adaptation(value: dict) -> Adaptation:
+    return Settings.of(for_model(LongContextConfig.parse(value), TRAINED, KV_BLOCK, NUM_LAYERS, {})).temp_lora
+
+
+def test_temp_lora_takes_its_sizes_from_the_window() -> None:
+    quality, economic = adaptation({"preset": "temp-lora-quality"}), adaptation({"preset": "temp-lora-economic"})
+    assert (quality.block_tokens, quality.context_tokens, quality.window_tokens, quality.kv_policy) == (
+        1024,
+        2048,
+        4096,
+        "reuse",
+    )
+    assert (economic.block_tokens, economic.context_tokens, economic.window_tokens) == (2048, 2016, 4096)
+    assert (quality.rank, quality.learning_rate, quality.warmup_blocks, quality.epochs) == (64, 5e-5, 2, 2)
+    sliding = adaptation({"attention": {"n_local": 512}, "adaptation": {}})
+    assert (sliding.kv_policy, sliding.block_tokens, sliding.train_context_tokens) == ("keep", 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("attention", "section", "message"),
+    [
+        (
+            "none",
+            {"window_tokens": 8192},
+            r"adaptation.window_tokens = 8192, but the model was trained on 4096 tokens; lower it",
+        ),
+        ("none", {"context_tokens": 4090}, r"context_tokens = 4090 leaves no room in adaptation.window_tokens = 4096"),
+        ("none", {"kv_policy": "keep"}, r"kv_policy = 'keep', but attention.method none takes reuse or recompute"),
+        ("lm_infinite", {"kv_policy": "reuse"}, r"Λ attention \(attention.method lm_infinite or streaming\) goes with keep"),
+        ("lm_infinite", {"context_tokens": 64}, r"context_tokens has no effect beside attention.method lm_infinite"),
+        (
+            "none",
+            {"block_tokens": 4096},
+            r"train_context_tokens \+ adaptation.block_tokens \+ 1 = 4097, but",
+        ),
+        ("none", {"rank": 64, "max_rank": 8}, r"adaptation.rank = 64 is above adaptation.max_rank = 8; raise max_rank"),
+        ("none", {"keep_first": 40}, r"adaptation.keep_first = 40 is more than a KV block of 32 tokens; lower it"),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_named(attention: str, section: dict, message: str) -> None:
+    with pytest.raises(LongContextError, match=message):
+        adaptation({"attention": {"method": attention}, "adaptation": section})
+
+
+def test_requests_adapt_when_they_ask_or_when_all_do() -> None:
+    asks, silent, declines = RequestOptions(temp_lora=True), RequestOptions(), RequestOptions(temp_lora=False)
+    opt_in, everyone = (adaptation({"preset": "temp-lora-quality", "adaptation": {"requests": r}}) for r in ("opt_in", "all"))
+    adapting = [s.for_request(o, TRAINED, KV_BLOCK) is not None for s in (opt_in, everyone) for o in (asks, silent, declines)]
+    assert adapting == [True, False, False, True, True, False]
+    with pytest.raises(LongContextError, match="rank has no effect without temp_lora; set temp_lora true, or leave it out"):
+        opt_in.for_request(RequestOptions(rank=8), TRAINED, KV_BLOCK)

@@ -1,0 +1,175 @@
+"""CrossBatch: the training forward against the float64 reference, exact resumption, and what is refused."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from tests.support.commands import run
+from tests.support.reference_model import ReferenceLlama, focused
+from vllm_longctx import BOOKLM
+from vllm_longctx.geometry import SteppedWindows
+from vllm_longctx.models.longllama import LongLlamaConfig
+from vllm_longctx.training.crossbatch import MemoryModel, scheduled
+from vllm_longctx.training.data import Documents
+from vllm_longctx.training.trainer import STATE_NAME, Trainer, load_llama
+
+C = 32
+WINDOWS = SteppedWindows(C, C)
+
+
+@pytest.mark.parametrize("mem_positionals", [True, False])
+def test_a_document_of_two_contexts_is_what_the_reference_says(tiny_llama: Path, mem_positionals: bool) -> None:
+    ids = torch.randint(512, (3, 2, C))
+    memory = MemoryModel(load_llama(tiny_llama), [0, 2], mem_positionals)
+    seen = focused(WINDOWS, 2 * C, [0, 2], mem_positionals)
+    expected = torch.stack([ReferenceLlama(tiny_llama).logprobs(row.flatten().tolist(), seen) for row in ids])
+    ours = memory.crossbatch(ids, documents=1).log_softmax(-1).flatten(1, 2)
+    assert torch.allclose(ours.double(), expected, atol=1e-4)
+
+
+def test_a_text_is_read_as_the_reference_says(tiny_llama: Path) -> None:
+    ids, windows = (
+        torch.randint(512, (2, 150)),
+        SteppedWindows(C, 20),
+    )  # the last 20 of the prompt, then 10 more, then a new one
+    memory = MemoryModel(load_llama(tiny_llama), [1, 2])
+    parts = [memory.model.lm_head(hidden) for _, hidden in memory.read(ids, windows, prompt_length=130)]
+    seen = focused(windows, 130, [1, 2])
+    expected = torch.stack([ReferenceLlama(tiny_llama).logprobs(row.tolist(), seen) for row in ids])
+    assert [part.shape[1] for part in parts] == [32, 32, 32, 14, 32, 8]
+    assert torch.allclose(torch.cat(parts, 1).log_softmax(-1).double(), expected, atol=1e-4)
+
+
+def test_other_documents_are_seen_and_learn() -> None:
+    config = LongLlamaConfig(vocab_size=90, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    memory = MemoryModel(LlamaForCausalLM(config), [1])
+    ids = torch.randint(30, (3, 2, 8)) + torch.tensor([0, 30, 60])[:, None, None]  # no token is in two documents
+    embedding = memory.model.model.embed_tokens.weight
+    logits = {}
+    for d, learn in ((1, [True, False, False]), (2, [True, False, True]), (3, [True, True, True])):
+        logits[d] = memory.crossbatch(ids, d)
+        (grad,) = torch.autograd.grad(logits[d][0, 1].logsumexp(-1).sum(), embedding)
+        assert [bool(part.any()) for part in grad.split(30)] == learn
+    assert torch.equal(logits[1][:, 0], logits[3][:, 0]) and not torch.allclose(logits[1][:, 1], logits[2][:, 1])
+    with pytest.raises(ValueError, match="d = 4: give 1 to 3, the documents of a batch"):
+        memory.crossbatch(ids, 4)
+
+
+def test_d_has_equal_shares_of_the_steps() -> None:
+    assert [scheduled(step, 7, [1, 2, 8]) for step in range(7)] == [1, 1, 1, 2, 2, 8, 8]
+
+
+def test_batches_are_consecutive_contexts_of_different_documents() -> None:
+    documents = Documents(["a", "b", "c"], [torch.arange(n, n + 300) for n in (1000, 2000, 3000)], [7])
+    inputs, targets = documents.batch(0, step=3, rows=3, contexts=2, context_tokens=10)
+    assert (inputs[:, 0, 0] == 7).all() and sorted((targets[:, 0, 0] // 1000).tolist()) == [1, 2, 3]
+    first = targets[:, :1, :1]
+    assert torch.equal(targets.flatten(1), (first + torch.arange(20)).flatten(1))
+    assert torch.equal(inputs.flatten(1)[:, 1:], targets.flatten(1)[:, :-1])
+    assert torch.equal(inputs, documents.batch(0, 3, 3, 2, 10)[0]) and not torch.equal(
+        inputs, documents.batch(0, 4, 3, 2, 10)[0]
+    )
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts")
+    for number in range(4):
+        (path / f"{number}.txt").write_text(
+            f"Chapter {number}. " + f"It was the {number}th day of the voyage, and no land. " * 9
+        )
+    return path
+
+
+def words(texts: Path, out: Path, **options: object) -> list[str]:
+    given = {"context-tokens": 16, "batch": 3, "schedule": "1,3", "steps": 5, "save-every": 2, "mem-layers": "4,2"} | options
+    return ["train-focused", f"--texts={texts}", f"--out={out}", *(f"--{name}={value}" for name, value in given.items())]
+
+
+def test_a_training_that_was_killed_goes_on_to_the_same_end(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*words(texts, whole, validation=texts))[0] == 0
+    train = Trainer.train
+
+    def killed(self: Trainer, *batch: torch.Tensor) -> dict[str, float]:
+        if self.step == 3:
+            raise SystemExit(9)
+        return train(self, *batch)
+
+    monkeypatch.setattr(Trainer, "train", killed)
+    assert run(*words(texts, parts, validation=texts))[0] == 9 and not (parts / "config.json").exists()
+    monkeypatch.undo()
+    code, output = run(*words(texts, parts, validation=texts, steps=6), "--resume")
+    assert code == 2 and "was made with steps = 5, not 6: resume it with that" in output
+    assert run(*words(texts, parts, validation=texts), "--resume")[0] == 0
+    for name in ("model.safetensors", "losses.jsonl"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+
+    rows = [json.loads(line) for line in (whole / "losses.jsonl").read_text().splitlines()]
+    assert [row["d"] for row in rows] == [1, 1, 1, 3, 3] and [row["step"] for row in rows if "validation" in row] == [2, 4, 5]
+    assert rows[-1]["memory"] < rows[0]["memory"] and rows[-1]["validation"]["first"] < rows[1]["validation"]["first"]
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "config.json", "losses.jsonl", "losses.png", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    config = json.loads((whole / "config.json").read_text())
+    assert config["architectures"] == ["LongLlamaForCausalLM"] and config["model_type"] == "longllama"
+    assert config["mem_layers"] == [2, 4] and config["mem_positionals"] is True and config["mem_dtype"] == "bfloat16"
+    assert config["max_position_embeddings"] == 16 and config["last_context_length"] == 8
+    assert AutoTokenizer.from_pretrained(whole)("a")["input_ids"] == AutoTokenizer.from_pretrained(BOOKLM)("a")["input_ids"]
+    assert load_llama(whole).config.mem_layers == [2, 4]
+
+
+def test_a_checkpoint_is_on_disk_before_what_made_it_is_removed(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    synced, at_removal = set(), []
+    fsync, unlink = os.fsync, Path.unlink
+
+    def recorded(fd: int) -> None:
+        synced.add(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    def removed(path: Path, **kwargs: bool) -> None:
+        if path.name == STATE_NAME:
+            at_removal.append(set(synced))
+        unlink(path, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(Path, "unlink", removed)
+    assert run(*words(texts, tmp_path / "out", steps=3))[0] == 0
+    (before,) = at_removal
+    assert before >= {"out", "model.safetensors", "config.json", "tokenizer.json"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mem-layers": "2,6"}, "mem_layers = [2, 6]: give different layers from 0 to 5"),
+        ({"mem-layers": "2,x"}, "--mem-layers 2,x: give whole numbers such as 2,4"),
+        ({"schedule": "1,4"}, "schedule of d = [1, 4]: a batch of 3 documents has no 4"),
+        ({"schedule": "0,1"}, "schedule of d = [0, 1]: give numbers from 1 up"),
+        ({"contexts": 1}, "contexts = 1: give at least 2"),
+        ({"context-tokens": 100}, "tokens, but a document must fill its contexts, 200 tokens and one more; join"),
+        ({"batch": 5}, "--texts has 4 documents, fewer than --batch 5; lower it"),
+        ({"texts": "NOWHERE"}, "no .txt file in"),
+        ({"out": "TEXTS"}, "is not empty: give a new directory, or --resume"),
+        ({"resume": None}, "--resume: there is no"),
+        ({"model": "OTHER"}, "has model_type 'gpt2'; LongLLaMA's checkpoints hold the weights of llama, mistral, longllama"),
+        ({"dtype": "int8"}, "--dtype int8 --mem-dtype bfloat16: each is one of float32, bfloat16"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(options: dict[str, object], message: str, texts: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "gpt2"}')
+    places = {"NOWHERE": tmp_path / "none", "TEXTS": texts, "OTHER": other}
+    given = {name: places.get(str(value), value) for name, value in options.items()}
+    arguments = words(given.pop("texts", texts), given.pop("out", tmp_path / "out"), **given)
+    code, output = run(*(word.removesuffix("=None") for word in arguments))
+    assert code == 2 and message in output and not (tmp_path / "out").exists()

@@ -1,0 +1,10 @@
+"""The command line, in this process."""
+
+from typer.testing import CliRunner
+
+from vllm_longctx.cli.main import app
+
+
+def run(*words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(words))
+    return result.exit_code, " ".join((result.stdout + result.stderr).split())

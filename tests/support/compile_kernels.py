@@ -1,0 +1,264 @@
+"""Compiles the Triton kernels for an H100 on a machine without a GPU, down to machine code; prints what each one takes.
+
+    python tests/support/compile_kernels.py [case ...]       every case by default; exits with 1 where one does not compile
+
+The interpreter runs kernels as numpy and accepts what the compiler refuses (types that do not agree, shapes that are no power
+of two) and what the chip refuses (too much shared memory). So for every kernel, add cases to CASES: functions that call the
+kernel's public launcher on `meta` tensors of real shapes. Inside `compiling()` a launch compiles exactly the specialisation
+that the launch would have run, and runs nothing. Kernels must have been imported without TRITON_INTERPRET.
+"""
+
+import contextlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from vllm_longctx.cuda.kernels.lambda_attention import lambda_attention
+from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
+from vllm_longctx.cuda.kernels.lambda_tile import View
+from vllm_longctx.cuda.kernels.lookup import Memories, Summaries, attend_best
+from vllm_longctx.cuda.kernels.stepped import stepped_attention
+from vllm_longctx.geometry import Geometry
+
+H100_SMS, H100_SHARED = 132, 227 * 1024  # multiprocessors; bytes of shared memory a program can have
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """registers: per thread. spilled: bytes of local memory per thread. shared: bytes per program. tensor_cores: PTX's name."""
+
+    kernel: str
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+    tensor_cores: str
+
+
+@contextlib.contextmanager
+def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
+    """Inside, launching a kernel only compiles it, and adds what it takes to the list."""
+    compiled: list[Compiled] = []
+
+    def run(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
+        given = dict(zip(self.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in self.arg_names}
+        options = {k: v for k, v in kwargs.items() if k not in self.arg_names}
+        signature, constants, attributes = {}, {}, {}
+        for number, parameter in enumerate(self.params):
+            value = given.get(parameter.name, parameter.default)
+            specialised = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+                continue
+            signature[parameter.name] = _type(value)
+            if specialised and (isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)):
+                attributes[(number,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self, signature, constants, attributes)
+        compiled.append(_resources(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield compiled
+
+
+def _type(value: object) -> str:
+    if isinstance(value, Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    assert isinstance(value, int), value
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _resources(kernel: object) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    instruction = re.search(r"\b(wgmma|mma)\.", kernel.asm["ptx"])
+    m = kernel.metadata
+    return Compiled(m.name, registers, stack + local, m.shared, m.num_warps, instruction[1] if instruction else "-")
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+RELATIVE, ABOVE = Geometry(10, 4096, 4096), Geometry(10, 4096, 8192)  # ABOVE: a ceiling above the window
+IN_CACHE = Geometry(4, 2044, None, "in_cache")
+
+
+def launch_lambda(
+    which: str,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    geometry: Geometry = RELATIVE,
+    rotary_dim: int | None = None,
+    is_neox: bool = True,
+    alibi: bool = False,
+    soft_cap: float = 0.0,
+    cache_dtype: torch.dtype | None = None,
+    rows: int = 16,
+    tokens: int = 2048,
+    with_lse: bool = False,
+) -> None:
+    """One of the two Λ kernels, `decode` (with its merge) or `prefill`, at a model's shape."""
+    rotary_dim = 0 if alibi else head_size if rotary_dim is None else rotary_dim
+    view = View(geometry, rotary_dim, is_neox, meta(heads, dtype=torch.float32) if alibi else None, soft_cap)
+    cache = meta(1000, kv_heads, 32, 2 * head_size, dtype=cache_dtype or dtype).transpose(1, 2)
+    queries = rows if which == "decode" else tokens
+    query = meta(queries, heads, head_size, dtype=dtype)
+    angles = [(meta(n, rotary_dim // 2, dtype=torch.float32),) * 2 for n in (queries, geometry.n_global)]
+    lse = meta(queries, heads, dtype=torch.float32) if with_lse else None
+    common = (*cache.split(head_size, dim=-1), meta(rows, 1 << 15, dtype=torch.int32), meta(rows, dtype=torch.int32))
+    if which == "decode":
+        splits = decode_splits(view, rows, kv_heads, H100_SMS, 1 << 20)
+        workspace = decode_workspace(rows, heads, head_size, splits, torch.device("meta"))
+        lambda_decode(query, *common, *angles, view, 1.0, torch.empty_like(query), workspace, splits, lse=lse)
+    else:
+        starts = meta(rows + 1, dtype=torch.int32)
+        lambda_attention(query, *common, starts, tokens, *angles, view, 1.0, torch.empty_like(query), lse=lse)
+
+
+F16, BF16, F32, F8 = torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn
+CASES: dict[str, Callable[[], None]] = {
+    f"lambda {which}, {name}": partial(launch_lambda, which, *arguments, **options)
+    for which in ("decode", "prefill")
+    for name, arguments, options in (
+        ("7B float16", (F16, 32, 32, 128), {}),
+        ("8B bfloat16", (BF16, 32, 8, 128), {}),
+        ("8B bfloat16, one row", (BF16, 32, 8, 128), {"rows": 1}),
+        ("8B bfloat16, ceiling above the window", (BF16, 32, 8, 128), {"geometry": ABOVE}),
+        ("8B bfloat16, in the cache", (BF16, 32, 8, 128), {"geometry": IN_CACHE}),
+        ("8B bfloat16, no first tokens", (BF16, 32, 8, 128), {"geometry": Geometry(0, 4096)}),
+        ("8B bfloat16, one first token", (BF16, 32, 8, 128), {"geometry": Geometry(1, 4096, 4096)}),
+        ("8B bfloat16, plain attention", (BF16, 32, 8, 128), {"geometry": Geometry()}),
+        ("8B bfloat16, float8 cache", (BF16, 32, 8, 128), {"cache_dtype": F8}),
+        ("8B bfloat16, log-sum-exps", (BF16, 32, 8, 128), {"with_lse": True}),
+        ("8B float32", (F32, 32, 8, 128), {}),
+        ("GPT-J bfloat16, partial and interleaved", (BF16, 16, 16, 256), {"rotary_dim": 64, "is_neox": False}),
+        ("MPT float16, ALiBi", (F16, 32, 32, 128), {"alibi": True}),
+        ("MPT bfloat16, ALiBi in the cache", (BF16, 32, 32, 128), {"alibi": True, "geometry": IN_CACHE}),
+        ("Gemma bfloat16, head 256, soft cap", (BF16, 16, 8, 256), {"soft_cap": 50.0}),
+        ("head 80 float16", (F16, 32, 32, 80), {"rotary_dim": 32}),
+        ("head 96 bfloat16", (BF16, 32, 32, 96), {}),
+        ("head 64 bfloat16, group 7", (BF16, 14, 2, 64), {}),
+        ("MQA bfloat16, group 71", (BF16, 71, 1, 64), {}),
+        ("head 32 float16", (F16, 8, 4, 32), {}),
+        ("head 256 float32", (F32, 16, 8, 256), {}),
+    )
+}
+
+
+def launch_lookup(
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    tokens: int = 1,
+    block_size: int = 32,
+    share: float | None = None,
+) -> None:
+    """A memory layer's lookup in a million keys and its window: 16 rows that decode, or one that reads `tokens` tokens."""
+    rows = 16 if tokens == 1 else 1
+    cache = meta(100, kv_heads, block_size, 2 * head_size, dtype=dtype).transpose(1, 2)
+    caches, table = cache.split(head_size, dim=-1), meta(rows, (1 << 20) // block_size, dtype=torch.int32)
+    lens, query = meta(rows, dtype=torch.int32), meta(rows, tokens, heads, head_size, dtype=dtype)
+    memories = Memories(*caches, table, lens, lens, 1 << 20, Summaries.like(caches[0]))
+    flat = query.flatten(0, 1)
+    branch = [x.flatten(0, 1) for x in attend_best(query, memories, 64, 1.0, share)]
+    starts = meta(rows + 1, dtype=torch.int32)
+    stepped_attention(flat, *caches, table, lens, lens, starts, tokens, 1.0, torch.empty_like(flat), (branch[0], branch[1]))
+
+
+CASES |= {
+    f"lookup, {name}": partial(launch_lookup, *arguments, **options)
+    for name, arguments, options in (
+        ("3B float16", (F16, 32, 32, 100), {}),
+        ("8B bfloat16", (BF16, 32, 8, 128), {}),
+        ("8B bfloat16 by blocks", (BF16, 32, 8, 128), {"share": 0.1}),
+        ("8B bfloat16, chunk", (BF16, 32, 8, 128), {"tokens": 128}),
+        ("8B bfloat16, chunk by blocks", (BF16, 32, 8, 128), {"tokens": 128, "share": 0.1}),
+        ("8B bfloat16, blocks of 16", (BF16, 32, 8, 128), {"block_size": 16}),
+        ("8B bfloat16, blocks of 256", (BF16, 32, 8, 128), {"block_size": 256, "share": 0.1}),
+        ("8B float32", (F32, 32, 8, 128), {}),
+        ("8B float32, chunk by blocks", (F32, 32, 8, 128), {"tokens": 128, "share": 0.1}),
+        ("head 80 float16, group 7", (F16, 28, 4, 80), {}),
+        ("head 256 bfloat16, chunk", (BF16, 16, 8, 256), {"tokens": 128, "share": 0.1}),
+        ("head 256 float32, chunk", (F32, 16, 8, 256), {"tokens": 128}),
+    )
+}
+
+
+def launch_stepped(dtype: torch.dtype, heads: int, kv_heads: int, head_size: int, tokens: int, block_size: int = 32) -> None:
+    """Stepped windows alone: 16 rows of which each reads `tokens` tokens."""
+    rows = 16
+    cache = meta(100, kv_heads, block_size, 2 * head_size, dtype=dtype).transpose(1, 2)
+    table, query = meta(rows, (1 << 20) // block_size, dtype=torch.int32), meta(rows * tokens, heads, head_size, dtype=dtype)
+    starts, lens, begins = (meta(n, dtype=torch.int32) for n in (rows, rows, rows + 1))
+    caches = cache.split(head_size, dim=-1)
+    stepped_attention(query, *caches, table, starts, lens, begins, tokens, 1.0, torch.empty_like(query))
+
+
+CASES |= {
+    f"windows, {name}, {step}": partial(launch_stepped, *arguments, tokens)
+    for name, arguments in (
+        ("7B bfloat16", (BF16, 32, 32, 128)),
+        ("8B bfloat16", (BF16, 32, 8, 128)),
+        ("8B float32", (F32, 32, 8, 128)),
+        ("head 64 float16, group 7", (F16, 14, 2, 64)),
+        ("head 256 float32", (F32, 16, 8, 256)),
+    )
+    for step, tokens in (("decode", 1), ("chunk", 128))
+}
+
+
+def main(names: list[str]) -> int:
+    failed = 0
+    for name in names or CASES:
+        try:
+            with compiling() as kernels:
+                CASES[name]()
+        except Exception as error:  # whatever the compiler raises, the other cases are of interest
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+            failed += 1
+            continue
+        for k in kernels:
+            failed += k.shared > H100_SHARED
+            print(
+                f"{name}: {k.kernel}: {k.registers} registers, {k.spilled} bytes spilled, {k.shared / 1024:.0f} KiB shared,"
+                f" {k.warps} warps, {k.tensor_cores}" + (" TOO MUCH SHARED MEMORY" if k.shared > H100_SHARED else ""),
+                flush=True,
+            )
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,49 @@
+"""What a trainer process reports."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vllm_longctx.config import TrainerSection
+from vllm_longctx.settings import TrainerSettings
+from vllm_longctx.temp_lora import messages as m
+from vllm_longctx.temp_lora.client import TrainerClient
+
+TIMEOUT_S = 120  # a start takes a few seconds on an idle machine
+
+
+def client_of(
+    model: Path | str,
+    dtype: str = "float32",
+    *,
+    max_rank: int = 8,
+    num_slots: int = 3,
+    adapters_root: Path | None = None,
+    probe: Sequence[int] = (),
+    share: Callable[[], m.Share] | None = None,
+    **given: object,
+) -> TrainerClient:
+    """As the scheduler makes it. given: of a TrainerSection."""
+    trainer = TrainerSettings.of(TrainerSection(**given))
+    options = m.Options(
+        **{**m.taken(m.Options, trainer), "address": trainer.address or ""},
+        model=str(model),
+        dtype=dtype,
+        shares=share is not None,
+        adapters_root=None if adapters_root is None else str(adapters_root),
+        parent=os.getpid(),
+    )
+    return TrainerClient(options, trainer, max_rank=max_rank, num_slots=num_slots, probe=probe, share=share)
+
+
+def hear(client: TrainerClient, *kinds: type) -> list:
+    """All reports up to the first of one of the kinds."""
+    reports, end = [], time.monotonic() + TIMEOUT_S
+    while time.monotonic() < end:
+        client.wait(0.05)
+        for report in client.poll():
+            reports.append(report)
+            if isinstance(report, kinds):
+                return reports
+    raise AssertionError(f"none of {kinds} in {reports}")
