@@ -1,12 +1,13 @@
 """The scheduler's counts, vLLM's loggers with ours in front, and what `doctor` makes of a server's /metrics."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY, generate_latest
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backend import AttentionMetadataBuilder
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.metrics.loggers import LoggingStatLogger, StatLoggerManager
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
@@ -14,7 +15,9 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm_longctx import BOOKLM
 from vllm_longctx.cli.live import live_state, state_table
 from vllm_longctx.config import LongContextError
-from vllm_longctx.cpu.worker import take_selection_seconds
+from vllm_longctx.engine import rows
+from vllm_longctx.engine.layers import engine_backend
+from vllm_longctx.engine.rows import StepTimes
 from vllm_longctx.metrics import StepStats
 
 STREAMING = {"longctx": {"preset": "streaming"}}
@@ -175,11 +178,30 @@ def test_the_scheduler_is_ours_or_refused(config: VllmConfig) -> None:
         create(STREAMING, scheduler_cls="my.Scheduler")
 
 
-def test_seconds_of_all_groups_are_taken_once() -> None:
-    builders = [SimpleNamespace(seconds=s) for s in (0.25, 0.5, 1.0)]
-    groups = [SimpleNamespace(get_metadata_builder=lambda builder=builder: builder) for builder in builders]
-    runner: Any = SimpleNamespace(attn_groups=[groups[:2], groups[2:]])
-    assert (take_selection_seconds(runner), take_selection_seconds(runner)) == (1.75, 0.0)
+def test_seconds_of_all_groups_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a group's role is: each builder of an engine is timed, also one that fails."""
+    clock = iter([1.0, 1.25, 2.0, 2.5, 3.0, 4.0])
+    monkeypatch.setattr(rows.time, "perf_counter", lambda: next(clock))
+    step_rows = StepTimes()
+
+    class Stock(AttentionMetadataBuilder):
+        def __init__(self, outcome: Any):
+            self.outcome = outcome
+
+        def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+            return self.outcome["metadata"]
+
+    class Backend(CPUAttentionBackend):
+        @staticmethod
+        def get_builder_cls() -> Any:
+            return Stock
+
+    builder = engine_backend(Backend, step_rows, lambda spec: spec).get_builder_cls()
+    assert issubclass(builder, Stock) and builder.__name__ == "Stock"
+    assert [builder({"metadata": n}).build(0, None) for n in (1, 2)] == [1, 2]
+    with pytest.raises(KeyError):
+        builder({}).build(0, None)
+    assert (step_rows.take_selection_seconds(), step_rows.take_selection_seconds()) == (1.75, 0.0)
 
 
 def shown(url: str, text: str) -> list[list[str]]:

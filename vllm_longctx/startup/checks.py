@@ -9,7 +9,6 @@ from vllm_longctx.engine.kv_cache import FP8
 from vllm_longctx.engine.model import ADAPTABLE, check_load_format, rope_parameters
 from vllm_longctx.models import longllama
 from vllm_longctx.rotary import SCALINGS
-from vllm_longctx.settings import TrainerSettings
 from vllm_longctx.startup.platform import attention_backend, check_capability, on_cuda
 from vllm_longctx.startup.trainer import check_trainer
 
@@ -170,7 +169,7 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
             raise LongContextError(f"longctx cannot adapt here: {reason}")
     if adaptation.trainer.address is None and not on_cuda():  # there it may share the engine's weights
         check_load_format(vllm_config.load_config)
-    check_trainer(TrainerSettings.of(adaptation.trainer))
+    check_trainer(adaptation.trainer)
 
 
 def check_memory(vllm_config: VllmConfig) -> None:

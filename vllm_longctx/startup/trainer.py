@@ -11,19 +11,19 @@ import zmq
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import import_pynvml
 
-from vllm_longctx.config import LongContextError
+from vllm_longctx.config import LongContextError, TrainerSection
 from vllm_longctx.settings import Adaptation, TrainerSettings
 
 # Of a process on a GPU, in bytes: its CUDA context, cuBLAS's workspace, fragmentation. An estimate.
 OVERHEAD = 1 << 30
 
 
-def check_trainer(trainer: TrainerSettings) -> None:
+def check_trainer(trainer: TrainerSection) -> None:
     """Raises LongContextError if the trainer's device, CPUs or attention are not there, or nobody could be at its address."""
     check_cpus(trainer)
     if trainer.address is not None:
         check_address(trainer.address)
-    device = torch.device(trainer.device)
+    device = torch.device(TrainerSettings.of(trainer).device)
     if device.type == "cuda":
         found = torch.cuda.device_count()
         if device.index >= found:
@@ -44,7 +44,7 @@ def check_trainer(trainer: TrainerSettings) -> None:
             )
 
 
-def check_cpus(trainer: TrainerSettings) -> None:
+def check_cpus(trainer: TrainerSection) -> None:
     """Raises LongContextError for CPUs that this process may not use, and for more threads than CPUs."""
     allowed = sorted(os.sched_getaffinity(0))
     there = f"this process may use {', '.join(map(str, allowed))}"

@@ -24,7 +24,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 from tests.support.cuda_engine import CPU
 from tests.support.engine_args import create
 from tests.support.lora_adapters import write_adapter, write_bad_adapters
-from vllm_longctx.cpu.lora import LongContextRunner, SegmentedPunica
+from vllm_longctx.cpu.lora import SegmentedPunica
+from vllm_longctx.cpu.runner import LongContextRunner
 from vllm_longctx.engine import lora
 from vllm_longctx.engine.lora import with_slots
 from vllm_longctx.engine.step import SlotsMemory, SlotUse, StepInfo, Weights

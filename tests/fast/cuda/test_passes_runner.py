@@ -131,9 +131,9 @@ class PassesEngine(Engine):
             assert batch.positions[begin:end].tolist() == positions
             assert batch.input_ids[begin:end].tolist() == text[first:last]
             assert batch.seq_lens[row] == last
-            assert builder.starts[row] == builder.starts_on_host[row] == p.first
+            assert runner.rows.starts[row] == runner.rows.starts_on_host[row] == p.first
             for metadata in runner.execute_model_state.attn_metadata.values():  # what a CUDA graph of decodes replays over
-                assert metadata.starts.data_ptr() == builder.starts.data_ptr()
+                assert metadata.starts.data_ptr() == runner.rows.starts.data_ptr()
             table = [block.block_id for block in self.manager.req_to_blocks[name]]
             assert runner.block_tables.input_block_tables[0][row, : len(table)].tolist() == table
             assert all(table[p.first // BLOCK_SIZE :]) and not any(table[: p.first // BLOCK_SIZE])

@@ -24,7 +24,7 @@ from tests.support.cuda_engine import Engine as WholeEngine
 from tests.support.engine_args import create
 from tests.support.reference_model import ReferenceLlama, official_top_k, with_top_k
 from vllm_longctx.config import LongContextError
-from vllm_longctx.cuda import memory_runner as focused_worker
+from vllm_longctx.cuda import top_k_runner
 from vllm_longctx.cuda.kernels import lambda_attention, lambda_decode
 from vllm_longctx.cuda.kernels.lambda_tile import Launch
 from vllm_longctx.cuda.kernels.lookup import WORKSPACE
@@ -145,7 +145,7 @@ class Engine:
 @pytest.mark.usefixtures("one_rank", "gpu", "one_tile", "stock_cache_update", "one_thread")
 def test_requests_that_write_see_the_best_keys_of_their_middle(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long and short prompts, chunks beside decodes, middles that are empty, too small, just enough; one is preempted."""
-    monkeypatch.setattr(focused_worker, "WORKSPACE", 4 * 2 * 32 * 7)  # seven keys are turned back at once
+    monkeypatch.setattr(top_k_runner, "WORKSPACE", 4 * 2 * 32 * 7)  # seven keys are turned back at once
     prompts = {"long": 40, "short": 6, "middling": 31}
     texts = {name: torch.randint(3, 512, (length + 12,)).tolist() for name, length in prompts.items()}
     engine = Engine(tiny_llama, TOP_K, texts, prompts, monkeypatch)

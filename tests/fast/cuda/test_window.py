@@ -21,10 +21,11 @@ from vllm_longctx.cuda.kernels.lookup import WORKSPACE, Summaries
 from vllm_longctx.cuda.memory import close_window, pool_beside_lookups
 from vllm_longctx.cuda.memory_runner import MemoryRunner
 from vllm_longctx.cuda.rows import StepRows
-from vllm_longctx.engine.lookup import ClosedWindow, Lookup
+from vllm_longctx.engine.lookup import ClosedWindow
 from vllm_longctx.geometry import SteppedWindows
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 from vllm_longctx.scheduling.memory import AsyncMemoryScheduler, MemoryScheduler
+from vllm_longctx.settings import Lookup
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
@@ -46,10 +47,10 @@ def test_windows_become_memory(attention: dict[str, Any], tiny: Path, monkeypatc
                 torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
     assert engine.open == {"a": 32, "b": 12}
     if "lookup" not in attention:  # a CUDA graph of decodes replays over what each step writes in place
-        (builder,) = engine.runner._builders()
+        (builder,) = [group.get_metadata_builder() for n, (group,) in enumerate(engine.attn_groups) if n != engine.memory_group]
         names = ("block_table_tensor", "seq_lens", "query_start_loc")
         m: Any = SimpleNamespace(num_reqs=2, num_actual_tokens=2, max_query_len=1, **{n: torch.zeros(3) for n in names})
-        assert builder.build(0, m).starts.data_ptr() == engine.runner.window_starts.data_ptr()
+        assert builder.build(0, m).starts.data_ptr() == engine.runner.rows.starts.data_ptr()
         assert engine.runner.rows.starts.tolist() == [12, 32, 0, 0]
     if attention.get("lookup") != "blocks":
         return

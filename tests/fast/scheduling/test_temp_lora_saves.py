@@ -43,7 +43,7 @@ class Savers(Crowd):
     ):
         vars(self).update(kwargs, number=number)
         super().__init__(config, seed, steps_ahead, monkeypatch)
-        self.scheduler.settings = self.scheduler.settings.model_copy(update={"on_failure": self.on_failure})
+        self.scheduler.temp_lora = self.scheduler.temp_lora.model_copy(update={"on_failure": self.on_failure})
         self.at_answer: dict[str, tuple[int, int] | None] = {}
 
     def make_trainer(self) -> Trainer:

@@ -60,8 +60,8 @@ def test_what_is_not_there_is_refused(gpus, monkeypatch: pytest.MonkeyPatch, num
     gpus(number)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LongContextError, match=reason):
-        check_trainer(TrainerSettings.of(TrainerSection(**trainer)))
-    check_trainer(TrainerSettings.of(TrainerSection()))
+        check_trainer(TrainerSection(**trainer))
+    check_trainer(TrainerSection())
 
 
 @pytest.mark.parametrize(

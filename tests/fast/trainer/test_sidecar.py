@@ -234,7 +234,7 @@ def test_a_trainer_that_fails_while_training_is_replaced(
     hear(client, m.Started)
     os.kill(old, number)
     if number == signal.SIGSTOP:
-        monkeypatch.setattr(client, "_timeout_s", 0.5)
+        monkeypatch.setattr(client, "_trainer", client._trainer.model_copy(update={"timeout_s": 0.5}))
     assert hear(client, m.Restarted) == [m.Restarted(1)]
     monkeypatch.undo()
     assert is_gone(old)
