@@ -34,7 +34,7 @@ class ReportedOutput(AsyncModelRunnerOutput):
         return output
 
 
-class LongContextWorkerBase(Platform, WorkerBase):
+class LongContextWorkerBase(WorkerBase, Platform):
     """Mixed into vLLM's worker of a platform, before it.
 
     platform: The folder of this package with its classes.
