@@ -32,26 +32,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from lm_infinite import decode_speed, random_tokens, token_times
+from lm_infinite import decode_speed, token_times
+from load import random_tokens
 from perplexity import buckets_by_way
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from texts import read_directory
 
-from vllm_longctx.cli.engine import (
-    METHODS,
-    Job,
-    PeakBlocks,
-    console,
-    errors_for_users,
-    method_engine,
-    model_path,
-    parse_lengths,
-    parse_methods,
-    plot,
-    run_jobs,
-)
+from vllm_longctx.cli.engine import METHODS, Job, PeakBlocks, method_engine, model_path, parse_lengths, parse_methods, run_jobs
+from vllm_longctx.cli.output import console, errors_for_users, plot
 from vllm_longctx.cli.passkey import ANSWER_TOKENS, MAX_NUM_SEQS, TRIALS_AT_ONCE, Task, Trial, ask, tells, windows
 from vllm_longctx.cli.score import score_in, scoring_params, tokenize
 
