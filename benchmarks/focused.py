@@ -215,7 +215,8 @@ def distractors(
         counts = parse_lengths(documents)
         books = read_directory(texts)
         sizes = {"document_tokens": document_tokens, "scored_tokens": scored_tokens, "places": places}
-        report = run.report("distractors", DISTRACTORS, documents=counts, **sizes, seed=seed, texts=sorted(books))
+        settings = {"documents": counts, **sizes, "seed": seed, "texts": sorted(books)}
+        report = run.report("distractors", DISTRACTORS, **settings)
         if scored_tokens >= document_tokens:
             raise ValueError(f"--scored-tokens {scored_tokens} leaves nothing of --document-tokens {document_tokens}; lower it")
         questions = {}

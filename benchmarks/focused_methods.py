@@ -143,9 +143,9 @@ def comparison(
 
 
 def task_command(app: typer.Typer, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a command of a function of a `Comparison` and a task's own options: it takes these and those of `comparison`.
+    """Makes a command of a task, a function of a `Comparison` and of the task's own options.
 
-    defaults: of the latter, where they are the task's own.
+    The command has these options and those of `comparison`. defaults: of the latter, where the task has its own.
     """
     models, *shared = inspect.signature(comparison).parameters.values()
     shared = [p.replace(default=defaults.get(p.name, p.default)) for p in shared]

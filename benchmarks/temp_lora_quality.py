@@ -69,7 +69,10 @@ class Reading:
         return Reading(*({t: nll[: tokens - 1] for t, nll in way.items()} for way in (self.learned, self.base, self.control)))
 
     def perplexities(self, text: str, first: int = 0, end: int | None = None) -> dict[str, float]:
-        """ppl, ppl_base and, where it was read so, ppl_other. first, end: of a part, counted from the second token."""
+        """ppl, ppl_base and, where there is a control, ppl_other.
+
+        first, end: of a part of the text, counted from its second token.
+        """
         ways = {"ppl": self.learned, "ppl_base": self.base, "ppl_other": self.control}
         return {way: ppl(nll[text][first:end]) for way, nll in ways.items() if nll}
 

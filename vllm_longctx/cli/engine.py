@@ -1,4 +1,4 @@
-"""What the commands share: an engine from the command line's words, its peak KV use, and requests in batches."""
+"""Engines from the command line's words, their peak KV use, and requests in batches."""
 
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence

@@ -37,7 +37,10 @@ def write_json(path: Path | None, result: Any) -> None:
 
 @contextmanager
 def figure(path: Path, **axes_settings: Any) -> Iterator[Any]:
-    """Axes of matplotlib's to draw on, written to a PNG, PDF or SVG file at the end. axes_settings: for `Axes.set`."""
+    """Axes of matplotlib's to draw on; at the end they are written to a PNG, PDF or SVG file.
+
+    axes_settings: for `Axes.set`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
