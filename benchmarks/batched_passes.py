@@ -6,11 +6,9 @@ Forward and backward of a request's example, with one request a pass as the trai
 the adapter of its request (peft's `adapter_names`), and, as a bound, all rows with one adapter. Medians over rounds.
 """
 
-import json
 import statistics
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -23,6 +21,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from vllm_longctx.cli.engine import model_path
+from vllm_longctx.cli.options import JsonOut
+from vllm_longctx.cli.output import write_json
 from vllm_longctx.cli.train_focused import numbers
 
 WAYS = ("one adapter each", "one adapter for all")
@@ -35,7 +35,7 @@ def main(
     rows: Annotated[str, typer.Option(help="Requests in a pass.")] = "1,2,4,8",
     threads: int = 1,
     rounds: int = 5,
-    json_out: Annotated[Path | None, typer.Option("--json")] = None,
+    json_out: JsonOut = None,
 ) -> None:
     torch.set_num_threads(threads)
     counts = numbers("--rows", rows)
@@ -63,9 +63,8 @@ def main(
     for count in counts:
         table.add_row(str(count), *(f"{1000 * statistics.median(seconds[way, count]):.0f}" for way in WAYS))
     Console().print(table)
-    if json_out is not None:
-        result = {way: {count: 1000 * statistics.median(seconds[way, count]) for count in counts} for way in WAYS}
-        json_out.write_text(json.dumps({"tokens": tokens, "rank": rank, "threads": threads, "ms": result}, indent=1) + "\n")
+    result = {way: {count: 1000 * statistics.median(seconds[way, count]) for count in counts} for way in WAYS}
+    write_json(json_out, {"tokens": tokens, "rank": rank, "threads": threads, "ms": result})
 
 
 if __name__ == "__main__":

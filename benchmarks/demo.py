@@ -14,7 +14,8 @@ from rich.progress import Progress
 from rich.table import Table
 from texts import python_topics
 
-from vllm_longctx.cli.engine import LEARNS, console, plot, running_engine
+from vllm_longctx.cli.engine import LEARNS, running_engine
+from vllm_longctx.cli.output import console, plot
 from vllm_longctx.cli.score import BASE, curve, print_segments, print_table, score_in, segments, tokenize
 
 out = Console()

@@ -9,7 +9,6 @@ only ever holds its own document. Both are saved as LongLLaMA checkpoints, OUT_D
 asked with dictionaries of up to 256 training contexts in memory, the answer being the likeliest token (chance is 1 in 64).
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vllm_longctx.cli.engine import plot
+from vllm_longctx.cli.options import JsonOut
+from vllm_longctx.cli.output import plot, write_json
 from vllm_longctx.cli.train_focused import numbers
 from vllm_longctx.geometry import SteppedWindows
 from vllm_longctx.models.longllama import LongLlamaConfig
@@ -154,7 +154,7 @@ def main(
     learning_rate: float = 2e-3,
     texts: Annotated[int, typer.Option(help="Dictionaries of each size to ask about, 16 questions each.")] = 32,
     seed: int = 0,
-    json_out: Annotated[Path | None, typer.Option("--json")] = None,
+    json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot", help="Accuracy against the memory's length.")] = None,
 ) -> None:
     rising = numbers("--schedule", schedule)
@@ -166,17 +166,16 @@ def main(
         memory = MemoryModel(load_llama(out_dir / name), MEM_LAYERS, mem_positionals=False)
         result[name] = {times: accuracy(memory, times, texts, seed + 1) for times in TIMES}
     print_table(result)
-    if json_out is not None:
-        rows = [{"model": m, "times": t, "tokens": t * CONTEXT, "accuracy": a} for m, r in result.items() for t, a in r.items()]
-        about = {
-            "context": CONTEXT,
-            "steps": steps,
-            "sizes": sizes,
-            "schedule": schedule,
-            "questions": texts * FACTS,
-            "seed": seed,
-        }
-        json_out.write_text(json.dumps({**about, "learning_rate": learning_rate, "rows": rows}, indent=1) + "\n")
+    rows = [{"model": m, "times": t, "tokens": t * CONTEXT, "accuracy": a} for m, r in result.items() for t, a in r.items()]
+    about = {
+        "context": CONTEXT,
+        "steps": steps,
+        "sizes": sizes,
+        "schedule": schedule,
+        "questions": texts * FACTS,
+        "seed": seed,
+    }
+    write_json(json_out, {**about, "learning_rate": learning_rate, "rows": rows})
     if plot_out is not None:
         curves = {name: ([t * CONTEXT for t in r], list(r.values())) for name, r in result.items()}
         plot(plot_out, curves, "memory (tokens)", "accuracy")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from vllm_longctx.cli.engine import model_path
+from vllm_longctx.cli.engine import tokenizer_of
 from vllm_longctx.cli.passkey import FILLER, KEY, QUESTION, TASK
 
 
@@ -38,7 +38,7 @@ def main(
     model: Annotated[str, typer.Option(help="Whose tokenizer counts.")] = "booklm",
     seed: int = 11,
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_path(model), model_max_length=1 << 60)
+    tokenizer = tokenizer_of(model)
     out_dir.mkdir(parents=True, exist_ok=True)
     for number in range(documents):
         (out_dir / f"{number:04}.txt").write_text(document(random.Random(f"{seed}/{number}"), tokenizer, tokens))

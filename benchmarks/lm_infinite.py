@@ -14,7 +14,6 @@ tokens, more than a window, so that no two read the same keys. Above `--stock-up
 read in the first one only.
 """
 
-import json
 import random
 import statistics
 import time
@@ -24,11 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from load import add_requests, random_tokens
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from vllm_longctx.cli.engine import METHODS, console, method_engine, plot
+from vllm_longctx.cli.engine import METHODS, method_engine
+from vllm_longctx.cli.options import JsonOut
+from vllm_longctx.cli.output import console, plot, write_json
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -38,15 +40,7 @@ OWN_TOKENS = 1024
 
 def token_times(engine: "LLMEngine", prompts: Sequence[list[int]], written: int) -> list[float]:
     """Seconds from the start to each step's tokens, from the first step in which every prompt is read."""
-    from vllm import SamplingParams
-    from vllm.inputs import tokens_input
-    from vllm.sampling_params import RequestOutputKind
-
-    params = SamplingParams(
-        max_tokens=written, temperature=0, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
-    )
-    for number, prompt in enumerate(prompts):
-        engine.add_request(f"{number}-{random.random()}", tokens_input(prompt), params)
+    add_requests(engine, prompts, written)
     start, started, times = time.perf_counter(), set(), []
     while engine.has_unfinished_requests():
         outputs = engine.step()
@@ -54,11 +48,6 @@ def token_times(engine: "LLMEngine", prompts: Sequence[list[int]], written: int)
         if len(started) == len(prompts) and outputs:
             times.append(time.perf_counter() - start)
     return times
-
-
-def random_tokens(engine: "LLMEngine", length: int, seed: float | str) -> list[int]:
-    vocab = engine.vllm_config.model_config.get_vocab_size()
-    return random.Random(seed).choices(range(3, vocab), k=length)
 
 
 def prefill_speed(engine: "LLMEngine", text: list[int]) -> float:
@@ -87,7 +76,7 @@ def main(
     dtype: str = "float32",
     enforce_eager: bool = False,
     max_num_batched_tokens: int = 2048,
-    json_out: Annotated[Path | None, typer.Option("--json")] = None,
+    json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot")] = None,
 ) -> None:
     sizes = sorted((int(x) for x in lengths.split(",")), reverse=True)  # the longest first: reading it empties the cache
@@ -121,9 +110,8 @@ def main(
     medians = {key: statistics.median(values) for key, values in figures.items()}
     rows = [row(medians, length, window) for length in [window, *sorted(sizes)]]
     print_table(rows, batch)
-    if json_out is not None:
-        result = {"attention": attention, "batch": batch, "dtype": dtype, "rounds": rounds, "rows": rows}
-        json_out.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"attention": attention, "batch": batch, "dtype": dtype, "rounds": rounds, "rows": rows}
+    write_json(json_out, result)
     if plot_out is not None:
         plot(plot_out, curves(rows), "context (tokens)", "milliseconds per token", yscale="log")
 

@@ -13,7 +13,6 @@ were proven exact. `min/max` is the same choice of blocks by Quest's bound. Keys
 `top_k` those of a single query and its KV head that reads most; they do not count the summaries, of which all are read.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -32,7 +31,9 @@ from vllm import _custom_ops as ops
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_longctx.cli.engine import console, model_path, plot
+from vllm_longctx.cli.engine import model_path
+from vllm_longctx.cli.options import JsonOut
+from vllm_longctx.cli.output import console, plot, write_json
 from vllm_longctx.cli.score import tokenize
 from vllm_longctx.cpu.kernels import retrieval
 from vllm_longctx.cpu.kernels.retrieval import Codes, Memory, Pages, attend_best, best_blocks, recall, top_k
@@ -72,15 +73,14 @@ def kernel_attention(query: Tensor, memory: Memory, shape: Shape) -> Callable[[]
     """vLLM's kernel over all keys of the memory, for queries [T, heads, d] that see each of them (but for the causal end)."""
     key_cache, value_cache = as_kernel_cache(memory.pages.cache).chunk(2, dim=2)
     starts, seq_lens = torch.tensor([0, len(query)], dtype=torch.int32), torch.tensor([memory.end], dtype=torch.int32)
+    batch: dict[str, Any] = {"query_start_loc": starts, "seq_lens": seq_lens, "causal": True}
     metadata = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=1,
         num_heads=shape.heads,
         num_kv_heads=shape.kv_heads,
         head_dim=shape.head_size,
-        seq_lens=seq_lens,
         dtype=query.dtype,
-        query_start_loc=starts,
-        causal=True,
+        **batch,
         sliding_window_size=-1,
         isa=isa(shape, query.dtype),
         enable_kv_split=True,
@@ -94,10 +94,8 @@ def kernel_attention(query: Tensor, memory: Memory, shape: Shape) -> Callable[[]
             key_cache=key_cache,
             value_cache=value_cache,
             output=output,
-            query_start_loc=starts,
-            seq_lens=seq_lens,
+            **batch,
             scale=shape.scale,
-            causal=True,
             alibi_slopes=None,
             sliding_window=-1,
             block_table=table,
@@ -226,7 +224,7 @@ def main(
     recall_ks: str = "16,64,128",
     shares: Annotated[str, typer.Option(help="Of the blocks to read, for the recall.")] = "0.01,0.02,0.05,0.1",
     queries: Annotated[int, typer.Option(help="Of a window, evenly spread, for the recall.")] = 32,
-    json_out: Annotated[Path | None, typer.Option("--json")] = None,
+    json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot", help="Cost against the memory's length.")] = None,
     recall_plot: Annotated[
         Path | None, typer.Option(help="Recall against the share of keys that may be read, longest memory.")
@@ -244,9 +242,8 @@ def main(
     if texts is not None:
         recall_rows = all_recalls(model, texts, layers, integers(recall_lengths), integers(recall_ks), shares, queries)
         print_recalls(recall_rows)
-    if json_out is not None:
-        setting = {"shape": asdict(size), "dtype": dtype, "k": k, "share": share, "rounds": rounds, "model": model}
-        json_out.write_text(json.dumps({**setting, "costs": cost_rows, "recalls": recall_rows}, indent=1) + "\n")
+    setting = {"shape": asdict(size), "dtype": dtype, "k": k, "share": share, "rounds": rounds, "model": model}
+    write_json(json_out, {**setting, "costs": cost_rows, "recalls": recall_rows})
     if plot_out is not None:
         decode = [r for r in cost_rows if r["queries"] == 1]
         curves = {way: ([r["length"] for r in decode], [r[way] for r in decode]) for way in WAYS}

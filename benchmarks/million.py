@@ -5,7 +5,6 @@
 Joins the .txt files of DIR (and the Python topics after them) until there are `--tokens` tokens.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +15,8 @@ from rich.table import Table
 from texts import read_all
 
 from vllm_longctx.cli.engine import running_engine
+from vllm_longctx.cli.options import JsonOut
+from vllm_longctx.cli.output import write_json
 from vllm_longctx.cli.score import score_in, tokenize
 
 
@@ -32,7 +33,7 @@ def main(
     tokens: int = 1_000_000,
     part_tokens: int = 100_000,
     max_num_batched_tokens: int = 2048,
-    json_out: Annotated[Path | None, typer.Option("--json")] = None,
+    json_out: JsonOut = None,
 ) -> None:
     ids = tokenize(model, "\n".join(read_all(texts).values()), tokens)
     if len(ids) < tokens:
@@ -76,9 +77,7 @@ def main(
         "worker_growth_mib": growth / 2**20,
     }
     Console().print(summary)
-    if json_out is not None:
-        result = {"model": model, "config": whole.config, "parts": parts, **summary}
-        json_out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(json_out, {"model": model, "config": whole.config, "parts": parts, **summary})
 
 
 if __name__ == "__main__":

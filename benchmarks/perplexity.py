@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from texts import read_all
 
-from vllm_longctx.cli.engine import METHODS, method_engine, model_path, plot
+from vllm_longctx.cli.engine import METHODS, method_engine, model_path
+from vllm_longctx.cli.options import JsonOut
+from vllm_longctx.cli.output import plot, write_json
 from vllm_longctx.cli.score import Bucket, Score, score_in, scoring_params, tokenize
 
 
@@ -57,7 +59,7 @@ def main(
     model: str = "booklm",
     max_tokens: int = 32768,
     plain_tokens: Annotated[int, typer.Option(help="Plain attention is quadratic: read only so many.")] = 32768,
-    json_out: Annotated[Path | None, typer.Option("--json")] = None,
+    json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot")] = None,
     dtype: str = "float32",
 ) -> None:
@@ -76,8 +78,7 @@ def main(
     pairs = [zip(table["lm-infinite"][t], table["fresh windows"][t], strict=True) for t in tokens]
     worst = max(ours.nll - fresh.nll for buckets in pairs for ours, fresh in buckets)
     Console().print(f"lm-infinite is at most {worst:.3f} nats above fresh windows in any bucket of any text")
-    if json_out is not None:
-        json_out.write_text(json.dumps({"model": model, "nll": as_json(table)}, indent=1) + "\n")
+    write_json(json_out, {"model": model, "nll": as_json(table)})
     if plot_out is not None:
         curves = {w: ([b.end for b in rows["all texts"]], [b.nll for b in rows["all texts"]]) for w, rows in table.items()}
         plot(plot_out, curves, "position (tokens)", "NLL (nats per token)")

@@ -13,6 +13,7 @@ import random
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import typer
+from load import greedy
 from rich.console import Console
 from rich.table import Table
 
@@ -40,10 +41,9 @@ def milliseconds(stats: pstats.Stats, names: list[str], steps: int) -> float:
 
 
 def main(model: str = "booklm", context: int = 600, batch: int = 16, steps: int = 100, dtype: str = "float32") -> None:
-    from vllm import SamplingParams
     from vllm.inputs import tokens_input
 
-    params = SamplingParams(max_tokens=steps + 40, temperature=0, ignore_eos=True, detokenize=False)
+    params = greedy(steps + 40)
     config = {"longctx": {"preset": "lm-infinite"}}
     kwargs = {"dtype": dtype, "enforce_eager": True, "max_num_seqs": batch}
     with running_engine(model, config, context + steps + 50, **kwargs) as (engine, _):

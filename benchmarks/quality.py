@@ -10,13 +10,13 @@ evenly spread; a prompt is the tokenizer's first token and then the text. All me
 `--plain-tokens`.
 """
 
-import json
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from load import greedy
 from rich.console import Console
 from rich.table import Table
 from rouge_score.rouge_scorer import RougeScorer
@@ -24,17 +24,9 @@ from sacrebleu.metrics import BLEU
 from texts import read_all
 from transformers import AutoTokenizer
 
-from vllm_longctx.cli.engine import (
-    METHODS,
-    Job,
-    errors_for_users,
-    method_engine,
-    model_path,
-    parse_lengths,
-    parse_methods,
-    plot,
-    run_jobs,
-)
+from vllm_longctx.cli.engine import METHODS, Job, method_engine, model_path, parse_lengths, parse_methods, run_jobs
+from vllm_longctx.cli.options import JsonOut
+from vllm_longctx.cli.output import errors_for_users, plot, write_json
 from vllm_longctx.cli.score import tokenize
 
 WRITTEN = 100
@@ -66,9 +58,7 @@ def prompt_and_truth(tokens: list[int], start: int, length: int) -> tuple[list[i
 
 def write_on(tokens: list[int], start: int, lengths: list[int]) -> Job[list[list[int]]]:
     """Tokens written after each length; a longer prompt finds the shorter one in the prefix cache."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(max_tokens=WRITTEN, temperature=0, ignore_eos=True, detokenize=False)
+    params = greedy(WRITTEN)
     written = []
     for length in lengths:
         (output,) = yield [(prompt_and_truth(tokens, start, length)[0], params)]
@@ -92,7 +82,7 @@ def main(
     places: Annotated[int, typer.Option(help="Places that every text is read from.", min=2)] = 8,
     methods: str = ",".join(METHODS),
     plain_tokens: Annotated[int, typer.Option(help="Plain attention is quadratic: read only so many.")] = 4096,
-    json_out: Annotated[Path | None, typer.Option("--json")] = None,
+    json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot", help="ROUGE-LSum against length.")] = None,
     dtype: str = "float32",
 ) -> None:
@@ -118,14 +108,13 @@ def main(
             result[method][length] = compare(ours, tokenizer.batch_decode(truth, skip_special_tokens=True))
     for metric in METRICS:
         print_table(metric, milestones, result)
-    if json_out is not None:
-        rows = [
-            {"method": method, "length": length, "metric": metric, **asdict(figure)}
-            for method, by_length in result.items()
-            for length, figures in by_length.items()
-            for metric, figure in figures.items()
-        ]
-        json_out.write_text(json.dumps({"model": model, "prompts": len(samples), "rows": rows}, indent=1) + "\n")
+    rows = [
+        {"method": method, "length": length, "metric": metric, **asdict(figure)}
+        for method, by_length in result.items()
+        for length, figures in by_length.items()
+        for metric, figure in figures.items()
+    ]
+    write_json(json_out, {"model": model, "prompts": len(samples), "rows": rows})
     if plot_out is not None:
         curves = {m: (list(by_length), [f["ROUGE-LSum"].value for f in by_length.values()]) for m, by_length in result.items()}
         plot(plot_out, curves, "tokens read", "ROUGE-LSum")

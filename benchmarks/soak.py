@@ -9,7 +9,6 @@ table says how far apart the alternatives were in the first place that differs. 
 """
 
 import asyncio
-import json
 import random
 import tempfile
 import time
@@ -26,7 +25,9 @@ from rich.table import Table
 from server import metrics, running_server
 from texts import python_topics
 
-from vllm_longctx.cli.engine import console, model_path
+from vllm_longctx.cli.engine import model_path
+from vllm_longctx.cli.options import JsonOut
+from vllm_longctx.cli.output import console, write_json
 
 NAME = "soaked"
 NEAR_TIE = 1e-3
@@ -161,7 +162,7 @@ def main(
     dtype: str = "float32",
     enforce_eager: bool = False,
     seed: int = 0,
-    json_out: Annotated[Path | None, typer.Option("--json")] = None,
+    json_out: JsonOut = None,
     log: Annotated[Path | None, typer.Option(help="Keep the server's log here.")] = None,
 ) -> None:
     random.seed(seed)
@@ -211,10 +212,9 @@ def main(
     Console().print(table)
     for error in [*Counter(load.errors).most_common(5), *server_errors[:5]]:
         console.print(error)
-    if json_out is not None:
-        settings = {"minutes": minutes, "clients": clients, "leaving": leaving, "stay_s": stay_s, "prompts": prompts}
-        settings |= {"longest": longest, "most_written": most_written, "pool_blocks": pool_blocks, "dtype": dtype, "seed": seed}
-        json_out.write_text(json.dumps({"settings": settings, "near_tie": NEAR_TIE, "result": rows}, indent=1) + "\n")
+    settings = {"minutes": minutes, "clients": clients, "leaving": leaving, "stay_s": stay_s, "prompts": prompts}
+    settings |= {"longest": longest, "most_written": most_written, "pool_blocks": pool_blocks, "dtype": dtype, "seed": seed}
+    write_json(json_out, {"settings": settings, "near_tie": NEAR_TIE, "result": rows})
     if not all(criteria.values()):
         raise typer.Exit(1)
 

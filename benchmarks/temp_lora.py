@@ -35,11 +35,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from lm_infinite import random_tokens
+from load import greedy, random_tokens
 from rich.console import Console
 from rich.table import Table
 
-from vllm_longctx.cli.engine import Job, console, model_path, plot, run_jobs, running_engine
+from vllm_longctx.cli.engine import Job, model_path, run_jobs, running_engine
+from vllm_longctx.cli.options import JsonOut
+from vllm_longctx.cli.output import console, plot, write_json
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -103,10 +105,7 @@ def flops_rows() -> list[dict[str, Any]]:
 
 
 def writing(max_tokens: int, longctx: dict[str, Any] | None) -> "SamplingParams":
-    from vllm import SamplingParams
-
-    extra = None if longctx is None else {"longctx": longctx}
-    return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False, extra_args=extra)
+    return greedy(max_tokens, extra_args=None if longctx is None else {"longctx": longctx})
 
 
 def official_loop(model: str, recipe: dict[str, Any], threads: int) -> Callable[[list[int], int], list[int]]:
@@ -233,7 +232,7 @@ def main(
     swap_rank: Annotated[int, typer.Option(help="Rank of the adapters whose swap is timed.")] = 64,
     max_model_len: int = 65536,
     enforce_eager: bool = False,
-    json_out: Annotated[Path | None, typer.Option("--json")] = None,
+    json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot")] = None,
 ) -> None:
     chosen = {"slots": streams, **json.loads(adaptation)}
@@ -287,8 +286,7 @@ def main(
         "flops": flops_rows(),
     }
     print_tables(result)
-    if json_out is not None:
-        json_out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(json_out, result)
     if plot_out is not None:
         draw(plot_out, counts, medians)
 

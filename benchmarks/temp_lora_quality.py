@@ -32,7 +32,9 @@ from rich.console import Console
 from rich.table import Table
 from texts import read_all
 
-from vllm_longctx.cli.engine import Job, errors_for_users, parse_lengths, plot, run_jobs, running_engine
+from vllm_longctx.cli.engine import Job, parse_lengths, run_jobs, running_engine
+from vllm_longctx.cli.options import JsonOut
+from vllm_longctx.cli.output import errors_for_users, plot, write_json
 from vllm_longctx.cli.score import scoring_params, tokenize
 
 SEGMENTS = 5
@@ -65,6 +67,14 @@ class Reading:
     def to(self, tokens: int) -> "Reading":
         """The same of the texts' first tokens: what comes later changes nothing before it."""
         return Reading(*({t: nll[: tokens - 1] for t, nll in way.items()} for way in (self.learned, self.base, self.control)))
+
+    def perplexities(self, text: str, first: int = 0, end: int | None = None) -> dict[str, float]:
+        """ppl, ppl_base and, where there is a control, ppl_other.
+
+        first, end: of a part of the text, counted from its second token.
+        """
+        ways = {"ppl": self.learned, "ppl_base": self.base, "ppl_other": self.control}
+        return {way: ppl(nll[text][first:end]) for way, nll in ways.items() if nll}
 
 
 def python_sources() -> str:
@@ -107,24 +117,19 @@ def ppl(nll: Sequence[float]) -> float:
 
 
 def segments(reading: Reading, text: str) -> list[dict[str, float]]:
-    """Perplexities by fifths of the text: ppl, ppl_base and, where it was read so, ppl_other; positions in tokens."""
+    """Perplexities by fifths of the text; positions in tokens."""
     count = len(reading.base[text])
     edges = [count * k // SEGMENTS for k in range(SEGMENTS + 1)]
-    ways = {"ppl": reading.learned, "ppl_base": reading.base, "ppl_other": reading.control}
-    return [
-        # The first token is not scored: the NLL at index i is of the token at position i + 1.
-        {"start": a + 1, "end": b + 1, **{way: ppl(nll[text][a:b]) for way, nll in ways.items() if nll}}
-        for a, b in pairwise(edges)
-    ]
+    # The first token is not scored: the NLL at index i is of the token at position i + 1.
+    return [{"start": a + 1, "end": b + 1, **reading.perplexities(text, a, b)} for a, b in pairwise(edges)]
 
 
 def as_row(setting: Setting, text: str, reading: Reading) -> dict[str, Any]:
-    ways = {"ppl": reading.learned, "ppl_base": reading.base, "ppl_other": reading.control}
     return {
         "text": text,
         **asdict(setting),
         "tokens": len(reading.base[text]) + 1,
-        **{way: ppl(nll[text]) for way, nll in ways.items() if nll},
+        **reading.perplexities(text),
         "segments": segments(reading, text),
     }
 
@@ -147,7 +152,7 @@ def main(
     adaptation: Annotated[str, typer.Option(help="Keys of adaptation beside the preset's, as JSON.")] = "{}",
     at_once: Annotated[int, typer.Option(help="Texts read at once.")] = 4,
     builtin_texts: Annotated[bool, typer.Option(help="Read the Python documentation and sources too.")] = True,
-    json_out: Annotated[Path | None, typer.Option("--json")] = None,
+    json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot")] = None,
     dtype: str = "float32",
     enforce_eager: bool = True,
@@ -184,8 +189,7 @@ def main(
                         result["texts"] = [as_row(setting, text, reading) for text in tokens]
                     if grid_tokens:
                         result["grid"] += [as_row(setting, text, reading.to(grid_tokens)) for text in tokens]
-                    if json_out is not None:  # after every setting: the whole grid takes hours
-                        json_out.write_text(json.dumps(result, indent=1) + "\n")
+                    write_json(json_out, result)  # after every setting: the whole grid takes hours
     print_texts(settings[0], result["texts"])
     if grid_tokens:
         print_grid(settings, result["grid"])

@@ -8,7 +8,6 @@ exactly the tokens it asked for, all slots and KV blocks are free, requests that
 engine leaves no process, no directory of the trainer's and no shared memory. Exit code 1 if anything of this does not hold.
 """
 
-import json
 import os
 import random
 import shutil
@@ -22,11 +21,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import psutil
 import typer
-from lm_infinite import random_tokens
+from load import random_tokens
 from rich.console import Console
 from rich.progress import Progress
+from temp_lora import writing
 
-from vllm_longctx.cli.engine import console, running_engine
+from vllm_longctx.cli.engine import LEARNS, running_engine
+from vllm_longctx.cli.options import JsonOut
+from vllm_longctx.cli.output import console, write_json
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -59,11 +61,9 @@ def new_stream(engine: "LLMEngine", rng: random.Random) -> Stream:
 
 
 def add(engine: "LLMEngine", name: str, stream: Stream) -> None:
-    from vllm import SamplingParams
     from vllm.inputs import tokens_input
 
-    options = {"extra_args": {"longctx": {"temp_lora": True}}} if stream.adapts else {}
-    params = SamplingParams(max_tokens=stream.tokens, temperature=0, ignore_eos=True, detokenize=False, **options)
+    params = writing(stream.tokens, LEARNS if stream.adapts else None)
     engine.add_request(name, tokens_input(stream.prompt), params)
 
 
@@ -83,7 +83,7 @@ def main(
     model: str = "booklm",
     fault_every_s: Annotated[float, typer.Option(help="Seconds between faults, on average.")] = 60,
     seed: int = 0,
-    json_out: Annotated[Path | None, typer.Option("--json")] = None,
+    json_out: JsonOut = None,
 ) -> None:
     rng, counts, problems = random.Random(seed), Counter[str](), []
     adaptation = {"slots": SLOTS, "block_tokens": 64, "trainer": TRAINER}
@@ -137,8 +137,7 @@ def main(
     shutil.rmtree(directory)
     out = Console()
     out.print({**counts}, problems or "no problem", highlight=False)
-    if json_out is not None:
-        json_out.write_text(json.dumps({"minutes": minutes, "counts": counts, "problems": problems}, indent=1) + "\n")
+    write_json(json_out, {"minutes": minutes, "counts": counts, "problems": problems})
     raise typer.Exit(bool(problems))
 
 

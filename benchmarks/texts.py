@@ -14,7 +14,7 @@ def read_directory(directory: Path) -> dict[str, str]:
     """Every .txt file's text by name."""
     files = sorted(directory.glob("*.txt"))
     if not files:
-        raise SystemExit(f"{directory} holds no .txt files")
+        raise SystemExit(f"{directory} holds no .txt files; give a directory with one text per .txt file")
     return {f.stem: f.read_text(encoding="utf-8", errors="replace") for f in files}
 
 

@@ -6,17 +6,17 @@ The pool has, for every request, the blocks of one window and of the first token
 step's tokens. Texts are random tokens.
 """
 
-import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from lm_infinite import random_tokens
+from load import greedy, random_tokens
 from rich.console import Console
 from rich.progress import Progress
 from vllm.utils.math_utils import cdiv
 
-from vllm_longctx.cli.engine import console, running_engine
+from vllm_longctx.cli.engine import running_engine
+from vllm_longctx.cli.options import JsonOut
+from vllm_longctx.cli.output import console, write_json
 
 
 def main(
@@ -26,9 +26,8 @@ def main(
     written: Annotated[int, typer.Option(help="Enough that the first is still writing when the last has been read.")] = 500,
     dtype: str = "float32",
     max_num_batched_tokens: int = 2048,
-    json_out: Annotated[Path | None, typer.Option("--json")] = None,
+    json_out: JsonOut = None,
 ) -> None:
-    from vllm import SamplingParams
     from vllm.inputs import tokens_input
 
     n_global, n_local, block_size = 10, 512, 32  # booklm's preset
@@ -42,7 +41,7 @@ def main(
         "num_gpu_blocks_override": pool,
         "block_size": block_size,
     }
-    params = SamplingParams(max_tokens=written, temperature=0, ignore_eos=True, detokenize=False)
+    params = greedy(written)
     together = []
     with running_engine(model, config, length + written, **kwargs) as (engine, meter), Progress(console=console) as progress:
         task = progress.add_task(f"{requests} requests of {length:,} tokens", total=requests * written)
@@ -66,8 +65,7 @@ def main(
         "preemptions": meter.preemptions,
     }
     Console().print(result)
-    if json_out is not None:
-        json_out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(json_out, result)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from texts import read_directory
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -101,13 +102,6 @@ def validate(model: LlamaForCausalLM, books: list[torch.Tensor]) -> float:
     return float(sum(parts) / len(ids))
 
 
-def read_books(directory: Path) -> list[str]:
-    paths = sorted(directory.glob("*.txt"))
-    if not paths:
-        raise typer.BadParameter(f"{directory} holds no .txt file; give a directory with one book per .txt file")
-    return [p.read_text(encoding="utf-8", errors="replace") for p in paths]
-
-
 def main(
     train_dir: Path,
     validation_dir: Path,
@@ -123,13 +117,13 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    texts = read_books(train_dir)
+    texts = [*read_directory(train_dir).values()]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(init) if init else train_tokenizer(texts)
 
     def encode(texts: list[str]) -> list[torch.Tensor]:
         return [torch.tensor(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
 
-    train_books, validation_books = encode(texts), encode(read_books(validation_dir))
+    train_books, validation_books = encode(texts), encode([*read_directory(validation_dir).values()])
 
     model = LlamaForCausalLM.from_pretrained(init, dtype=torch.float32) if init else new_model(len(tokenizer))
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]

@@ -3,7 +3,6 @@
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,51 @@ PREFIX = "vllm:longctx_"  # vLLM's own prefix: `LLM.get_metrics` shows, and a ne
 SELECTION_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0)
 TRAIN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 LOSS_BUCKETS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0, 12.0)
+
+# By field of `StepStats`, what it is exported as: name, documentation and, of a histogram, buckets.
+Exported = dict[str, tuple[Any, ...]]
+GAUGES: Exported = {
+    "live_blocks": ("live_kv_blocks", "KV blocks held by running requests that are past their window."),
+    "requests_past_trained": (
+        "num_requests_past_trained",
+        "Running requests of which more tokens are computed than the model was trained on.",
+    ),
+}
+COUNTERS: Exported = {
+    "freed_blocks": ("freed_kv_blocks", "KV blocks freed from the middle of requests that run on."),
+    "tokens_past_trained": ("tokens_past_trained", "Tokens computed at positions past the model's trained length."),
+}
+HISTOGRAMS: Exported = {
+    "selection_seconds": (
+        "selection_time_seconds",
+        "Histogram of the time per engine step in which a worker selects what its queries see.",
+        SELECTION_BUCKETS,
+    ),
+}
+MEMORY_GAUGES: Exported = {
+    "memory_usage": ("memory_usage_perc", "Memory-usage of the memory layers' own blocks. 1 means 100 percent usage."),
+}
+ADAPTATION_GAUGES: Exported = {
+    "slots_in_use": ("adapter_slots_in_use", "Slots of requests that adapt."),
+    "held_requests": ("num_requests_held", "Requests that wait for a version of their adapter."),
+    "saving_requests": ("num_requests_saving", "Requests that have ended and wait for their adapter to be saved."),
+    "train_queue": ("train_queue_blocks", "Blocks that are being trained or wait for it."),
+    "versions_behind": ("versions_behind", "Blocks read or written that no version has been trained on yet."),
+}
+ADAPTATION_COUNTERS: Exported = {
+    "idle_steps": ("idle_steps", "Engine steps in which every request waited for the trainer."),
+    "adapted_tokens": ("adapted_tokens", "Tokens computed for requests that adapt, those of new passes too."),
+    "blocks_trained": ("blocks_trained", "Blocks that became a version of an adapter."),
+    "train_failures": ("train_failures", "Blocks that could not be trained."),
+    "trainer_restarts": ("trainer_restarts", "Times the trainer process was started again."),
+    "adapters_saved": ("adapters_saved", "Adapters saved."),
+    "save_failures": ("save_failures", "Adapters that a request asked to save and that were not saved."),
+}
+ADAPTATION_HISTOGRAMS: Exported = {
+    "swap_seconds": ("swap_time_seconds", "Histogram of the time to put a version into all layers.", SELECTION_BUCKETS),
+    "hold_seconds": ("hold_time_seconds", "Histogram of the time a request waits for a version.", TRAIN_BUCKETS),
+    "train_seconds": ("train_time_seconds", "Histogram of the time to train a block.", TRAIN_BUCKETS),
+}
 
 # Of the front end, hence without an engine. Registered by `export_ignored_fields`, since a new engine unregisters it.
 _ignored_fields = Counter(
@@ -99,84 +143,21 @@ class LongContextStatLogger(AggregateStatLoggerBase):
             metric = kind(PREFIX + name, documentation, labelnames=["model_name", "engine"], **kwargs)
             return create_metric_per_engine(metric, labels)
 
-        self.live_blocks = per_engine(
-            Gauge,
-            "live_kv_blocks",
-            "KV blocks held by running requests that are past their window.",
-            multiprocess_mode="mostrecent",
-        )
-        self.requests_past_trained = per_engine(
-            Gauge,
-            "num_requests_past_trained",
-            "Running requests of which more tokens are computed than the model was trained on.",
-            multiprocess_mode="mostrecent",
-        )
-        self.freed_blocks = per_engine(Counter, "freed_kv_blocks", "KV blocks freed from the middle of requests that run on.")
-        self.tokens_past_trained = per_engine(
-            Counter, "tokens_past_trained", "Tokens computed at positions past the model's trained length."
-        )
-        self.selection_seconds = per_engine(
-            Histogram,
-            "selection_time_seconds",
-            "Histogram of the time per engine step in which a worker selects what its queries see.",
-            buckets=SELECTION_BUCKETS,
-        )
-
         settings = active_settings(vllm_config)
-        self.memory_usage = {}
+        gauges, counters, histograms = GAUGES, COUNTERS, HISTOGRAMS
         if settings.attention.memory_limit_gib is not None:
-            self.memory_usage = per_engine(
-                Gauge,
-                "memory_usage_perc",
-                "Memory-usage of the memory layers' own blocks. 1 means 100 percent usage.",
-                multiprocess_mode="mostrecent",
-            )
-        self.adapts = settings.mode.adapts
-        if self.adapts:
-            self._adaptation_metrics(per_engine)
-
-    def _adaptation_metrics(self, per_engine: Callable[..., dict[int, Any]]) -> None:
-        gauges = {
-            "slots_in_use": ("adapter_slots_in_use", "Slots of requests that adapt."),
-            "held_requests": ("num_requests_held", "Requests that wait for a version of their adapter."),
-            "saving_requests": ("num_requests_saving", "Requests that have ended and wait for their adapter to be saved."),
-            "train_queue": ("train_queue_blocks", "Blocks that are being trained or wait for it."),
-            "versions_behind": ("versions_behind", "Blocks read or written that no version has been trained on yet."),
-        }
-        counters = {
-            "idle_steps": ("idle_steps", "Engine steps in which every request waited for the trainer."),
-            "adapted_tokens": ("adapted_tokens", "Tokens computed for requests that adapt, those of new passes too."),
-            "blocks_trained": ("blocks_trained", "Blocks that became a version of an adapter."),
-            "train_failures": ("train_failures", "Blocks that could not be trained."),
-            "trainer_restarts": ("trainer_restarts", "Times the trainer process was started again."),
-            "adapters_saved": ("adapters_saved", "Adapters saved."),
-            "save_failures": ("save_failures", "Adapters that a request asked to save and that were not saved."),
-        }
-        histograms = {
-            "swap_seconds": ("swap_time_seconds", "Histogram of the time to put a version into all layers.", SELECTION_BUCKETS),
-            "hold_seconds": ("hold_time_seconds", "Histogram of the time a request waits for a version.", TRAIN_BUCKETS),
-            "train_seconds": ("train_time_seconds", "Histogram of the time to train a block.", TRAIN_BUCKETS),
-        }
+            gauges = gauges | MEMORY_GAUGES
+        if settings.mode.adapts:
+            gauges, counters = gauges | ADAPTATION_GAUGES, counters | ADAPTATION_COUNTERS
+            histograms = histograms | ADAPTATION_HISTOGRAMS
         self.gauges = {f: per_engine(Gauge, *texts, multiprocess_mode="mostrecent") for f, texts in gauges.items()}
         self.counters = {f: per_engine(Counter, *texts) for f, texts in counters.items()}
         self.histograms = {f: per_engine(Histogram, n, text, buckets=b) for f, (n, text, b) in histograms.items()}
         about = "Histogram of a block's loss in nats per token, {} it was trained on."
         self.losses = [
             per_engine(Histogram, f"block_loss_{when}", about.format(when), buckets=LOSS_BUCKETS)
-            for when in ("before", "after")
+            for when in (("before", "after") if settings.mode.adapts else ())
         ]
-
-    def _record_adaptation(self, step: StepStats, engine_idx: int) -> None:
-        for name, gauge in self.gauges.items():
-            gauge[engine_idx].set(getattr(step, name))
-        for name, counter in self.counters.items():
-            counter[engine_idx].inc(getattr(step, name))
-        for name, histogram in self.histograms.items():
-            for value in getattr(step, name):
-                histogram[engine_idx].observe(value)
-        for pair in step.losses:
-            for metric, loss in zip(self.losses, pair, strict=True):
-                metric[engine_idx].observe(loss)
 
     def log_engine_initialized(self) -> None:
         settings = active_settings(self.vllm_config)
@@ -205,13 +186,15 @@ class LongContextStatLogger(AggregateStatLoggerBase):
             return
         step = StepStats(**scheduler_stats.kv_connector_stats[KEY])
         scheduler_stats.kv_connector_stats = None
-        self.live_blocks[engine_idx].set(step.live_blocks)
-        self.requests_past_trained[engine_idx].set(step.requests_past_trained)
-        self.freed_blocks[engine_idx].inc(step.freed_blocks)
-        self.tokens_past_trained[engine_idx].inc(step.tokens_past_trained)
-        if step.selection_seconds is not None:
-            self.selection_seconds[engine_idx].observe(step.selection_seconds)
-        if step.memory_usage is not None:
-            self.memory_usage[engine_idx].set(step.memory_usage)
-        if self.adapts:
-            self._record_adaptation(step, engine_idx)
+        for name, gauge in self.gauges.items():
+            if (value := getattr(step, name)) is not None:
+                gauge[engine_idx].set(value)
+        for name, counter in self.counters.items():
+            counter[engine_idx].inc(getattr(step, name))
+        for name, histogram in self.histograms.items():
+            values = getattr(step, name)
+            for value in values if isinstance(values, list) else [] if values is None else [values]:
+                histogram[engine_idx].observe(value)
+        for pair in step.losses:
+            for metric, loss in zip(self.losses, pair, strict=True):
+                metric[engine_idx].observe(loss)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import triton
 from gpu.kernels import Plan, device, in_host_memory, integers, of_name, shapes, turns, view_of
 from gpu.models import N_GLOBAL, Shape
 from torch import Tensor
@@ -147,7 +148,8 @@ def lookup_error(shape: Shape, dtype: torch.dtype, length: int, queries: int, ap
 
     k, group = 64, shape.heads // shape.kv_heads
     query = torch.randn(1, queries, shape.heads, shape.head_size, device=device()).to(dtype)
-    cache = torch.randn(-(-length // BLOCK_SIZE), BLOCK_SIZE, shape.kv_heads, 2 * shape.head_size, device=device()).to(dtype)
+    size = triton.cdiv(length, BLOCK_SIZE), BLOCK_SIZE, shape.kv_heads, 2 * shape.head_size
+    cache = torch.randn(size, device=device()).to(dtype)
     key_cache, value_cache = cache.chunk(2, -1)
     order = torch.randperm(len(cache), device=device())
     with in_host_memory(cache) if apart else nullcontext(cache) as read:
@@ -175,7 +177,7 @@ def rotated(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
 def paged(key: Tensor, value: Tensor, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """A cache [blocks, BLOCK_SIZE, kv_heads, 2 * head_size] of keys at `positions`, else NaN; its table [1, columns]."""
     used = positions.div(BLOCK_SIZE, rounding_mode="floor").unique()
-    table = torch.zeros(1, -(-length // BLOCK_SIZE), dtype=torch.int32)
+    table = torch.zeros(1, triton.cdiv(length, BLOCK_SIZE), dtype=torch.int32)
     table[0, used] = (torch.randperm(len(used)) + 1).int()
     cache = torch.full((len(used) + 1, BLOCK_SIZE, key.shape[1], 2 * key.shape[2]), torch.nan, dtype=key.dtype)
     cache[table[0, positions // BLOCK_SIZE].long(), positions % BLOCK_SIZE] = torch.cat((key, value), -1)

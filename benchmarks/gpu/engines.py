@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpu.kernels import Plan, shapes
-from gpu.models import LARGEST_BATCH, WRITTEN, Shape, write_model
-from lm_infinite import random_tokens, token_times
+from gpu.models import LARGEST_BATCH, RANDOM_WEIGHTS, WRITTEN, Shape, write_model
+from lm_infinite import token_times
+from load import add_requests, random_tokens
 
 from vllm_longctx.cli.engine import METHODS, PeakBlocks, method_engine
 
@@ -73,9 +74,7 @@ def engine(record: "Record", plan: Plan, setting: "Setting", number: int, method
         check_plugin()
     own = None if stock else shape.trained + 1024
     kwargs = {
-        "dtype": "bfloat16",
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
+        **RANDOM_WEIGHTS,
         "max_num_seqs": MOST_SEQUENCES,
         "max_num_batched_tokens": BATCHED_TOKENS,
         "enable_prefix_caching": True,
@@ -136,15 +135,7 @@ def prompts_of(llm: "LLMEngine", text: list[int], batch: int, own: int | None) -
 
 def decoding(llm: "LLMEngine", prompts: Sequence[list[int]], written: int) -> tuple[float, int]:
     """Median seconds between steps in which most requests decode, and how many these are."""
-    from vllm import SamplingParams
-    from vllm.inputs import tokens_input
-    from vllm.sampling_params import RequestOutputKind
-
-    params = SamplingParams(
-        max_tokens=written, temperature=0, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
-    )
-    for number, prompt in enumerate(prompts):
-        llm.add_request(f"{number}", tokens_input(prompt), params)
+    add_requests(llm, prompts, written)
     steps = []
     while llm.has_unfinished_requests():
         if outputs := llm.step():

@@ -4,23 +4,21 @@ Only measured, no part of the product. The window's call gets the block table fr
 other one queries turned to the ceiling and the first keys turned to no rotation, in blocks that each request would keep.
 """
 
-from collections.abc import Callable
 from functools import partial
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
+import triton
 from gpu import kernels
 from gpu.checks import ROUNDINGS, lambda_error
-from gpu.kernels import BLOCK_SIZE, Plan, Pool, integers, milliseconds, of_name, randn, turns, view_of
+from gpu.kernels import BLOCK_SIZE, Flash, Plan, Pool, integers, milliseconds, of_name, randn, turns, view_of, vllms_flash
 from gpu.models import GIB, N_GLOBAL, Shape
 from torch import Tensor
 
 if TYPE_CHECKING:
     from gpu.report import Record
     from gpu.run_all import Setting
-
-Flash = Callable[..., Any]
 
 
 def flash_merge_plan(setting: "Setting") -> Plan:
@@ -55,13 +53,6 @@ def flash_merge(record: "Record", plan: Plan, setting: "Setting") -> None:
         raise RuntimeError(f"FlashAttention and a merge give other numbers in {len(wrong)} of {len(plan)} rows: {wrong[0]}")
 
 
-def vllms_flash() -> Flash:
-    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-    return partial(flash_attn_varlen_func, fa_version=get_flash_attn_version())
-
-
 def run_flash(flash: Flash, shape: Shape, query: Tensor, cache: Tensor, table: Tensor, length: int) -> Tensor:
     """As `checks.run_lambda`. No NaN: FlashAttention multiplies values that nobody sees by zero."""
     out = torch.empty_like(query)
@@ -89,7 +80,7 @@ class FlashLambda:
         if not any(seen):
             return
         by_query, by_key = (torch.cat(turn, -1).to(caches[0].dtype) for turn in turns(shape, view, at.cpu().repeat(rows)))
-        self.turn, blocks = by_query, table[:, : -(-N_GLOBAL // BLOCK_SIZE)].long()
+        self.turn, blocks = by_query, table[:, : triton.cdiv(N_GLOBAL, BLOCK_SIZE)].long()
         kept = torch.cat([cache[blocks] for cache in caches], -1)  # [rows, blocks, BLOCK_SIZE, kv_heads, 2 * head_size]
         keys_kept = kept.flatten(1, 2)[:, :N_GLOBAL, :, : self.head_size]
         keys_kept.copy_(

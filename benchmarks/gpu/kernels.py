@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import triton
 from gpu.models import GIB, GQA_8B, LLAMA_2_7B, N_GLOBAL, TINY, TINY_GQA, Shape
 from torch import Tensor
 
@@ -37,6 +38,7 @@ BATCHES = (1, 16, 64)
 DTYPE = torch.bfloat16
 
 Plan = list[dict[str, Any]]
+Flash = Callable[..., Any]
 
 
 def shapes(setting: "Setting") -> tuple[Shape, Shape]:
@@ -94,7 +96,6 @@ def environment(record: "Record", plan: Plan, setting: "Setting") -> None:
     """The card, the versions, and bytes/s of a copy in its memory: read and written ones together."""
     import platform
 
-    import triton
     import vllm
 
     properties = torch.cuda.get_device_properties(0)
@@ -323,7 +324,7 @@ class Pool:
         """`count` block tables int32 [rows, columns]; each row of each begins in its own part of the pool."""
         blocks = len(self.numbers)
         order = torch.randperm(blocks, device=device()).int()
-        columns = torch.arange(-(-length // BLOCK_SIZE), device=device())
+        columns = torch.arange(triton.cdiv(length, BLOCK_SIZE), device=device())
         starts = torch.arange(rows * count, device=device()).view(rows, count, 1) * blocks // (rows * count)
         return [table.contiguous() for table in order[(starts + columns) % blocks].unbind(1)]
 
@@ -346,6 +347,13 @@ def turns(shape: Shape, view: "View", positions: Tensor) -> tuple[Any, Any]:
     return tuple(tuple(t.to(device()) for t in rotary.cos_sin(by)) for by in (query_turn, key_turn))  # type: ignore[return-value]
 
 
+def vllms_flash() -> Flash:
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    return partial(flash_attn_varlen_func, fa_version=get_flash_attn_version())
+
+
 def flash_times(
     pool: Pool, query: Tensor, starts: list[int], length: int, short: int, tables: list[Tensor], shape: Shape
 ) -> dict[str, float]:
@@ -355,32 +363,14 @@ def flash_times(
     """
     if not torch.cuda.is_available():
         return {}
-    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-    version, out = get_flash_attn_version(), torch.empty_like(query)
     key, value = pool.slots_first
     longest = max(b - a for a, b in itertools.pairwise(starts))
-
-    def call(table: Tensor, starts: Tensor, lens: Tensor, keys: int, window: list[int]) -> None:
-        flash_attn_varlen_func(
-            q=query,
-            k=key,
-            v=value,
-            out=out,
-            max_seqlen_q=longest,
-            cu_seqlens_q=starts,
-            max_seqlen_k=keys,
-            seqused_k=lens,
-            block_table=table,
-            softmax_scale=shape.scale,
-            causal=True,
-            window_size=window,
-            fa_version=version,
-        )
+    flash = partial(vllms_flash(), q=query, k=key, v=value, out=torch.empty_like(query), max_seqlen_q=longest)
+    flash = partial(flash, cu_seqlens_q=integers(starts), softmax_scale=shape.scale, causal=True)
 
     def timed(keys: int, window: int | None = None) -> float:
         lens, sides = integers([keys] * (len(starts) - 1)), [-1, -1] if window is None else [window - 1, 0]
-        return milliseconds([partial(call, t, integers(starts), lens, keys, sides) for t in tables])
+        call = partial(flash, seqused_k=lens, max_seqlen_k=keys, window_size=sides)
+        return milliseconds([partial(call, block_table=table) for table in tables])
 
     return {"flash_ms": timed(length), "flash_window_ms": timed(length, shape.trained), "flash_short_ms": timed(short)}

@@ -16,6 +16,8 @@ RESERVE = 4 * GIB  # activations of a step, logits, CUDA graphs and contexts
 N_GLOBAL = DEFAULT_N_GLOBAL["lm_infinite"]  # of the preset; its n_local is the trained length
 LARGEST_BATCH = 16  # of the engine's decode rows
 WRITTEN = 128  # tokens, of each request whose decoding is timed
+# Arguments of an engine for `write_model`.
+RANDOM_WEIGHTS = {"dtype": "bfloat16", "load_format": "dummy", "skip_tokenizer_init": True}
 
 
 @dataclass(frozen=True)

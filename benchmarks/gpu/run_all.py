@@ -9,7 +9,6 @@ cut off is tried again. In the end, or so far: DIR/results.md, results.json and 
 
 import contextlib
 import importlib
-import json
 import os
 import re
 import signal
@@ -33,9 +32,8 @@ for path in (BENCHMARKS, BENCHMARKS.parent):  # as a script it sees only its own
 from gpu.models import GIB  # noqa: E402
 from gpu.report import Record, curves, markdown, number, targets  # noqa: E402
 
-from vllm_longctx.cli.engine import plot  # noqa: E402
+from vllm_longctx.cli.output import console, plot, write_json  # noqa: E402
 
-console = Console(stderr=True)
 LEAST_S = 30  # a stage is not started with less time left
 
 
@@ -227,7 +225,7 @@ def summarise(out: Path) -> None:
     """results.md, results.json and the plot, of the records there are; the targets on the terminal."""
     records = load(out)
     (out / "results.md").write_text(markdown(records, [(s.name, s.about) for s in STAGES]))
-    (out / "results.json").write_text(json.dumps({n: r.dump() for n, r in records.items()}, indent=1) + "\n")
+    write_json(out / "results.json", {n: r.dump() for n, r in records.items()})
     if found := curves(records):
         plot(out / "cost.png", found, "context (tokens)", "milliseconds per decoded token, batch 1", yscale="log")
     table = Table("target", "wanted", "found", "verdict", "stages")

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from gpu.engines import check_plugin
 from gpu.kernels import Plan, shapes
-from gpu.models import Shape, write_model
-from lm_infinite import random_tokens
+from gpu.models import RANDOM_WEIGHTS, Shape, write_model
+from load import random_tokens
 from temp_lora import engine_speed, official_writer, writing
 
 from vllm_longctx.cli.engine import STOCK, running_engine
@@ -133,9 +133,7 @@ def engine(
 ) -> Iterator["LLMEngine"]:
     longest = text_tokens(setting)
     kwargs = {
-        "dtype": "bfloat16",
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
+        **RANDOM_WEIGHTS,
         "max_num_seqs": 2 * streams,
         "max_num_batched_tokens": 2048,
         "kv_cache_memory_bytes": (streams + 2) * longest * shape.kv_bytes,

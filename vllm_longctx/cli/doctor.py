@@ -10,8 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_longctx.cli.engine import Longctx, Preset, errors_for_users, load_plugin, longctx_config, model_path, why_left_out
+from vllm_longctx.cli.engine import load_plugin, longctx_config, model_path, why_left_out
 from vllm_longctx.cli.live import live_state
+from vllm_longctx.cli.options import Longctx, Preset
+from vllm_longctx.cli.output import errors_for_users
 
 if TYPE_CHECKING:
     from vllm_longctx.modes import Mode

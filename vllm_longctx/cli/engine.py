@@ -1,34 +1,23 @@
-"""What the commands share: an engine from the command line's words, its peak KV use, requests in batches, and plots."""
+"""Engines from the command line's words, their peak KV use, and requests in batches."""
 
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
-
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_longctx import BOOKLM
+from vllm_longctx.cli.output import console, counting
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
     from vllm import SamplingParams
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
 T = TypeVar("T")
 Job = Generator[list[tuple[list[int], "SamplingParams"]], list["RequestOutput"], T]
-
-console = Console(stderr=True)
-
-Model = Annotated[str, typer.Option(help="Model directory or name; `booklm` is the small one that ships with longctx.")]
-Longctx = Annotated[str | None, typer.Option(help="Configuration as JSON.")]
-Preset = Annotated[str | None, typer.Option(help="lm-infinite (the default), streaming, temp-lora-quality or -economic.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-BatchedTokens = Annotated[int, typer.Option(help="Tokens computed in one step (a chunk of a long prompt).")]
-EnforceEager = Annotated[bool, typer.Option(help="Skip compilation: starts sooner, runs slower.")]
 
 # The ways to attend that the evaluations compare, as `additional_config["longctx"]`; None is stock vLLM.
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -42,16 +31,6 @@ STOCK: dict[str, Any] = {"longctx": {"attention": {"method": "none"}}}
 
 # The options of a request that does.
 LEARNS: dict[str, Any] = {"temp_lora": True}
-
-
-@contextmanager
-def errors_for_users() -> Iterator[None]:
-    """A user's mistake is one line on stderr and exit code 2, not a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as e:
-        console.print(f"[bold red]error:[/] {e}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
 
 
 def why_left_out() -> str | None:
@@ -80,6 +59,13 @@ def load_plugin() -> None:
 
 def model_path(model: str) -> str:
     return BOOKLM if model == "booklm" else model
+
+
+def tokenizer_of(model: str) -> "PreTrainedTokenizerBase":
+    """One that does not warn of texts past the trained length."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_path(model), model_max_length=1 << 60)
 
 
 def longctx_config(longctx: str | None, preset: str | None) -> dict[str, Any]:
@@ -152,7 +138,6 @@ def run_jobs(engine: "LLMEngine", jobs: Sequence[Job[T]], label: str, at_once: i
     results: dict[int, T] = {}
     running: dict[int, dict[str, RequestOutput | None]] = {}  # a job's requests and the outputs there are
     waiting = iter(range(len(jobs)))
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
 
     def advance(number: int | None, outputs: list["RequestOutput"] | None) -> None:
         """Go on with a job; when it is done start the next one."""
@@ -169,7 +154,7 @@ def run_jobs(engine: "LLMEngine", jobs: Sequence[Job[T]], label: str, at_once: i
                 engine.add_request(request_id, tokens_input(prompt), params)
             return
 
-    with Progress(*columns, console=console) as progress:
+    with counting() as progress:
         task = progress.add_task(label, total=len(jobs))
         for _ in range(at_once):
             advance(next(waiting, None), None)
@@ -246,27 +231,3 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise ValueError(f"{path} holds no text")
     return text
-
-
-def plot(
-    path: Path,
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    xlabel: str,
-    ylabel: str,
-    yscale: str = "linear",
-) -> None:
-    """Curves by name, (x, y) each, drawn to a PNG, PDF or SVG file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for name, (x, y) in curves.items():
-        axes.plot(x, y, marker="o", markersize=3, label=name)
-    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log", yscale=yscale)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -7,21 +7,9 @@ from typing import Annotated
 
 import typer
 
-from vllm_longctx.cli.engine import (
-    LEARNS,
-    BatchedTokens,
-    Dtype,
-    EnforceEager,
-    Longctx,
-    Model,
-    Preset,
-    adapts,
-    console,
-    errors_for_users,
-    longctx_config,
-    read_text,
-    running_engine,
-)
+from vllm_longctx.cli.engine import LEARNS, adapts, longctx_config, read_text, running_engine
+from vllm_longctx.cli.options import BatchedTokens, Dtype, EnforceEager, Longctx, Model, Preset
+from vllm_longctx.cli.output import console, errors_for_users
 from vllm_longctx.cli.score import tokenize
 
 

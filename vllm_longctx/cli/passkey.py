@@ -16,7 +16,6 @@ what stands before it being what a Focused Transformer needs its memory for. Sco
 - gain: the score of the right key less the mean of the nine others, in nats; 0 where nothing is remembered.
 """
 
-import json
 import os
 import random
 import re
@@ -34,23 +33,18 @@ from rich.table import Table
 from vllm_longctx.cli.engine import (
     METHODS,
     STOCK,
-    BatchedTokens,
-    Dtype,
-    EnforceEager,
     Job,
-    Longctx,
-    Model,
-    Preset,
-    errors_for_users,
     load_plugin,
     longctx_config,
     method_engine,
     model_path,
     parse_lengths,
     parse_methods,
-    plot,
     run_jobs,
+    tokenizer_of,
 )
+from vllm_longctx.cli.options import BatchedTokens, Dtype, EnforceEager, JsonOut, Longctx, Model, Preset
+from vllm_longctx.cli.output import errors_for_users, plot, write_json
 
 if TYPE_CHECKING:
     from vllm_longctx.geometry import Geometry
@@ -246,7 +240,7 @@ def passkey(
     methods: Annotated[str | None, typer.Option(help=f"Compare some of {','.join(METHODS)} instead.")] = None,
     stock_tokens: Annotated[int | None, typer.Option(help="Longest prompt for stock vLLM, which is quadratic.", min=1)] = None,
     seed: int = 0,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot", help="Draw the share of right choices against length.")] = None,
     dtype: Dtype = "auto",
     max_num_batched_tokens: BatchedTokens = 2048,
@@ -257,9 +251,7 @@ def passkey(
         sizes = parse_lengths(lengths)
         configs = chosen_methods(methods, longctx, preset, baseline)
         geometries = windows(model, list(configs.values()))
-        from transformers import AutoTokenizer
-
-        task = Task(AutoTokenizer.from_pretrained(model_path(model), model_max_length=1 << 60))
+        task = Task(tokenizer_of(model))
         everything = [trial for size in sizes for trial in task.trials(size, geometries, trials, seed)]
         limits = {name: stock_tokens if config is None else None for name, config in configs.items()}
         asked = {name: [t for t in everything if limit is None or len(t.prompt) <= limit] for name, limit in limits.items()}
@@ -269,10 +261,8 @@ def passkey(
         kwargs = {"dtype": dtype, "max_num_batched_tokens": max_num_batched_tokens, "enforce_eager": enforce_eager}
         result = {name: evaluate(model, name, config, asked[name], **kwargs) for name, config in configs.items()}
     print_table({name: found for name, (found, _) in result.items()})
-    if json_out is not None:
-        parts = {name: {"rows": [asdict(r) for r in found], "config": config} for name, (found, config) in result.items()}
-        summary = {"model": model, "trials": trials, "seed": seed, "choices": CHOICES, "methods": parts}
-        json_out.write_text(json.dumps(summary, indent=1) + "\n")
+    parts = {name: {"rows": [asdict(r) for r in found], "config": config} for name, (found, config) in result.items()}
+    write_json(json_out, {"model": model, "trials": trials, "seed": seed, "choices": CHOICES, "methods": parts})
     if plot_out is not None:
         plot(plot_out, curves({name: found for name, (found, _) in result.items()}), "length (tokens)", "right choices (%)")
 

@@ -3,7 +3,6 @@
 With a configuration that adapts, the text is scored twice in one engine: learning nothing, then with Temp-LoRA.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -14,28 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vllm_longctx.cli.engine import (
     LEARNS,
-    BatchedTokens,
-    Dtype,
-    EnforceEager,
-    Longctx,
-    Model,
     PeakBlocks,
-    Preset,
     adapts,
-    console,
-    errors_for_users,
     longctx_config,
     method_engine,
-    model_path,
-    plot,
     read_text,
     running_engine,
+    tokenizer_of,
 )
+from vllm_longctx.cli.options import BatchedTokens, Dtype, EnforceEager, JsonOut, Longctx, Model, Preset
+from vllm_longctx.cli.output import counting, errors_for_users, plot, write_json
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -142,10 +133,9 @@ def score_in(
     chunk = engine.vllm_config.scheduler_config.max_num_batched_tokens
     if attention.get("method") == "focused":  # no step goes past the end of a window
         chunk = min(chunk, attention["n_local"])
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     start, output = time.perf_counter(), None
     meter.reset()
-    with Progress(*columns, console=console) as progress:
+    with counting() as progress:
         # With an adapter the steps are as long as its blocks allow, and tokens of a new pass are computed again.
         task = progress.add_task(label, total=len(tokens) if options is None else None)
         while engine.has_unfinished_requests():
@@ -175,7 +165,7 @@ def score(
     preset: Preset = None,
     baseline: Annotated[bool, typer.Option(help="Score with stock vLLM too.")] = False,
     bucket_tokens: Annotated[int | None, typer.Option(help="Equal buckets of so many tokens.", min=1)] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot", help="Draw NLL against position.")] = None,
     dtype: Dtype = "auto",
     max_num_batched_tokens: BatchedTokens = 2048,
@@ -204,17 +194,14 @@ def score(
         result["segments"] = [asdict(part) for part in parts]
     if "stock vLLM" in scores:
         result["baseline"] = as_json(scores["stock vLLM"], bucket_tokens)
-    if json_out is not None:
-        json_out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(json_out, result)
     if plot_out is not None:
         plot(plot_out, {name: curve(s, bucket_tokens) for name, s in scores.items()}, "position", "NLL (nats per token)")
 
 
 def tokenize(model: str, text: str, max_tokens: int | None) -> list[int]:
     """Token ids with the tokenizer's own first token, at most `max_tokens`. Raises ValueError for fewer than two."""
-    from transformers import AutoTokenizer
-
-    tokens = AutoTokenizer.from_pretrained(model_path(model), model_max_length=1 << 60)(text)["input_ids"][:max_tokens]
+    tokens = tokenizer_of(model)(text)["input_ids"][:max_tokens]
     if len(tokens) < 2:
         raise ValueError(f"the text has {len(tokens)} tokens; at least 2 are needed")
     return tokens

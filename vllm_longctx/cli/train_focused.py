@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_longctx.cli.engine import console, errors_for_users, model_path
+from vllm_longctx.cli.engine import model_path, tokenizer_of
+from vllm_longctx.cli.output import console, counting, errors_for_users, figure
 from vllm_longctx.files import sync
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ def train_focused(
 ) -> None:
     """CrossBatch training: memory layers that can tell a document's past from others', in a LongLLaMA checkpoint."""
     import torch
-    from transformers import AutoTokenizer
 
     from vllm_longctx.training.data import Documents
     from vllm_longctx.training.trainer import DTYPES, LOSSES_NAME, STATE_NAME, Recipe, Trainer, load_llama, save_longllama
@@ -72,7 +71,7 @@ def train_focused(
             seed=seed,
         )
         trainer = Trainer(llama, recipe)
-        tokenizer = AutoTokenizer.from_pretrained(model_path(model), model_max_length=1 << 60)
+        tokenizer = tokenizer_of(model)
         with console.status("tokenizing"):
             documents = Documents.read(texts, tokenizer, contexts * tokens)
             held_out = None if validation is None else Documents.read([validation], tokenizer, contexts * tokens)
@@ -85,8 +84,7 @@ def train_focused(
         else:
             trainer.save_state(state, **about)
         rows = rows_until(trainer.step, out / LOSSES_NAME)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with (out / LOSSES_NAME).open("a") as losses, Progress(*columns, console=console) as progress:
+        with (out / LOSSES_NAME).open("a") as losses, counting() as progress:
             task = progress.add_task("training", total=steps, completed=trainer.step)
             while trainer.step < steps:
                 row: dict[str, Any] = trainer.train(*documents.batch(seed, trainer.step, batch, contexts, tokens))
@@ -134,25 +132,14 @@ def rows_until(step: int, path: Path) -> list[dict[str, Any]]:
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Losses against steps: first contexts and those with memory, trained and held out; a line where d changes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
     held_out = [row for row in rows if "validation" in row]
-    for colour, (kind, label) in zip(("C0", "C1"), (("first", "no memory"), ("memory", "with memory")), strict=True):
-        axes.plot([r["step"] for r in rows], [r[kind] for r in rows], colour, lw=0.8, label=label)
-        if held_out:
-            marks = [r["step"] for r in held_out], [r["validation"][kind] for r in held_out]
-            axes.plot(*marks, colour, marker="o", ls="--", label=f"{label}, held out")
-    for before, row in zip([None, *rows], rows, strict=False):
-        if before is None or before["d"] != row["d"]:
-            axes.axvline(row["step"], color="grey", lw=0.8, ls=":")
-            axes.text(row["step"], 1.0, f" d={row['d']}", transform=axes.get_xaxis_transform(), va="top", fontsize=8)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with figure(path, xlabel="step", ylabel="loss (nats per token)") as axes:
+        for colour, (kind, label) in zip(("C0", "C1"), (("first", "no memory"), ("memory", "with memory")), strict=True):
+            axes.plot([r["step"] for r in rows], [r[kind] for r in rows], colour, lw=0.8, label=label)
+            if held_out:
+                marks = [r["step"] for r in held_out], [r["validation"][kind] for r in held_out]
+                axes.plot(*marks, colour, marker="o", ls="--", label=f"{label}, held out")
+        for before, row in zip([None, *rows], rows, strict=False):
+            if before is None or before["d"] != row["d"]:
+                axes.axvline(row["step"], color="grey", lw=0.8, ls=":")
+                axes.text(row["step"], 1.0, f" d={row['d']}", transform=axes.get_xaxis_transform(), va="top", fontsize=8)

@@ -10,20 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_longctx.cuda.kernels.lambda_tile import (
-    LOG2_E,
-    Launch,
-    Turn,
-    View,
-    attend_first,
-    attend_window,
-    cache_arguments,
-    load_turned,
-    log_sum_exp,
-    lse_arguments,
-    turn_arguments,
-    view_arguments,
-)
+from vllm_longctx.cuda.kernels import lambda_tile
+from vllm_longctx.cuda.kernels.lambda_tile import Launch, Turn, View
 
 
 def prefill_launch(head_size: int, element_size: int, group: int, max_query_len: int) -> Launch:
@@ -78,45 +66,26 @@ def lambda_attention(
     group = heads // kv_heads
     launch = launch or prefill_launch(head_size, query.element_size(), group, max_query_len)
     per_tile = launch.rows // group
-    cos, sin = turn_arguments(view.turns_queries, turn, tokens, view.rotary_dim, query)
-    key_cos, key_sin = turn_arguments(view.turns_keys, key_turn, view.geometry.n_global, view.rotary_dim, query)
-    scale = scale * k_scale
     # Each row wastes less than a tile: this many programs are enough whatever the rows' lengths.
     _prefill[(tokens // per_tile + rows, kv_heads)](
         query,
         key_cache,
         value_cache,
         out,
-        lse_arguments(lse, (tokens, heads), query),
+        lambda_tile.lse_arguments(lse, (tokens, heads), query),
         block_table,
         seq_lens,
         query_start_loc,
-        cos,
-        sin,
-        key_cos,
-        key_sin,
+        *lambda_tile.turn_arguments(view, turn, key_turn, tokens, query),
         query if view.alibi_slopes is None else view.alibi_slopes,
         rows,
-        view.geometry.n_global,
-        view.window,
-        view.ceiling,
-        scale if view.soft_cap else scale * LOG2_E,
-        view.soft_cap,
-        v_scale,
-        query.stride(0),
-        query.stride(1),
-        out.stride(0),
-        out.stride(1),
-        block_table.stride(0),
-        *cache_arguments(key_cache, value_cache),
+        *lambda_tile.view_arguments(view, scale * k_scale, v_scale),
+        *lambda_tile.stride_arguments(query, out, block_table, key_cache, value_cache),
         GROUP=group,
         TOKENS=per_tile,
-        ROWS=launch.rows,
-        KEYS=launch.keys,
         WRITE_LSE=lse is not None,
-        **view_arguments(view, head_size, key_cache.shape[1]),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch.arguments(),
+        **lambda_tile.view_constants(view, head_size, key_cache.shape[1]),
     )
 
 
@@ -140,55 +109,25 @@ def tile_of(query_start_loc, tile, rows, TOKENS: tl.constexpr):
     return row, row_begin, query_len, (tile - (row_begin // TOKENS + row)) * TOKENS
 
 
+@triton.jit
+def tile_rows(m, tile_begin, query_len, kv_head, GROUP: tl.constexpr, TOKENS: tl.constexpr):
+    """Of the (query, head) pairs m of a tile: the query's place in its row, the head, and whether there is the pair."""
+    in_row = tile_begin + m // GROUP
+    return in_row, kv_head * GROUP + m % GROUP, (m < TOKENS * GROUP) & (in_row < query_len)
+
+
 # What changes from step to step must not ask for another compilation.
 @triton.jit(do_not_specialize=["rows", "seq_lens", "query_start_loc"])
 def _prefill(
-    query_ptr,
-    key_cache,
-    value_cache,
-    out_ptr,
-    lse,
-    block_table,
-    seq_lens,
-    query_start_loc,
-    cos,
-    sin,
-    key_cos,
-    key_sin,
-    alibi_slopes,
-    rows,
-    n_global,
-    n_local,
-    ceiling,
-    scale,
-    soft_cap,
-    v_scale,
-    stride_query,
-    stride_query_head,
-    stride_out,
-    stride_out_head,
-    stride_table,
-    stride_block,
-    stride_slot,
-    stride_head,
-    GROUP: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    WRITE_LSE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    PADDED_HEAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    FIRST_KEYS: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    IS_NEOX: tl.constexpr,
-    TURN_QUERIES: tl.constexpr,
-    TURN_KEYS: tl.constexpr,
-    BOTH_PRODUCTS: tl.constexpr,
-    IN_CACHE: tl.constexpr,
-    ALIBI: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-):
+    query_ptr, key_cache, value_cache, out_ptr, lse, block_table, seq_lens, query_start_loc,
+    cos, sin, key_cos, key_sin, alibi_slopes, rows,
+    n_global, n_local, ceiling, scale, soft_cap, v_scale,
+    stride_query, stride_query_head, stride_out, stride_out_head, stride_table, stride_block, stride_slot, stride_head,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, WRITE_LSE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, FIRST_KEYS: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, TURN_QUERIES: tl.constexpr, TURN_KEYS: tl.constexpr,
+    BOTH_PRODUCTS: tl.constexpr, IN_CACHE: tl.constexpr, ALIBI: tl.constexpr, SOFT_CAP: tl.constexpr,
+):  # fmt: skip
     kv_head = tl.program_id(1)
     row, row_begin, query_len, tile_begin = tile_of(query_start_loc, tl.program_id(0), rows, TOKENS)
     seq_len = tl.load(seq_lens + row)
@@ -197,39 +136,30 @@ def _prefill(
 
     m = tl.arange(0, ROWS)
     d = tl.arange(0, PADDED_HEAD)
-    in_row = tile_begin + m // GROUP
-    heads = kv_head * GROUP + m % GROUP
-    active = (m < TOKENS * GROUP) & (in_row < query_len)
-    mask = active[:, None] & (d < HEAD_SIZE)[None, :]
-    token = row_begin + in_row
-    pointers = query_ptr + (token.to(tl.int64) * stride_query + heads * stride_query_head)[:, None]
-    query = tl.load(pointers + d[None, :], mask=mask, other=0.0)
-
+    in_row, heads, active = tile_rows(m, tile_begin, query_len, kv_head, GROUP, TOKENS)
+    token = (row_begin + in_row).to(tl.int64)
+    query, pointers, mask = lambda_tile.load_queries(
+        query_ptr, token, heads, active, d, stride_query, stride_query_head, HEAD_SIZE
+    )
     context = seq_len - query_len
     positions = context + in_row
     first_query = context + tile_begin
     last_query = context + tl.minimum(tile_begin + TOKENS, query_len) - 1
     last_start = tl.maximum(last_query - n_local + 1, 0)
-    slopes = tl.zeros((ROWS,), tl.float32)
-    if ALIBI:
-        slopes = tl.load(alibi_slopes + heads, mask=active, other=0.0) * 1.4426950408889634
-
-    table = block_table + row.to(tl.int64) * stride_table
-    key_cache += kv_head.to(tl.int64) * stride_head
-    value_cache += kv_head.to(tl.int64) * stride_head
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, PADDED_HEAD), tl.float32)
+    slopes = lambda_tile.load_slopes(alibi_slopes, heads, active, ALIBI)
+    cache = lambda_tile.cache_of(
+        key_cache, value_cache, block_table, row, kv_head, stride_table, stride_block, stride_slot, stride_head
+    )
+    softmax = lambda_tile.nothing_seen(ROWS, PADDED_HEAD)
 
     first_end = tl.minimum(last_start, n_global)
     if first_end > 0:
         turned_query = query
         if TURN_QUERIES:
-            turned_query = load_turned(pointers, query, mask, cos, sin, token, d, ROTARY_DIM, IS_NEOX)
-        top, total, acc = attend_first(
-            query, turned_query, positions, slopes, top, total, acc,
-            key_cache, value_cache, table, key_cos, key_sin,
-            0, first_end, n_global, n_local, ceiling, scale, soft_cap, stride_block, stride_slot,
+            turned_query = lambda_tile.load_turned(pointers, query, mask, cos, sin, token, d, ROTARY_DIM, IS_NEOX)
+        softmax = lambda_tile.attend_first(
+            query, turned_query, positions, slopes, softmax, cache, key_cos, key_sin,
+            0, first_end, n_global, n_local, ceiling, scale, soft_cap,
             HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, FIRST_KEYS, ROTARY_DIM, IS_NEOX,
             TURN_QUERIES, TURN_KEYS, BOTH_PRODUCTS, IN_CACHE, ALIBI, SOFT_CAP,
         )  # fmt: skip
@@ -240,25 +170,20 @@ def _prefill(
     end = last_query + 1
     left_end = tl.minimum(begin + tl.cdiv(last_start - begin, KEYS) * KEYS, end)
     middle_end = tl.maximum(begin + (first_query + 1 - begin) // KEYS * KEYS, left_end)
-    top, total, acc = attend_window(
-        query, positions, slopes, top, total, acc, key_cache, value_cache, table,
-        begin, left_end, n_local, scale, soft_cap, stride_block, stride_slot,
+    softmax = lambda_tile.attend_window(
+        query, positions, slopes, softmax, cache, begin, left_end, n_local, scale, soft_cap,
         KEYS, True, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, ALIBI, SOFT_CAP,
     )  # fmt: skip
-    top, total, acc = attend_window(
-        query, positions, slopes, top, total, acc, key_cache, value_cache, table,
-        left_end, middle_end, n_local, scale, soft_cap, stride_block, stride_slot,
+    softmax = lambda_tile.attend_window(
+        query, positions, slopes, softmax, cache, left_end, middle_end, n_local, scale, soft_cap,
         KEYS, False, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, ALIBI, SOFT_CAP,
     )  # fmt: skip
-    top, total, acc = attend_window(
-        query, positions, slopes, top, total, acc, key_cache, value_cache, table,
-        middle_end, end, n_local, scale, soft_cap, stride_block, stride_slot,
+    softmax = lambda_tile.attend_window(
+        query, positions, slopes, softmax, cache, middle_end, end, n_local, scale, soft_cap,
         KEYS, True, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, ALIBI, SOFT_CAP,
     )  # fmt: skip
 
-    acc = acc * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
-    out_pointers = out_ptr + (token.to(tl.int64) * stride_out + heads * stride_out_head)[:, None] + d[None, :]
-    tl.store(out_pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    acc = softmax.acc * (v_scale / tl.where(softmax.total > 0, softmax.total, 1.0))[:, None]
+    lambda_tile.store_output(out_ptr, acc, token, heads, mask, d, stride_out, stride_out_head)
     if WRITE_LSE:
-        places = token.to(tl.int64) * (tl.num_programs(1) * GROUP) + heads
-        tl.store(lse + places, log_sum_exp(top, total) * 0.6931471805599453, mask=active)
+        lambda_tile.store_lse(lse, softmax, token, heads, active, GROUP)

@@ -9,20 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_longctx.cuda.kernels.lambda_tile import (
-    LOG2_E,
-    Launch,
-    Turn,
-    View,
-    attend_first,
-    attend_window,
-    cache_arguments,
-    load_turned,
-    log_sum_exp,
-    lse_arguments,
-    turn_arguments,
-    view_arguments,
-)
+from vllm_longctx.cuda.kernels import lambda_tile
+from vllm_longctx.cuda.kernels.lambda_tile import Launch, Turn, View
 
 MAX_SPLITS = 64
 PROGRAMS_PER_SM = 4
@@ -84,15 +72,12 @@ def lambda_decode(
         return
     group = heads // kv_heads
     launch = launch or decode_launch(head_size, query.element_size(), group)
-    cos, sin = turn_arguments(view.turns_queries, turn, rows, view.rotary_dim, query)
-    key_cos, key_sin = turn_arguments(view.turns_keys, key_turn, view.geometry.n_global, view.rotary_dim, query)
-    scale = scale * k_scale
     shares = rows * heads * splits
     if splits > 1 and workspace.numel() < shares * (head_size + 1):
         raise ValueError(f"the workspace has {workspace.numel()} elements, {shares * (head_size + 1)} are needed")
     partial, partial_lse = workspace[: shares * head_size], workspace[shares * head_size :]
-    out_lse = lse_arguments(lse, (rows, heads), query)
-    constants = view_arguments(view, head_size, key_cache.shape[1])
+    out_lse = lambda_tile.lse_arguments(lse, (rows, heads), query)
+    constants = lambda_tile.view_constants(view, head_size, key_cache.shape[1])
     _decode[(rows, kv_heads, splits)](
         query,
         key_cache,
@@ -103,31 +88,15 @@ def lambda_decode(
         partial_lse,
         block_table,
         seq_lens,
-        cos,
-        sin,
-        key_cos,
-        key_sin,
+        *lambda_tile.turn_arguments(view, turn, key_turn, rows, query),
         query if view.alibi_slopes is None else view.alibi_slopes,
-        view.geometry.n_global,
-        view.window,
-        view.ceiling,
-        scale if view.soft_cap else scale * LOG2_E,
-        view.soft_cap,
-        v_scale,
-        query.stride(0),
-        query.stride(1),
-        out.stride(0),
-        out.stride(1),
-        block_table.stride(0),
-        *cache_arguments(key_cache, value_cache),
+        *lambda_tile.view_arguments(view, scale * k_scale, v_scale),
+        *lambda_tile.stride_arguments(query, out, block_table, key_cache, value_cache),
         GROUP=group,
-        ROWS=launch.rows,
-        KEYS=launch.keys,
         SPLIT=splits > 1,
         WRITE_LSE=lse is not None,
+        **launch.arguments(),
         **constants,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
     )
     if splits > 1:
         _merge[(rows, heads)](
@@ -148,52 +117,15 @@ def lambda_decode(
 
 @triton.jit(do_not_specialize=["seq_lens"])  # of any alignment
 def _decode(
-    query_ptr,
-    key_cache,
-    value_cache,
-    out_ptr,
-    lse,
-    partial,
-    partial_lse,
-    block_table,
-    seq_lens,
-    cos,
-    sin,
-    key_cos,
-    key_sin,
-    alibi_slopes,
-    n_global,
-    n_local,
-    ceiling,
-    scale,
-    soft_cap,
-    v_scale,
-    stride_query,
-    stride_query_head,
-    stride_out,
-    stride_out_head,
-    stride_table,
-    stride_block,
-    stride_slot,
-    stride_head,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WRITE_LSE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    PADDED_HEAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    FIRST_KEYS: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    IS_NEOX: tl.constexpr,
-    TURN_QUERIES: tl.constexpr,
-    TURN_KEYS: tl.constexpr,
-    BOTH_PRODUCTS: tl.constexpr,
-    IN_CACHE: tl.constexpr,
-    ALIBI: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-):
+    query_ptr, key_cache, value_cache, out_ptr, lse, partial, partial_lse, block_table, seq_lens,
+    cos, sin, key_cos, key_sin, alibi_slopes,
+    n_global, n_local, ceiling, scale, soft_cap, v_scale,
+    stride_query, stride_query_head, stride_out, stride_out_head, stride_table, stride_block, stride_slot, stride_head,
+    GROUP: tl.constexpr, SPLIT: tl.constexpr, WRITE_LSE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, FIRST_KEYS: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, TURN_QUERIES: tl.constexpr, TURN_KEYS: tl.constexpr,
+    BOTH_PRODUCTS: tl.constexpr, IN_CACHE: tl.constexpr, ALIBI: tl.constexpr, SOFT_CAP: tl.constexpr,
+):  # fmt: skip
     """Writes its share, partial [rows, heads, splits, HEAD_SIZE] and its lse in base 2; the whole to `out` without SPLIT."""
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -207,55 +139,47 @@ def _decode(
 
     m = tl.arange(0, ROWS)
     d = tl.arange(0, PADDED_HEAD)
-    heads = kv_head * GROUP + m
-    mask = (m < GROUP)[:, None] & (d < HEAD_SIZE)[None, :]
-    pointers = query_ptr + (row * stride_query + heads * stride_query_head)[:, None]
-    query = tl.load(pointers + d[None, :], mask=mask, other=0.0)
+    heads, active = kv_head * GROUP + m, m < GROUP
+    query, pointers, mask = lambda_tile.load_queries(
+        query_ptr, row, heads, active, d, stride_query, stride_query_head, HEAD_SIZE
+    )
     positions = tl.zeros((ROWS,), tl.int32) + (seq_len - 1)
-    slopes = tl.zeros((ROWS,), tl.float32)
-    if ALIBI:
-        slopes = tl.load(alibi_slopes + heads, mask=m < GROUP, other=0.0) * 1.4426950408889634
-
-    table = block_table + row * stride_table
-    key_cache += kv_head.to(tl.int64) * stride_head
-    value_cache += kv_head.to(tl.int64) * stride_head
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, PADDED_HEAD), tl.float32)
+    slopes = lambda_tile.load_slopes(alibi_slopes, heads, active, ALIBI)
+    cache = lambda_tile.cache_of(
+        key_cache, value_cache, block_table, row, kv_head, stride_table, stride_block, stride_slot, stride_head
+    )
+    softmax = lambda_tile.nothing_seen(ROWS, PADDED_HEAD)
 
     begin = split * tiles
     if begin < first_tiles:
         turned_query = query
         if TURN_QUERIES:
             vectors = tl.zeros((ROWS,), tl.int64) + row
-            turned_query = load_turned(pointers, query, mask, cos, sin, vectors, d, ROTARY_DIM, IS_NEOX)
-        top, total, acc = attend_first(
-            query, turned_query, positions, slopes, top, total, acc,
-            key_cache, value_cache, table, key_cos, key_sin,
+            turned_query = lambda_tile.load_turned(pointers, query, mask, cos, sin, vectors, d, ROTARY_DIM, IS_NEOX)
+        softmax = lambda_tile.attend_first(
+            query, turned_query, positions, slopes, softmax, cache, key_cos, key_sin,
             begin * FIRST_KEYS, tl.minimum((begin + tiles) * FIRST_KEYS, first_end),
-            n_global, n_local, ceiling, scale, soft_cap, stride_block, stride_slot,
+            n_global, n_local, ceiling, scale, soft_cap,
             HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, FIRST_KEYS, ROTARY_DIM, IS_NEOX,
             TURN_QUERIES, TURN_KEYS, BOTH_PRODUCTS, IN_CACHE, ALIBI, SOFT_CAP,
         )  # fmt: skip
-    top, total, acc = attend_window(
-        query, positions, slopes, top, total, acc, key_cache, value_cache, table,
+    softmax = lambda_tile.attend_window(
+        query, positions, slopes, softmax, cache,
         window_start + tl.maximum(begin - first_tiles, 0) * KEYS,
         tl.minimum(window_start + tl.maximum(begin + tiles - first_tiles, 0) * KEYS, seq_len),
-        n_local, scale, soft_cap, stride_block, stride_slot,
+        n_local, scale, soft_cap,
         KEYS, True, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, ALIBI, SOFT_CAP,
     )  # fmt: skip
 
-    acc = acc * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
+    acc = softmax.acc * (v_scale / tl.where(softmax.total > 0, softmax.total, 1.0))[:, None]
     if SPLIT:
         shares = (row * (tl.num_programs(1) * GROUP) + heads) * splits + split
         tl.store(partial + shares[:, None] * HEAD_SIZE + d[None, :], acc, mask=mask)
-        tl.store(partial_lse + shares, log_sum_exp(top, total), mask=m < GROUP)
+        tl.store(partial_lse + shares, lambda_tile.log_sum_exp(softmax.top, softmax.total), mask=active)
     else:
-        out_pointers = out_ptr + (row * stride_out + heads * stride_out_head)[:, None] + d[None, :]
-        tl.store(out_pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        lambda_tile.store_output(out_ptr, acc, row, heads, mask, d, stride_out, stride_out_head)
         if WRITE_LSE:
-            places = row * (tl.num_programs(1) * GROUP) + heads
-            tl.store(lse + places, log_sum_exp(top, total) * 0.6931471805599453, mask=m < GROUP)
+            lambda_tile.store_lse(lse, softmax, row, heads, active, GROUP)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -287,4 +211,4 @@ def _merge(
     out_pointers = out_ptr + row * stride_out + head * stride_out_head + d
     tl.store(out_pointers, merged.to(out_ptr.dtype.element_ty), mask=d < HEAD_SIZE)
     if WRITE_LSE:
-        tl.store(lse + row * tl.num_programs(1) + head, log_sum_exp(top, total) * 0.6931471805599453)
+        tl.store(lse + row * tl.num_programs(1) + head, lambda_tile.log_sum_exp(top, total) * 0.6931471805599453)

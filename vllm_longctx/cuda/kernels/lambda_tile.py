@@ -8,6 +8,7 @@ Running maxima and sums (FlashAttention-2, arXiv 2307.08691, section 3.1) are fl
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -77,26 +78,45 @@ class Launch:
     num_warps: int
     num_stages: int
 
+    def arguments(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "KEYS": self.keys, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 Turn = tuple[Tensor, Tensor] | None
 
 
-def cache_arguments(key_cache: Tensor, value_cache: Tensor) -> tuple[int, int, int]:
-    """Strides of block, slot and head, which both caches must share: they are halves of one tensor."""
+def stride_arguments(
+    query: Tensor, out: Tensor, block_table: Tensor, key_cache: Tensor, value_cache: Tensor
+) -> tuple[int, ...]:
+    """Strides: of the queries, the outputs (token, head), the block table (row), and both caches (block, slot, head).
+
+    The caches are halves of one tensor. Raises ValueError if they differ in their strides.
+    """
     if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1:
         raise ValueError(f"caches must have equal strides, the last 1; got {key_cache.stride()} and {value_cache.stride()}")
-    return key_cache.stride(0), key_cache.stride(1), key_cache.stride(2)
+    return *query.stride()[:2], *out.stride()[:2], block_table.stride(0), *key_cache.stride()[:3]
 
 
-def turn_arguments(turns: bool, turn: Turn, vectors: int, rotary_dim: int, unused: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [vectors, rotary_dim / 2] contiguous; any tensor in their place where the view turns nothing."""
+def turn_arguments(view: View, turn: Turn, key_turn: Turn, tokens: int, unused: Tensor) -> tuple[Tensor, ...]:
+    """cos and sin of the queries' turn, then of the first keys': contiguous float32 [vectors, rotary_dim / 2].
+
+    A turn that the view does not have is replaced by any tensor. Raises ValueError for one that is missing or wrong.
+    """
+    return (
+        *_one_turn(view.turns_queries, turn, tokens, view.rotary_dim, unused),
+        *_one_turn(view.turns_keys, key_turn, view.geometry.n_global, view.rotary_dim, unused),
+    )
+
+
+def _one_turn(turns: bool, turn: Turn, vectors: int, rotary_dim: int, unused: Tensor) -> tuple[Tensor, Tensor]:
     if not turns:
         return unused, unused
     if turn is None:
         raise ValueError("the view turns queries or keys towards each other, but their cosines and sines were not given")
+    shape = vectors, rotary_dim // 2
     for t in turn:
-        if t.shape != (vectors, rotary_dim // 2) or t.dtype != torch.float32 or not t.is_contiguous():
-            raise ValueError(f"a turn must be contiguous float32 {(vectors, rotary_dim // 2)}, got {t.dtype} {tuple(t.shape)}")
+        if t.shape != shape or t.dtype != torch.float32 or not t.is_contiguous():
+            raise ValueError(f"a turn must be contiguous float32 {shape}, got {t.dtype} {tuple(t.shape)}")
     return turn
 
 
@@ -109,13 +129,17 @@ def lse_arguments(lse: Tensor | None, shape: tuple[int, int], unused: Tensor) ->
     return lse
 
 
-def view_arguments(view: View, head_size: int, block_size: int) -> dict[str, int | bool]:
+def view_arguments(view: View, scale: float, v_scale: float) -> tuple[int | float, ...]:
+    """scale: of the scores, with the one of the cache's keys."""
+    scale = scale if view.soft_cap else scale * LOG2_E
+    return view.geometry.n_global, view.window, view.ceiling, scale, view.soft_cap, v_scale
+
+
+def view_constants(view: View, head_size: int, block_size: int) -> dict[str, int | bool]:
     """The constants of a specialisation that come from the view and the cache."""
     first_keys = min(64, triton.next_power_of_2(max(view.geometry.n_global, 16)))
     return {
-        "HEAD_SIZE": head_size,
-        "PADDED_HEAD": max(16, triton.next_power_of_2(head_size)),
-        "BLOCK_SIZE": block_size,
+        **cache_constants(head_size, block_size),
         "FIRST_KEYS": first_keys,
         "ROTARY_DIM": view.rotary_dim if view.turns_queries else 0,
         "IS_NEOX": view.is_neox,
@@ -128,11 +152,84 @@ def view_arguments(view: View, head_size: int, block_size: int) -> dict[str, int
     }
 
 
+def cache_constants(head_size: int, block_size: int) -> dict[str, int]:
+    padded_head = max(16, triton.next_power_of_2(head_size))
+    return {"HEAD_SIZE": head_size, "PADDED_HEAD": padded_head, "BLOCK_SIZE": block_size}
+
+
+class Cache(NamedTuple):
+    """Keys and values of one request and KV head: pointers to the head in the first block, and the row of block ids."""
+
+    key_ptr: tl.tensor
+    value_ptr: tl.tensor
+    table: tl.tensor
+    stride_block: tl.tensor
+    stride_slot: tl.tensor
+
+
+class Softmax(NamedTuple):
+    """What a tile's queries have seen so far.
+
+    top, total [rows]: the highest score, in base 2, and the sum of the weights. acc [rows, PADDED_HEAD]: of weighted values.
+    """
+
+    top: tl.tensor
+    total: tl.tensor
+    acc: tl.tensor
+
+
 @triton.jit
-def places(table, keys, present, stride_block, stride_slot, BLOCK_SIZE: tl.constexpr):
-    """Offsets of keys in the cache: int64 [keys]. table: the request's row of block ids."""
-    blocks = tl.load(table + keys // BLOCK_SIZE, mask=present, other=0).to(tl.int64)
-    return blocks * stride_block + (keys % BLOCK_SIZE) * stride_slot
+def cache_of(key_cache, value_cache, block_table, row, kv_head, stride_table, stride_block, stride_slot, stride_head):
+    table = block_table + row.to(tl.int64) * stride_table
+    head = kv_head.to(tl.int64) * stride_head
+    return Cache(key_cache + head, value_cache + head, table, stride_block, stride_slot)
+
+
+@triton.jit
+def nothing_seen(ROWS: tl.constexpr, PADDED_HEAD: tl.constexpr):
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    return Softmax(top, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, PADDED_HEAD), tl.float32))
+
+
+@triton.jit
+def load_queries(query_ptr, token, heads, active, d, stride_query, stride_query_head, HEAD_SIZE: tl.constexpr):
+    """Queries [rows, PADDED_HEAD], where they begin [rows, 1], and which of their elements there are.
+
+    token: int64, of the batch, one or [rows]. heads [rows]: of the queries. active [rows]: whether there is such a query.
+    """
+    mask = active[:, None] & (d < HEAD_SIZE)[None, :]
+    pointers = query_ptr + (token * stride_query + heads * stride_query_head)[:, None]
+    return tl.load(pointers + d[None, :], mask=mask, other=0.0), pointers, mask
+
+
+@triton.jit
+def load_slopes(alibi_slopes, heads, active, ALIBI: tl.constexpr):
+    """For scores in base 2."""
+    slopes = tl.zeros(heads.shape, tl.float32)
+    if ALIBI:
+        slopes = tl.load(alibi_slopes + heads, mask=active, other=0.0) * 1.4426950408889634
+    return slopes
+
+
+@triton.jit
+def store_output(out_ptr, acc, token, heads, mask, d, stride_out, stride_out_head):
+    """token, heads, mask: as of `load_queries`."""
+    out_pointers = out_ptr + (token * stride_out + heads * stride_out_head)[:, None] + d[None, :]
+    tl.store(out_pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_lse(lse, softmax, token, heads, active, GROUP: tl.constexpr):
+    """The scores' log-sum-exps, in base e, of float32 [tokens, heads]."""
+    places = token * (tl.num_programs(1) * GROUP) + heads
+    tl.store(lse + places, log_sum_exp(softmax.top, softmax.total) * 0.6931471805599453, mask=active)
+
+
+@triton.jit
+def places(cache, keys, present, BLOCK_SIZE: tl.constexpr):
+    """Offsets of keys in the cache: int64 [keys]."""
+    blocks = tl.load(cache.table + keys // BLOCK_SIZE, mask=present, other=0).to(tl.int64)
+    return blocks * cache.stride_block + (keys % BLOCK_SIZE) * cache.stride_slot
 
 
 @triton.jit
@@ -178,15 +275,15 @@ def finish_scores(products, scale, soft_cap, SOFT_CAP: tl.constexpr):
 
 
 @triton.jit
-def accumulate(scores, values, top, total, acc):
-    """One more tile. scores [rows, keys] in base 2, -inf where unseen; top and total so far [rows], acc [rows, PADDED_HEAD]."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
+def accumulate(scores, values, softmax):
+    """One more tile. scores [rows, keys] in base 2, -inf where unseen."""
+    new_top = tl.maximum(softmax.top, tl.max(scores, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - base[:, None])
-    kept = tl.exp2(top - base)
-    total = total * kept + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(values.dtype), values, acc * kept[:, None], input_precision="ieee")
-    return new_top, total, acc
+    kept = tl.exp2(softmax.top - base)
+    total = softmax.total * kept + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, softmax.acc * kept[:, None], input_precision="ieee")
+    return Softmax(new_top, total, acc)
 
 
 @triton.jit
@@ -201,12 +298,8 @@ def attend_first(
     turned_query,
     positions,
     slopes,
-    top,
-    total,
-    acc,
-    key_cache,
-    value_cache,
-    table,
+    softmax,
+    cache,
     key_cos,
     key_sin,
     begin,
@@ -216,8 +309,6 @@ def attend_first(
     ceiling,
     scale,
     soft_cap,
-    stride_block,
-    stride_slot,
     HEAD_SIZE: tl.constexpr,
     PADDED_HEAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -240,13 +331,16 @@ def attend_first(
     for first in tl.range(begin, end, FIRST_KEYS, num_stages=1):  # one or two tiles: nothing to overlap them with
         keys = first + tl.arange(0, FIRST_KEYS)
         present = keys < end
-        place = places(table, keys, present, stride_block, stride_slot, BLOCK_SIZE)
+        place = places(cache, keys, present, BLOCK_SIZE)
         mask = present[:, None] & (d < HEAD_SIZE)[None, :]
-        key = tl.load(key_cache + place[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
-        value = tl.load(value_cache + place[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
+        key_pointers = cache.key_ptr + place[:, None]
+        key = tl.load(key_pointers + d[None, :], mask=mask, other=0.0).to(query.dtype)
+        value = tl.load(cache.value_ptr + place[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
         if TURN_QUERIES:
             if TURN_KEYS:
-                turned_key = load_turned(key_cache + place[:, None], key, mask, key_cos, key_sin, keys, d, ROTARY_DIM, IS_NEOX)
+                turned_key = load_turned(
+                    cache.key_ptr + place[:, None], key, mask, key_cos, key_sin, keys, d, ROTARY_DIM, IS_NEOX
+                )
             else:
                 turned_key = key
             products = tl.dot(turned_query, tl.trans(turned_key), input_precision="ieee")
@@ -263,8 +357,8 @@ def attend_first(
                 distance -= tl.maximum(window_start - n_global, 0)[:, None]
             scores = scores - slopes[:, None] * distance
         scores = tl.where(present[None, :] & (keys[None, :] < window_start[:, None]), scores, float("-inf"))
-        top, total, acc = accumulate(scores, value, top, total, acc)
-    return top, total, acc
+        softmax = accumulate(scores, value, softmax)
+    return softmax
 
 
 @triton.jit
@@ -272,19 +366,13 @@ def attend_window(
     query,
     positions,
     slopes,
-    top,
-    total,
-    acc,
-    key_cache,
-    value_cache,
-    table,
+    softmax,
+    cache,
     begin,
     end,
     n_local,
     scale,
     soft_cap,
-    stride_block,
-    stride_slot,
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -301,17 +389,17 @@ def attend_window(
     for first in range(begin, end, KEYS):
         keys = first + tl.arange(0, KEYS)
         present = keys < end if MASKED else tl.full((KEYS,), True, tl.int1)
-        place = places(table, keys, present, stride_block, stride_slot, BLOCK_SIZE)
+        place = places(cache, keys, present, BLOCK_SIZE)
         mask = present[:, None]
         if HEAD_SIZE != PADDED_HEAD:
             mask = mask & (d < HEAD_SIZE)[None, :]
-        key = tl.load(key_cache + place[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
-        value = tl.load(value_cache + place[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
+        key = tl.load(cache.key_ptr + place[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
+        value = tl.load(cache.value_ptr + place[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
         scores = finish_scores(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, soft_cap, SOFT_CAP)
         distance = positions[:, None] - keys[None, :]
         if ALIBI:
             scores = scores - slopes[:, None] * distance
         if MASKED:
             scores = tl.where(present[None, :] & (distance >= 0) & (distance < n_local), scores, float("-inf"))
-        top, total, acc = accumulate(scores, value, top, total, acc)
-    return top, total, acc
+        softmax = accumulate(scores, value, softmax)
+    return softmax

@@ -84,6 +84,12 @@ class Memories:
         """Of the block table, so many hold the longest memory; at least one."""
         return max(min(cdiv(self.longest, self.block_size), self.block_table.shape[1]), 1)
 
+    def constants(self, heads: int) -> dict[str, int]:
+        """Of a kernel's specialisation. heads: of the queries."""
+        d = self.key_cache.shape[3]
+        padded = max(triton.next_power_of_2(d), 16)
+        return {"GROUP": heads // self.kv_heads, "D": d, "D_PAD": padded, "BLOCK": self.block_size}
+
     def rows(self, rows: slice) -> "Memories":
         return replace(self, block_table=self.block_table[rows], begins=self.begins[rows], ends=self.ends[rows])
 
@@ -169,14 +175,13 @@ def _best_blocks(query: Tensor, memories: Memories, count: int, summaries: Summa
 
 def _block_scores(query: Tensor, memories: Memories, first: int, count: int, summaries: Summaries | None) -> Tensor:
     """Of the blocks in columns first .. first + count - 1 the best product or bound: packed, [rows, T, heads, count]."""
-    rows, length, heads, d = query.shape
-    kv_heads, bs = memories.kv_heads, memories.block_size
+    rows, length, heads, _ = query.shape
+    kv_heads, constants = memories.kv_heads, memories.constants(heads)
     keys = memories.key_cache if summaries is None else summaries.codes
     steps = query if summaries is None else summaries.steps  # unused if None
-    group = heads // kv_heads
-    tile = 16 if length * group <= 16 or query.element_size() > 2 else 64
-    d_pad = max(triton.next_power_of_2(d), 16)
-    per_step, steps_of_program = max((128 if d_pad * query.element_size() <= 256 else 64) // bs, 1), 8
+    group, item = constants["GROUP"], query.element_size()
+    tile = 16 if length * group <= 16 or item > 2 else 64
+    per_step, steps_of_program = max((128 if constants["D_PAD"] * item <= 256 else 64) // memories.block_size, 1), 8
     out = torch.empty(rows, length, heads, count, dtype=torch.int64, device=query.device)
     grid = (cdiv(length * group, tile) * cdiv(count, per_step * steps_of_program), kv_heads, rows)
     _block_scores_kernel[grid](
@@ -193,23 +198,20 @@ def _block_scores(query: Tensor, memories: Memories, first: int, count: int, sum
         length,
         first,
         count,
-        GROUP=group,
-        D=d,
-        D_PAD=d_pad,
-        BLOCK=bs,
         TILE=tile,
         BLOCKS=per_step,
         STEPS=steps_of_program,
         CODED=summaries is not None,
         WIDE=_is_wide(query, memories),
         num_stages=2,
+        **constants,
     )
     return out
 
 
 def _best_keys(query: Tensor, memories: Memories, columns: Tensor, k: int) -> Tensor:
     """The best keys of blocks, int64 [rows, T, heads or kv_heads, n] of the block table's columns, -1 for none: packed."""
-    rows, length, heads, d = query.shape
+    rows, length, heads, _ = query.shape
     sets, n = columns.shape[2:]
     columns, bs, per_step = columns.contiguous(), memories.block_size, max(64, memories.block_size)
     out = torch.empty(rows, length, heads, n * bs, dtype=torch.int64, device=query.device)
@@ -227,11 +229,8 @@ def _best_keys(query: Tensor, memories: Memories, columns: Tensor, k: int) -> Te
         length,
         n,
         SHARING=heads // sets,
-        GROUP=heads // memories.kv_heads,
-        D=d,
-        D_PAD=max(triton.next_power_of_2(d), 16),
-        BLOCK=bs,
         KEYS=per_step,
+        **memories.constants(heads),
     )
     return _highest(out, k)
 
@@ -239,7 +238,6 @@ def _best_keys(query: Tensor, memories: Memories, columns: Tensor, k: int) -> Te
 def _attend(best: Tensor, memories: Memories, scale: float, output: Tensor, lse: Tensor) -> None:
     """Attention over packed keys [rows, T, heads, n], best first, into output [rows, T, heads, d] and lse [rows, T, heads]."""
     rows, length, heads, n = best.shape
-    d = memories.value_cache.shape[3]
     _attend_kernel[(rows * length, heads)](
         best.contiguous(),
         memories.value_cache,
@@ -253,11 +251,8 @@ def _attend(best: Tensor, memories: Memories, scale: float, output: Tensor, lse:
         length,
         n,
         scale,
-        GROUP=heads // memories.kv_heads,
-        D=d,
-        D_PAD=max(triton.next_power_of_2(d), 16),
-        BLOCK=memories.block_size,
         KEYS=32,
+        **memories.constants(heads),
     )
 
 
@@ -312,33 +307,11 @@ def _score(packed):
 # What changes from step to step must not ask for another compilation.
 @triton.jit(do_not_specialize=["block_table", "begins", "ends", "length", "first", "count"])
 def _block_scores_kernel(
-    query,
-    keys,
-    steps,
-    block_table,
-    begins,
-    ends,
-    out,
-    query_row,
-    query_token,
-    query_head,
-    key_block,
-    key_token,
-    key_head,
-    table_row,
-    length,
-    first,
-    count,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    STEPS: tl.constexpr,
-    CODED: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    query, keys, steps, block_table, begins, ends, out,
+    query_row, query_token, query_head, key_block, key_token, key_head, table_row, length, first, count,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    BLOCKS: tl.constexpr, STEPS: tl.constexpr, CODED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """TILE queries (of a KV head's heads) with STEPS times BLOCKS blocks. Tiles of queries that share keys run side by side."""
     num_tiles = tl.cdiv(length * GROUP, TILE)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -390,29 +363,10 @@ def _block_scores_kernel(
 
 @triton.jit(do_not_specialize=["block_table", "begins", "ends", "length", "num_columns"])
 def _key_scores_kernel(
-    query,
-    keys,
-    block_table,
-    columns,
-    begins,
-    ends,
-    out,
-    query_row,
-    query_token,
-    query_head,
-    key_block,
-    key_token,
-    key_head,
-    table_row,
-    length,
-    num_columns,
-    SHARING: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
-):
+    query, keys, block_table, columns, begins, ends, out,
+    query_row, query_token, query_head, key_block, key_token, key_head, table_row, length, num_columns,
+    SHARING: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
     """One token of SHARING heads with KEYS keys of the blocks that these heads chose."""
     which = tl.program_id(0).to(tl.int64)
     row, token = which // length, which % length
@@ -441,28 +395,10 @@ def _key_scores_kernel(
 
 @triton.jit(do_not_specialize=["block_table", "length", "num_best"])
 def _attend_kernel(
-    best,
-    values,
-    block_table,
-    out,
-    lse,
-    value_block,
-    value_token,
-    value_head,
-    table_row,
-    out_row,
-    out_token,
-    lse_row,
-    lse_token,
-    length,
-    num_best,
-    scale,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
-):
+    best, values, block_table, out, lse,
+    value_block, value_token, value_head, table_row, out_row, out_token, lse_row, lse_token, length, num_best, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
     """One token of one head."""
     which = tl.program_id(0).to(tl.int64)
     row, token, head = which // length, which % length, tl.program_id(1)

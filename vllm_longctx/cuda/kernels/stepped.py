@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_longctx.cuda.kernels.lambda_attention import prefill_launch, tile_of
-from vllm_longctx.cuda.kernels.lambda_tile import LOG2_E, UNBOUNDED, attend_window, cache_arguments
+from vllm_longctx.cuda.kernels import lambda_tile
+from vllm_longctx.cuda.kernels.lambda_attention import prefill_launch, tile_of, tile_rows
 
 
 def stepped_attention(
@@ -52,60 +52,26 @@ def stepped_attention(
         further,
         further_lse,
         rows,
-        scale * LOG2_E,
-        query.stride(0),
-        query.stride(1),
-        out.stride(0),
-        out.stride(1),
-        block_table.stride(0),
-        *cache_arguments(key_cache, value_cache),
+        scale * lambda_tile.LOG2_E,
+        *lambda_tile.stride_arguments(query, out, block_table, key_cache, value_cache),
         GROUP=group,
         TOKENS=per_tile,
-        ROWS=launch.rows,
-        KEYS=launch.keys,
-        HEAD_SIZE=head_size,
-        PADDED_HEAD=max(16, triton.next_power_of_2(head_size)),
-        BLOCK_SIZE=key_cache.shape[1],
         FURTHER=branch is not None,
-        UNSEEN=UNBOUNDED,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        UNSEEN=lambda_tile.UNBOUNDED,
+        **launch.arguments(),
+        **lambda_tile.cache_constants(head_size, key_cache.shape[1]),
     )
 
 
 # What changes from step to step must not ask for another compilation.
 @triton.jit(do_not_specialize=["rows", "block_table", "starts", "seq_lens", "query_start_loc"])
 def _stepped(
-    query_ptr,
-    key_cache,
-    value_cache,
-    out_ptr,
-    block_table,
-    starts,
-    seq_lens,
-    query_start_loc,
-    further,
-    further_lse,
-    rows,
-    scale,
-    stride_query,
-    stride_query_head,
-    stride_out,
-    stride_out_head,
-    stride_table,
-    stride_block,
-    stride_slot,
-    stride_head,
-    GROUP: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    PADDED_HEAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    FURTHER: tl.constexpr,
-    UNSEEN: tl.constexpr,
-):
+    query_ptr, key_cache, value_cache, out_ptr, block_table, starts, seq_lens, query_start_loc,
+    further, further_lse, rows, scale,
+    stride_query, stride_query_head, stride_out, stride_out_head, stride_table, stride_block, stride_slot, stride_head,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, FURTHER: tl.constexpr, UNSEEN: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
     kv_head = tl.program_id(1)
     row, row_begin, query_len, tile_begin = tile_of(query_start_loc, tl.program_id(0), rows, TOKENS)
     seq_len = tl.load(seq_lens + row)
@@ -114,21 +80,15 @@ def _stepped(
 
     m = tl.arange(0, ROWS)
     d = tl.arange(0, PADDED_HEAD)
-    in_row = tile_begin + m // GROUP
-    heads = kv_head * GROUP + m % GROUP
-    active = (m < TOKENS * GROUP) & (in_row < query_len)
-    mask = active[:, None] & (d < HEAD_SIZE)[None, :]
+    in_row, heads, active = tile_rows(m, tile_begin, query_len, kv_head, GROUP, TOKENS)
     token = (row_begin + in_row).to(tl.int64)
-    query = tl.load(query_ptr + (token * stride_query + heads * stride_query_head)[:, None] + d[None, :], mask=mask, other=0.0)
-
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, PADDED_HEAD), tl.float32)
+    query, _, mask = lambda_tile.load_queries(query_ptr, token, heads, active, d, stride_query, stride_query_head, HEAD_SIZE)
+    softmax = lambda_tile.nothing_seen(ROWS, PADDED_HEAD)
     if FURTHER:
         place = token * (tl.num_programs(1) * GROUP) + heads
         top = tl.load(further_lse + place, mask=active, other=float("-inf")) * 1.4426950408889634
-        total = tl.where(top > float("-inf"), 1.0, 0.0)
         acc = tl.load(further + place[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
+        softmax = lambda_tile.Softmax(top, tl.where(top > float("-inf"), 1.0, 0.0), acc)
 
     positions = seq_len - query_len + in_row
     first_query = seq_len - query_len + tile_begin
@@ -136,19 +96,16 @@ def _stepped(
     begin = tl.load(starts + row)
     # All queries see the whole tiles before the first of them.
     whole_end = begin + (first_query + 1 - begin) // KEYS * KEYS
-    table = block_table + row.to(tl.int64) * stride_table
-    key_cache += kv_head.to(tl.int64) * stride_head
-    value_cache += kv_head.to(tl.int64) * stride_head
-    top, total, acc = attend_window(
-        query, positions, positions, top, total, acc, key_cache, value_cache, table,
-        begin, whole_end, UNSEEN, scale, 0.0, stride_block, stride_slot,
+    cache = lambda_tile.cache_of(
+        key_cache, value_cache, block_table, row, kv_head, stride_table, stride_block, stride_slot, stride_head
+    )
+    softmax = lambda_tile.attend_window(
+        query, positions, positions, softmax, cache, begin, whole_end, UNSEEN, scale, 0.0,
         KEYS, False, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, False, False,
     )  # fmt: skip
-    top, total, acc = attend_window(
-        query, positions, positions, top, total, acc, key_cache, value_cache, table,
-        whole_end, end, UNSEEN, scale, 0.0, stride_block, stride_slot,
+    softmax = lambda_tile.attend_window(
+        query, positions, positions, softmax, cache, whole_end, end, UNSEEN, scale, 0.0,
         KEYS, True, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, False, False,
     )  # fmt: skip
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    out_pointers = out_ptr + (token * stride_out + heads * stride_out_head)[:, None] + d[None, :]
-    tl.store(out_pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    acc = softmax.acc / tl.where(softmax.total > 0, softmax.total, 1.0)[:, None]
+    lambda_tile.store_output(out_ptr, acc, token, heads, mask, d, stride_out, stride_out_head)
