@@ -1,5 +1,7 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,20 @@ if not torch.cuda.is_available():
     triton.knobs.propagate_env = False
     triton.knobs.runtime.interpret = True
     triton.knobs.propagate_env = True
+
+    from triton.runtime import interpreter
+
+    patch_language = interpreter._patch_lang
+    languages = triton.language, triton.language.core
+
+    def patch_language_once(function: Callable[..., Any]) -> Any:
+        """A function that a kernel calls finds it patched. To look through all of it again takes longer than the function."""
+        known = [x for x in function.__globals__.values() if any(x is language for language in languages)]
+        if any(triton.language.core.is_builtin(language.load) for language in known):
+            return patch_language(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_language_once
 
 SHARED = Path(os.environ.get("LONGCTX_SHARED", Path(__file__).parents[2] / "shared"))
 

@@ -1,23 +1,35 @@
-"""Fixtures for tests without an engine."""
+"""Fixtures for tests without an engine. They import vLLM themselves: xdist reads this file where no test runs, too."""
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    destroy_distributed_environment,
-    destroy_model_parallel,
-    ensure_model_parallel_initialized,
-    init_distributed_environment,
-)
-from vllm.platforms import current_platform
-from vllm.platforms.interface import DeviceCapability
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _models_are_inspected_here() -> Iterator[None]:
+    """Classes of models that vLLM has not seen before are inspected here, not in a new process, which takes ten seconds."""
+    registry = sys.modules.get("vllm.model_executor.models.registry")
+    if registry is None:  # no test that was chosen imports vLLM
+        yield
+        return
+    from vllm.platforms import current_platform
+
+    platform = current_platform.__class__
+
+    def run(inspect: Callable[[], Any]) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(current_platform, "__class__", platform)  # which a test may have exchanged
+            return inspect()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", run)
+        yield
 
 
 @pytest.fixture
@@ -27,9 +39,11 @@ def no_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama whose attention is far from uniform; small, since interpreted."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     path = tmp_path_factory.mktemp("model")
     sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(**sizes, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.12)
@@ -41,6 +55,9 @@ def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> type:
     """vLLM's one platform object is a CUDA platform: an H100, without its libraries."""
+    from vllm.platforms import current_platform
+    from vllm.platforms.interface import DeviceCapability
+
     if not current_platform.is_cuda():
         monkeypatch.setitem(sys.modules, "vllm._C_stable_libtorch", ModuleType("vllm._C_stable_libtorch"))
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
@@ -70,10 +87,13 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     """What vLLM's loader needs and can make only before the platform looks like CUDA."""
     if torch.cuda.is_available():
         pytest.skip("a GPU takes the tests of whole engines")
+    from vllm import distributed
+    from vllm.config import VllmConfig, set_current_vllm_config
+
     importlib.import_module("vllm.model_executor.layers.quantization.online.base")
     with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{tmp_path / 'ranks'}", 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
+        distributed.init_distributed_environment(1, 0, f"file://{tmp_path / 'ranks'}", 0, "gloo")
+        distributed.ensure_model_parallel_initialized(1, 1)
     yield
-    destroy_model_parallel()
-    destroy_distributed_environment()
+    distributed.destroy_model_parallel()
+    distributed.destroy_distributed_environment()

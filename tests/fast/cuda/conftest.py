@@ -22,6 +22,8 @@ from vllm.v1.worker.gpu import buffer_utils
 from tests.support.cuda_engine import BLOCK_SIZE
 from tests.support.engine_args import TINY, save
 from vllm_longctx.cuda import sliding as cuda
+from vllm_longctx.cuda.kernels import lambda_attention, lambda_decode, stepped
+from vllm_longctx.cuda.kernels.lambda_tile import Launch
 
 KERNELS = ("buffer_utils", "input_batch", "block_table", "prompt_logprob", "logprob", "gumbel", "penalties")
 
@@ -47,7 +49,15 @@ def lora_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def host(no_gpu_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels over whole engines: the fewer tiles, the sooner they are interpreted. Many are of the tests of each kernel."""
+    for module in (lambda_attention, stepped):
+        monkeypatch.setattr(module, "prefill_launch", lambda *args: Launch(128, 128, 4, 1))
+    monkeypatch.setattr(lambda_decode, "decode_launch", lambda *args: Launch(16, 128, 4, 1))
+
+
+@pytest.fixture
+def host(no_gpu_memory: None, one_tile: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Model Runner V2 on the CPU, where vLLM leaves its kernels undecorated."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")

@@ -1,47 +1,33 @@
-"""The GPU engine's attention backend, run as vLLM runs it, but interpreted, on CPU tensors; CUDA's engine arguments."""
+"""The GPU engine's attention backend, run as vLLM runs it, but interpreted, on CPU tensors."""
 
-import sys
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
 from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
-from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
-from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
 from vllm.v1.worker.gpu import attn_utils
 
 from tests.support.cuda_engine import made_layers
-from tests.support.engine_args import TINY, create, save
+from tests.support.engine_args import create
 from tests.support.reference_model import ReferenceLlama
 from vllm_longctx import reference
-from vllm_longctx.config import LongContextError
 from vllm_longctx.cuda import sliding as cuda
 from vllm_longctx.cuda import worker as worker_cuda
 from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, LambdaMetadata, LambdaMetadataBuilder
-from vllm_longctx.engine.kv_cache import LambdaSpec, bytes_per_layer_block
+from vllm_longctx.engine.kv_cache import LambdaSpec
 from vllm_longctx.geometry import Geometry, alibi_slopes, branches
-from vllm_longctx.modes import SCHEDULERS
 from vllm_longctx.rotary import Rotary, inverse_frequencies
-from vllm_longctx.scheduling.scheduler import AsyncLongContextScheduler, LongContextScheduler
-from vllm_longctx.startup import platform
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, SCALE = 4, 2, 32, 16, 0.25
 MAX_SEQS, MAX_TOKENS, MAX_LEN = 4, 64, 256
@@ -310,20 +296,6 @@ def test_vllm_hears_what_the_backend_cannot_do(change: dict[str, Any], reason: s
     assert LambdaBackend.validate_configuration(**{**SUPPORTED, **change}) == ([] if reason is None else [reason])
 
 
-@pytest.mark.parametrize("v2", [True, False])
-def test_engine_arguments_on_cuda(gpu: type, v2: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(v2)))
-    config = create(max_num_seqs=8)
-    assert config.use_v2_model_runner == v2
-    assert config.parallel_config.worker_cls == "vllm_longctx.cuda.worker.LongContextWorker"
-    assert config.attention_config.backend == AttentionBackendEnum.CUSTOM
-    assert AttentionBackendEnum.CUSTOM.get_class() is LambdaBackend
-    assert (config.cache_config.block_size, config.model_config.max_model_len) == (32, 1 << 20)
-    assert config.scheduler_config.async_scheduling
-    assert config.scheduler_config.get_scheduler_cls() is AsyncLongContextScheduler
-    assert config.scheduler_config.scheduler_cls in SCHEDULERS
-
-
 @dataclass
 class Loaded:
     """A checkpoint that vLLM has loaded as for CUDA, but to the CPU."""
@@ -403,127 +375,3 @@ def test_a_layer_of_another_backend_is_not_taken_over(loaded: Loaded) -> None:
     next(iter(loaded.layers.values())).impl = SimpleNamespace(attn_type="decoder", sinks=None, alibi_slopes=None)
     with pytest.raises(RuntimeError, match=r"longctx cannot take over model.layers.0.self_attn.attn \(Attention, RotaryEmb"):
         made_layers(loaded.model, loaded.config)
-
-
-def test_without_async_scheduling_the_scheduler_is_the_plain_one(gpu: type) -> None:
-    assert create(async_scheduling=False).scheduler_config.get_scheduler_cls() is LongContextScheduler
-
-
-def test_what_is_allowed_on_cuda_only(gpu: type) -> None:
-    config = create(block_size=16, kv_cache_dtype="fp8", attention_backend="CUSTOM")
-    assert (config.cache_config.block_size, config.cache_config.cache_dtype) == (16, "fp8")
-    model = config.model_config
-    assert bytes_per_layer_block(config) == 2 * 16 * model.get_total_num_kv_heads() * model.get_head_size()
-
-
-def test_an_engine_without_a_configuration_keeps_vllms_own(gpu: type) -> None:
-    config = create(additional_config={})
-    assert config.parallel_config.worker_cls == "vllm.v1.worker.gpu_worker.Worker"
-    assert config.attention_config.backend is None and config.scheduler_config.scheduler_cls is None
-
-
-def test_a_step_ahead_of_the_device_no_block_it_reads_is_freed(gpu: type) -> None:
-    """The async scheduler through a prompt past the window and decodes: at each time two steps are in flight."""
-    n_local, prompt, new = 64, 500, 40
-    attention = {"n_local": n_local, "n_global": 16}
-    vllm_config = create(
-        additional_config={"longctx": {"attention": attention}},
-        max_num_batched_tokens=96,
-        num_gpu_blocks_override=20,
-        enable_prefix_caching=False,
-    )
-    vllm_config.cache_config.num_gpu_blocks = 20
-    full = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=8, dtype=torch.float32)
-    spec = LambdaSpec.from_attention_spec(full, Geometry(16, n_local, n_local))
-    scheduler = AsyncLongContextScheduler(
-        vllm_config, KVCacheConfig(20, [], [KVCacheGroupSpec(["layer"], spec)]), MagicMock(), 32, log_stats=True
-    )
-    request = Request("r", [1] * prompt, SamplingParams(max_tokens=new, ignore_eos=True), None)
-    scheduler.add_request(request)
-    in_flight: deque[tuple[SchedulerOutput, list[int]]] = deque()
-    held, freed = [], 0
-    while scheduler.requests:
-        first = request.num_computed_tokens
-        if (step := scheduler.schedule()).total_num_scheduled_tokens:
-            table = scheduler.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks["r"]
-            end = first + step.num_scheduled_tokens["r"]
-            seen = {0, *range(max(first - n_local + 1, 0) // 32, (end - 1) // 32 + 1)}
-            in_flight.append((step, [7] if end >= prompt else []))
-            assert not any(table[block].is_null for block in seen)
-            held.append(sum(not block.is_null for block in table))
-        if len(in_flight) == 2 or not step.total_num_scheduled_tokens:
-            done, sampled = in_flight.popleft()
-            outputs = scheduler.update_from_output(done, ModelRunnerOutput(["r"], {"r": 0}, [sampled]))
-            freed += sum(o.scheduler_stats.kv_connector_stats["longctx"]["freed_blocks"] for o in outputs.values())
-    assert request.num_output_tokens == new
-    assert max(held) <= spec.max_admission_blocks_per_request(vllm_config.max_in_flight_tokens, 1 << 20)
-    assert held[-1] <= 1 + n_local // 32 + 2
-    assert freed >= (prompt + new - n_local) // 32 - 2
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"block_size": 24}, r"block_size = 24; give a multiple of 16"),
-        (
-            {"kv_cache_dtype": "int8_per_token_head"},
-            r"kv_cache_dtype = 'int8_per_token_head'; leave it at 'auto', or give 'fp8'",
-        ),
-        ({"attention_backend": "FLASH_ATTN"}, r"attention_backend = FLASH_ATTN, but longctx brings its own; leave"),
-        ({"attention_config": {"backend": "TRITON_ATTN"}}, r"attention_backend = TRITON_ATTN, but longctx brings its own"),
-        (
-            {"attention_config": {"backend_per_kind": {"full_attention": "FLASH_ATTN"}}},
-            r"backend_per_kind = .*, but longctx's backend serves all layers; leave it out",
-        ),
-        ({"worker_cls": "my.Worker"}, r"worker_cls = 'my.Worker', but longctx needs its own; leave worker_cls out"),
-        ({"kv_cache_memory_bytes": 1_000_000}, r"the KV cache of 1000000 bytes \(kv_cache_memory_bytes\) gives .* blocks"),
-    ],
-)
-def test_what_cuda_cannot_do_is_refused(kwargs: dict[str, Any], message: str, gpu: type) -> None:
-    with pytest.raises(LongContextError, match=message):
-        create(**kwargs)
-
-
-@pytest.mark.parametrize(
-    ("capability", "kwargs", "message"),
-    [
-        (
-            DeviceCapability(7, 5),
-            {},
-            r"capability of NVIDIA H100 is 7.5, but longctx's attention needs 8.0 or newer; use such a GPU, or vLLM for",
-        ),
-        (
-            DeviceCapability(8, 0),
-            {"kv_cache_dtype": "fp8"},
-            r"capability of NVIDIA H100 is 8.0, but kv_cache_dtype = 'fp8' needs 8.9 or newer; leave kv_cache_dtype at 'auto'",
-        ),
-    ],
-)
-def test_a_gpu_that_is_too_old_is_refused(
-    capability: DeviceCapability, kwargs: dict[str, Any], message: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu, "capability", capability)
-    with pytest.raises(LongContextError, match=message):
-        create(**kwargs)
-
-
-def test_another_platform_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    tpu = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_name="tpu")
-    monkeypatch.setattr(platform, "current_platform", tpu)
-    with pytest.raises(LongContextError, match="longctx runs on vLLM's CPU and CUDA platforms, but this is tpu"):
-        create()
-
-
-def test_heads_beyond_the_kernels_are_refused(gpu: type, tmp_path: Path) -> None:
-    config = LlamaConfig(**TINY, intermediate_size=64, head_dim=512)
-    with pytest.raises(
-        LongContextError, match=r"it has heads of 512 elements; longctx's attention on CUDA takes 32, 64, .* 256"
-    ):
-        create(save(tmp_path, config, "LlamaForCausalLM"))
-
-
-def test_another_plugins_backend_is_not_overwritten(gpu: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules["vllm.v1.attention.backends.registry"]._ATTN_OVERRIDES, AttentionBackendEnum.CUSTOM, "a.B")
-    with pytest.raises(LongContextError, match=r"another plugin has registered its own attention backend CUSTOM \(a.B\)"):
-        create()
-    create(additional_config={})

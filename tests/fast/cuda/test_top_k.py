@@ -25,8 +25,6 @@ from tests.support.engine_args import create
 from tests.support.reference_model import ReferenceLlama, official_top_k, with_top_k
 from vllm_longctx.config import LongContextError
 from vllm_longctx.cuda import top_k_runner
-from vllm_longctx.cuda.kernels import lambda_attention, lambda_decode
-from vllm_longctx.cuda.kernels.lambda_tile import Launch
 from vllm_longctx.cuda.kernels.lookup import WORKSPACE
 from vllm_longctx.cuda.memory import pool_beside_lookups
 from vllm_longctx.cuda.runner import runner_class
@@ -44,13 +42,6 @@ TOP_K = {
 
 def configure(model: Path, attention: dict[str, Any] = TOP_K, **kwargs: Any) -> VllmConfig:
     return create(model, {"longctx": {"attention": attention}}, max_num_seqs=4, **kwargs)
-
-
-@pytest.fixture
-def one_tile(no_gpu_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fewer tiles, the sooner they are interpreted."""
-    monkeypatch.setattr(lambda_attention, "prefill_launch", lambda *args: Launch(128, 128, 4, 1))
-    monkeypatch.setattr(lambda_decode, "decode_launch", lambda *args: Launch(16, 128, 4, 1))
 
 
 class Engine:
@@ -142,7 +133,7 @@ class Engine:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
-@pytest.mark.usefixtures("one_rank", "gpu", "one_tile", "stock_cache_update", "one_thread")
+@pytest.mark.usefixtures("one_rank", "gpu", "no_gpu_memory", "one_tile", "stock_cache_update", "one_thread")
 def test_requests_that_write_see_the_best_keys_of_their_middle(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long and short prompts, chunks beside decodes, middles that are empty, too small, just enough; one is preempted."""
     monkeypatch.setattr(top_k_runner, "WORKSPACE", 4 * 2 * 32 * 7)  # seven keys are turned back at once
@@ -176,7 +167,7 @@ def test_requests_that_write_see_the_best_keys_of_their_middle(tiny_llama: Path,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
-@pytest.mark.usefixtures("one_rank", "gpu", "host", "one_tile", "stock_cache_update", "one_thread")
+@pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread")
 def test_the_middle_grows_with_a_step_under_way(small_llama: Path) -> None:
     """Of requests that write, one of them preempted meanwhile; one ends by a token with its next step computed, one at once."""
     pool = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 40, "max_model_len": 80}
@@ -205,7 +196,7 @@ def test_the_middle_grows_with_a_step_under_way(small_llama: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
-@pytest.mark.usefixtures("one_rank", "gpu", "one_tile", "stock_cache_update", "one_thread")
+@pytest.mark.usefixtures("one_rank", "gpu", "no_gpu_memory", "one_tile", "stock_cache_update", "one_thread")
 def test_it_is_the_official_code(goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it says behind a prompt of 160 tokens, of which 22 stand between first tokens and window."""
     case = goldens / "lminf_topk"

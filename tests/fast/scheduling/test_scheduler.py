@@ -1,15 +1,25 @@
 """Who gets a step's tokens: our schedulers over vLLM's, one step at a time, with a worker that computes nothing."""
 
+from collections import deque
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
 
+from tests.support.engine_args import create
 from tests.support.scheduler_steps import BUDGET, Steps
+from vllm_longctx.engine.kv_cache import LambdaSpec
+from vllm_longctx.geometry import Geometry
 from vllm_longctx.scheduling import temp_lora as temp_lora
-from vllm_longctx.scheduling.scheduler import shares_of
+from vllm_longctx.scheduling.scheduler import AsyncLongContextScheduler, shares_of
 
 LONG = 200_000
 FOCUSED = {
@@ -180,3 +190,42 @@ def test_shares_are_the_largest_that_fit(demands: list[int], budget: int, least:
     else:  # too many: of those that want the least that a share is, or more, the first get it
         full = [name for name in wanted if wanted[name] >= least]
         assert [shares[name] for name in full] == sorted((shares[name] for name in full), reverse=True)
+
+
+def test_a_step_ahead_of_the_device_no_block_it_reads_is_freed(gpu: type) -> None:
+    """The async scheduler through a prompt past the window and decodes: at each time two steps are in flight."""
+    n_local, prompt, new = 64, 500, 40
+    attention = {"n_local": n_local, "n_global": 16}
+    vllm_config = create(
+        additional_config={"longctx": {"attention": attention}},
+        max_num_batched_tokens=96,
+        num_gpu_blocks_override=20,
+        enable_prefix_caching=False,
+    )
+    vllm_config.cache_config.num_gpu_blocks = 20
+    full = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    spec = LambdaSpec.from_attention_spec(full, Geometry(16, n_local, n_local))
+    scheduler = AsyncLongContextScheduler(
+        vllm_config, KVCacheConfig(20, [], [KVCacheGroupSpec(["layer"], spec)]), MagicMock(), 32, log_stats=True
+    )
+    request = Request("r", [1] * prompt, SamplingParams(max_tokens=new, ignore_eos=True), None)
+    scheduler.add_request(request)
+    in_flight: deque[tuple[SchedulerOutput, list[int]]] = deque()
+    held, freed = [], 0
+    while scheduler.requests:
+        first = request.num_computed_tokens
+        if (step := scheduler.schedule()).total_num_scheduled_tokens:
+            table = scheduler.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks["r"]
+            end = first + step.num_scheduled_tokens["r"]
+            seen = {0, *range(max(first - n_local + 1, 0) // 32, (end - 1) // 32 + 1)}
+            in_flight.append((step, [7] if end >= prompt else []))
+            assert not any(table[block].is_null for block in seen)
+            held.append(sum(not block.is_null for block in table))
+        if len(in_flight) == 2 or not step.total_num_scheduled_tokens:
+            done, sampled = in_flight.popleft()
+            outputs = scheduler.update_from_output(done, ModelRunnerOutput(["r"], {"r": 0}, [sampled]))
+            freed += sum(o.scheduler_stats.kv_connector_stats["longctx"]["freed_blocks"] for o in outputs.values())
+    assert request.num_output_tokens == new
+    assert max(held) <= spec.max_admission_blocks_per_request(vllm_config.max_in_flight_tokens, 1 << 20)
+    assert held[-1] <= 1 + n_local // 32 + 2
+    assert freed >= (prompt + new - n_local) // 32 - 2
