@@ -1,6 +1,6 @@
 """Draws docs/picture.png: which keys a query sees under each method, computed by the package itself, and what comes of it.
 
-    python docs/picture.py [OUT.png]
+python docs/picture.py [OUT.png]
 """
 
 import json
@@ -61,7 +61,9 @@ def draw_nll(axes: Axes) -> None:
         rows = results[way]["all texts"]
         axes.plot([row["end"] for row in rows], [row["nll"] for row in rows], color=colour, marker="o", ms=3, label=label)
     axes.axvline(512, color="black", lw=0.8, ls=":", label="trained length")
-    axes.set(title="what comes of it:\nNLL of a long text", xlabel="position (tokens)", ylabel="NLL (nats per token)", xscale="log")
+    axes.set(
+        title="what comes of it:\nNLL of a long text", xlabel="position (tokens)", ylabel="NLL (nats per token)", xscale="log"
+    )
     axes.legend(fontsize=8)
 
 
@@ -69,9 +71,12 @@ def main(out: Path) -> None:
     figure, (left, middle, right, last) = pyplot.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
     kinds = ListedColormap(["white", BLUE, ORANGE, GREEN])
     versions = temp_lora()
-    shades = pyplot.get_cmap("Blues")(torch.linspace(0.25, 1, int(versions.max())).numpy())
+    newest = int(versions.max())
+    shades = pyplot.get_cmap("Blues")(torch.linspace(0.25, 1, newest).numpy())
     draw(left, lambda_attention(), kinds, 3, "Λ attention:\nfirst tokens and a window")
-    draw(middle, versions, ListedColormap([(1, 1, 1, 1), *shades]), int(versions.max()), "Temp-LoRA:\na newer adapter per block")
+    draw(
+        middle, versions, ListedColormap([(1, 1, 1, 1), *shades]), newest, "Temp-LoRA:\na newer adapter per block"
+    )
     draw(right, memory(), kinds, 3, "memory layer:\na window and all before it")
     draw_nll(last)
     figure.savefig(out, dpi=110)
