@@ -74,9 +74,7 @@ def main(out: Path) -> None:
     newest = int(versions.max())
     shades = pyplot.get_cmap("Blues")(torch.linspace(0.25, 1, newest).numpy())
     draw(left, lambda_attention(), kinds, 3, "Λ attention:\nfirst tokens and a window")
-    draw(
-        middle, versions, ListedColormap([(1, 1, 1, 1), *shades]), newest, "Temp-LoRA:\na newer adapter per block"
-    )
+    draw(middle, versions, ListedColormap([(1, 1, 1, 1), *shades]), newest, "Temp-LoRA:\na newer adapter per block")
     draw(right, memory(), kinds, 3, "memory layer:\na window and all before it")
     draw_nll(last)
     figure.savefig(out, dpi=110)

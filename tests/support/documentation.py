@@ -55,10 +55,12 @@ def commands(block: str) -> Iterator[list[str]]:
 
 
 def inline_commands(page: Path) -> Iterator[list[str]]:
-    """The words of each command in a page's prose that says what to do after its name."""
+    """The words of each command in a page's prose, but for those that are only named, as `vllm run-batch`."""
     for text in INLINE.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
-        if not re.search(r"[…]", text):
-            yield shlex.split(" ".join(text.split()))
+        words = shlex.split(text)
+        named = 3 if words[:2] == ["vllm", "bench"] else 2
+        if "…" not in text and (len(words) > named or words[0] in ("make", "python")):
+            yield words
 
 
 def links(page: Path) -> Iterator[tuple[str, str]]:

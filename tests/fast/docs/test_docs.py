@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -18,13 +18,14 @@ import typer
 import vllm
 import yaml
 from typer.main import get_command
+from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.benchmark import main as bench
 from vllm.entrypoints.cli.run_batch import RunBatchSubcommand
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.support.documentation import PAGES, ROOT, Block, anchors, blocks, commands, inline_commands, links
-from vllm_longctx import plugin
+from vllm_longctx import BOOKLM, plugin
 from vllm_longctx.cli.engine import longctx_config
 from vllm_longctx.cli.main import app
 from vllm_longctx.config import KEY, LongContextConfig, RequestOptions
@@ -37,14 +38,16 @@ DATA = [block for block in BLOCKS if block.language in ("json", "yaml")]
 
 
 @pytest.fixture(scope="module")
-def vllm_parser() -> Iterator[argparse.ArgumentParser]:
+def vllm_parser() -> argparse.ArgumentParser:
     """That of the command `vllm`, with the plugin's flags."""
     plugin.register()
     parser = FlexibleArgumentParser()
     subparsers = parser.add_subparsers(dest="subparser")
-    for command in (ServeSubcommand(), RunBatchSubcommand(), *bench.cmd_init()):
-        command.subparser_init(subparsers)
-    yield parser
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["vllm", "bench"])  # or vLLM leaves out the commands below `bench`
+        for command in (ServeSubcommand(), RunBatchSubcommand(), *bench.cmd_init()):
+            command.subparser_init(subparsers)
+    return parser
 
 
 def parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
@@ -179,7 +182,7 @@ def test_python_runs_up_to_the_engine(block: Block, monkeypatch: pytest.MonkeyPa
 
     def made(model: str, **arguments: Any) -> MagicMock:
         check_config(arguments)
-        vllm.EngineArgs(model=model, **arguments)
+        EngineArgs(model=BOOKLM if model == "MODEL" else model, **arguments)
         return engine
 
     sampling_params = vllm.SamplingParams
