@@ -1,21 +1,21 @@
 # `make test` and `make demo` set everything up in .venv the first time.
-PYTHON ?= python3.11
+# PYTHON=/path/to/python3.11 names one; otherwise the first of 3.11, 3.12 and 3.13 that has the locked packages is taken.
+PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
-TORCH_CPU := https://download.pytorch.org/whl/cpu
+PIP_QUIETLY := install --quiet --disable-pip-version-check --no-deps
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
 # Tests marked `slow` are left to `make test-all`.
 SELECTED := -m "not slow"
 
-.PHONY: test test-all demo setup lint format fast engine clients clean
+.PHONY: test test-all demo setup lint docs format fast engine clients clean
 
-test: lint fast engine
+test: lint docs fast engine
 
 test-all: SELECTED :=
-test-all: lint fast engine
+test-all: lint docs fast engine
 
 lint: setup
 	$(BIN)/ruff check .
@@ -38,24 +38,27 @@ format: setup
 
 setup: $(VENV)/installed
 
-$(VENV)/installed: requirements/cpu.txt requirements/dev.txt requirements/vllm-metadata/setup.py setup.py
-	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
-	  echo "Python 3.11 is needed, but '$(PYTHON)' is not one; install it, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) -r requirements/cpu.txt || $(PIP) --extra-index-url $(TORCH_CPU) -r requirements/cpu.txt
-	$(PIP) -r requirements/dev.txt
-	$(PIP) --no-build-isolation ./requirements/vllm-metadata
-	$(PIP) --no-build-isolation -e .
-	touch $@
+$(VENV)/installed: requirements/cpu.txt requirements/dev.txt requirements/vllm-metadata/setup.py requirements/setup.sh setup.py
+	@requirements/setup.sh $(VENV) $(PYTHON)
+	@touch $@
+
+# The site in build/site; a warning is an error. MkDocs has an environment of its own.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+.venv-docs/installed: requirements/docs.txt | setup
+	$(BIN)/python -m venv .venv-docs
+	.venv-docs/bin/python -m pip $(PIP_QUIETLY) -r requirements/docs.txt
+	@touch $@
 
 # Clients of other people's, for tests/engine/test_clients.py, apart from the engine's environment.
 clients: .venv-clients/installed
 
-.venv-clients/installed: requirements/clients.txt tests/clients/package-lock.json
-	$(PYTHON) -m venv .venv-clients
-	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/clients.txt
+.venv-clients/installed: requirements/clients.txt tests/clients/package-lock.json | setup
+	$(BIN)/python -m venv .venv-clients
+	.venv-clients/bin/python -m pip $(PIP_QUIETLY) -r requirements/clients.txt
 	if command -v npm >/dev/null; then npm ci --prefix tests/clients --no-audit --no-fund; fi
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-clients tests/clients/node_modules
+	rm -rf $(VENV) .venv-clients .venv-docs build/site tests/clients/node_modules

@@ -1,17 +1,21 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+VERSION = re.search(r'^__version__ = "(.+)"$', Path("vllm_longctx/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+assert VERSION is not None
+
 setup(
     name="vllm-longctx",
-    version="0.1.0",
+    version=VERSION[1],
     description="vLLM plugin: a stock language model reads and writes texts far longer than it was trained on",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vllm_longctx", "vllm_longctx.*"]),
-    package_data={"vllm_longctx": ["booklm/*"]},
+    package_data={"vllm_longctx": ["booklm/*", "py.typed"]},
     install_requires=[
         "matplotlib",
         "msgspec",
