@@ -61,17 +61,10 @@ def table(title: str, model: type[BaseModel]) -> str:
 
 def described(model: type[BaseModel], name: str) -> str:
     """Raises SystemExit for a field that says nothing."""
-    text = model.model_fields[name].description or descriptions().get(f"{model.__name__}.{name}")
+    text = model.model_fields[name].description
     if not text:
         raise SystemExit(f"{model.__name__}.{name} has no description; give it one in vllm_longctx/config.py")
     return re.sub(r"\s+", " ", text.strip()).replace("|", "\\|")
-
-
-def descriptions() -> dict[str, str]:
-    """Those that are not in config.py yet."""
-    path = Path(__file__).parent / "field-descriptions.txt"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return dict(line.split(": ", 1) for line in lines if line)
 
 
 def values(field: Mapping[str, Any]) -> str:

@@ -67,7 +67,7 @@ def did_you_mean(key: str, known: Iterable[str]) -> str | None:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -80,31 +80,56 @@ class _Section(BaseModel):
 
 
 class AttentionSection(_Section):
-    """What a query sees. Lengths in tokens; None takes the value from the model.
-
-    n_local: of the window, which slides with lm_infinite and streaming and steps with focused. focused (LongLLaMA) has the
-    names of its checkpoints: mem_layers see the keys before the window, as many as `lookup` says: all; the best top_k for
-    each query head; the best top_k in the best blocks, of which the share lookup_share is read. memory_limit_gib: host memory
-    for the memory layers' KV, apart from vLLM's pool.
-    """
+    """What a query sees. Lengths in tokens; None takes the value from the model."""
 
     method: Literal["lm_infinite", "streaming", "focused", "none"] = "lm_infinite"
+    """`lm_infinite` and `streaming` see the first tokens and a sliding window. `focused` sees stepped windows,
+    with memory layers (LongLLaMA). `none` leaves vLLM's attention as it is. A LongLLaMA checkpoint defaults
+    to `focused`."""
     n_global: int | None = Field(default=None, ge=0)
+    """First tokens that every query sees. Default: 10; with `streaming` 4."""
     n_local: int | None = Field(default=None, ge=1)
+    """Size of the window in tokens, the query included. With `lm_infinite` and `streaming` it slides, with
+    `focused` it steps. Default: the trained length; with distances `in_cache`, the trained length less
+    `n_global`; with `focused`, rounded down to whole KV blocks if prefixes are cached."""
     distance_ceiling: int | None = Field(default=None, ge=1)
+    """No key looks farther away than this many tokens. Only with `relative` distances. Default: the trained
+    length."""
     distances: Distances | None = None
+    """`relative` counts distances in the text. `in_cache` counts them among the visible tokens, as
+    StreamingLLM does. Default: `relative`; with `streaming`, `in_cache`."""
     allow_beyond_trained: bool = False
+    """Accept windows, ceilings and `top_k_insert_at` above the trained length."""
     top_k: int | None = Field(default=None, ge=1)
+    """Keys per query head that are looked up. With `focused` it needs `lookup` `top_k` or `blocks`. With
+    `lm_infinite` it turns on the top-k branch. Default: no lookup."""
     top_k_from_layer: int | None = Field(default=None, ge=0)
+    """`lm_infinite`: first layer with the top-k branch, counted from 0. Default: 4, or the last layer of a
+    smaller model."""
     top_k_to_layer: int | None = Field(default=None, ge=0)
+    """`lm_infinite`: first layer after those with the top-k branch. Default: the number of layers."""
     top_k_insert_at: int | None = Field(default=None, ge=0)
+    """`lm_infinite`: the distance, in tokens, at which the keys of the top-k branch are seen. Default: half
+    the trained length."""
     mem_layers: list[int] | None = None
+    """`focused`: layers with a memory, counted from 0. Default: the checkpoint's."""
     mem_positionals: bool | None = None
+    """`focused`: whether memory layers rotate queries and keys at all. Default: the checkpoint's, else true.
+    """
     mem_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """`focused`: the type to which memory keys and values are rounded. Default: the checkpoint's, else
+    `bfloat16`."""
     last_context_length: int | None = Field(default=None, ge=1)
+    """`focused`: the last window of a prompt begins this many tokens before its end. Default: the
+    checkpoint's, else 1024; at most `n_local`."""
     lookup: Literal["all", "top_k", "blocks"] | None = None
+    """`focused`: which memory keys a query sees. `all` sees all of them. `top_k` sees the best `top_k`, found
+    exactly. `blocks` sees the best `top_k` of the best blocks. Default: `all`."""
     lookup_share: float | None = Field(default=None, gt=0, le=1)
+    """`lookup` `blocks`: share of the memory's blocks that is read, at least 128 blocks. Default: 0.1."""
     memory_limit_gib: float | None = Field(default=None, gt=0)
+    """`focused`: GiB of host memory, per rank, for a pool of the memory layers' own. On a GPU it is pinned.
+    Default: memory lives in vLLM's pool."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -245,26 +270,30 @@ class AttentionSection(_Section):
 
 
 class TrainerSection(_Section):
-    """The sidecar process that trains adapters.
-
-    device: what it trains on; None is the engine's own, its first GPU where it has several. attention: of its model.
-    recompute: keep only each layer's input for the backward pass; None does so on a GPU. duty_cycle: the share of the time in
-    which it may train, a pause behind every block. threads: of its own, beside vLLM's.
-    cpus: which it may run on; None leaves that to the operating system. address: of a sidecar that is running already
-    (`ipc://...`), instead of one that the engine starts. timeout_s: a block that trains for longer counts as a hang.
-    max_restarts: in a row, with nothing trained or saved between.
-    """
+    """The process that trains adapters."""
 
     device: str | None = Field(default=None, pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$")
+    """Device of the trainer: `cpu`, `cuda` or `cuda:N`. Default: the engine's, its first GPU if it has
+    several."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention of the trainer's model."""
     recompute: bool | None = None
+    """Keep only each layer's input for the backward pass, and compute the rest again. Default: true on a GPU,
+    else false."""
     duty_cycle: float = Field(default=1.0, gt=0, le=1)
+    """Share of the time in which the trainer may work. Below 1 it pauses after every block."""
     threads: int = Field(default=1, ge=1)
+    """CPU threads of the trainer, beside vLLM's. No more than the CPUs that it may run on."""
     cpus: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    """CPUs that the trainer may run on, of those that the engine's process may use. Default: any."""
     address: str | None = None
+    """Address (`ipc://...`) of a trainer that you started yourself. Default: the engine starts one."""
     timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds after which a block in training counts as a hang."""
     start_timeout_s: float = Field(default=300.0, gt=0)
+    """Seconds that the trainer has to load its model."""
     max_restarts: int = Field(default=3, ge=0)
+    """Restarts in a row, with nothing trained or saved in between, before the trainer is given up."""
 
     @model_validator(mode="after")
     def _own_process(self) -> Self:
@@ -277,39 +306,72 @@ class TrainerSection(_Section):
 
 
 class AdaptationSection(_Section):
-    """Temp-LoRA (arXiv 2401.11504): what is trained, when, and what happens to the KV cache; the recipe is the official code's.
+    """Temp-LoRA (arXiv 2401.11504): what is trained, when, and what happens to the KV cache.
 
-    Sizes in tokens; None takes the value from the window. alpha: None for the request's rank (scaling 1). max_rank, max_epochs,
-    min_block_tokens: limits to what a request may ask for. adapters_root: directory of saved adapters; None for none.
+    The recipe is the official code's. Sizes in tokens; None takes the value from the window.
     """
 
     method: Literal["temp_lora"] = "temp_lora"
+    """The only way to adapt so far."""
     block_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a block, the unit that is trained at once. Default: a quarter of the window; with
+    `temp-lora-economic`, half of it."""
     context_tokens: int | None = Field(default=None, ge=1)
+    """Tokens that a new pass computes again when the window is full. Not with Λ attention. Default: half the
+    window, or less if a block and a KV block would not fit beside it."""
     window_tokens: int | None = Field(default=None, ge=1)
+    """Largest live context in tokens. Not with Λ attention. Default: the trained length."""
     train_context_tokens: int | None = Field(default=None, ge=0)
+    """Tokens before a block that its training also sees, without a loss on them. Default: as many as a block
+    has, if the trained length has room for both."""
     rank: int = Field(default=64, ge=1, le=MAX_RANK)
+    """LoRA rank."""
     alpha: float | None = Field(default=None, gt=0)
+    """LoRA alpha. The update is scaled by alpha / rank. Default: the request's rank, a scale of 1."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
+    """LoRA dropout while training."""
     learning_rate: float = Field(default=5e-5, gt=0, le=1)
+    """AdamW's learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay."""
     adam_eps: float = Field(default=1e-7, gt=0)
+    """AdamW's epsilon."""
     grad_clip: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient. Default: no clipping."""
     warmup_blocks: int = Field(default=2, ge=0)
+    """Blocks over which the learning rate rises to its value. The first trains at 0."""
     epochs: int = Field(default=2, ge=0)
+    """Passes over each block. 0 learns nothing, but keeps the windows."""
     adapter_seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the adapter's initial weights and of dropout."""
     train_on_prompt: bool = True
+    """Blocks begin with the text. If false, they begin with the first token written."""
     kv_policy: KVPolicy | None = None
+    """What happens to KV that an older version computed. `reuse` keeps it until the window is full, then
+    starts a new pass. `recompute` starts a new pass after every block. `keep` never does, and needs Λ
+    attention. Default: `reuse`; over Λ attention `keep`."""
     update_mode: UpdateMode = "cascaded"
+    """`cascaded` waits for a block's training before the next block is computed. `parallel` computes the next
+    block with the version before, so that training and computing overlap."""
     keep_first: int = Field(default=1, ge=0)
+    """First tokens of the text that stay in front of every stepped window. At most a KV block."""
     on_failure: Literal["continue", "fail"] = "continue"
+    """When a block cannot be trained: `continue` with the last good version, or `fail` the request."""
     slots: int | None = Field(default=None, ge=1)
+    """Requests that learn at once; more of them wait. Default: 8, at most `max_num_seqs`."""
     requests: Literal["opt_in", "all"] = "opt_in"
+    """Which requests learn: those that ask for it (`opt_in`), or `all`."""
     adapters_root: str | None = Field(default=None, min_length=1)
+    """Directory of saved adapters. It is made at start, and `~` is your home. Default: requests cannot save or
+    load adapters."""
     max_rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
+    """Largest rank that a request may ask for. Default: `rank`."""
     max_epochs: int = Field(default=8, ge=0)
+    """Most epochs that a request may ask for."""
     min_block_tokens: int = Field(default=16, ge=1)
+    """Smallest block that a request may ask for, in tokens."""
     trainer: TrainerSection = TrainerSection()
+    """The process that trains the adapters."""
 
     _recommended_sizes: dict[str, int] = {}
 
@@ -373,24 +435,35 @@ class AdaptationSection(_Section):
 
 
 class RequestOptions(_Section):
-    """What one request may set: `SamplingParams.extra_args["longctx"]`, `vllm_xargs.longctx` (a JSON string) over HTTP.
-
-    save_as, start_from: names of adapters under `adaptation.adapters_root`. The others: as in `AdaptationSection`.
-    """
+    """What one request may set: `SamplingParams.extra_args["longctx"]`, over HTTP `vllm_xargs.longctx` (a JSON string)."""
 
     temp_lora: bool | None = None
+    """Whether this request learns. Default: the server's `adaptation.requests`."""
     block_tokens: int | None = Field(default=None, ge=1)
+    """As `adaptation.block_tokens`, at least `adaptation.min_block_tokens`."""
     context_tokens: int | None = Field(default=None, ge=1)
+    """As `adaptation.context_tokens`."""
     train_context_tokens: int | None = Field(default=None, ge=0)
+    """As `adaptation.train_context_tokens`."""
     rank: int | None = Field(default=None, ge=1)
+    """As `adaptation.rank`, at most `adaptation.max_rank`. Default with `start_from`: the saved adapter's.
+    """
     learning_rate: float | None = Field(default=None, gt=0, le=1)
+    """As `adaptation.learning_rate`."""
     epochs: int | None = Field(default=None, ge=0)
+    """As `adaptation.epochs`, at most `adaptation.max_epochs`."""
     train_on_prompt: bool | None = None
+    """As `adaptation.train_on_prompt`."""
     kv_policy: KVPolicy | None = None
+    """As `adaptation.kv_policy`."""
     update_mode: UpdateMode | None = None
+    """As `adaptation.update_mode`."""
     adapter_seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """As `adaptation.adapter_seed`."""
     save_as: str | None = Field(default=None, pattern=f"^{ADAPTER_NAME}$")
+    """Name under which the adapter is saved when the request ends. A name, never a path."""
     start_from: str | None = Field(default=None, pattern=f"^{ADAPTER_NAME}$")
+    """Name of a saved adapter to begin with."""
 
     @classmethod
     def parse(cls, value: Any) -> "RequestOptions":
@@ -399,25 +472,28 @@ class RequestOptions(_Section):
 
 
 class ServingSection(_Section):
-    """What `vllm serve` does with HTTP requests.
-
-    default_max_tokens: tokens written for a request that sets no limit; vLLM's own default would be all of max_model_len.
-    strict: refuse what vLLM would ignore, convert or shorten. keep_alive_s: seconds of silence in a stream after which a sign
-    of life is sent; 0 for none.
-    """
+    """What `vllm serve` does with HTTP requests."""
 
     default_max_tokens: int = Field(default=4096, ge=1)
+    """Tokens written for a chat or response request that sets no limit. It is a default, not a cap."""
     strict: bool = False
+    """Refuse what vLLM would ignore, convert or shorten in a request."""
     keep_alive_s: float = Field(default=10.0, ge=0, allow_inf_nan=False)
+    """Seconds of silence in a stream after which a sign of life is sent. 0 sends none."""
 
 
 class LongContextConfig(_Section):
     """The value of `additional_config["longctx"]`. Keys given beside a preset override the preset's."""
 
     preset: str | None = None
+    """A named starting point: `lm-infinite`, `streaming`, `temp-lora-quality` or `temp-lora-economic`. Keys
+    given beside it override it."""
     attention: AttentionSection = AttentionSection()
+    """What a query sees."""
     adaptation: AdaptationSection | None = None
+    """Temp-LoRA. Without this section, no request can learn."""
     serving: ServingSection = ServingSection()
+    """How the server treats HTTP requests."""
 
     @model_validator(mode="before")
     @classmethod
