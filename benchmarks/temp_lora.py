@@ -188,7 +188,7 @@ def bystander_speed(
     """
     from vllm.inputs import tokens_input
 
-    from vllm_longctx.engine.model import trained_length
+    from vllm_longctx.models.properties import trained_length
 
     tokens = min(tokens, trained_length(engine.vllm_config.model_config) - max(map(len, bystanders)))
     room = engine.vllm_config.model_config.max_model_len

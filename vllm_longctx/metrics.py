@@ -13,7 +13,7 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 from vllm_longctx.config import KEY
-from vllm_longctx.engine.model import trained_length
+from vllm_longctx.models.properties import trained_length
 from vllm_longctx.settings import active_settings
 
 PREFIX = "vllm:longctx_"  # vLLM's own prefix: `LLM.get_metrics` shows, and a new engine unregisters, no other

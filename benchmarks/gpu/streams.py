@@ -86,7 +86,7 @@ def trainer_memory(record: "Record", plan: Plan, setting: "Setting") -> None:
     The second has the trainer's process, its copy of the weights if it has one, and the adapter in it and in the slot's banks;
     no block is trained (`epochs` 0), so no activations. Weights, pool and everything else of the engine are in both.
     """
-    from vllm_longctx.engine.model import LINEAR_MODULES
+    from vllm_longctx.models.properties import LINEAR_MODULES
 
     check_plugin()
     shape, block = shapes(setting)[0], sizes(setting)["block_tokens"]

@@ -12,7 +12,7 @@ from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 
 from tests.support.engines import logprobs_of, tokens_of
-from vllm_longctx.engine.model import LINEAR_MODULES
+from vllm_longctx.models.properties import LINEAR_MODULES
 
 
 def write_adapter(

@@ -287,8 +287,8 @@ def windows(model: str, configs: Sequence[dict[str, Any] | None]) -> list["Geome
     load_plugin()
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_longctx.engine.model import trained_length
     from vllm_longctx.geometry import Geometry
+    from vllm_longctx.models.properties import trained_length
     from vllm_longctx.modes import Role
     from vllm_longctx.settings import active_settings
 

@@ -5,13 +5,13 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_longctx.engine.model import LINEAR_MODULES
+from vllm_longctx.models.properties import LINEAR_MODULES
 from vllm_longctx.settings import active_settings
-from vllm_longctx.startup.trainer import Shape
 from vllm_longctx.temp_lora import base_model
 from vllm_longctx.temp_lora import shared_weights as shared
 from vllm_longctx.temp_lora.client import weight_bytes
 from vllm_longctx.temp_lora.slots import Slots
+from vllm_longctx.temp_lora.training_memory import Shape
 
 logger = init_logger("vllm.longctx")
 

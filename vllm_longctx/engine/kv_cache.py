@@ -27,8 +27,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from vllm_longctx.engine.model import trained_length
 from vllm_longctx.geometry import Geometry, SteppedWindows
+from vllm_longctx.models.properties import trained_length
 from vllm_longctx.modes import Role
 from vllm_longctx.settings import Settings, active_settings
 

@@ -13,8 +13,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from vllm_longctx.engine.model import rope_parameters
 from vllm_longctx.engine.rows import Timed
+from vllm_longctx.models.properties import rope_parameters
 from vllm_longctx.modes import Role
 from vllm_longctx.rotary import NoRotation, Rotary, attention_factor, inverse_frequencies
 from vllm_longctx.settings import Settings, active_settings

@@ -25,8 +25,8 @@ from vllm.lora.utils import is_in_target_modules
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_longctx.engine.model import LINEAR_MODULES
 from vllm_longctx.engine.step import SlotUse, StepInfo, Weights
+from vllm_longctx.models.properties import LINEAR_MODULES
 from vllm_longctx.settings import active_settings
 from vllm_longctx.temp_lora.slots import Slots
 

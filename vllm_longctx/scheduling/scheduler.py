@@ -17,9 +17,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_longctx.config import KEY
 from vllm_longctx.engine.kv_cache import LambdaManager, MemoryManager, prefix_caching
-from vllm_longctx.engine.model import trained_length
 from vllm_longctx.engine.step import StepInfo, StepReport
 from vllm_longctx.metrics import StepStats
+from vllm_longctx.models.properties import trained_length
 from vllm_longctx.processes import end_without_collecting
 from vllm_longctx.settings import active_settings
 

@@ -43,11 +43,11 @@ from vllm_longctx.engine.waiting import wait_patiently
 from vllm_longctx.metrics import StepStats
 from vllm_longctx.scheduling.scheduler import LongContextScheduler
 from vllm_longctx.settings import Adaptation
-from vllm_longctx.startup.trainer import Shape
 from vllm_longctx.temp_lora import base_model, messages
 from vllm_longctx.temp_lora.blocks import Blocks, Window, example
 from vllm_longctx.temp_lora.client import TrainerClient
 from vllm_longctx.temp_lora.shared_weights import SharedWeights, shared_by_engine
+from vllm_longctx.temp_lora.training_memory import Shape
 
 logger = init_logger("vllm.longctx")
 

@@ -34,8 +34,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from vllm_longctx.config import KEY, LongContextConfig, LongContextError, RequestOptions, did_you_mean
-from vllm_longctx.engine.model import trained_length
 from vllm_longctx.metrics import count_ignored_field, export_ignored_fields
+from vllm_longctx.models.properties import trained_length
 from vllm_longctx.serving import stop_strings
 from vllm_longctx.serving.streams import guarded, over_http, watch
 from vllm_longctx.settings import Settings, active_settings

@@ -6,8 +6,8 @@ from vllm.platforms import current_platform
 
 from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError
 from vllm_longctx.engine.kv_cache import FP8
-from vllm_longctx.engine.model import ADAPTABLE, check_load_format, rope_parameters
 from vllm_longctx.models import longllama
+from vllm_longctx.models.properties import ADAPTABLE, check_load_format, rope_parameters
 from vllm_longctx.rotary import SCALINGS
 from vllm_longctx.startup.platform import attention_backend, check_capability, on_cuda
 from vllm_longctx.startup.trainer import check_trainer

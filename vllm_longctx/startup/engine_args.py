@@ -20,8 +20,8 @@ from vllm.logger import init_logger
 
 from vllm_longctx.config import KEY, AdaptationSection, LongContextConfig, LongContextError
 from vllm_longctx.engine.kv_cache import memory_blocks
-from vllm_longctx.engine.model import trained_length
 from vllm_longctx.models import longllama
+from vllm_longctx.models.properties import trained_length
 from vllm_longctx.settings import Settings, for_model
 from vllm_longctx.startup.checks import (
     check_adaptation,

@@ -5,7 +5,7 @@ from vllm.utils.math_utils import cdiv
 
 from vllm_longctx.config import LongContextError
 from vllm_longctx.engine.kv_cache import bytes_per_layer_block, max_blocks_per_request
-from vllm_longctx.engine.model import trained_length
+from vllm_longctx.models.properties import trained_length
 from vllm_longctx.settings import Settings
 from vllm_longctx.startup.platform import on_cuda
 

@@ -25,7 +25,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_longctx.config import KEY, LongContextError
-from vllm_longctx.engine.model import ADAPTABLE, check_load_format
+from vllm_longctx.models.properties import ADAPTABLE, check_load_format
 from vllm_longctx.settings import Adaptation
 from vllm_longctx.temp_lora.messages import Ready
 

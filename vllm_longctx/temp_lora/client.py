@@ -21,10 +21,10 @@ from vllm.logger import init_logger
 from vllm_longctx.config import LongContextError
 from vllm_longctx.processes import SOCKETS
 from vllm_longctx.settings import TrainerSettings
-from vllm_longctx.startup.trainer import free_bytes
 from vllm_longctx.temp_lora import messages as m
 from vllm_longctx.temp_lora.shared_weights import skeleton
 from vllm_longctx.temp_lora.slots import Slots
+from vllm_longctx.temp_lora.training_memory import free_bytes
 
 logger = init_logger("vllm.longctx")
 

@@ -24,9 +24,9 @@ from vllm_longctx.cuda.lora import share_weights, trainer_bytes, why_not_shared
 from vllm_longctx.cuda.runner import LongContextRunner, runner_class
 from vllm_longctx.cuda.worker import LongContextWorker
 from vllm_longctx.engine.lora import Adapts, with_slots
-from vllm_longctx.engine.model import LINEAR_MODULES
 from vllm_longctx.engine.rows import StepTimes
 from vllm_longctx.engine.step import SlotsMemory, SlotUse, StepInfo, StepReport, Weights
+from vllm_longctx.models.properties import LINEAR_MODULES
 from vllm_longctx.scheduling.temp_lora import AsyncTempLoraScheduler, TempLoraScheduler
 from vllm_longctx.settings import active_settings
 from vllm_longctx.startup import checks

@@ -120,7 +120,7 @@ class PassesEngine(Engine):
         if self.steps_ahead:  # then it knows more
             return
         runner = self.runner
-        batch, (builder,) = runner.execute_model_state.input_batch, [g.get_metadata_builder() for g in runner.attn_groups[0]]
+        batch = runner.execute_model_state.input_batch
         for row, name in enumerate(batch.req_ids):
             request, p = self.requests[name], runner.step.passes.get(name, Pass(0, 0, 0))
             begin, end = batch.query_start_loc[row : row + 2].tolist()

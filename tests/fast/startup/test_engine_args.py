@@ -18,8 +18,8 @@ from vllm_longctx import BOOKLM
 from vllm_longctx.config import PRESETS, LongContextError
 from vllm_longctx.engine.kv_cache import prefix_caching
 from vllm_longctx.engine.lora import LoRAConfigWithSlots, with_slots
-from vllm_longctx.engine.model import LINEAR_MODULES
 from vllm_longctx.geometry import Geometry, SteppedWindows
+from vllm_longctx.models.properties import LINEAR_MODULES
 from vllm_longctx.settings import active_settings
 
 QUALITY = {"longctx": {"preset": "temp-lora-quality"}}

@@ -14,10 +14,11 @@ from vllm.platforms import current_platform
 from vllm_longctx import BOOKLM
 from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError, TrainerSection
 from vllm_longctx.settings import Adaptation, TrainerSettings
-from vllm_longctx.startup import trainer as device
-from vllm_longctx.startup.trainer import Shape, check_trainer
+from vllm_longctx.startup.trainer import check_trainer
 from vllm_longctx.temp_lora import client
+from vllm_longctx.temp_lora import training_memory as device
 from vllm_longctx.temp_lora.messages import Options, Recipe
+from vllm_longctx.temp_lora.training_memory import Shape
 from vllm_longctx.trainer import sidecar
 from vllm_longctx.trainer.trainer import Trainer
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from vllm.model_executor.models import ModelRegistry
 
 from tests.support.shared_model import CONFIGS, Engine, load, save
-from vllm_longctx.engine.model import ADAPTABLE, LINEAR_MODULES
+from vllm_longctx.models.properties import ADAPTABLE, LINEAR_MODULES
 from vllm_longctx.temp_lora import messages as m
 from vllm_longctx.temp_lora import shared_weights as shared
 from vllm_longctx.temp_lora.messages import Recipe

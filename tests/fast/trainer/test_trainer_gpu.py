@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.shared_model import CONFIGS, Engine, load, save
 from tests.support.trainer_client import client_of, hear
-from vllm_longctx.engine.model import LINEAR_MODULES
+from vllm_longctx.models.properties import LINEAR_MODULES
 from vllm_longctx.temp_lora import messages as m
 from vllm_longctx.temp_lora import shared_weights as shared
 from vllm_longctx.temp_lora.slots import Slots
