@@ -42,6 +42,7 @@ class Mode:
     grows: Some layers keep the KV of the whole text, so vLLM fits max_model_len to the pool.
     extends: Every request may go past the trained length, also one that does not adapt.
     caches_prefixes: vLLM's prefix caching is sound.
+    asked_for: What the user wrote to get it, for messages.
     takes_parts: A prompt may come in parts: nothing depends on where it ends. Requests that adapt never may.
     """
 
@@ -50,6 +51,7 @@ class Mode:
     scheduler: str
     layers: Mapping[Role, str]
     runner: str
+    asked_for: str
     top_k: bool = False
     adapts: bool = False
     grows: bool = False
@@ -61,6 +63,11 @@ class Mode:
     def is_plain(self) -> bool:
         """vLLM is left as it is."""
         return not self.scheduler
+
+    @property
+    def changes_runner(self) -> bool:
+        """vLLM's model runner gets other inputs than its own."""
+        return self.runner not in ("", BASE_RUNNER)
 
     @property
     def slides(self) -> bool:
@@ -79,13 +86,14 @@ SLIDING_METHODS = ("lm_infinite", "streaming")
 BASE_RUNNER = "runner.LongContextRunner"
 
 MODES = (
-    Mode("plain", ("none",), "", {}, "", extends=False, takes_parts=True),
+    Mode("plain", ("none",), "", {}, "", "attention.method none", extends=False, takes_parts=True),
     Mode(
         "sliding",
         SLIDING_METHODS,
         "scheduler.LongContextScheduler",
         {Role.SLIDING: "LambdaSpec"},
         BASE_RUNNER,
+        "attention.method lm_infinite or streaming",
         takes_parts=True,
     ),
     Mode(
@@ -94,6 +102,7 @@ MODES = (
         "memory.TopKScheduler",
         {Role.SLIDING: "LambdaSpec", Role.KEPT: "MiddleSpec"},
         "top_k_runner.TopKRunner",
+        "attention.top_k",
         top_k=True,
         grows=True,
         caches_prefixes=False,  # keys that leave the window of a request that writes are un-rotated, wherever it ends
@@ -104,6 +113,7 @@ MODES = (
         "memory.MemoryScheduler",
         {Role.WINDOW: "WindowSpec", Role.MEMORY: "MemorySpec"},
         "memory_runner.MemoryRunner",
+        "attention.method focused",
         grows=True,
     ),
     Mode(
@@ -112,6 +122,7 @@ MODES = (
         "temp_lora.TempLoraScheduler",
         {Role.WINDOW: "SteppedSpec"},
         "passes_runner.PassesRunner",
+        "adaptation with attention.method none",
         adapts=True,
         extends=False,
     ),
@@ -121,6 +132,7 @@ MODES = (
         "temp_lora.TempLoraScheduler",
         {Role.SLIDING: "LambdaSpec"},
         BASE_RUNNER,
+        "adaptation",
         adapts=True,
         takes_parts=True,
     ),

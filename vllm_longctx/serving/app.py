@@ -372,10 +372,8 @@ def _check_adapting(request: EngineCoreRequest, options: RequestOptions) -> None
 def _check_streamed(settings: Settings) -> None:
     """Windows and blocks are laid out for the whole prompt; Λ attention alone does not look at where it ends."""
     if not settings.mode.takes_parts:
-        what = "adaptation" if settings.mode.adapts else f"attention.method {settings.attention.method}"
-        what = "attention.top_k" if settings.mode.top_k else what
         raise RequestError(
-            f"prompt: its parts come one after the other, but {what} of this engine needs all of it at once; give it at once, "
+            f"prompt: its parts come one after the other, but {settings.mode.asked_for} of this engine needs all of it at once; give it at once, "
             "or start the engine with attention.method lm_infinite or streaming alone",
             "prompt",
         )

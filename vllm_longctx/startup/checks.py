@@ -9,10 +9,9 @@ from vllm_longctx.engine.kv_cache import FP8
 from vllm_longctx.models import longllama
 from vllm_longctx.models.properties import ADAPTABLE, check_load_format, rope_parameters
 from vllm_longctx.rotary import SCALINGS
-from vllm_longctx.startup.platform import attention_backend, check_capability, on_cuda
+from vllm_longctx.startup.platform import attention_backend, check_capability, platform
 from vllm_longctx.startup.trainer import check_trainer
 
-CPU_BLOCK_MULTIPLE, CUDA_BLOCK_MULTIPLE = 32, 16
 ARCHITECTURES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -35,7 +34,7 @@ def check_model(model: ModelConfig) -> None:
     scaling = (parameters or {}).get("rope_type", "default")
     sliding_window = model.get_sliding_window()
     backend = attention_backend()
-    attention = "longctx's attention on CUDA" if on_cuda() else "vLLM's attention on the CPU"
+    attention = platform().attention
     head_size, head_sizes = model.get_head_size(), backend.get_supported_head_sizes()
     reasons = {
         "is an encoder-decoder": model.is_encoder_decoder,
@@ -66,11 +65,9 @@ def check_settings(vllm_config: VllmConfig) -> None:
     """Raises LongContextError naming an engine setting that does not go with longctx."""
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     model = vllm_config.model_config
-    multiple = CUDA_BLOCK_MULTIPLE if on_cuda() else CPU_BLOCK_MULTIPLE
-    kv_dtypes = ("auto", *FP8) if on_cuda() else ("auto",)
-    kv_remedy = "leave it at 'auto', or give 'fp8'" if on_cuda() else "leave it at 'auto'"
+    here = platform()
     refused = {
-        f"kv_cache_dtype = {cache.cache_dtype!r}; {kv_remedy}": cache.cache_dtype not in kv_dtypes,
+        f"kv_cache_dtype = {cache.cache_dtype!r}; {here.kv_remedy}": cache.cache_dtype not in here.kv_dtypes,
         "speculative_config is set; leave it out": vllm_config.speculative_config is not None,
         f"kv_offloading_size = {cache.kv_offloading_size}; leave it out": cache.kv_offloading_size is not None,
         "kv_transfer_config is set; leave it out": vllm_config.kv_transfer_config is not None,
@@ -92,8 +89,10 @@ def check_settings(vllm_config: VllmConfig) -> None:
         f"prefill_context_parallel_size = {parallel.prefill_context_parallel_size}; set it to 1": (
             parallel.prefill_context_parallel_size > 1
         ),
-        "the Model Runner V2 is chosen; set VLLM_USE_V2_MODEL_RUNNER=0": not on_cuda() and vllm_config.use_v2_model_runner,
-        f"block_size = {cache.block_size}; give a multiple of {multiple}": cache.block_size % multiple != 0,
+        "the Model Runner V2 is chosen; set VLLM_USE_V2_MODEL_RUNNER=0": not here.has_runner_v2
+        and vllm_config.use_v2_model_runner,
+        f"block_size = {cache.block_size}; give a multiple of {here.block_multiple}": cache.block_size % here.block_multiple
+        != 0,
     }
     for setting, holds in refused.items():
         if holds:
@@ -102,13 +101,6 @@ def check_settings(vllm_config: VllmConfig) -> None:
         from vllm_longctx.cuda.sliding import MIN_FP8_CAPABILITY
 
         check_capability(MIN_FP8_CAPABILITY, f"kv_cache_dtype = {cache.cache_dtype!r}", "leave kv_cache_dtype at 'auto'")
-
-
-def _asked_for(config: LongContextConfig) -> str:
-    """What needs more of an engine on CUDA than Λ attention does."""
-    if config.mode.slides:
-        return "attention.top_k"
-    return f"{'adaptation with ' if config.mode.adapts else ''}attention.method {config.attention.method}"
 
 
 def check_settings_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -> None:
@@ -128,7 +120,7 @@ def check_settings_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -
     }
     for setting, holds in refused.items():
         if holds:
-            raise LongContextError(f"{_asked_for(config)} does not run on CUDA with this setting: {setting}")
+            raise LongContextError(f"{config.mode.asked_for} does not run on CUDA with this setting: {setting}")
 
 
 def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> None:
@@ -137,6 +129,7 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
     name = f"model {model.model} ({', '.join(model.architectures)})"
     most = scheduler.max_num_seqs
     quantized = getattr(model.hf_config, "quantization_config", None)
+    here = platform()
     executor, offload = parallel.distributed_executor_backend, vllm_config.offload_config
     refused = {
         f"{name} is quantized ({model.quantization or quantized}), and the trainer loads unquantized weights only; give the "
@@ -161,13 +154,13 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
             offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0
         ),
         f"data_parallel_size = {parallel.data_parallel_size} on CUDA, where all trainers would be on the first GPU; set it to "
-        "1, and start a server for each GPU": on_cuda() and parallel.data_parallel_size > 1,
+        "1, and start a server for each GPU": here.trains_beside_engine and parallel.data_parallel_size > 1,
         "microbatches are on, which go with no LoRA; leave enable_dbo and ubatch_size out": parallel.use_ubatching,
     }
     for reason, holds in refused.items():
         if holds:
             raise LongContextError(f"longctx cannot adapt here: {reason}")
-    if adaptation.trainer.address is None and not on_cuda():  # there it may share the engine's weights
+    if adaptation.trainer.address is None and not here.trains_beside_engine:  # else it may share the engine's weights
         check_load_format(vllm_config.load_config)
     check_trainer(adaptation.trainer)
 

@@ -30,7 +30,7 @@ from vllm_longctx.startup.checks import (
     check_settings,
     check_settings_on_cuda,
 )
-from vllm_longctx.startup.platform import choose_backend, on_cuda, worker_of_platform
+from vllm_longctx.startup.platform import CUDA, choose_backend, platform, worker_of_platform
 from vllm_longctx.startup.pool import check_pool, fit_memory
 from vllm_longctx.startup.recommended import RECOMMENDED, with_recommended
 
@@ -157,7 +157,7 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bo
             vllm_config.lora_config = None
     if mode.grows:
         check_memory(vllm_config)
-    if on_cuda() and (mode.grows or not mode.slides):
+    if mode.changes_runner and platform() is CUDA:
         check_settings_on_cuda(config, vllm_config)
     if not mode.caches_prefixes:
         cache.enable_prefix_caching = False

@@ -1,5 +1,7 @@
 """What vLLM's platform needs of this package: its worker, its attention backend, and a GPU that is new enough."""
 
+from dataclasses import dataclass
+
 from vllm.config import AttentionConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -8,23 +10,73 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_longctx.config import LongContextError
+from vllm_longctx.engine.kv_cache import FP8
 
 CUDA_BACKEND = "vllm_longctx.cuda.sliding.LambdaBackend"
 
 
-def on_cuda() -> bool:
-    return current_platform.is_cuda()
+@dataclass(frozen=True)
+class PlatformFacts:
+    """What differs between platforms for an engine's arguments.
+
+    folder: Of this package, with its worker.
+    attention: Whose limits hold, in words.
+    block_multiple: Of which block_size must be one, in tokens.
+    kv_dtypes, kv_remedy: What kv_cache_dtype may be, and what to do about others.
+    pool_settings: What makes vLLM's pool larger, and what sets its size.
+    has_runner_v2: Our runners stand on Model Runner V2, too.
+    trains_beside_engine: The trainer may use the engine's weights, on its device.
+    """
+
+    folder: str
+    attention: str
+    block_multiple: int
+    kv_dtypes: tuple[str, ...]
+    kv_remedy: str
+    pool_settings: tuple[str, tuple[str, ...]]
+    has_runner_v2: bool
+    trains_beside_engine: bool
+
+
+CPU = PlatformFacts(
+    folder="cpu",
+    attention="vLLM's attention on the CPU",
+    block_multiple=32,
+    kv_dtypes=("auto",),
+    kv_remedy="leave it at 'auto'",
+    pool_settings=("VLLM_CPU_KVCACHE_SPACE", ("VLLM_CPU_KVCACHE_SPACE", "kv_cache_memory_bytes")),
+    has_runner_v2=False,
+    trains_beside_engine=False,
+)
+CUDA = PlatformFacts(
+    folder="cuda",
+    attention="longctx's attention on CUDA",
+    block_multiple=16,
+    kv_dtypes=("auto", *FP8),
+    kv_remedy="leave it at 'auto', or give 'fp8'",
+    pool_settings=("gpu_memory_utilization", ("kv_cache_memory_bytes",)),
+    has_runner_v2=True,
+    trains_beside_engine=True,
+)
+
+
+def platform() -> PlatformFacts:
+    """Raises LongContextError for a platform without a worker of ours."""
+    if current_platform.is_cuda():
+        return CUDA
+    if current_platform.is_cpu():
+        return CPU
+    raise LongContextError(f"longctx runs on vLLM's CPU and CUDA platforms, but this is {current_platform.device_name}")
 
 
 def worker_of_platform() -> str:
     """Raises LongContextError for a platform without a worker of ours, or a GPU that is too old."""
-    if not (on_cuda() or current_platform.is_cpu()):
-        raise LongContextError(f"longctx runs on vLLM's CPU and CUDA platforms, but this is {current_platform.device_name}")
-    if on_cuda():
+    here = platform()
+    if here is CUDA:
         from vllm_longctx.cuda.sliding import MIN_CAPABILITY
 
         check_capability(MIN_CAPABILITY, "longctx's attention", "use such a GPU, or vLLM for the CPU")
-    return f"vllm_longctx.{'cuda' if on_cuda() else 'cpu'}.worker.LongContextWorker"
+    return f"vllm_longctx.{here.folder}.worker.LongContextWorker"
 
 
 def check_capability(needed: DeviceCapability, what: str, remedy: str) -> None:
@@ -40,7 +92,7 @@ def check_capability(needed: DeviceCapability, what: str, remedy: str) -> None:
 
 def choose_backend(args: EngineArgs) -> None:
     """On CUDA, vLLM's place for a backend of a plugin's; the user must not ask for another, nor another plugin have taken it."""
-    if not on_cuda():
+    if platform() is not CUDA:
         return
     asked = AttentionConfig.validate_backend_before(args.attention_backend) or args.attention_config.backend
     if asked not in (None, AttentionBackendEnum.CUSTOM):
@@ -61,7 +113,7 @@ def choose_backend(args: EngineArgs) -> None:
 
 def attention_backend() -> type[AttentionBackend]:
     """Whose limits hold on this platform. Imported here: either needs what the other platform may not have."""
-    if on_cuda():
+    if platform() is CUDA:
         from vllm_longctx.cuda.sliding import LambdaBackend
 
         return LambdaBackend

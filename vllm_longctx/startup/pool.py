@@ -7,14 +7,14 @@ from vllm_longctx.config import LongContextError
 from vllm_longctx.engine.kv_cache import bytes_per_layer_block, max_blocks_per_request
 from vllm_longctx.models.properties import trained_length
 from vllm_longctx.settings import Settings
-from vllm_longctx.startup.platform import on_cuda
+from vllm_longctx.startup.platform import platform
 
 
 def fit_memory(settings: Settings, vllm_config: VllmConfig, blocks: int) -> None:
     """Bound max_model_len by the memory. Raises LongContextError if the user asks for more, or for a memory of no use."""
     memory, model = settings.memory, vllm_config.model_config
     if len(memory.layers) == model.get_total_num_hidden_layers():
-        room = "gpu_memory_utilization" if on_cuda() else "VLLM_CPU_KVCACHE_SPACE"
+        room = platform().pool_settings[0]
         raise LongContextError(
             f"attention.memory_limit_gib = {memory.limit_gib} with memory in every layer leaves nothing in vLLM's "
             f"pool; leave it out, and give that pool the room ({room})"
@@ -49,7 +49,7 @@ def check_pool(settings: Settings, vllm_config: VllmConfig) -> None:
         pool, given = cache.num_gpu_blocks_override, f"num_gpu_blocks_override = {cache.num_gpu_blocks_override}"
     elif cache.kv_cache_memory_bytes is not None:
         pool = cache.kv_cache_memory_bytes // _bytes_per_block(vllm_config)
-        names = "kv_cache_memory_bytes" if on_cuda() else "VLLM_CPU_KVCACHE_SPACE, kv_cache_memory_bytes"
+        names = ", ".join(platform().pool_settings[1])
         given = f"the KV cache of {cache.kv_cache_memory_bytes} bytes ({names})"
     else:
         return
