@@ -209,7 +209,7 @@ FOCUSED = {"method": "focused", "mem_layers": [2]}
     [
         ({"attention": FOCUSED}, "attention.method focused"),
         ({"attention": {"top_k": 5}}, "attention.top_k"),
-        ({"preset": "temp-lora-quality"}, "adaptation"),
+        ({"preset": "temp-lora-quality"}, "adaptation with attention.method none"),
         ({"attention": {"method": "lm_infinite"}, "adaptation": {}}, None),
         ({"preset": "lm-infinite"}, None),
     ],

@@ -12,7 +12,7 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError
-from vllm_longctx.settings import active_settings
+from vllm_longctx.settings import TrainerSettings, active_settings
 from vllm_longctx.startup.recommended import read_recommended
 
 QUALITY = {"preset": "temp-lora-quality"}
@@ -79,7 +79,8 @@ def test_a_checkpoint_recommends_a_recipe_and_nothing_else(model: Path, warnings
     found = start(model, {"learning_rate": 2e-3})
     assert found.model_dump(include=set(RECIPE)) == RECIPE | {"learning_rate": 2e-3}
     default = AdaptationSection()
-    for name in ("requests", "adapters_root", "trainer", "on_failure", "max_epochs"):
+    assert found.trainer == TrainerSettings.of(default.trainer)
+    for name in ("requests", "adapters_root", "on_failure", "max_epochs"):
         assert getattr(found, name) == getattr(default, name)
     assert (found.slots, found.max_rank) == (8, 4)
     (message,) = {record.getMessage() for record in warnings.records if "longctx.json" in record.getMessage()}
