@@ -135,7 +135,7 @@ def test_what_others_left_does_not_matter_to_stepped_windows(tiny_llama: Path, k
     options = {"extra_args": {"longctx": {"temp_lora": True, "epochs": 0}}}
     with running_here(tiny_llama, {"method": "none"}, adaptation=adaptation) as llm:
         before = generate(llm, prompts, 40, **options) + generate(llm, prompts[:10], 20)
-        poison(llm)
+        poison(llm, **options)
         after = generate(llm, prompts, 40, **options) + generate(llm, prompts[:10], 20)
     for clean, poisoned in zip(before, after, strict=True):
         assert tokens_of(clean) == tokens_of(poisoned)

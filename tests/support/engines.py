@@ -80,8 +80,11 @@ def generate(llm: LLM, prompts: list[list[int]], max_tokens: int, **kwargs: Any)
     return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
 
-def poison(llm: LLM) -> None:
-    """NaN wherever a request that overflows can leave it: in all blocks of an idle engine, and in what is made of them."""
+def poison(llm: LLM, **params: Any) -> None:
+    """NaN wherever a request that overflows can leave it: in all blocks of an idle engine, and in what is made of them.
+
+    params: Of that request.
+    """
     overflowing = 2
 
     def embed(model: Any, value: torch.Tensor | None = None) -> torch.Tensor:
@@ -95,7 +98,7 @@ def poison(llm: LLM) -> None:
             layer.kv_cache.fill_(torch.nan)
 
     (before,) = llm.apply_model(embed)
-    generate(llm, [[overflowing] * n for n in (3, 40, 75, 130, 170, 300)], 40, logprobs=None)
+    generate(llm, [[overflowing] * n for n in (3, 40, 75, 130, 170, 300)], 40, logprobs=None, **params)
     llm.apply_model(lambda model: embed(model, before))
     assert llm.reset_prefix_cache()
     llm.collective_rpc(fill)
