@@ -137,10 +137,9 @@ def _prefill(
     m = tl.arange(0, ROWS)
     d = tl.arange(0, PADDED_HEAD)
     in_row, heads, active = tile_rows(m, tile_begin, query_len, kv_head, GROUP, TOKENS)
+    mask = active[:, None] & (d < HEAD_SIZE)[None, :]
     token = (row_begin + in_row).to(tl.int64)
-    query, pointers, mask = lambda_tile.load_queries(
-        query_ptr, token, heads, active, d, stride_query, stride_query_head, HEAD_SIZE
-    )
+    query, pointers = lambda_tile.load_queries(query_ptr, token, heads, mask, d, stride_query, stride_query_head)
     context = seq_len - query_len
     positions = context + in_row
     first_query = context + tile_begin

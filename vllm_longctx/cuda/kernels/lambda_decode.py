@@ -140,9 +140,8 @@ def _decode(
     m = tl.arange(0, ROWS)
     d = tl.arange(0, PADDED_HEAD)
     heads, active = kv_head * GROUP + m, m < GROUP
-    query, pointers, mask = lambda_tile.load_queries(
-        query_ptr, row, heads, active, d, stride_query, stride_query_head, HEAD_SIZE
-    )
+    mask = active[:, None] & (d < HEAD_SIZE)[None, :]
+    query, pointers = lambda_tile.load_queries(query_ptr, row, heads, mask, d, stride_query, stride_query_head)
     positions = tl.zeros((ROWS,), tl.int32) + (seq_len - 1)
     slopes = lambda_tile.load_slopes(alibi_slopes, heads, active, ALIBI)
     cache = lambda_tile.cache_of(

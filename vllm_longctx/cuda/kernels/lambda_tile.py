@@ -192,14 +192,13 @@ def nothing_seen(ROWS: tl.constexpr, PADDED_HEAD: tl.constexpr):
 
 
 @triton.jit
-def load_queries(query_ptr, token, heads, active, d, stride_query, stride_query_head, HEAD_SIZE: tl.constexpr):
-    """Queries [rows, PADDED_HEAD], where they begin [rows, 1], and which of their elements there are.
+def load_queries(query_ptr, token, heads, mask, d, stride_query, stride_query_head):
+    """Queries [rows, PADDED_HEAD], and where each begins [rows, 1].
 
-    token: int64, of the batch, one or [rows]. heads [rows]: of the queries. active [rows]: whether there is such a query.
+    token: int64, of the batch, one or [rows]. heads [rows]: of the queries. mask: which elements there are.
     """
-    mask = active[:, None] & (d < HEAD_SIZE)[None, :]
     pointers = query_ptr + (token * stride_query + heads * stride_query_head)[:, None]
-    return tl.load(pointers + d[None, :], mask=mask, other=0.0), pointers, mask
+    return tl.load(pointers + d[None, :], mask=mask, other=0.0), pointers
 
 
 @triton.jit

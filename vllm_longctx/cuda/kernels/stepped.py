@@ -81,14 +81,16 @@ def _stepped(
     m = tl.arange(0, ROWS)
     d = tl.arange(0, PADDED_HEAD)
     in_row, heads, active = tile_rows(m, tile_begin, query_len, kv_head, GROUP, TOKENS)
+    mask = active[:, None] & (d < HEAD_SIZE)[None, :]
     token = (row_begin + in_row).to(tl.int64)
-    query, _, mask = lambda_tile.load_queries(query_ptr, token, heads, active, d, stride_query, stride_query_head, HEAD_SIZE)
+    query, _ = lambda_tile.load_queries(query_ptr, token, heads, mask, d, stride_query, stride_query_head)
     softmax = lambda_tile.nothing_seen(ROWS, PADDED_HEAD)
     if FURTHER:
         place = token * (tl.num_programs(1) * GROUP) + heads
         top = tl.load(further_lse + place, mask=active, other=float("-inf")) * 1.4426950408889634
+        total = tl.where(top > float("-inf"), 1.0, 0.0)
         acc = tl.load(further + place[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
-        softmax = lambda_tile.Softmax(top, tl.where(top > float("-inf"), 1.0, 0.0), acc)
+        softmax = lambda_tile.Softmax(top, total, acc)
 
     positions = seq_len - query_len + in_row
     first_query = seq_len - query_len + tile_begin
