@@ -138,7 +138,10 @@ class AdapterManager(LRUCacheLoRAModelManager):
         return 0 if lora_config is None else lora_config.max_cpu_loras or 0
 
     def assign_indices(self, warming_up: bool) -> None:
-        """Empty all indices. Assign them to dummy adapters (`warming_up`), or to users' adapters and slots."""
+        """Empty all indices.
+
+        Assign them to dummy adapters (`warming_up`), or to users' adapters and slots.
+        """
         super().remove_all_adapters()
         self.warming_up = warming_up
         self._registered_adapters = AdapterLRUCache(self.capacity, self.deactivate_adapter)
@@ -263,7 +266,7 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
         num_slots = self._adapter_manager.num_slots
         self._apply_adapters({request for request in requests if request.lora_int_id > num_slots})
         if mapping is not None:
-            if self.failed:  # tokens of these are computed without an adapter; nobody gets their outputs
+            if self.failed:  # tokens of these are computed without an adapter; their outputs are not sent
                 mapping = copy(mapping)
                 mapping.index_mapping = self._without_failed(mapping.index_mapping)
                 mapping.prompt_mapping = self._without_failed(mapping.prompt_mapping)
@@ -316,7 +319,7 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
                 yield parts, module
 
     def _swap_on_device(self, use: SlotUse, bank: int, index: int) -> None:
-        """What `set_lora` does in each layer, in one call: launching hundreds on a GPU takes longer than they do.
+        """What `set_lora` does in each layer, in one call. To launch hundreds on a GPU takes long.
 
         Only for layers that are not sharded. With GPU memory for its slots, an engine has one worker.
         """

@@ -95,7 +95,7 @@ class LongContextScheduler(Scheduler):
     def _share_budget(self) -> list[Request]:
         """Set `shares` for the coming step. Returns the waiting requests that may be admitted.
 
-        vLLM goes through its list and gives each request all tokens that it can take. So a long prompt that
+        vLLM serves its list in order, each request with all tokens that it can take. So a long prompt that
         came first takes the whole budget. Here each request gets one token, and a share of the rest by
         `shares_of`. With the priority policy, requests of a more urgent priority get theirs first.
         """
@@ -140,7 +140,7 @@ class LongContextScheduler(Scheduler):
         self._step_info(scheduler_output).send_with(scheduler_output)
 
     def _step_info(self, output: SchedulerOutput) -> StepInfo:
-        """What goes to the workers with a step. vLLM counts the step's tokens as computed already."""
+        """What the workers get with a step. vLLM counts the step's tokens as computed already."""
         return StepInfo()
 
     def update_from_output(
@@ -174,7 +174,7 @@ class LongContextScheduler(Scheduler):
         return len(running | {request.lora_request.lora_int_id}) <= self.lora_config.max_loras
 
     def _fail_adapters(self, scheduler_output: SchedulerOutput, failed: dict[int, str]) -> None:
-        """Fail requests that were computed without their adapter, and evict their KV blocks from the prefix cache.
+        """Fail requests that were computed without their adapter, and evict their KV from the prefix cache.
 
         These are the step's requests, and the running ones, which may be scheduled in a later step already.
 

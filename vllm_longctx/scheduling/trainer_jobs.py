@@ -46,7 +46,7 @@ class TrainerJobs:
     bos: The model's token that begins a text; None if it has none.
     events: Called back when a request fails or its save ends.
 
-    by_owner: By owner, each request until it gives up its adapter.
+    by_owner: By owner, each request until its adapter is dropped.
     lost: Why there is no trainer any more; None while there is one.
     """
 
@@ -150,7 +150,10 @@ class TrainerJobs:
                 self.events.end_save(adapting, report.reason)
 
     def _skip_block(self, adapting: AdaptingRequest, reason: str) -> None:
-        """Do without a block, or the adapter to start from. Go on with the last version, or end the request."""
+        """Do without a block, or the adapter to start from.
+
+        Go on with the last version, or end the request.
+        """
         versions = adapting.versions
         self.events.step_stats.train_failures += 1
         fails = self.settings.on_failure == "fail" or not adapting.loaded

@@ -133,9 +133,9 @@ def probe_logprobs(scheduler: Scheduler, executor: Executor, tokens: Sequence[in
 def logprob_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
     """The 90th percentile of differences of log-probabilities: in nats, and as a share of our spread.
 
-    The 90th percentile, because a few very unlikely tokens decide any other figure. The spread (standard deviation),
-    because rounding errors grow with the logits. NaN in both is no difference, in one of them an infinite
-    one.
+    The 90th percentile, because a few very unlikely tokens decide any other figure. The spread (standard
+    deviation), because rounding errors grow with the logits. NaN in both is no difference, in one of them an
+    infinite one.
     """
     differences = sorted(_abs_difference(a, b) for a, b in zip(ours, theirs, strict=True))
     finite = [a for a in ours if math.isfinite(a)]

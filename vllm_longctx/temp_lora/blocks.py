@@ -4,8 +4,8 @@ Blocks are text blocks here, except in `kv_block`.
 
 Symbols: o = first position that belongs to a block, D = `block_tokens`, s = window start,
 W = `window_tokens`, X = `context_tokens`, k = `keep_first`. Block b covers the input positions
-o + (b-1)·D .. o + b·D - 1. Its targets are the tokens one position further on. Version v is the adapter after
-training on blocks 1..v. Version 0 is untrained.
+o + (b-1)·D .. o + b·D - 1. Its targets are the tokens one position further on. Version v is the adapter
+after training on blocks 1..v. Version 0 is untrained.
 
 Source: Temp-LoRA (arXiv 2401.11504, sections 3.1 and 3.2).
 """

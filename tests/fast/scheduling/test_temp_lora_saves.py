@@ -240,7 +240,7 @@ class FrontEnd(Savers):
         params = SamplingParams(stop=stop, max_tokens=40, output_kind=RequestOutputKind.FINAL_ONLY)
         empty = dict.fromkeys(("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank"))
         request = EngineCoreRequest("late", [1, 2, 3], sampling_params=params, arrival_time=0.0, external_req_id="1", **empty)
-        stop_strings.wait_for_save(request, "book-late")
+        stop_strings.mark_for_save(request, "book-late")
         self.processor.add_request(request, None)
         self.add_saver("late", [1, 2, 3], 40, stop=stop, ignore_stop=True)
         steps = 0
