@@ -56,7 +56,7 @@ def _wrap_create_engine_config() -> None:
             app.check_engine_requests()
             app.limit_requests()
             stop_strings.wait_for_saves()
-            refusals.listen()
+            refusals.raise_in_front_end()
             if not config.mode.is_plain:
                 processes.end_together()
         elif longllama.ARCHITECTURE in vllm_config.model_config.architectures:

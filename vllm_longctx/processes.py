@@ -1,8 +1,9 @@
-"""The processes of an engine end together, whoever dies first, and leave nothing behind.
+"""The processes of an engine end together, whichever ends first, and leave no file or shared memory behind.
 
-vLLM's front end ends its processes. If it is killed itself, engine cores, workers and API servers go on for ever; if an engine
-core is killed over its workers, shared memory stays. Here each of them looks after the process that started it. This module is
-imported before vLLM in a spawned process, so it imports nothing of vLLM's itself.
+vLLM's front end ends its processes. But if it is killed, engine cores, workers and API servers go on for
+ever. If an engine core is killed, its workers' shared memory stays. Here each process has a watchdog, which
+ends it when its parent has ended. A spawned process imports this module before vLLM, so nothing of vLLM is
+imported here.
 """
 
 import atexit
@@ -29,32 +30,36 @@ import psutil
 
 logger = logging.getLogger("vllm.longctx")
 
-LOOK_EVERY = 0.5  # seconds
-# Seconds that a process has to end by itself, in which vLLM gives its workers 5.
+POLL_INTERVAL = 0.5  # seconds
+# Seconds that a process has to end by itself. vLLM gives its workers 5 of them.
 GRACE = 6.0
-# What vLLM starts as processes of their own.
+# Main functions of the processes that vLLM starts.
 ENGINE_CORE = "vllm.v1.engine.core:EngineCoreProc.run_engine_core"
 WORKER = "vllm.v1.executor.multiproc_executor:WorkerProc.worker_main"
 API_SERVER = "vllm.v1.utils:run_api_server_worker_proc"
 COORDINATOR = "vllm.v1.engine.coordinator:DPCoordinatorProc.run_coordinator"
 TARGETS = (ENGINE_CORE, WORKER, API_SERVER, COORDINATOR)
 
-# Where vLLM puts the sockets between its processes; by default among all other temporary files.
+# Environment variable: the directory of the sockets between vLLM's processes. By default that of all
+# temporary files.
 SOCKETS = "VLLM_RPC_BASE_PATH"
-LONGEST_SOCKET_NAME = 107 - len("/c0ffee00-0000-4000-8000-000000000000")  # of a directory, for the kernel's limit of 107 bytes
+# Longest path of that directory, in bytes: Linux allows 107 for a socket's path.
+MAX_DIRECTORY_BYTES = 107 - len("/c0ffee00-0000-4000-8000-000000000000")
 
 _started_by_vllm = False
 
 
 def end_together() -> None:
-    """From now on, processes that vLLM starts from this one end when it does. To be called again for every engine."""
-    resource_tracker.ensure_running()  # here, where nobody kills it with an engine core: it removes shared memory of the dead
-    _take_directory()
+    """From now on, processes that vLLM starts from this one end when it does. Call it for every engine."""
+    # It removes the shared memory of processes that were killed. Started here, it is not killed with an
+    # engine core.
+    resource_tracker.ensure_running()
+    _make_socket_directory()
     for path in TARGETS:
         owner, name = _find(path)
         function = getattr(owner, name)
-        if not isinstance(function, Watched):
-            setattr(owner, name, functools.wraps(function)(Watched(path)))
+        if not isinstance(function, WatchedMain):
+            setattr(owner, name, functools.wraps(function)(WatchedMain(path)))
 
 
 def _find(path: str) -> tuple[Any, str]:
@@ -66,8 +71,11 @@ def _find(path: str) -> tuple[Any, str]:
     return owner, name
 
 
-class Watched:
-    """A main function of vLLM's for a process of its own, in a process that ends when the one that started it does."""
+class WatchedMain:
+    """In place of a main function of vLLM's: runs it in a process with a watchdog.
+
+    path: "module:name.of.function".
+    """
 
     __wrapped__: Callable[..., Any]
 
@@ -82,42 +90,45 @@ class Watched:
         global _started_by_vllm
         owner, name = _find(self.path)
         function = getattr(owner, name)
-        if isinstance(function, Watched):  # as it is not yet in a spawned process
+        if isinstance(function, WatchedMain):  # not replaced yet in a spawned process
             function = function.__wrapped__
-        vllm_config = kwargs.get("vllm_config")  # of the others there is none in a process without a configuration of ours
-        if vllm_config is not None and not _is_ours(vllm_config):
-            _Guard.leave()
+        # Functions without it are replaced only in processes with a longctx configuration.
+        vllm_config = kwargs.get("vllm_config")
+        if vllm_config is not None and not _has_longctx(vllm_config):
+            _Watchdog.stop()
             return function(*args, **kwargs)
         _started_by_vllm = True
         parent = parent_process()
         assert parent is not None and parent.pid is not None
-        guard = _Guard.of(parent.pid)
+        watchdog = _Watchdog.of(parent.pid)
         end_together()
         if self.path == ENGINE_CORE:
             assert vllm_config is not None
-            guard.heed_signals(GRACE + vllm_config.shutdown_timeout)
+            watchdog.enforce_signals(GRACE + vllm_config.shutdown_timeout)
         elif self.path == WORKER:
-            guard.heed_signals(GRACE)
+            watchdog.enforce_signals(GRACE)
             kwargs["distributed_init_method"] = _in_directory(kwargs["distributed_init_method"])
         try:
-            return (
-                function(*args, **kwargs) if self.path in (API_SERVER, COORDINATOR) else _and_leave(function, *args, **kwargs)
-            )
+            if self.path in (API_SERVER, COORDINATOR):
+                return function(*args, **kwargs)
+            return _run_and_exit(function, *args, **kwargs)
         finally:
-            remove_directory_of_the_dead()
+            remove_orphaned_directory()
 
 
-def _and_leave(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call the main function of a process, which then ends as a forked one does: a spawned one would first take all of PyTorch
-    apart."""
+def _run_and_exit(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a process's main function, and end the process without the interpreter's teardown.
+
+    Forked processes end like this. In spawned ones the teardown of PyTorch takes seconds.
+    """
     code = 1
 
-    def leave() -> None:
+    def exit_now() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
-    atexit.register(leave)  # before others, so it is called behind them
+    atexit.register(exit_now)  # first, so that it is called last
     try:
         result = function(*args, **kwargs)
         code = 0
@@ -127,55 +138,66 @@ def _and_leave(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise
 
 
-def _in_spawned_process(path: str, parent: int) -> Watched:
-    if os.getpid() != parent:  # else it is only copied
-        _Guard.of(parent)
-    return Watched(path)
+def _in_spawned_process(path: str, parent: int) -> WatchedMain:
+    if os.getpid() != parent:  # else it was pickled and unpickled in one process
+        _Watchdog.of(parent)
+    return WatchedMain(path)
 
 
-def _is_ours(vllm_config: Any) -> bool:
+def _has_longctx(vllm_config: Any) -> bool:
     from vllm_longctx.config import KEY
 
     return KEY in (vllm_config.additional_config or {})
 
 
-class _Guard(threading.Thread):
-    """Ends this process when its parent has ended, first as vLLM ends it, after a while by force; the same after a signal."""
+class _Watchdog(threading.Thread):
+    """Ends this process when its parent has ended: by SIGTERM, as vLLM does, then by force.
 
-    current: "_Guard | None" = None
+    Before it uses force, it waits for a grace period. It does so, too, when the process has got a signal.
+
+    parent: Process id.
+    """
+
+    current: "_Watchdog | None" = None
 
     def __init__(self, parent: int) -> None:
-        super().__init__(name="longctx-guard", daemon=True)
+        super().__init__(name="longctx-watchdog", daemon=True)
         self._parent, self._process = _running(parent), os.getpid()
         self._read, self._write = socket.socketpair()
-        self._read.settimeout(LOOK_EVERY)
+        self._read.settimeout(POLL_INTERVAL)
         self._write.setblocking(False)
         self._grace = GRACE
-        self._left = False
+        self._stopped = False
 
     @classmethod
-    def of(cls, parent: int) -> "_Guard":
-        """The one of this process; a forked process has none yet."""
+    def of(cls, parent: int) -> "_Watchdog":
+        """This process's watchdog, started if there is none.
+
+        A forked process does not inherit its parent's.
+        """
         if cls.current is None or cls.current._process != os.getpid():
             cls.current = cls(parent)
             cls.current.start()
         return cls.current
 
     @classmethod
-    def leave(cls) -> None:
-        """This process is none of ours."""
+    def stop(cls) -> None:
+        """Stop this process's watchdog: its engine does not run longctx."""
         if cls.current is not None and cls.current._process == os.getpid():
-            cls.current._left = True
+            cls.current._stopped = True
 
-    def heed_signals(self, grace: float) -> None:
-        """End by force what has not ended so many seconds after SIGTERM or SIGINT, which vLLM only notes while it starts."""
+    def enforce_signals(self, grace: float) -> None:
+        """End this process by force if it has not ended `grace` seconds after SIGTERM or SIGINT.
+
+        While vLLM starts, its handlers only note a signal.
+        """
         self._grace = grace
         signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
     def run(self) -> None:
         deadline = None
-        while not self._left and (deadline is None or time.monotonic() < deadline):
+        while not self._stopped and (deadline is None or time.monotonic() < deadline):
             signals = b""
             with contextlib.suppress(TimeoutError):
                 signals = self._read.recv(64)
@@ -184,18 +206,19 @@ class _Guard(threading.Thread):
             if signal.SIGTERM in signals or signal.SIGINT in signals:
                 deadline = time.monotonic() + self._grace
             elif not _is_running(self._parent):
-                logger.warning("longctx: the process that started this one has ended, so process %d ends", os.getpid())
+                text = "longctx: the process that started this one has ended, so process %d ends"
+                logger.warning(text, os.getpid())
                 deadline = time.monotonic() + GRACE
                 os.kill(os.getpid(), signal.SIGTERM)
-        if not self._left:
+        if not self._stopped:
             end_by_force()
 
 
 def end_without_collecting() -> None:
-    """To be called when an engine is shut down: if its process ends with it, nothing is searched for garbage any more.
+    """Turn garbage collection off for good when an engine is shut down, if its process ends with it.
 
-    vLLM and the interpreter do so several times, each of which takes a process with all of PyTorch in it up to seconds; then
-    vLLM loses its patience and kills.
+    vLLM and the interpreter collect garbage several times then. With all of PyTorch loaded, each time takes
+    up to seconds, and vLLM kills the process in between.
     """
     if _started_by_vllm:
         gc.disable()
@@ -205,12 +228,15 @@ def end_without_collecting() -> None:
 
 
 def end_by_force() -> None:
-    """End this process and all below it; only what removes shared memory of the dead lives until it has done so."""
+    """Kill all processes below this one, and end this one.
+
+    The resource tracker is left to remove the shared memory of the others, and then ends by itself.
+    """
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if not any("resource_tracker" in word for word in child.cmdline()):
                 child.kill()
-    remove_directory_of_the_dead()
+    remove_orphaned_directory()
     os._exit(1)
 
 
@@ -228,16 +254,19 @@ def _is_running(process: psutil.Process | None) -> bool:
         return False
 
 
-def _take_directory() -> None:
-    """A directory for the sockets of this process and those that vLLM starts from it, removed at its end."""
+def _make_socket_directory() -> None:
+    """Make a directory for the sockets of this process and those that vLLM starts from it.
+
+    It is removed when this one ends.
+    """
     base = Path(os.environ.get(SOCKETS) or tempfile.gettempdir())
     owner = _owner(base)
     if owner == os.getpid() or (owner is not None and _started_by_vllm):
         return
-    if owner is not None:  # of another engine's front end, which has started this one for reasons of its own
+    if owner is not None:  # of another engine's front end, which has started this process
         base = base.parent
     directory = tempfile.mkdtemp(prefix=f"longctx-{os.getpid()}-", dir=base)
-    if len(directory) > LONGEST_SOCKET_NAME:
+    if len(directory) > MAX_DIRECTORY_BYTES:
         os.rmdir(directory)
         return
     os.environ[SOCKETS] = directory
@@ -245,7 +274,7 @@ def _take_directory() -> None:
 
 
 def _owner(directory: Path) -> int | None:
-    """The process whose directory it is."""
+    """Id of the process that made this directory. None if it is no such directory."""
     match = re.fullmatch(r"longctx-(\d+)-\w+", directory.name)
     return None if match is None else int(match[1])
 
@@ -255,8 +284,8 @@ def _remove_own(directory: str) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def remove_directory_of_the_dead() -> None:
-    """Remove the directory of sockets, if the process that should has ended."""
+def remove_orphaned_directory() -> None:
+    """Remove the directory of sockets if the process that made it has ended."""
     directory = Path(os.environ.get(SOCKETS, ""))
     owner = _owner(directory)
     if owner is not None and not _is_running(_running(owner)):
@@ -264,7 +293,7 @@ def remove_directory_of_the_dead() -> None:
 
 
 def _in_directory(init_method: str) -> str:
-    """Where PyTorch's processes find each other: a file in the directory, where vLLM has one among all temporary files."""
+    """PyTorch's init method for a worker's process group, with its file in the directory of sockets."""
     directory = os.environ.get(SOCKETS, "")
     if not init_method.startswith("file://") or _owner(Path(directory)) is None:
         return init_method

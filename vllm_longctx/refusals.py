@@ -1,7 +1,7 @@
-"""A refusal in the engine core's process reaches whoever started it.
+"""A LongContextError in the engine core's process reaches the process that started it.
 
-vLLM's front end learns only that a process ended, and says "See root cause above". Here the reason goes through an anonymous
-file of the front end's, which is gone with it.
+vLLM's front end learns only that a process ended, and says "See root cause above". Here the engine core
+writes the message to an anonymous file of the front end's. The file is gone when the front end is.
 """
 
 import contextlib
@@ -20,8 +20,11 @@ ATTRIBUTE = "longctx_refusal"  # of a VllmConfig: the path of that file
 
 
 @contextlib.contextmanager
-def told(vllm_config: VllmConfig) -> Iterator[None]:
-    """Pass a LongContextError on to the process that waits for this engine core, if it is another one."""
+def reported(vllm_config: VllmConfig) -> Iterator[None]:
+    """Report a LongContextError to the process that waits for this engine core, if that is another one.
+
+    It is raised again.
+    """
     try:
         yield
     except LongContextError as e:
@@ -32,8 +35,8 @@ def told(vllm_config: VllmConfig) -> Iterator[None]:
         raise
 
 
-def listen() -> None:
-    """Have vLLM's front end raise the LongContextError of an engine core that ended with one while it was started."""
+def raise_in_front_end() -> None:
+    """Have vLLM's front end raise the LongContextError with which a starting engine core ended."""
     from vllm.v1.engine.utils import CoreEngineProcManager
 
     init, finished_procs = CoreEngineProcManager.__init__, CoreEngineProcManager.finished_procs
@@ -41,7 +44,7 @@ def listen() -> None:
         return
 
     @functools.wraps(init)
-    def init_listening(self: CoreEngineProcManager, *args: Any, **kwargs: Any) -> None:
+    def init_with_file(self: CoreEngineProcManager, *args: Any, **kwargs: Any) -> None:
         vllm_config = inspect.signature(init).bind(self, *args, **kwargs).arguments["vllm_config"]
         self.longctx_refusal = os.memfd_create("longctx-refusal")
         weakref.finalize(self, os.close, self.longctx_refusal)
@@ -49,9 +52,9 @@ def listen() -> None:
         init(self, *args, **kwargs)
 
     @functools.wraps(finished_procs)
-    def finished_or_refused(self: CoreEngineProcManager) -> dict[str, int]:
-        if size := os.fstat(self.longctx_refusal).st_size:  # also of a process that is not quite gone yet
+    def finished_or_raise(self: CoreEngineProcManager) -> dict[str, int]:
+        if size := os.fstat(self.longctx_refusal).st_size:  # also of a process that has not quite ended
             raise LongContextError(os.pread(self.longctx_refusal, size, 0).decode())
         return finished_procs(self)
 
-    CoreEngineProcManager.__init__, CoreEngineProcManager.finished_procs = init_listening, finished_or_refused
+    CoreEngineProcManager.__init__, CoreEngineProcManager.finished_procs = init_with_file, finished_or_raise

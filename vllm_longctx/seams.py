@@ -1,6 +1,7 @@
 """The private seams of vLLM that longctx leans on, each with its reason, and whether this vLLM has it.
 
-Each is touched where it says, nowhere else. `vllm-longctx doctor` shows them; on another vLLM version longctx refuses to start.
+Each is touched where it says, nowhere else. `vllm-longctx doctor` shows them; on another vLLM version longctx
+refuses to start.
 """
 
 import importlib
@@ -13,9 +14,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Seam:
-    """what: the thing touched. where: our place. why: what it is needed for. present: looks for it in this vLLM.
+    """A private part of vLLM, or of PyTorch, that longctx relies on.
 
-    patch: the diff in patches/ that would make it public; None for what is not vLLM's.
+    what: The names that are touched.
+    where: Our files that touch them.
+    why: What they are needed for.
+    present: Looks for them in this vLLM.
+    patch: The diff in patches/ that would make them public. None for what is not vLLM's.
     """
 
     what: str
@@ -131,8 +136,9 @@ SEAMS = [
         "APIRoute.app, init_endpoint_plugins_state, an app's AsyncLLM.generate and add_request, beam_search of vLLM's handlers "
         "(wrapped); their default_sampling_params (max_tokens set)",
         "serving/app.py, serving/streams.py",
-        "check bodies behind vLLM's authentication, begin streams when the engine has taken their requests, end beam searches "
-        "at the trained length, and open-ended requests without capping the others, for run-batch, too",
+        "check bodies behind vLLM's authentication, start streams when the engine has admitted their requests, "
+        "end beam searches at the trained length, and open-ended requests without capping the others, "
+        "for run-batch, too",
         _all(
             _has("vllm.entrypoints.launchers.app:build_app"),
             _has("vllm.entrypoints.launchers.api_server.app_state:init_app_state"),
@@ -166,7 +172,7 @@ SEAMS = [
         "Scheduler._make_cached_request_data (overridden), resumed_req_ids of requests that run on; "
         "SingleTypeKVCacheManager.req_to_blocks, num_cached_block, _null_block",
         "scheduling/temp_lora.py, cuda/passes_runner.py, engine/kv_cache.py",
-        "begin a new pass: give a running request's KV back and compute its window again, never shared with others",
+        "begin a new pass: free a running request's KV blocks and compute its window again, never shared with other requests",
         _all(
             _has("vllm.v1.core.sched.scheduler:Scheduler", "_make_cached_request_data"),
             _sets(
@@ -180,8 +186,8 @@ SEAMS = [
     ),
     Seam(
         "SchedulerOutput (an attribute added)",
-        "scheduling/temp_lora.py, engine/lora.py, scheduling/memory.py, cpu/memory_runner.py",
-        "tell the workers which weights and which window each request of the step has",
+        "engine/step.py",
+        "send the workers the weights and the window of each request of the step",
         _open("vllm.v1.core.sched.output:SchedulerOutput"),
         "0013-plugin-data-of-a-step.diff",
     ),
@@ -247,7 +253,7 @@ SEAMS = [
         "LRUCacheLoRAModelManager.lora_slots, capacity (overridden), _registered_adapters, _active_adapters, lora_index_to_id "
         "(laid out anew); NewRequestData.lora_request (set)",
         "engine/lora.py",
-        "places for trained adapters behind the users'; an adapter that cannot be loaded is an error of its requests",
+        "indices for trained adapters after the users'; an adapter that cannot be loaded fails its requests",
         _all(
             _has(
                 "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager",
@@ -313,7 +319,7 @@ SEAMS = [
     Seam(
         "OutputProcessor.add_request, process_outputs, RequestState.detokenizer (wrapped); SamplingParams (an attribute); "
         "EngineCoreOutput.stop_reason, kv_transfer_params (set)",
-        "serving/stop_strings.py, scheduling/temp_lora.py",
+        "serving/stop_strings.py, scheduling/saves.py",
         "answer a request that ends at a stop string when its adapter is saved, and say why if it is not",
         _all(
             _takes("vllm.v1.engine.output_processor:OutputProcessor.add_request", "request"),
@@ -328,7 +334,7 @@ SEAMS = [
     Seam(
         "SpinCondition.wait (wrapped), busy_loop_s",
         "engine/waiting.py",
-        "leave the trainer its core while workers compute, and wake up where vLLM drops the wake-up call",
+        "leave the trainer its core while workers compute, and wake up where vLLM drops the notification",
         _all(
             _has("vllm.distributed.device_communicators.shm_broadcast:SpinCondition", "wait"),
             _sets("vllm.distributed.device_communicators.shm_broadcast:SpinCondition", "busy_loop_s", "poller"),
@@ -337,8 +343,9 @@ SEAMS = [
     ),
     Seam(
         "EngineCore._initialize_effective_attention_block_size, CoreEngineProcManager.__init__, finished_procs (wrapped)",
-        "temp_lora/base_model.py, refusals.py",
-        "compare the trainer's model with the engine's before any request, and say to whoever starts the engine why it refuses",
+        "scheduling/temp_lora.py, refusals.py",
+        "compare the trainer's model with the engine's before any request, and report a LongContextError to the "
+        "process that starts the engine",
         _all(
             _has("vllm.v1.engine.core:EngineCore", "_initialize_effective_attention_block_size"),
             _has("vllm.v1.engine.utils:CoreEngineProcManager", "finished_procs"),

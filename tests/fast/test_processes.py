@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from vllm_longctx import processes
-from vllm_longctx.processes import SOCKETS, Watched
+from vllm_longctx.processes import SOCKETS, WatchedMain
 from vllm_longctx.seams import SEAMS
 
 # A process that notes SIGTERM and goes on, as vLLM's engine core does while it starts, with a process of its own below it.
@@ -32,8 +32,8 @@ processes.GRACE = 1.0
 assert not {"vllm", "torch"} & set(sys.modules)
 if os.fork() == 0:
     signal.signal(signal.SIGTERM, note)
-    guard = processes._Guard.of(os.getppid())
-    guard.heed_signals(1.0)
+    guard = processes._Watchdog.of(os.getppid())
+    guard.enforce_signals(1.0)
     print(os.getpid(), subprocess.Popen(["sleep", "600"]).pid, flush=True)
     while True: time.sleep(0.1)
 time.sleep(600)
@@ -73,12 +73,12 @@ def short() -> Iterator[Path]:
 
 def test_sockets_have_a_directory_of_their_process(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SOCKETS, str(short))
-    processes._take_directory()
+    processes._make_socket_directory()
     directory = Path(os.environ[SOCKETS])
     assert directory.parent == short and directory.name.startswith(f"longctx-{os.getpid()}-")
-    processes._take_directory()
+    processes._make_socket_directory()
     assert Path(os.environ[SOCKETS]) == directory
-    processes.remove_directory_of_the_dead()
+    processes.remove_orphaned_directory()
     assert directory.is_dir()  # its process lives
     assert processes._in_directory("file:///tmp/vllm_dist_ab") == f"file://{directory}/vllm_dist_ab"
     assert processes._in_directory("tcp://127.0.0.1:1") == "tcp://127.0.0.1:1"
@@ -93,13 +93,13 @@ def test_the_directory_of_another_engine_is_not_shared_and_goes_with_its_process
     of_another.mkdir()
     (of_another / "socket").touch()
     monkeypatch.setenv(SOCKETS, str(of_another))
-    processes._take_directory()
+    processes._make_socket_directory()
     assert Path(os.environ[SOCKETS]).parent == short and os.environ[SOCKETS] != str(of_another)
     monkeypatch.setenv(SOCKETS, str(of_another))
     monkeypatch.setattr(processes, "_started_by_vllm", True)
-    processes._take_directory()
+    processes._make_socket_directory()
     assert os.environ[SOCKETS] == str(of_another)  # it is that of its front end
-    processes.remove_directory_of_the_dead()
+    processes.remove_orphaned_directory()
     assert not of_another.exists()
 
 
@@ -107,7 +107,7 @@ def test_a_path_too_long_for_sockets_is_left_as_it_is(tmp_path: Path, monkeypatc
     base = tmp_path / ("x" * 70)
     base.mkdir()
     monkeypatch.setenv(SOCKETS, str(base))
-    processes._take_directory()
+    processes._make_socket_directory()
     assert os.environ[SOCKETS] == str(base) and not list(base.iterdir())
 
 
@@ -123,12 +123,12 @@ class Stock:
 def test_an_engine_without_a_configuration_of_ours_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     path = "test_processes:Stock.main"
     owner, name = processes._find(path)
-    monkeypatch.setattr(owner, name, functools.wraps(getattr(owner, name))(Watched(path)))
+    monkeypatch.setattr(owner, name, functools.wraps(getattr(owner, name))(WatchedMain(path)))
     stock = SimpleNamespace(additional_config={"other": 1})
-    assert not processes._is_ours(stock)  # imports vLLM, which sets variables
+    assert not processes._has_longctx(stock)  # imports vLLM, which sets variables
     environment = dict(os.environ)
     assert owner.main(vllm_config=stock) == "done" and owner.calls[-1] == {"vllm_config": stock}
-    assert processes._Guard.current is None and os.environ == environment
+    assert processes._Watchdog.current is None and os.environ == environment
 
 
 def test_what_processes_run_travels_by_its_name_and_is_replaced_once() -> None:
@@ -137,10 +137,10 @@ def test_what_processes_run_travels_by_its_name_and_is_replaced_once() -> None:
     for path in processes.TARGETS:
         owner, name = processes._find(path)
         targets.append(getattr(owner, name))
-        assert isinstance(targets[-1], Watched) and not isinstance(targets[-1].__wrapped__, Watched)
+        assert isinstance(targets[-1], WatchedMain) and not isinstance(targets[-1].__wrapped__, WatchedMain)
     assert resource_tracker._resource_tracker._pid is not None
     processes.end_together()
     assert [getattr(*processes._find(path)) for path in processes.TARGETS] == targets
     assert pickle.loads(pickle.dumps(targets[0])).path == targets[0].path
     assert all(seam.present() for seam in SEAMS if seam.where == "processes.py")  # also where they are replaced
-    assert processes._Guard.current is None  # nothing watches over the process that starts the others
+    assert processes._Watchdog.current is None  # nothing watches over the process that starts the others

@@ -169,7 +169,7 @@ class Crowd(Core):
     def __init__(self, config: VllmConfig, seed: int, steps_ahead: int, monkeypatch: pytest.MonkeyPatch):
         rng, self.timing = random.Random(seed), random.Random(f"{seed} {steps_ahead}")
         self.trainer = self.make_trainer()
-        monkeypatch.setattr(scheduler, "wait_patiently", lambda **kwargs: None)
+        monkeypatch.setattr(scheduler, "limit_reader_sleep", lambda **kwargs: None)
         monkeypatch.setattr(scheduler, "trainer_client", lambda *args: self.trainer)
         cls = (TempLoraScheduler, AsyncTempLoraScheduler)[steps_ahead]
         full = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)

@@ -27,7 +27,7 @@ def client_of(
     """As the scheduler makes it. given: of a TrainerSection."""
     trainer = TrainerSettings.of(TrainerSection(**given))
     options = m.Options(
-        **{**m.taken(m.Options, trainer), "address": trainer.address or ""},
+        **{**m.shared_fields(m.Options, trainer), "address": trainer.address or ""},
         model=str(model),
         dtype=dtype,
         shares=share is not None,

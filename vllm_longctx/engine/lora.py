@@ -1,8 +1,11 @@
-"""The worker's side of LoRA on any device: the users' adapters as vLLM has them, and our slots, swapped in place beside them.
+"""LoRA in a worker, on any device: users' adapters as in vLLM, and beside them the adapter slots.
 
-What the user asked for is in the engine's `lora_config`, and is all that the front end and the scheduler know. Workers have
-`with_slots` of it: LoRA layers with places for the users' adapters, which vLLM's caches manage, and behind them one for each
-slot, which they never see.
+Slots are adapter slots here. An index is the place of an adapter in the LoRA layers' stacked weights (vLLM's
+`lora_index`). A number is the id by which vLLM's managers in a worker know an adapter.
+
+The engine's `lora_config` is what the user asked for, and all that the front end and the scheduler know.
+Workers have `with_slots` of it. Their LoRA layers have indices for users' adapters first, which vLLM's caches
+manage, and after them one index for each slot, which the caches never see.
 """
 
 import dataclasses
@@ -36,26 +39,30 @@ EMPTY = StepInfo()
 
 
 class LoRAConfigWithSlots(LoRAConfig):
-    """Of LoRA layers whose last `slots` places are ours. users: what the user asked for, None without `enable_lora`."""
+    """Of LoRA layers whose last indices are the slots'.
+
+    slots: Number of slots.
+    users: What the user asked for. None without `enable_lora`.
+    """
 
     slots: int
     users: LoRAConfig | None
 
 
 def with_slots(vllm_config: VllmConfig) -> VllmConfig:
-    """What a worker's LoRA layers are made from; the configuration itself where there is no Temp-LoRA."""
+    """The configuration of a worker's LoRA layers. Without Temp-LoRA, the configuration itself."""
     adaptation, users = active_settings(vllm_config).adaptation, vllm_config.lora_config
     if adaptation is None:
         return vllm_config
-    own = users or LoRAConfig(target_modules=list(LINEAR_MODULES))
-    assert own.max_cpu_loras is not None
-    places = adaptation.slots + (0 if users is None else users.max_loras)
+    base = users or LoRAConfig(target_modules=list(LINEAR_MODULES))
+    assert base.max_cpu_loras is not None
+    indices = adaptation.slots + (0 if users is None else users.max_loras)
     rank = max(adaptation.max_rank, 1 if users is None else users.max_lora_rank)
-    values = {field.name: getattr(own, field.name) for field in dataclasses.fields(LoRAConfig)}
-    values["max_loras"], values["max_cpu_loras"] = places, max(places, own.max_cpu_loras)
+    values = {field.name: getattr(base, field.name) for field in dataclasses.fields(LoRAConfig)}
+    values["max_loras"], values["max_cpu_loras"] = indices, max(indices, base.max_cpu_loras)
     values["max_lora_rank"] = next(allowed for allowed in get_args(MaxLoRARanks) if allowed >= rank)
-    if own.target_modules is not None:  # else vLLM wraps all that it can
-        values["target_modules"] = list(dict.fromkeys([*own.target_modules, *LINEAR_MODULES]))
+    if base.target_modules is not None:  # else vLLM wraps all layers that it can
+        values["target_modules"] = list(dict.fromkeys([*base.target_modules, *LINEAR_MODULES]))
     lora_config = LoRAConfigWithSlots(**values)
     lora_config.slots, lora_config.users = adaptation.slots, users
     lora_config.verify_with_model_config(vllm_config.model_config)
@@ -64,30 +71,44 @@ def with_slots(vllm_config: VllmConfig) -> VllmConfig:
     return vllm_config
 
 
-class Numbered(LoRARequest):
-    """vLLM's, under the worker's own number, and told apart by that: two adapters may have one name."""
+class NumberedRequest(LoRARequest):
+    """vLLM's, with the worker's number as its id.
+
+    Equal where the numbers are, since two adapters may have one name.
+    """
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Numbered) and self.lora_int_id == other.lora_int_id
+        return isinstance(other, NumberedRequest) and self.lora_int_id == other.lora_int_id
 
     def __hash__(self) -> int:
         return self.lora_int_id
 
 
 @dataclasses.dataclass(frozen=True)
-class Copies:
-    """layers: the LoRA buffers A [max_rank, in] and B [out, max_rank] of every layer, for one adapter. into, weights: the part
-    of each that a slot's rank takes, and the same in the slot. All are views of memory that stays."""
+class SwapCopies:
+    """The copies that put one bank's weights into the layers.
 
-    layers: list[Tensor]
-    into: list[Tensor]
-    weights: list[Tensor]
+    All tensors are views of memory that stays where it is.
+
+    buffers: LoRA weights A [max_rank, in] and B [out, max_rank] of every layer, at one index.
+    targets: The part of each buffer that the rank of the weights takes.
+    sources: Those weights in the bank, A [rank, in] and B [out, rank].
+    """
+
+    buffers: list[Tensor]
+    targets: list[Tensor]
+    sources: list[Tensor]
 
 
 class AdapterManager(LRUCacheLoRAModelManager):
-    """vLLM's, whose places in the LoRA layers are the users', as many as they asked for, and behind them the slots'.
+    """vLLM's, with indices for users' adapters, as many as they asked for, and after them those of the slots.
 
-    Slot s has number s + 1. While vLLM warms up, all places are those of the adapters that it makes up.
+    Slot s has number s + 1. While vLLM warms up, all indices are for its dummy adapters.
+
+    num_slots: Number of slots; 0 without Temp-LoRA.
+    users: The user's LoRA configuration. None without `enable_lora`.
+    warming_up: Whether vLLM warms up.
+    slot_modules: LoRA layers that are there for slots only: users' adapters have no weights for them.
     """
 
     lora_index_to_id: list[int | None]
@@ -100,12 +121,12 @@ class AdapterManager(LRUCacheLoRAModelManager):
         self.warming_up = True
         super().__init__(*args, lora_config=lora_config, **kwargs)
         targets = None if self.users is None else self.users.target_modules
-        self.not_the_users = [
+        self.slot_modules = [
             module
             for name, module in self.modules.items()
             if not is_in_target_modules(name, targets, self.packed_modules_mapping)
         ]
-        self.lay_out(warming_up=False)
+        self.assign_indices(warming_up=False)
 
     @property
     def lora_slots(self) -> int:
@@ -116,8 +137,11 @@ class AdapterManager(LRUCacheLoRAModelManager):
         lora_config = self.lora_config if self.warming_up else self.users
         return 0 if lora_config is None else lora_config.max_cpu_loras or 0
 
-    def lay_out(self, warming_up: bool) -> None:
-        """Give the places to those who have them from now on; nobody's weights are in them."""
+    def assign_indices(self, warming_up: bool) -> None:
+        """Empty all indices.
+
+        Assign them to dummy adapters (`warming_up`), or to users' adapters and slots.
+        """
         super().remove_all_adapters()
         self.warming_up = warming_up
         self._registered_adapters = AdapterLRUCache(self.capacity, self.deactivate_adapter)
@@ -125,24 +149,32 @@ class AdapterManager(LRUCacheLoRAModelManager):
         slots = [] if warming_up else [slot + 1 for slot in range(self.num_slots)]
         self.lora_index_to_id = [*[None] * self.lora_slots, *slots]
 
-    def place_of_slot(self, slot: int) -> int:
+    def index_of_slot(self, slot: int) -> int:
         return self.lora_config.max_loras - self.num_slots + slot
 
     def remove_all_adapters(self) -> None:
-        self.lay_out(warming_up=False)
+        self.assign_indices(warming_up=False)
 
     def activate_adapter(self, lora_id: int) -> bool:
         activated = super().activate_adapter(lora_id)
         if activated and not self.warming_up:
-            for module in self.not_the_users:  # wrapped for the slots' sake
+            for module in self.slot_modules:
                 module.reset_lora(self.lora_index_to_id.index(lora_id))
         return activated
 
 
 class SlotLoRAManager(LRUCacheWorkerLoRAManager):
-    """vLLM's manager of adapters beside our slots, whose weights are swapped in place before a forward.
+    """vLLM's manager of users' adapters, and the slots, whose weights are swapped in place before a forward.
 
-    An adapter that cannot be loaded for a step is an error of the requests that have it, not of the step.
+    A user's adapter that cannot be loaded for a step fails the requests that have it, not the step.
+
+    step: What the current step's requests compute with.
+    in_layers: By slot, the owner and the weights that the layers have for it.
+    slots: The shared memory of the slots. None until the scheduler has sent it.
+    device_slots: Their memory on this GPU, uint8. None where it is host memory.
+    swap_seconds: Of each swap since they were last taken.
+    loaded: Whether all ranks have loaded the last user's adapter.
+    failed: By number, why a user's adapter could not be loaded for this step.
     """
 
     _manager_cls = AdapterManager
@@ -151,24 +183,24 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.step = EMPTY
-        self.holds: dict[int, tuple[int, Weights]] = {}  # slot -> (owner, weights) in the layers
+        self.in_layers: dict[int, tuple[int, Weights]] = {}
         self.slots: Slots | None = None
-        self.device_slots: Tensor | None = None  # their memory on this GPU, if they have it there
-        self._copies: dict[tuple[int, int, int], Copies] = {}  # by slot, bank, rank
+        self.device_slots: Tensor | None = None
+        self._copies: dict[tuple[int, int, int], SwapCopies] = {}  # by slot, bank, rank
         self.swap_seconds: list[float] = []
-        self.loaded = False  # the last adapter, on all ranks
-        self.failed: dict[int, str] = {}  # adapters of this step that could not be loaded, with the reason
+        self.loaded = False
+        self.failed: dict[int, str] = {}
 
     def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> Any:
         wrapped = super().create_lora_manager(model, vllm_config)
         if self._adapter_manager.users is not None:
-            self.lora_config: LoRAConfig = self._adapter_manager.users  # by which adapters are judged
+            self.lora_config: LoRAConfig = self._adapter_manager.users  # the limits of users' adapters
         return wrapped
 
-    # --- the users' adapters ----------------------------------------------------------------------------------------------
+    # --- the users' adapters ---------------------------------------------------------------------------
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
-        """All ranks load an adapter, or none does."""
+        """Load a user's adapter on all tensor-parallel ranks, or on none."""
         self.loaded, adapter, error = False, None, None
         try:
             adapter = super()._load_adapter(lora_request)
@@ -180,7 +212,7 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
         return adapter
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
-        """All ranks have an adapter in their layers, or none has."""
+        """Put a user's adapter into the layers on all tensor-parallel ranks, or on none."""
         number = lora_request.lora_int_id
         if number in self.list_adapters() and not lora_request.load_inplace:
             return super().add_adapter(lora_request)
@@ -188,7 +220,7 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
         try:
             added = super().add_adapter(lora_request)
         except Exception as e:
-            if not self.loaded:  # on no rank; what was there before still is
+            if not self.loaded:  # on no rank; the layers are as before
                 raise
             error = e
         try:
@@ -202,42 +234,45 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
         if self._adapter_manager.warming_up:
             super()._apply_adapters(lora_requests)
             return
-        for request in sorted(lora_requests, key=lambda request: request.lora_int_id):  # on all ranks in one order
+        # All ranks in one order.
+        for request in sorted(lora_requests, key=lambda request: request.lora_int_id):
             try:
                 super()._apply_adapters({request})
             except Exception as e:
-                logger.error("longctx: the adapter %r (%s) cannot be used: %s", request.lora_name, request.lora_path, e)
-                self.failed[request.lora_int_id] = f"the adapter {request.lora_name!r} cannot be used: {e}"
+                name, path = request.lora_name, request.lora_path
+                logger.error("longctx: the adapter %r (%s) cannot be used: %s", name, path, e)
+                self.failed[request.lora_int_id] = f"the adapter {name!r} cannot be used: {e}"
 
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:
-        if not self._adapter_manager.warming_up:  # it may do so between steps, too
-            self._lay_out(warming_up=True)
+        if not self._adapter_manager.warming_up:  # vLLM may warm up between steps, too
+            self._assign_indices(warming_up=True)
         with super().dummy_lora_cache():
             yield
 
     def remove_all_adapters(self) -> None:
-        self._lay_out(warming_up=False)
+        self._assign_indices(warming_up=False)
 
-    def _lay_out(self, warming_up: bool) -> None:
-        self._adapter_manager.lay_out(warming_up)
-        self.holds.clear()
+    def _assign_indices(self, warming_up: bool) -> None:
+        self._adapter_manager.assign_indices(warming_up)
+        self.in_layers.clear()
 
-    # --- a step -----------------------------------------------------------------------------------------------------------
+    # --- a step ----------------------------------------------------------------------------------------
 
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
         if self._adapter_manager.warming_up:
             super().set_active_adapters(requests, mapping)
             return
-        self._apply_adapters({request for request in requests if request.lora_int_id > self._adapter_manager.num_slots})
+        num_slots = self._adapter_manager.num_slots
+        self._apply_adapters({request for request in requests if request.lora_int_id > num_slots})
         if mapping is not None:
-            if self.failed:  # what these tokens come to is nobody's
+            if self.failed:  # tokens of these are computed without an adapter; their outputs are not sent
                 mapping = copy(mapping)
                 mapping.index_mapping = self._without_failed(mapping.index_mapping)
                 mapping.prompt_mapping = self._without_failed(mapping.prompt_mapping)
             self._adapter_manager.set_adapter_mapping(mapping)
         for use in self.step.slots.values():
-            if self.holds.get(use.slot) != (use.owner, use.weights):
+            if self.in_layers.get(use.slot) != (use.owner, use.weights):
                 started = time.perf_counter()
                 self._swap(use)
                 self.swap_seconds.append(time.perf_counter() - started)
@@ -246,60 +281,65 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
         return tuple(0 if number in self.failed else number for number in numbers)
 
     def free(self, slots: Iterable[int]) -> None:
+        """Take the weights of freed slots out of the layers."""
         for slot in slots:
-            if self.holds.pop(slot, None) is not None:
+            if self.in_layers.pop(slot, None) is not None:
                 for module in self._adapter_manager.modules.values():
-                    module.reset_lora(self._adapter_manager.place_of_slot(slot))
+                    module.reset_lora(self._adapter_manager.index_of_slot(slot))
 
     def _swap(self, use: SlotUse) -> None:
-        """Put the weights that the scheduler approved into the layers. A slot that holds others is an error, not a wait."""
-        manager, index = self._adapter_manager, self._adapter_manager.place_of_slot(use.slot)
-        if use.weights.bank is None or use.slot not in self.holds:
+        """Put the weights that the scheduler has approved into the layers.
+
+        Raises StaleSlot if the slot has others.
+        """
+        manager, index = self._adapter_manager, self._adapter_manager.index_of_slot(use.slot)
+        if use.weights.bank is None or use.slot not in self.in_layers:
             for module in manager.modules.values():
                 module.reset_lora(index)
         if use.weights.bank is None:
             pass
         elif self.device_slots is not None:
-            self._swap_on_the_device(use, use.weights.bank, index)
+            self._swap_on_device(use, use.weights.bank, index)
         else:
             assert self.slots is not None
             with self.slots.read(use.slot, use.weights.bank, use.owner, use.weights.version) as weights:
                 for parts, module in self._adapted_layers(self.slots):
                     if len(parts) > 1:
-                        module.set_lora(index, *map(list, zip(*(weights[part] for part in parts), strict=True)))
+                        pairs = [weights[part] for part in parts]
+                        module.set_lora(index, [a for a, _ in pairs], [b for _, b in pairs])
                     else:
                         module.set_lora(index, *weights[parts[0]])
-        self.holds[use.slot] = (use.owner, use.weights)
+        self.in_layers[use.slot] = (use.owner, use.weights)
 
     def _adapted_layers(self, slots: Slots) -> Iterator[tuple[list[str], Any]]:
-        """Those that slots have weights of, with the names these have there."""
+        """The LoRA layers that slots have weights for, each with the names of its parts there."""
         for name, module in self._adapter_manager.modules.items():
             parts = self._adapter_manager.packed_modules.get(name, [name])
             if parts[0] in slots.modules:
                 yield parts, module
 
-    def _swap_on_the_device(self, use: SlotUse, bank: int, index: int) -> None:
-        """What `set_lora` does in each layer, in one call: on a GPU hundreds would take longer to start than to run.
+    def _swap_on_device(self, use: SlotUse, bank: int, index: int) -> None:
+        """What `set_lora` does in each layer, in one call. To launch hundreds on a GPU takes long.
 
-        For layers that are not parted among ranks, as those of an engine with device memory for its slots are.
+        Only for layers that are not sharded. With GPU memory for its slots, an engine has one worker.
         """
         assert self.slots is not None
         with self.slots.holding(use.slot, bank, use.owner, use.weights.version) as rank:
             if (copies := self._copies.get((use.slot, bank, rank))) is None:
-                copies = self._copies[use.slot, bank, rank] = Copies([], [], [])
+                copies = self._copies[use.slot, bank, rank] = SwapCopies([], [], [])
                 weights = self.slots.views(use.slot, bank, rank)
                 for parts, module in self._adapted_layers(self.slots):
                     for part, a, b in zip(parts, module.lora_a_stacked, module.lora_b_stacked, strict=True):
-                        copies.layers.extend((a[index, 0], b[index, 0]))
-                        copies.into.extend((a[index, 0, :rank], b[index, 0, :, :rank]))
-                        copies.weights.extend(weights[part])
-            if rank < len(copies.layers[0]):
-                torch._foreach_zero_(copies.layers)
-            torch._foreach_copy_(copies.into, copies.weights)
+                        copies.buffers.extend((a[index, 0], b[index, 0]))
+                        copies.targets.extend((a[index, 0, :rank], b[index, 0, :, :rank]))
+                        copies.sources.extend(weights[part])
+            if rank < len(copies.buffers[0]):
+                torch._foreach_zero_(copies.buffers)
+            torch._foreach_copy_(copies.targets, copies.sources)
 
 
 def _raise_on_all_ranks(error: Exception | None) -> None:
-    """Where one of the tensor-parallel ranks has an error, all raise one; all must ask."""
+    """Raise an error on every tensor-parallel rank if one rank has one. Each rank must call this."""
     group = get_tp_group()
     if group.world_size > 1:
         failed = torch.tensor(int(error is not None))
@@ -311,10 +351,15 @@ def _raise_on_all_ranks(error: Exception | None) -> None:
 
 
 class Adapts:
-    """Mixed into a model runner of vLLM's, before it.
+    """Adapters of a worker. Mixed into a model runner of vLLM's, before it.
 
-    The ids that users give their adapters end here: behind, adapters have numbers of the worker's own, of which the first
-    are the slots'. So no id names a slot, and none is too large for vLLM's arrays.
+    Users' ids of adapters are mapped to the worker's numbers here. The first numbers are those of the slots.
+    So no user's id is that of a slot, and none is too large for vLLM's arrays.
+
+    step: What the current step's requests compute with.
+    lora_manager_class: The platform's manager.
+    lora_manager: The manager, once the model is loaded with LoRA layers.
+    numbers: By the id that the user gave, the number of each user's adapter.
     """
 
     step = EMPTY
@@ -324,11 +369,11 @@ class Adapts:
 
     def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
         self.lora_manager = self.lora_manager_class(vllm_config, device, model.embedding_modules)
-        self.numbers: dict[int, int] = {}  # of the users' adapters, by the id that the user gave
+        self.numbers: dict[int, int] = {}
         return self.lora_manager.create_lora_manager(model, vllm_config)
 
     def begin_step(self, scheduler_output: SchedulerOutput, info: StepInfo) -> None:
-        """Before a forward: what this step's requests compute with, and where their passes began."""
+        """Before a forward: take what this step's requests compute with, and give each its number."""
         self.step = info
         if not hasattr(self, "lora_manager"):
             return
@@ -339,15 +384,15 @@ class Adapts:
         manager.free(self.step.freed_slots)
         for new in scheduler_output.scheduled_new_reqs:
             if (use := self.step.slots.get(new.req_id)) is not None:
-                new.lora_request = Numbered(f"slot {use.slot}", use.slot + 1, "in memory")
+                new.lora_request = NumberedRequest(f"slot {use.slot}", use.slot + 1, "in memory")
             elif new.lora_request is not None:
                 new.lora_request = self._numbered(new.lora_request)
 
-    def _numbered(self, request: LoRARequest) -> Numbered:
+    def _numbered(self, request: LoRARequest) -> NumberedRequest:
         first = self.lora_manager._adapter_manager.num_slots + 1
         number = self.numbers.setdefault(request.lora_int_id, first + len(self.numbers))
         values = {name: getattr(request, name) for name in request.__struct_fields__}
-        return Numbered(**{**values, "lora_int_id": number})
+        return NumberedRequest(**{**values, "lora_int_id": number})
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
         return self._users_manager().add_adapter(self._numbered(lora_request))
@@ -367,19 +412,19 @@ class Adapts:
         return {lora_id for lora_id, number in self.numbers.items() if number in loaded}
 
     def _users_manager(self) -> SlotLoRAManager:
-        """Raises RuntimeError, as vLLM does, where only we have turned LoRA on."""
+        """The manager, for users. Raises RuntimeError, as vLLM does, where the user has not enabled LoRA."""
         if not hasattr(self, "lora_manager") or self.lora_manager._adapter_manager.users is None:
             raise RuntimeError("LoRA is not enabled. Use --enable-lora to enable LoRA.")
         return self.lora_manager
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Raises RuntimeError where there is a trainer: it has loaded the weights that the engine has, and keeps them."""
+        """Raises RuntimeError where there is a trainer: it has the old weights and keeps them."""
         if not active_settings(self.vllm_config).mode.adapts:
             super().reload_weights(*args, **kwargs)  # type: ignore[misc]
             return
         raise RuntimeError(
-            "longctx: the weights of an engine with adaptation cannot be changed, because its trainer has a copy of them; "
-            "start it anew with the other weights"
+            "longctx: the weights of an engine with adaptation cannot be changed, because its trainer has "
+            "a copy of them; start it anew with the other weights"
         )
 
     def take_swap_seconds(self) -> list[float]:
@@ -389,7 +434,7 @@ class Adapts:
         return seconds
 
     def take_failed_adapters(self) -> dict[int, str]:
-        """By the id that the user gave."""
+        """By the id that the user gave, why an adapter could not be loaded for this step."""
         failed = self.lora_manager.failed if hasattr(self, "lora_manager") else {}
         if not failed:
             return {}

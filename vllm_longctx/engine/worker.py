@@ -16,7 +16,7 @@ from vllm_longctx.engine.lora import with_slots
 from vllm_longctx.engine.platform import Platform
 from vllm_longctx.engine.rows import StepTimes
 from vllm_longctx.engine.step import StepInfo, StepReport
-from vllm_longctx.engine.waiting import wait_patiently
+from vllm_longctx.engine.waiting import limit_reader_sleep
 from vllm_longctx.modes import BACKENDS, Role, load
 from vllm_longctx.processes import end_without_collecting
 from vllm_longctx.settings import Settings, active_settings
@@ -50,7 +50,7 @@ class LongContextWorkerBase(WorkerBase, Platform):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
         self.settings = active_settings(vllm_config)
         if self.settings.adaptation is not None:
-            wait_patiently()
+            limit_reader_sleep()
         super().__init__(with_slots(vllm_config), *args, **kwargs)
 
     def load_model(self, **kwargs: Any) -> None:

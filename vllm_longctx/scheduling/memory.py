@@ -1,4 +1,4 @@
-"""vLLM's schedulers for memories: no step of a request goes past what its queries see alike."""
+"""vLLM's schedulers for memory layers and top-k. A step of a request ends where its window does."""
 
 from typing import Any
 
@@ -12,42 +12,56 @@ from vllm_longctx.scheduling.scheduler import LongContextScheduler
 
 
 class MemoryScheduler(LongContextScheduler):
-    """Also a mixin: `class X(MemoryScheduler, AsyncScheduler)` cuts the same over vLLM's other scheduler.
+    """Ends each step of a request at the end of its window at the latest.
 
-    Nothing here depends on which tokens stand where, so a step may be cut before those of the step before are known. A window
-    is closed by the step after its last one, in the order in which the device computes them.
+    Also a mixin: `class X(MemoryScheduler, AsyncScheduler)` does the same over vLLM's other scheduler.
+    Nothing here depends on the tokens themselves, so a step can be scheduled before those of the step before
+    are known. A window is closed by the step after its last one, in the order in which the device computes
+    them.
+
+    windows: Where windows begin and end.
+    open: By request id, where the window of its last step began.
+    memories: KV managers of the memory layers.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.windows = self.settings.memory.windows
-        self.open: dict[str, int] = {}  # where the window of each request's last step began
+        self.open: dict[str, int] = {}
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.memories = [m for m in managers if isinstance(m, MemoryManager)]
 
     def add_request(self, request: Request) -> None:
-        """Prefix caching sees the prompt up to where its last window begins: what comes then is cut as no other prompt is.
+        """Let prefix caching see the prompt up to the start of its last window only.
 
-        A prompt that is all within its last window has none that begins elsewhere than every other text's.
+        Where that window starts depends on the prompt's length, so other prompts do not share what follows. A
+        prompt that is all in its first window can be cached whole: every text's first window starts at 0.
         """
         if last_start := self.windows.last_start(request.num_prompt_tokens):
             request._block_hasher = None
             del request.block_hashes[last_start // self.block_size :]
         super().add_request(request)
 
-    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+    def _reserve_prefill_lookahead(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+    ) -> int:
         allowed = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         end = self.windows.end(num_computed_tokens, request.num_prompt_tokens)
         return min(allowed, end - num_computed_tokens)
 
     def _step_info(self, output: SchedulerOutput) -> StepInfo:
-        return StepInfo(windows={name: self._window(name, new) for name, new in output.num_scheduled_tokens.items()})
+        scheduled = output.num_scheduled_tokens
+        return StepInfo(windows={name: self._window(name, new) for name, new in scheduled.items()})
 
     def _window(self, request_id: str, num_new_tokens: int) -> RequestWindow:
         request = self.requests[request_id]
         first = request.num_computed_tokens - num_new_tokens  # already counted as computed
         start = self.windows.start(first, request.num_prompt_tokens)
-        # A hit ends where a window begins and all before is memory, or inside of the first window, which is open.
+        # A prefix cache hit ends where a window begins, and all before is memory; or in the first window,
+        # which is open.
         hit_in = 0 if first < self.windows.tokens else start
         before = self.open.get(request_id, hit_in)
         self.open[request_id] = start
@@ -66,12 +80,20 @@ class MemoryScheduler(LongContextScheduler):
 
 
 class TopKScheduler(LongContextScheduler):
-    """For LM-Infinite's top-k branch: the prompt's last token and all later ones are computed one at a time, replayed ones too.
+    """For LM-Infinite's top-k branch: from the prompt's last token on, each token takes a step.
 
-    The official code gives the branch to the last query of a call, which in an engine must not depend on how calls are cut.
+    So do tokens that are replayed after a preemption.
+
+    The official code gives the branch to the last query of a call. In an engine this must not depend on how a
+    prompt is split.
     """
 
-    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+    def _reserve_prefill_lookahead(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+    ) -> int:
         allowed = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         return min(allowed, max(request.num_prompt_tokens - 1 - num_computed_tokens, 1))
 

@@ -1,4 +1,4 @@
-"""vLLM's scheduler, sharing each step's tokens fairly and counting what it did for long requests."""
+"""vLLM's scheduler, with fair shares of a step's tokens and statistics of long requests."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -26,11 +26,26 @@ from vllm_longctx.settings import active_settings
 logger = init_logger("vllm.longctx")
 
 NO_LIMIT = 1 << 62  # tokens
-LEAST_SHARE = 256  # tokens of a long prompt in a step: in smaller chunks each token costs more, up to four times as much
+# Tokens of a long prompt in a step. In smaller chunks each token costs more, up to four times as much.
+MIN_SHARE = 256
 
 
 class LongContextScheduler(Scheduler):
-    """Also a mixin: `class X(LongContextScheduler, AsyncScheduler)` counts the same over vLLM's other scheduler."""
+    """vLLM's scheduler with fair shares and statistics.
+
+    Also a mixin: `class X(LongContextScheduler, AsyncScheduler)` does the same over vLLM's other scheduler.
+
+    trained_length: Of the model, in tokens.
+    window: Tokens that a query sees at most, apart from a memory.
+    lambda_managers: KV managers that free what leaves a window.
+    memory_pools: Pools of memory layers that have one of their own.
+    failed: By request id, the requests to end with an error, and the reason.
+    step_stats: Statistics of the current step.
+    shares_budget: Whether a step's tokens are shared fairly. Not without chunked prefill, where vLLM never
+        splits a prompt, nor with a threshold of the user's own, which is that user's way to share.
+    shares: By request id, the most tokens in the coming step.
+    admitted_waiting: Whether the last step admitted a request that waited, or none waited.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -40,24 +55,27 @@ class LongContextScheduler(Scheduler):
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.lambda_managers = [m for m in managers if isinstance(m, LambdaManager)]
         self.memory_pools = [m.block_pool for m in managers if isinstance(m, MemoryManager) and m.is_apart]
-        self.failed: dict[str, str] = {}  # requests to end, with the reason
+        self.failed: dict[str, str] = {}
         self.step_stats = StepStats()
         scheduling = self.scheduler_config
-        # Without chunked prefill vLLM never cuts a prompt; a user's own threshold is how that user shares.
         self.shares_budget = scheduling.enable_chunked_prefill and not scheduling.long_prefill_token_threshold
-        self.shares: dict[str, int] = {}  # the most tokens of each request in the step to come
-        self.lets_in = True  # the last step let in one of those that waited, or none waited
+        self.shares: dict[str, int] = {}
+        self.admitted_waiting = True
         self._log_start()
 
     def _log_start(self) -> None:
-        """Here, because there is one scheduler per engine; the engine's arguments are read in every API server."""
+        """Log what is in force.
+
+        Here, because an engine has one scheduler, but several API servers read its arguments.
+        """
         settings, model = self.settings, self.vllm_config.model_config
+        most_blocks = sum(m.max_admission_blocks_per_request for m in self.lambda_managers)
         parts = [f"mode {settings.mode.name}", *settings.described()]
         parts += [
             f"trained length {self.trained_length}",
             f"max_model_len {model.max_model_len}",
             f"block_size {self.vllm_config.cache_config.block_size}",
-            f"at most {sum(m.max_admission_blocks_per_request for m in self.lambda_managers)} KV blocks per request",
+            f"at most {most_blocks} KV blocks per request",
             f"prefix caching {prefix_caching(settings, self.vllm_config.cache_config)}",
             f"worker {self.vllm_config.parallel_config.worker_cls}",
         ]
@@ -66,7 +84,8 @@ class LongContextScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         waiting = self._share_budget() if self.shares_budget else []
         output = super().schedule(*args, **kwargs)
-        self.lets_in = not waiting or any(request.request_id in output.num_scheduled_tokens for request in waiting)
+        scheduled = output.num_scheduled_tokens
+        self.admitted_waiting = not waiting or any(request.request_id in scheduled for request in waiting)
         for request_id, new in output.num_scheduled_tokens.items():
             past = self.requests[request_id].num_computed_tokens - self.trained_length
             if past > 0:
@@ -74,10 +93,11 @@ class LongContextScheduler(Scheduler):
         return output
 
     def _share_budget(self) -> list[Request]:
-        """Decide what each request may compute in the coming step at most. Returns those that may be let in.
+        """Set `shares` for the coming step. Returns the waiting requests that may be admitted.
 
-        vLLM goes through its list and gives each request all it can take, so a long prompt that came first takes everything.
-        Here everybody gets one token, and of the rest as `shares_of` has it; under the priority policy the more urgent first.
+        vLLM serves its list in order, each request with all tokens that it can take. So a long prompt that
+        came first takes the whole budget. Here each request gets one token, and a share of the rest by
+        `shares_of`. With the priority policy, requests of a more urgent priority get theirs first.
         """
         self.shares = {}
         waiting = list(islice(self.waiting, max(self.max_num_active_reqs - len(self.running), 0)))
@@ -85,26 +105,33 @@ class LongContextScheduler(Scheduler):
         for request in self.running:
             if (wants := self._wants(request)) > 0:
                 wanted[self._priority(request)][request.request_id] = wants
-        # Whoever could not be let in would leave its share unused again: one token keeps a place in the step.
-        for request in waiting if self.lets_in else waiting[:1]:
-            wanted[self._priority(request)][request.request_id] = max(self._wants(request), 1) if self.lets_in else 1
+        # A request that cannot be admitted would leave its share unused again: reserve one token for it.
+        for request in waiting if self.admitted_waiting else waiting[:1]:
+            wants = max(self._wants(request), 1) if self.admitted_waiting else 1
+            wanted[self._priority(request)][request.request_id] = wants
         budget = self.max_num_scheduled_tokens
-        least, left = min(LEAST_SHARE, budget // 2), max(budget - sum(map(len, wanted.values())), 0)
+        min_share, left = min(MIN_SHARE, budget // 2), max(budget - sum(map(len, wanted.values())), 0)
         for priority in sorted(wanted):
-            more = shares_of({name: wants - 1 for name, wants in wanted[priority].items()}, left, least)
+            more = shares_of({name: wants - 1 for name, wants in wanted[priority].items()}, left, min_share)
             left -= sum(more.values())
             self.shares |= {name: 1 + tokens for name, tokens in more.items()}
         return waiting
 
     def _wants(self, request: Request) -> int:
         """Tokens that the request would compute in the coming step if it were alone."""
+        computed = request.num_computed_tokens
         known = request.num_tokens_with_spec + request.num_output_placeholders
-        return self._reserve_prefill_lookahead(request, request.num_computed_tokens, known - request.num_computed_tokens)
+        return self._reserve_prefill_lookahead(request, computed, known - computed)
 
     def _priority(self, request: Request) -> int:
         return request.priority if self.policy == SchedulingPolicy.PRIORITY else 0
 
-    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+    def _reserve_prefill_lookahead(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+    ) -> int:
         allowed = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         return min(allowed, self.shares.get(request.request_id, NO_LIMIT))
 
@@ -113,14 +140,17 @@ class LongContextScheduler(Scheduler):
         self._step_info(scheduler_output).send_with(scheduler_output)
 
     def _step_info(self, output: SchedulerOutput) -> StepInfo:
-        """What the workers are told of a step. Its tokens count as computed already."""
+        """What the workers get with a step. vLLM counts the step's tokens as computed already."""
         return StepInfo()
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         report = StepReport.of(model_runner_output)
-        self.step_stats.selection_seconds, self.step_stats.swap_seconds = report.selection_seconds, report.swap_seconds
+        self.step_stats.selection_seconds, self.step_stats.swap_seconds = (
+            report.selection_seconds,
+            report.swap_seconds,
+        )
         ended: dict[int, EngineCoreOutputs] = {}
         if report.failed_adapters:
             self._fail_adapters(scheduler_output, report.failed_adapters)
@@ -134,28 +164,35 @@ class LongContextScheduler(Scheduler):
         return self._has_room_for_adapter(request) and super()._handle_blocked_waiting_request(request)
 
     def _has_room_for_adapter(self, request: Request) -> bool:
-        """Whether requests that run have no more than max_loras adapters with this one's, whether this step computes them or
-        not: vLLM counts those of the step only, and a later step may have them all."""
+        """Whether the running requests have at most max_loras adapters, together with this request's.
+
+        vLLM counts the adapters of the current step only, and a later step may compute all running requests.
+        """
         if self.lora_config is None or request.lora_request is None:
             return True
         running = {other.lora_request.lora_int_id for other in self.running if other.lora_request is not None}
         return len(running | {request.lora_request.lora_int_id}) <= self.lora_config.max_loras
 
     def _fail_adapters(self, scheduler_output: SchedulerOutput, failed: dict[int, str]) -> None:
-        """A step's requests with these were computed without them: nobody may see their tokens, nor hit their blocks.
+        """Fail requests that were computed without their adapter, and evict their KV from the prefix cache.
 
-        Nor may those that run with them, and are perhaps computed ahead.
+        These are the step's requests, and the running ones, which may be scheduled in a later step already.
+
+        failed: By adapter id, why it could not be loaded.
         """
-        ahead = {request.request_id: request for request in self.running}
-        ahead |= {name: self.requests[name] for name in scheduler_output.num_scheduled_tokens if name in self.requests}
-        for name, request in ahead.items():
-            if request.lora_request is None or (reason := failed.get(request.lora_request.lora_int_id)) is None:
+        names = scheduler_output.num_scheduled_tokens
+        computed = {request.request_id: request for request in self.running}
+        computed |= {name: self.requests[name] for name in names if name in self.requests}
+        for name, request in computed.items():
+            adapter = request.lora_request
+            if adapter is None or (reason := failed.get(adapter.lora_int_id)) is None:
                 continue
             self.failed[name] = reason
             for manager in self.kv_cache_manager.coordinator.single_type_managers:
                 pool, blocks = manager.block_pool, manager.req_to_blocks.get(name, ())
                 pool.evict_blocks({block.block_id for block in blocks if not block.is_null})
-                # A request that was preempted since has no blocks any more, but what it published is still found.
+                # A request that was preempted since has no KV blocks, but those that it published are still
+                # cached.
                 for block_hash in request.block_hashes:
                     while found := pool.get_cached_block(block_hash, [manager.kv_cache_group_id]):
                         pool.evict_blocks({block.block_id for block in found})
@@ -177,7 +214,7 @@ class LongContextScheduler(Scheduler):
             )
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """As vLLM's, with ours in the open dict that is there for KV connectors; longctx runs with none."""
+        """vLLM's statistics. Ours are in its dict for KV connectors, of which longctx has none."""
         stats = super().make_stats(*args, **kwargs)
         ours, self.step_stats = self.step_stats, StepStats()
         if stats is None:
@@ -188,7 +225,7 @@ class LongContextScheduler(Scheduler):
                 ours.live_blocks += sum(m.num_live_blocks(request.request_id) for m in self.lambda_managers)
         for manager in self.lambda_managers:
             ours.freed_blocks += manager.take_num_freed_blocks()
-        for pool in self.memory_pools:  # one at most: memory layers are one group
+        for pool in self.memory_pools:  # one at most, since memory layers are one KV cache group
             ours.memory_usage = pool.get_usage()
         stats.kv_connector_stats = {KEY: vars(ours)}
         return stats
@@ -198,16 +235,19 @@ class LongContextScheduler(Scheduler):
         super().shutdown()
 
 
-def shares_of(wanted: Mapping[str, int], budget: int, least: int) -> dict[str, int]:
-    """What each request gets of `budget` tokens: what it wants up to a common share, the largest that fits.
+def shares_of(wanted: Mapping[str, int], budget: int, min_share: int) -> dict[str, int]:
+    """The tokens that each request gets: what it wants, up to a common share, the largest that fits.
 
-    So short prompts and streams get all they want, and long prompts the rest in equal parts. If these were fewer tokens than
-    `least`, those that came first get so many, and the others none.
+    So short prompts and streams get all that they want, and long prompts equal parts of the rest.
+
+    wanted: By request id, tokens; in the order in which the requests came.
+    budget: Tokens for all of them.
+    min_share: If the common share were smaller, the first requests get this many tokens and the others none.
     """
     left = budget
     for number, wants in enumerate(ordered := sorted(wanted.values())):
         share = left // (len(ordered) - number)
-        if wants > share >= least:
+        if wants > share >= min_share:
             return {name: min(wants, share) for name, wants in wanted.items()}
         if wants > share:
             break
@@ -215,8 +255,8 @@ def shares_of(wanted: Mapping[str, int], budget: int, least: int) -> dict[str, i
     else:
         return dict(wanted)
     shares = {}
-    for name, wants in sorted(wanted.items(), key=lambda item: min(item[1], least)):
-        shares[name] = min(wants, least, budget)
+    for name, wants in sorted(wanted.items(), key=lambda item: min(item[1], min_share)):
+        shares[name] = min(wants, min_share, budget)
         budget -= shares[name]
     return shares
 

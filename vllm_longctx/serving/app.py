@@ -1,9 +1,9 @@
-"""What a longctx engine checks in a request before vLLM takes it, and the one thing it fills in.
+"""The checks of a request to a longctx engine before vLLM takes it, and the default of max_tokens.
 
-A body that stock vLLM takes is taken; what vLLM ignores in it is logged and counted. Only options of ours are strict: a wrong
-one is a 400 that names it. With `serving.strict` nothing is silently ignored, converted or shortened: each is such a 400.
-`RequestChecks` is given to `vllm serve` as a middleware (`plugin.py`); `check_engine_requests` is the part that holds for
-`LLM.generate` too.
+A body that stock vLLM accepts is accepted. Fields in it that vLLM ignores are logged and counted. Only
+options of ours are checked strictly: a wrong one is a 400 that names it. With `serving.strict`, so is
+everything that vLLM would silently ignore, convert or shorten. `vllm serve` gets `RequestChecks` as a
+middleware (`plugin.py`). `check_engine_requests` is for `LLM.generate`, too.
 """
 
 import contextvars
@@ -37,40 +37,44 @@ from vllm_longctx.config import KEY, LongContextConfig, LongContextError, Reques
 from vllm_longctx.metrics import count_ignored_field, export_ignored_fields
 from vllm_longctx.models.properties import trained_length
 from vllm_longctx.serving import stop_strings
-from vllm_longctx.serving.streams import guarded, over_http, watch
+from vllm_longctx.serving.streams import over_http, track_admissions, with_response_sender
 from vllm_longctx.settings import Settings, active_settings
 
 logger = init_logger("vllm.longctx")
 
 NOT_PER_REQUEST = "this engine has no options per request (it was started without adaptation); leave it out"
-OVER_HTTP = f"vllm_xargs.{KEY}"  # where options of ours stand in a body
+OVER_HTTP = f"vllm_xargs.{KEY}"  # the field of a body with options of ours
 EXAMPLE = """{"vllm_xargs": {"longctx": "{\\"temp_lora\\": true}"}}"""
 OFFLINE_EXAMPLE = """SamplingParams(extra_args={"longctx": {"temp_lora": True}})"""
-ANY_BODY = "/invocations"  # SageMaker's route, whose handler finds the model that a body fits
-# Requests travel to the engine as msgpack, whose integers end here; beyond, vLLM answers 500.
+ANY_BODY = "/invocations"  # SageMaker's route, which accepts the bodies of several other routes
+# Integers that msgpack can send to the engine. For others vLLM answers 500.
 INT64 = range(-(2**63), 2**63)
 # In vLLM's order of precedence.
 OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
 
 _encoder = MsgpackEncoder()  # that of vLLM's clients of its engine core
 
-# Of the HTTP request being served, with `serving.strict`: the field with which it limits its output, and its value.
-_output_limit: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar("output_limit", default=None)
+# With `serving.strict`: the field with which the current HTTP request limits its output, and its value.
+OutputLimit = contextvars.ContextVar[tuple[str, int] | None]
+_output_limit: OutputLimit = contextvars.ContextVar("output_limit", default=None)
 
-Models = tuple[type, ...]  # pydantic models and dataclasses
+Models = tuple[type, ...]  # pydantic models and dataclasses, of which a JSON object must fit one
 
 
 class RequestError(VLLMValidationError, LongContextError):
-    """A bad request: over HTTP a 400 whose `param` is the field, offline a ValueError."""
+    """A bad request: over HTTP a 400 whose `param` is the field, offline a ValueError.
+
+    parameter: The field.
+    """
 
     def __init__(self, message: str, parameter: str) -> None:
         VLLMValidationError.__init__(self, message, parameter=parameter)
 
 
 class RequestChecks:
-    """ASGI middleware that puts the checks in front of every route with a pydantic body when the server starts.
+    """ASGI middleware that adds the checks to every route with a pydantic body when the server starts.
 
-    They stand right before vLLM's handlers, behind its authentication, CORS headers and error handlers.
+    They run right before vLLM's handlers, after its authentication, CORS headers and error handlers.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -83,28 +87,29 @@ class RequestChecks:
 
 
 def prepare(app: FastAPI) -> None:
-    """Check the bodies of the app's routes, and guard their answers.
+    """Check the bodies of an app's routes and send their responses as `streams` says.
 
-    Only if the app's engine runs a longctx configuration, and once.
+    Does nothing the second time, and where the configuration changes nothing.
     """
     config = LongContextConfig.parse(app.state.vllm_config.additional_config[KEY])
     if config.mode.is_plain or getattr(app.state, "longctx_prepared", False):
         return
     app.state.longctx_prepared = True
     export_ignored_fields()
-    watch(app.state.engine_client)
+    track_admissions(app.state.engine_client)
     for route in app.routes:
         if isinstance(route, APIRoute) and "POST" in route.methods:
             models = _models(route.body_field.field_info.annotation) if route.body_field is not None else ()
             if models or route.path == ANY_BODY:
                 route.app = functools.partial(_checked, route.app, route.path, models, config.serving.strict)
-            route.app = guarded(route.app, route, config.serving.keep_alive_s)
+            route.app = with_response_sender(route.app, route, config.serving.keep_alive_s)
 
 
 def limit_requests() -> None:
-    """Give the handlers of every server of this process, once they are made, the limits of its longctx engine.
+    """Give the handlers of every server of this process the output limits of its longctx engine.
 
-    They are made for `vllm serve` and `vllm run-batch` alike, and vLLM initializes endpoint plugins behind them.
+    vLLM makes the handlers for `vllm serve` and `vllm run-batch` alike, and then initializes endpoint
+    plugins.
     """
     init = app_state.init_endpoint_plugins_state
     if hasattr(init, "__wrapped__"):
@@ -114,20 +119,32 @@ def limit_requests() -> None:
     async def limit(engine_client: Any, state: State, *args: Any, **kwargs: Any) -> None:
         await init(engine_client, state, *args, **kwargs)
         vllm_config = engine_client.vllm_config
-        if KEY not in (vllm_config.additional_config or {}) or (settings := active_settings(vllm_config)).mode.is_plain:
+        if KEY not in (vllm_config.additional_config or {}):
+            return
+        settings = active_settings(vllm_config)
+        if settings.mode.is_plain:
             return
         for handler in (state[name] for name in state):
-            # What vLLM takes from the model's generation_config.json, where that says anything.
+            # From the model's generation_config.json, if it has any.
             defaults = getattr(handler, "default_sampling_params", None)
             if isinstance(defaults, dict):
                 defaults.setdefault("max_tokens", settings.serving.default_max_tokens)
             if hasattr(handler, "beam_search") and not settings.mode.extends:
-                handler.beam_search = _within_trained(handler.beam_search, trained_length(vllm_config.model_config))
+                trained = trained_length(vllm_config.model_config)
+                handler.beam_search = _within_trained(handler.beam_search, trained)
 
     app_state.init_endpoint_plugins_state = limit
 
 
-async def _checked(app: ASGIApp, path: str, models: Models, strict: bool, scope: Scope, receive: Receive, send: Send) -> None:
+async def _checked(
+    app: ASGIApp,
+    path: str,
+    models: Models,
+    strict: bool,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+) -> None:
     try:
         body = await Request(scope, receive).body()
     except ClientDisconnect:
@@ -141,12 +158,13 @@ async def _checked(app: ASGIApp, path: str, models: Models, strict: bool, scope:
         if strict and models:
             check_strictly(models, parsed)
             given = [(name, parsed[name]) for name in OUTPUT_LIMITS if parsed.get(name) is not None]
-            # Beam search sends its prompts again for every token.
+            # Not with beam search, which sends its prompts again for every token.
             _output_limit.set(given[0] if given and not parsed.get("use_beam_search") else None)
         elif models:
             for where, name, _ in unknown_fields(models, parsed):
                 if new := count_ignored_field(path, where + name):
-                    logger.info("%s: vLLM does not know the field %s and ignores it; this is said once.", path, new)
+                    text = "%s: vLLM does not know the field %s and ignores it; this is logged once."
+                    logger.info(text, path, new)
     unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:
@@ -156,9 +174,9 @@ async def _checked(app: ASGIApp, path: str, models: Models, strict: bool, scope:
 
 
 def check_own_options(models: Models, body: dict[str, Any]) -> None:
-    """Raises RequestError where options of ours are in a place or a form in which nobody would read them.
+    """Raises RequestError where options of ours are in a field or a form that is not read.
 
-    models: of which the body is to fit one; none where nobody knows.
+    models: Of which the body must fit one; empty where that is not known.
     """
     if KEY in body:
         raise RequestError(f"{KEY}: options of ours stand in vllm_xargs, as a JSON string: {EXAMPLE}", KEY)
@@ -168,15 +186,17 @@ def check_own_options(models: Models, body: dict[str, Any]) -> None:
     if models and "vllm_xargs" not in _fields(models):
         raise RequestError(f"{OVER_HTTP}: this route takes no vllm_xargs; leave it out", OVER_HTTP)
     if not isinstance(extra_args[KEY], str):
-        raise RequestError(f"{OVER_HTTP} = {_short(extra_args[KEY])}: give a JSON string, {EXAMPLE}", OVER_HTTP)
-    if body.get("use_beam_search"):  # vLLM makes requests of its own for each beam, without vllm_xargs
-        raise RequestError(f"{OVER_HTTP}: a beam search takes no options of ours; leave it out, or use_beam_search", OVER_HTTP)
+        given = _short(extra_args[KEY])
+        raise RequestError(f"{OVER_HTTP} = {given}: give a JSON string, {EXAMPLE}", OVER_HTTP)
+    if body.get("use_beam_search"):  # vLLM makes a request for each beam, without vllm_xargs
+        reason = "a beam search takes no options of ours; leave it out, or use_beam_search"
+        raise RequestError(f"{OVER_HTTP}: {reason}", OVER_HTTP)
 
 
 def check_strictly(models: Models, body: dict[str, Any]) -> None:
-    """Raises RequestError naming the first field that vLLM would ignore, convert or stumble over.
+    """Raises RequestError naming the first field that vLLM would ignore, convert or fail at.
 
-    models: of which the body is to fit one.
+    models: Of which the body must fit one.
     """
     for where, name, known in unknown_fields(models, body):
         if "[]" not in where:  # inside messages and tools vLLM decides
@@ -189,7 +209,7 @@ def check_strictly(models: Models, body: dict[str, Any]) -> None:
 
 
 def unknown_fields(models: Models, body: dict[str, Any]) -> Iterator[tuple[str, str, Iterable[str]]]:
-    """Each field of a body that no model has: where, as `outer.` or `list[].`; its name; the names that are known there."""
+    """Each field that no model has: its path, as `outer.` or `list[].`, its name, the known names there."""
     pending = [(models, "", body)]
     for models, where, values in pending:
         fields = _fields(models)
@@ -206,7 +226,7 @@ def unknown_fields(models: Models, body: dict[str, Any]) -> Iterator[tuple[str, 
 
 @functools.cache
 def _fields(models: Models) -> dict[str, tuple[Models, Models]]:
-    """Names that a body may use; for each the models of an object there, and of the objects in a list there."""
+    """Field names of a body. For each, the models of an object in it, and of the objects of a list in it."""
     annotations: dict[str, list[Any]] = {}
     for model in models:
         if dataclasses.is_dataclass(model):
@@ -222,7 +242,8 @@ def _fields(models: Models) -> dict[str, tuple[Models, Models]]:
     found = {}
     for name, given in annotations.items():
         alternatives = [a for annotation in given for a in _alternatives(annotation)]
-        items = [i for a in alternatives if typing.get_origin(a) is list for i in _alternatives(*typing.get_args(a))]
+        lists = [a for a in alternatives if typing.get_origin(a) is list]
+        items = [item for a in lists for item in _alternatives(*typing.get_args(a))]
         found[name] = (_all_models(alternatives), _all_models(items))
     return found
 
@@ -243,7 +264,10 @@ def _models(annotation: Any) -> Models:
 
 
 def _all_models(alternatives: list[Any]) -> Models:
-    """The models that an object must fit one of; none where it may be anything, or where vLLM refuses unknown keys itself."""
+    """The models of which an object must fit one.
+
+    None where it may be anything, or vLLM forbids unknown keys itself.
+    """
     models = []
     for a in alternatives:
         if isinstance(a, type) and (issubclass(a, BaseModel) or dataclasses.is_dataclass(a)):
@@ -266,7 +290,7 @@ def _check_numbers(body: dict[str, Any]) -> None:
 
 
 def _check_type(models: Models, name: str, value: str | float | None) -> None:
-    """No conversion: "5" is not a number, 1 not a boolean."""
+    """Raises RequestError for a value that must be converted: "5" is not a number, 1 not a boolean."""
     errors = []
     for adapter in filter(None, (_adapter(model, name) for model in models)):
         try:
@@ -294,15 +318,22 @@ def _short(value: Any, characters: int = 100) -> str:
 def check_engine_requests() -> None:
     """Check every request that enters a longctx engine of this process, over HTTP or offline.
 
-    Afterwards such an engine refuses bad options of ours in `SamplingParams.extra_args` with RequestError. Requests that do
-    not adapt on an engine with Temp-LoRA end at the model's trained length, as they do on stock vLLM.
+    From then on, bad options of ours in `SamplingParams.extra_args` raise RequestError. On an engine with
+    Temp-LoRA, requests that do not adapt end at the model's trained length, as they do on stock vLLM.
     """
     process_inputs = InputProcessor.process_inputs
     if hasattr(process_inputs, "__wrapped__"):
         return
 
     @functools.wraps(process_inputs)
-    def process(self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    def process(
+        self: InputProcessor,
+        request_id: str,
+        prompt: Any,
+        params: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         if KEY not in (self.vllm_config.additional_config or {}):
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
         settings = active_settings(self.vllm_config)
@@ -312,13 +343,13 @@ def check_engine_requests() -> None:
         try:
             request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         except VLLMValidationError as e:
-            if settings.serving.strict and str(e).startswith("Token id"):  # the one message of vLLM's that does not say where
+            if settings.serving.strict and str(e).startswith("Token id"):  # vLLM does not name the field here
                 raise RequestError(f"prompt: {e}", "prompt") from None
             raise
-        # What cannot travel to the engine fails now, as it does later, but before the front end keeps it for ever.
+        # A request that cannot be sent to the engine fails now. Later, the front end would keep it for ever.
         _encoder.encode((request.request_id, request.sampling_params, request.cache_salt, request.session_id))
         if request.lora_request is not None and options == RequestOptions():
-            adapts = False  # it has its adapter, also where all others learn one
+            adapts = False  # it has an adapter, also where all others adapt
         if request.resumable:
             _check_streamed(settings)
         if getattr(params, "max_tokens", 0) is None:
@@ -350,66 +381,72 @@ def _adaptation(settings: Settings, vllm_config: VllmConfig, params: Any) -> tup
     except LongContextError as e:
         raise _bad_options(str(e) if str(e).startswith(KEY) else f"{KEY}.{e}") from None
     if options.save_as is not None and params.n > 1:
-        raise _bad_options(f"{KEY}.save_as = {options.save_as!r} with n = {params.n}: samples would overwrite it; set n to 1")
+        given = f"{KEY}.save_as = {options.save_as!r} with n = {params.n}"
+        raise _bad_options(f"{given}: samples would overwrite it; set n to 1")
     return options, adapts
 
 
 def _bad_options(message: str) -> RequestError:
-    """message: begins with the option, as it is called below `extra_args`."""
+    """message: Begins with the option's name below `extra_args`."""
     return RequestError(f"vllm_xargs.{message}", OVER_HTTP) if over_http() else RequestError(message, KEY)
 
 
 def _check_adapting(request: EngineCoreRequest, options: RequestOptions) -> None:
     if request.lora_request is not None:
         name = request.lora_request.lora_name
-        raise _bad_options(f"{KEY}.temp_lora beside the adapter {name!r}: a request has one; leave one of them out")
+        given = f"{KEY}.temp_lora beside the adapter {name!r}"
+        raise _bad_options(f"{given}: a request has one; leave one of them out")
     if request.prompt_token_ids is None or request.resumable:
         raise _bad_options(f"{KEY}.temp_lora needs a prompt of tokens, given at once; leave it out")
     if options.save_as is not None:
-        stop_strings.wait_for_save(request, options.save_as)
+        stop_strings.mark_for_save(request, options.save_as)
 
 
 def _check_streamed(settings: Settings) -> None:
-    """Windows and blocks are laid out for the whole prompt; Λ attention alone does not look at where it ends."""
+    """Raises RequestError for a streamed prompt, unless its end does not matter to the mode.
+
+    It matters to stepped windows, top-k and blocks of Temp-LoRA, but not to Λ attention alone.
+    """
     if not settings.mode.takes_parts:
         raise RequestError(
-            f"prompt: its parts come one after the other, but {settings.mode.asked_for} of this engine needs all of it at once; give it at once, "
-            "or start the engine with attention.method lm_infinite or streaming alone",
+            f"prompt: its parts come one after the other, but {settings.mode.asked_for} of this engine "
+            "needs all of it at once; give it at once, or start the engine with attention.method lm_infinite "
+            "or streaming alone",
             "prompt",
         )
 
 
 def _limit_to_trained(request: EngineCoreRequest, params: Any, trained: int, strict: bool) -> None:
-    """Requests that do not adapt see all they read, so they end where the model was trained to end."""
+    """End a request that does not adapt at the trained length: all its queries see all tokens before them."""
     if request.sampling_params is None:
         return
     prompt = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
     asked = request.sampling_params.max_tokens
     remedy = EXAMPLE if over_http() else OFFLINE_EXAMPLE
     if prompt >= trained:
-        raise RequestError(  # vLLM's words for a prompt that is too long
-            f"This model's maximum context length is {trained} tokens, on which it was trained. However, your prompt contains "
-            f"{prompt} input tokens, and this request does not adapt. Please reduce the length of the input prompt, or ask for "
-            f"{remedy}",
+        raise RequestError(  # as vLLM does for a prompt that is too long
+            f"This model's maximum context length is {trained} tokens, on which it was trained. However, "
+            f"your prompt contains {prompt} input tokens, and this request does not adapt. Please reduce the "
+            f"length of the input prompt, or ask for {remedy}",
             "input_tokens",
         )
     explicit = _output_limit.get() is not None if over_http() else params.max_tokens is not None
     if strict and explicit and prompt + asked > trained:
         raise RequestError(
-            f"prompt of {prompt} tokens and max_tokens = {asked}: this request does not adapt, and the model was trained on "
-            f"{trained} tokens; shorten it, or ask for {remedy}",
+            f"prompt of {prompt} tokens and max_tokens = {asked}: this request does not adapt, and the model "
+            f"was trained on {trained} tokens; shorten it, or ask for {remedy}",
             "max_tokens",
         )
     request.sampling_params.max_tokens = min(asked, trained - prompt)
 
 
 def _within_trained(beam_search: Any, trained: int) -> Any:
-    """As `_limit_to_trained`, for a handler's beam search, which sends its prompt again with each token that it has chosen."""
+    """As `_limit_to_trained`, for a handler's beam search, which sends its prompt again for every token."""
 
     @functools.wraps(beam_search)
     def limited(prompt: Any, request_id: str, params: BeamSearchParams, **kwargs: Any) -> Any:
         room = trained - len(prompt.get("prompt_token_ids") or ())
-        if room > 0:  # else the first token is refused
+        if room > 0:  # else the first request is refused
             params.max_tokens = min(params.max_tokens, room)
         return beam_search(prompt=prompt, request_id=request_id, params=params, **kwargs)
 
@@ -423,8 +460,8 @@ def _check_room(request: EngineCoreRequest, max_model_len: int) -> None:
     (name, value), prompt = output_limit, len(request.prompt_token_ids)
     if prompt + value > max_model_len:
         raise RequestError(
-            f"{name} = {value} does not fit behind the prompt of {prompt} tokens: max_model_len is {max_model_len}; "
-            f"ask for at most {max_model_len - prompt}",
+            f"{name} = {value} does not fit behind the prompt of {prompt} tokens: max_model_len is "
+            f"{max_model_len}; ask for at most {max_model_len - prompt}",
             name,
         )
 
@@ -432,7 +469,7 @@ def _check_room(request: EngineCoreRequest, max_model_len: int) -> None:
 def _check_priority(request: EngineCoreRequest, policy: str) -> None:
     if request.priority and policy != "priority":
         raise RequestError(
-            f"priority = {request.priority}, but the scheduling policy is {policy!r}; leave it out, or start the engine with "
-            "--scheduling-policy priority",
+            f"priority = {request.priority}, but the scheduling policy is {policy!r}; leave it out, or start "
+            "the engine with --scheduling-policy priority",
             "priority",
         )

@@ -1,7 +1,8 @@
-"""Stop strings of requests that are to be saved.
+"""Stop strings of requests whose adapter is to be saved.
 
-vLLM's front end finds a stop string, answers, and tells the engine afterwards. Of these requests the engine is told first, and
-the answer waits for its: that the adapter is saved, or why it is not.
+vLLM's front end finds a stop string, answers the client, and then aborts the request in the engine. For these
+requests it aborts first. The answer waits for the engine's last output: the adapter is saved, or the reason
+why it is not.
 """
 
 import functools
@@ -15,17 +16,22 @@ from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutp
 from vllm_longctx.config import KEY
 from vllm_longctx.temp_lora.messages import not_saved
 
-SAVE_AS = "longctx_save_as"  # of a request's SamplingParams, in the front end's process only
-SAVING = "longctx_saving"  # of an OutputProcessor: the requests that wait like this
+# Attributes that are added to vLLM's objects:
+SAVE_AS = "longctx_save_as"  # of SamplingParams, in the front end's process only: the name of the adapter
+SAVING = "longctx_saving"  # of an OutputProcessor: ids of these requests
 
 
 class SavingDetokenizer(IncrementalDetokenizer):
-    """vLLM's, but it names the stop string it has found only with the engine's last output; if not saved, the reason instead.
+    """vLLM's, but `update` returns a stop string only once the engine's last output has come.
 
-    found: None before. last: that output.
+    If the adapter is not saved, it returns the reason in place of the stop string. The wrapped detokenizer
+    has all state.
+
+    found: The stop string. None until it is found.
+    last: The engine's last output. None until it has come.
     """
 
-    def __init__(self, detokenizer: IncrementalDetokenizer, save_as: str):  # the wrapped one has all the state
+    def __init__(self, detokenizer: IncrementalDetokenizer, save_as: str):
         self._detokenizer, self._save_as = detokenizer, save_as
         self.found: str | None = None
         self.last: EngineCoreOutput | None = None
@@ -52,14 +58,14 @@ class SavingDetokenizer(IncrementalDetokenizer):
         return self.found
 
 
-def wait_for_save(request: EngineCoreRequest, name: str) -> None:
-    """To be called before the request enters an engine of ours."""
+def mark_for_save(request: EngineCoreRequest, name: str) -> None:
+    """Have the front end wait for the save of a request. Call it before the request enters the engine."""
     assert request.sampling_params is not None
     vars(request.sampling_params)[SAVE_AS] = name
 
 
 def wait_for_saves() -> None:
-    """Afterwards the front ends of this process do. Requests of other engines are not touched."""
+    """From now on, this process's front ends wait for the saves of requests that are marked for it."""
     add_request, process_outputs = OutputProcessor.add_request, OutputProcessor.process_outputs
     if hasattr(process_outputs, "__wrapped__"):
         return
@@ -90,7 +96,7 @@ def wait_for_saves() -> None:
             if output.request_id in found:
                 if not output.finished:
                     continue
-                # What the engine has written behind the stop string, before it was told.
+                # The engine has written these after the stop string, before the abort reached it.
                 output.new_token_ids, output.new_logprobs, output.new_sampling_mask = [], None, None
             if output.finished and output.request_id in waiting:
                 detokenizers[output.request_id].last = output

@@ -1,8 +1,9 @@
-"""What the engine tells the trainer of its model, and the proof that both have the same one.
+"""How the trainer gets the engine's model, and the check that both have the same one.
 
-Nothing is told by its name where it can be told by its value: the Hugging Face config after every override, and the files that
-vLLM loaded. What is left (another file's contents, a model that vLLM and transformers compute differently) shows in the
-log-probabilities of a short text, the probe, which both compute before the first request.
+The trainer gets values in place of names where there are any: the Hugging Face config after every override,
+and the files that vLLM loaded. What can still differ (the contents of a file, a model that vLLM and
+transformers compute differently) shows in the log-probabilities of a short text, the probe. Both compute them
+before the first request.
 """
 
 import json
@@ -32,12 +33,13 @@ from vllm_longctx.temp_lora.messages import Ready
 logger = init_logger("vllm.longctx")
 
 PROBE_TOKENS = 64
-# By how much the same model's log-probabilities may differ, see `difference`. Measured on the CPU: 4e-6, 0.007 and 0.03 at
-# most, of a trained model and of random ones of up to 24 layers; with YaRN's factor 2 on one side only, 0.14 to 1.
+# The largest share of `logprob_difference` that one model may show. Measured on the CPU, for a trained model
+# and random ones of up to 24 layers: at most 4e-6, 0.007 and 0.03. With YaRN's factor 2 on one side only:
+# 0.14 to 1.
 TOLERANCES = {torch.float32: 2e-3, torch.float16: 0.04, torch.bfloat16: 0.2}
-TF32_TOLERANCE = 0.04  # on a GPU kernels take float32 as TF32, which has float16's mantissa
-SMALLEST_SPREAD = 1e-2  # in nats; of a model that has learned nothing, as those of vLLM's dummy weights
-# Settings that say which weights are loaded, or how the model computes.
+TF32_TOLERANCE = 0.04  # GPU kernels compute float32 as TF32, which has float16's mantissa
+MIN_SPREAD = 1e-2  # nats; the log-probabilities of an untrained model hardly differ
+# Settings of vLLM that decide which weights are loaded, or how the model computes.
 MODEL_SETTINGS = (
     "revision",
     "hf_overrides",
@@ -52,15 +54,20 @@ LOAD_SETTINGS = ("load_format", "download_dir")
 
 
 def resolved_config(model: ModelConfig) -> dict[str, Any]:
-    """The Hugging Face config that the engine computes with, whatever it came from."""
+    """The Hugging Face config that the engine computes with, after all overrides."""
     config = json.loads(model.hf_text_config.to_json_string(use_diff=False))
-    for key in ("model_max_length", "auto_map"):  # the length is ours; the code of a checkpoint's own is not run
+    for key in (
+        "model_max_length",
+        "auto_map",
+    ):  # we set the first; the second names code of the checkpoint, which is not run
         config.pop(key, None)
     return config | {"architectures": [a for a in model.architectures if a in ADAPTABLE]}
 
 
 def weight_files(vllm_config: VllmConfig) -> list[str]:
-    """The files that vLLM loaded the model from, or, where they are of Mistral's own format, Hugging Face's beside them.
+    """The files that vLLM loaded the model from.
+
+    Where these have Mistral's own format, Hugging Face's files beside them.
 
     Raises LongContextError if there are none that the trainer can load.
     """
@@ -71,16 +78,16 @@ def weight_files(vllm_config: VllmConfig) -> list[str]:
     _, files, *_ = DefaultModelLoader(load)._prepare_weights(model.model, None, model.revision, True, None)
     if any(file.rpartition("/")[2].startswith("consolidated") for file in files):
         raise LongContextError(
-            f"model {model.model} has its weights in Mistral's own format only, which the trainer cannot load; give a "
-            "checkpoint in Hugging Face's, or leave adaptation out"
+            f"model {model.model} has its weights in Mistral's own format only, which the trainer cannot "
+            "load; give a checkpoint in Hugging Face's, or leave adaptation out"
         )
     return sorted(files)
 
 
 def probe(model: ModelConfig, adaptation: Adaptation) -> list[int]:
-    """Token ids of the probe: no text that anybody wrote, told twice, so that the second time much can be foreseen.
+    """Token ids of the probe: random ones, twice, so that the second half can be predicted.
 
-    It is short enough for every query to see all before it. Empty where not even two tokens are.
+    It is so short that every query sees all tokens before it. Empty if not even two tokens are so short.
     """
     length = min(PROBE_TOKENS, adaptation.window_tokens, model.max_model_len - 1)
     if length < 2:
@@ -91,14 +98,20 @@ def probe(model: ModelConfig, adaptation: Adaptation) -> list[int]:
     return [*first, *half, *half][:length]
 
 
-def measure(scheduler: Scheduler, executor: Executor, tokens: Sequence[int]) -> list[float]:
-    """The engine's log-probabilities of the tokens after the first, in nats: of a request that leaves nothing behind.
+def probe_logprobs(scheduler: Scheduler, executor: Executor, tokens: Sequence[int]) -> list[float]:
+    """The engine's log-probabilities of the tokens after the first, in nats.
 
-    It is one that adapts without learning, so its KV is never published to the prefix cache. Raises LongContextError if the
-    KV cache does not hold it.
+    The request for them adapts without training, so its KV is never published to the prefix cache. Raises
+    LongContextError if the KV cache does not hold it.
     """
     options = {KEY: {"temp_lora": True, "epochs": 0}}
-    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, extra_args=options)
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=0,
+        detokenize=False,
+        extra_args=options,
+    )
     request = Request("longctx-probe", list(tokens), params, None)
     scheduler.add_request(request)
     logprobs: list[float] = []
@@ -117,30 +130,42 @@ def measure(scheduler: Scheduler, executor: Executor, tokens: Sequence[int]) -> 
     return logprobs
 
 
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """By how much nine in ten log-probabilities of the same tokens differ at most: in nats, and as a share of our spread.
+def logprob_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """The 90th percentile of differences of log-probabilities: in nats, and as a share of our spread.
 
-    Nine in ten, since a few tokens that no model would write decide any other figure; the spread, since rounding errors grow
-    with the logits. What is not a number in both is no difference, in one of them an infinite one.
+    The 90th percentile, because a few very unlikely tokens decide any other figure. The spread (standard
+    deviation), because rounding errors grow with the logits. NaN in both is no difference, in one of them an
+    infinite one.
     """
-    apart = sorted(_apart(a, b) for a, b in zip(ours, theirs, strict=True))
+    differences = sorted(_abs_difference(a, b) for a, b in zip(ours, theirs, strict=True))
     finite = [a for a in ours if math.isfinite(a)]
-    spread = max(pstdev(finite), SMALLEST_SPREAD) if finite else 1.0
-    most = apart[int(0.9 * (len(apart) - 1))]
-    return most, most / spread
+    spread = max(pstdev(finite), MIN_SPREAD) if finite else 1.0
+    largest = differences[int(0.9 * (len(differences) - 1))]
+    return largest, largest / spread
 
 
-def _apart(a: float, b: float) -> float:
+def _abs_difference(a: float, b: float) -> float:
     if math.isfinite(a) and math.isfinite(b):
         return abs(a - b)
     return 0.0 if a == b or (math.isnan(a) and math.isnan(b)) else math.inf
 
 
-def fault(ready: Ready, *, ours: Sequence[float], vllm_config: VllmConfig, address: str | None) -> str | None:
-    """What is wrong with the trainer's model: None if it gives the probe the engine's log-probabilities, `ours`."""
+def mismatch(
+    ready: Ready,
+    *,
+    ours: Sequence[float],
+    vllm_config: VllmConfig,
+    address: str | None,
+) -> str | None:
+    """How the trainer's model differs from the engine's, and what to do. None if they are the same.
+
+    ready: The trainer's report, with its log-probabilities of the probe.
+    ours: The engine's, in nats; empty without a probe.
+    address: Of a trainer that was joined.
+    """
     if not ours:
         return None
-    nats, share = difference(ours, ready.logprobs)
+    nats, share = logprob_difference(ours, ready.logprobs)
     model = vllm_config.model_config
     on_gpu = model.dtype == torch.float32 and not current_platform.is_cpu()
     allowed = TF32_TOLERANCE if on_gpu else TOLERANCES[model.dtype]
@@ -150,26 +175,29 @@ def fault(ready: Ready, *, ours: Sequence[float], vllm_config: VllmConfig, addre
         return None
     causes = "; ".join(unusual_settings(vllm_config))
     if address is not None:
-        remedy = f"start the trainer at adaptation.trainer.address = {address!r} with the engine's model, or leave address out"
+        where = f"adaptation.trainer.address = {address!r}"
+        remedy = f"start the trainer at {where} with the engine's model, or leave address out"
     elif causes:
         remedy = "leave out what the trainer does not understand of these settings, or adaptation"
     else:
         remedy = "see whether the checkpoint was changed while the engine started, or leave adaptation out"
     return (
-        f"has another model than the engine: log-probabilities of the same text differ by {what}, where {model.dtype} explains "
-        f"{allowed:g}. It has {ready.about}, the engine {model.model} with {causes or 'no unusual settings'}; {remedy}"
+        f"has another model than the engine: log-probabilities of the same text differ by {what}, "
+        f"where {model.dtype} explains {allowed:g}. It has {ready.about}, the engine {model.model} with "
+        f"{causes or 'no unusual settings'}; {remedy}"
     )
 
 
 def unusual_settings(vllm_config: VllmConfig) -> list[str]:
-    """Settings that are not vLLM's defaults and decide which weights are loaded, or what is computed with them."""
+    """Settings other than vLLM's defaults that decide what weights are loaded, or how the model computes."""
     model, load = vllm_config.model_config, vllm_config.load_config
     found = []
     for section, names in ((model, MODEL_SETTINGS), (load, LOAD_SETTINGS)):
         defaults = {f.name: f.default for f in fields(section)}
-        found += [(name, value) for name in names if (value := getattr(section, name)) and value != defaults[name]]
+        values = {name: getattr(section, name) for name in names}
+        found += [(name, value) for name, value in values.items() if value and value != defaults[name]]
     overrides = model.hf_overrides
-    if isinstance(overrides, dict):  # without the entry of our own
+    if isinstance(overrides, dict):  # without our own entry
         found = [(name, value) for name, value in found if name != "hf_overrides"]
         if own := {key: value for key, value in overrides.items() if key != "model_max_length"}:
             found.append(("hf_overrides", own))

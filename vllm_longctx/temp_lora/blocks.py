@@ -1,8 +1,11 @@
 """Blocks, versions and passes of Temp-LoRA: pure functions of positions.
 
-Symbols: o = first position that belongs to a block, D = `block_tokens`, s = window start, W = `window_tokens`,
-X = `context_tokens`, k = `keep_first`. Block b covers the input positions o + (b-1)·D .. o + b·D - 1; its targets are the
-tokens one position further on. Version v is what training on blocks 1..v produced; version 0 is the untrained adapter.
+Blocks are text blocks here, except in `kv_block`.
+
+Symbols: o = first position that belongs to a block, D = `block_tokens`, s = window start,
+W = `window_tokens`, X = `context_tokens`, k = `keep_first`. Block b covers the input positions
+o + (b-1)·D .. o + b·D - 1. Its targets are the tokens one position further on. Version v is the adapter
+after training on blocks 1..v. Version 0 is untrained.
 
 Source: Temp-LoRA (arXiv 2401.11504, sections 3.1 and 3.2).
 """
@@ -14,14 +17,25 @@ from vllm_longctx.config import KVPolicy, UpdateMode
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where a request's blocks lie and which version computes each. origin (o), block_tokens (D): tokens."""
+    """Where a request's blocks lie and which version computes each.
+
+    origin: First position that belongs to a block (o).
+    block_tokens: Size of a block (D), in tokens.
+    update_mode: `cascaded` computes a block with the version before it; `parallel` with one older still.
+    """
 
     origin: int
     block_tokens: int
     update_mode: UpdateMode
 
     @classmethod
-    def of_prompt(cls, prompt_tokens: int, block_tokens: int, update_mode: UpdateMode, train_on_prompt: bool) -> "Blocks":
+    def of_prompt(
+        cls,
+        prompt_tokens: int,
+        block_tokens: int,
+        update_mode: UpdateMode,
+        train_on_prompt: bool,
+    ) -> "Blocks":
         return cls(0 if train_on_prompt else prompt_tokens - 1, block_tokens, update_mode)
 
     def block_of(self, position: int) -> int:
@@ -29,7 +43,7 @@ class Blocks:
         return 0 if position < self.origin else (position - self.origin) // self.block_tokens + 1
 
     def version_of(self, position: int) -> int:
-        """The version whose weights compute this position: the one before its block, one older still in `parallel`."""
+        """The version that computes this position."""
         return max(self.block_of(position) - (1 if self.update_mode == "cascaded" else 2), 0)
 
     def starts_block(self, position: int) -> bool:
@@ -47,7 +61,15 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Window:
-    """A stepped window under a KV policy. All in tokens: window_tokens (W) is the live context at most."""
+    """A stepped window under a KV policy. Sizes in tokens.
+
+    policy: When a new pass begins: with a full window (`reuse`), with each block, too (`recompute`), or never
+        (`keep`).
+    window_tokens: The most keys of a pass (W).
+    context_tokens: Tokens before its first new position that a new pass computes again (X).
+    keep_first: First tokens of the text that every pass keeps (k).
+    kv_block: Tokens of a KV block. Windows start at a multiple of it.
+    """
 
     policy: KVPolicy
     window_tokens: int
@@ -56,30 +78,40 @@ class Window:
     kv_block: int
 
     def live_tokens(self, start: int, position: int) -> int:
-        """Keys that the query at `position` would see before itself, in a pass that began at `start`."""
+        """Keys before the query at `position`, in a pass whose window starts at `start`."""
         return position - start + (self.keep_first if start else 0)
 
     def next_start(self, start: int, position: int, blocks: Blocks) -> int | None:
-        """The start of the new pass that must begin before `position` is computed; None to go on with this one."""
+        """Start of the window of the new pass that must begin before `position` is computed.
+
+        None for no new pass.
+        """
         full = self.live_tokens(start, position) >= self.window_tokens
-        renew = self.policy == "recompute" and blocks.block_of(position) > 1 and blocks.starts_block(position)
-        if self.policy == "keep" or not (full or renew):
+        is_new_block = blocks.block_of(position) > 1 and blocks.starts_block(position)
+        renews = self.policy == "recompute" and is_new_block
+        if self.policy == "keep" or not (full or renews):
             return None
         return max(position - self.context_tokens, 0) // self.kv_block * self.kv_block
 
     def last_position(self, start: int) -> int:
-        """First position that does not fit into the pass any more."""
+        """First position that does not fit into the pass."""
         return start + self.window_tokens - (self.keep_first if start else 0)
 
     def first_computed(self, start: int) -> int:
-        """Where a pass begins to compute: its kept tokens stand right before its start."""
+        """First position that a pass computes. Its kept first tokens stand before the start of its window."""
         return start - self.keep_first if start else 0
 
 
 def example(text: list[int], targets: range, train_context_tokens: int, bos: int | None) -> list[int]:
-    """What a block is trained on: [BOS | the tokens before the first target | the targets].
+    """The tokens that a block is trained on: [BOS | the tokens before the first target | the targets].
 
-    BOS only where the text began with it and the context does not reach back to it. The loss is on the last len(targets).
+    BOS is there only if the text begins with it and the context does not reach back to it. The loss is on the
+    targets.
+
+    text: All token ids of the request.
+    targets: Indices into the text.
+    train_context_tokens: Tokens before the first target, at most.
+    bos: The model's token that begins a text, if it has one.
     """
     begin = max(targets.start - train_context_tokens, 0)
     head = [bos] if bos is not None and begin > 0 and text[0] == bos else []

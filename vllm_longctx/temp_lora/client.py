@@ -1,4 +1,4 @@
-"""The engine's end of the trainer process: starts it, watches over it, never waits for it unless told to."""
+"""The engine's end of the trainer process: starts it, supervises it, sends jobs and receives reports."""
 
 import math
 import os
@@ -16,31 +16,69 @@ import msgspec
 import psutil
 import torch
 import zmq
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_longctx.config import LongContextError
 from vllm_longctx.processes import SOCKETS
-from vllm_longctx.settings import TrainerSettings
+from vllm_longctx.settings import Adaptation, TrainerSettings
+from vllm_longctx.temp_lora import base_model
 from vllm_longctx.temp_lora import messages as m
-from vllm_longctx.temp_lora.shared_weights import skeleton
+from vllm_longctx.temp_lora.shared_weights import SharedWeights, skeleton
 from vllm_longctx.temp_lora.slots import Slots
-from vllm_longctx.temp_lora.training_memory import free_bytes
+from vllm_longctx.temp_lora.training_memory import Shape, free_bytes
 
 logger = init_logger("vllm.longctx")
 
 SOCKET_PATH_BYTES = 107  # of a Unix socket, on Linux
 
 
-class TrainerClient:
+def trainer_client(
+    vllm_config: VllmConfig,
+    settings: Adaptation,
+    shared: SharedWeights | None,
+) -> "TrainerClient":
+    """The client of an engine, not started yet.
+
+    shared: What the engine's worker shares with a trainer on its GPU. None where the trainer loads its own
+        weights.
     """
-    options: What a trainer process is started with; the address is chosen for each process, unless it is joined.
-    trainer: How it is watched over. One with an address runs already; it is joined and not watched over.
-    max_rank, num_slots: Of the shared memory.
+    model, trainer = vllm_config.model_config, settings.trainer
+    loads_weights = shared is None and trainer.address is None
+    options = m.Options(
+        **{**m.shared_fields(m.Options, trainer), "address": trainer.address or ""},
+        model=model.model,
+        dtype=str(model.dtype).removeprefix("torch."),
+        config=base_model.resolved_config(model),
+        weights=base_model.weight_files(vllm_config) if loads_weights else [],
+        shares=shared is not None,
+        adapters_root=settings.adapters_root,
+        parent=os.getpid(),
+    )
+    return TrainerClient(
+        options,
+        trainer,
+        max_rank=settings.max_rank,
+        num_slots=settings.slots,
+        probe=base_model.probe(model, settings),
+        training_bytes=Shape.of(model.hf_text_config, model.dtype).training_bytes(settings),
+        share=None if shared is None else shared.message,
+    )
+
+
+class TrainerClient:
+    """Starts, supervises and ends one trainer process at a time, or joins one that runs already.
+
+    options: What a trainer process is started with. A new process gets an address of its own.
+    trainer: Time limits and restarts. With an address, the trainer there is joined and not restarted.
+    max_rank: Largest rank of an adapter in a slot.
+    num_slots: Number of slots in the shared memory.
     probe: Token ids of the text of which `messages.Ready` has the log-probabilities.
     training_bytes: What a trainer on a GPU needs beside the model's weights.
-    share: Makes the message for each new process by which it uses the engine's weights; None where it loads its own.
+    share: Makes the message by which a new process uses the engine's weights. None where it loads its own.
 
-    slots: None until the trainer is ready; the caller may clear slots. process_id: None while there is no process of our own.
+    slots: The shared memory of the slots. None until the trainer is ready. The caller may clear slots.
+    process_id: Of the trainer process. None while there is none, or it is joined.
     """
 
     def __init__(
@@ -58,7 +96,7 @@ class TrainerClient:
         self.probe = list(probe)
         self._options, self._trainer = options, trainer
         self._training_bytes, self._share = training_bytes, share
-        self._fault: Callable[[m.Ready], str | None] = lambda ready: None
+        self._mismatch: Callable[[m.Ready], str | None] = lambda ready: None
         self._ready_report: m.Ready | None = None
         self._reason: str | None = None
         self._joins = trainer.address is not None
@@ -68,10 +106,10 @@ class TrainerClient:
         self._process: subprocess.Popen | None = None
         self._directory: str | None = None
         self._reports: list[m.Report] = []
-        self._held: list[m.Job] = []  # until the trainer is ready
+        self._queued: list[m.Job] = []  # until the trainer is ready
         self._ready = self._ended = False
-        self._unanswered: deque[int] = deque()  # owners of the jobs to be answered, in order
-        self._since = 0.0  # the trainer's last sign of life, or when it got something to do
+        self._unanswered: deque[int] = deque()  # owners of jobs to be answered, in the order sent
+        self._active_at = 0.0  # `time.monotonic` of the last report, or of the job that ended an idle time
         self._failures = 0
         self._start_at: float | None = None
 
@@ -80,21 +118,25 @@ class TrainerClient:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Returns at once; the model is loaded meanwhile. Raises LongContextError if memory is too small for it."""
+        """Start loading the model.
+
+        Returns at once. Raises LongContextError if memory is too small for the model.
+        """
         if self._joins:
             self._connect(self._options.address)
         else:
             check_memory(self._options, self._training_bytes)
             self._spawn()
 
-    def wait_until_ready(self, fault: Callable[[m.Ready], str | None]) -> None:
-        """Block until the trainer is ready. fault: says what is wrong with its model, also when it comes back from a restart.
+    def wait_until_ready(self, mismatch: Callable[[m.Ready], str | None]) -> None:
+        """Block until the trainer is ready. Raises LongContextError if it will never be.
 
-        Raises LongContextError if there will be no trainer.
+        mismatch: Says how its model differs from the engine's; None if they are the same. Asked again after
+            each restart.
         """
-        self._fault = fault
-        if self._ready_report is not None and (reason := fault(self._ready_report)) is not None:
-            self._die(reason)
+        self._mismatch = mismatch
+        if self._ready_report is not None and (reason := mismatch(self._ready_report)) is not None:
+            self._end(reason)
         while self._ready_report is None and not self._ended:
             time.sleep(0.02)
             self._receive()
@@ -103,33 +145,39 @@ class TrainerClient:
             raise LongContextError(f"longctx.adaptation: the trainer {self._reason}")
 
     def send(self, job: m.Job) -> None:
-        """Never blocks. What is sent before the trainer is ready is held; what is sent after m.Dead is dropped."""
+        """Send a job; never blocks.
+
+        Before the trainer is ready, jobs are queued. After m.Dead they are discarded.
+        """
         if self._ended:
             return
         if self._socket is None or not self._ready:
-            self._held.append(job)
+            self._queued.append(job)
             return
         if isinstance(job, m.ANSWERED):
             if not self._unanswered:
-                self._since = time.monotonic()
+                self._active_at = time.monotonic()
             self._unanswered.append(job.owner)
         self._socket.send(m.encode(job), zmq.NOBLOCK)
 
     def poll(self) -> list[m.Report]:
-        """Never blocks. All reports since the last call, in order; call it often, since it is what notices a dead trainer.
+        """All reports since the last call, in order; never blocks.
 
-        On m.Restarted: send m.Resume, or m.Begin before the first version, for every adapter that is still needed, and the
-        training and saving not yet answered. m.Dead is the last there will be.
+        Call it often: it is what notices that a trainer ended.
+
+        After m.Restarted, send m.Resume, or m.Begin before the first version, for every adapter that is still
+        needed, and the m.Train and m.Save that are not answered yet. m.Dead is the last report.
         """
         self._receive()
-        # The last words of one that is gone come before m.Restarted: else what they make the caller send would go to the next.
+        # Reports of an ended trainer are returned before it is replaced: jobs that follow from them must not
+        # reach the next one.
         if not self._reports:
             self._supervise()
         reports, self._reports = self._reports, []
         return reports
 
     def wait(self, seconds: float) -> None:
-        """Block until `poll` has a message of the trainer's, but not longer than this."""
+        """Block until `poll` has a report, at most this long."""
         if self._reports:
             return
         if self._socket is None:
@@ -138,10 +186,13 @@ class TrainerClient:
             self._socket.poll(math.ceil(1000 * seconds))
 
     def close(self) -> None:
-        """End the trainer, or leave it if it was joined. Nothing is left of it: no process, file or memory."""
+        """End the trainer, or leave it if it was joined.
+
+        Afterwards there is no process, file or memory of it.
+        """
         if self._joins and self._socket is not None:
             self._socket.send(m.encode(m.Leave()), zmq.NOBLOCK)
-        # An adapter may be being saved; vLLM gives its engine core 5 s for all of its shutdown.
+        # A save may be in progress. vLLM gives its engine core 5 s for the whole shutdown.
         self._end_process(grace_s=3.0 if self._unanswered else 0.0)
         self._disconnect(linger_ms=1000 if self._joins else 0)
         self._context.term()
@@ -150,23 +201,28 @@ class TrainerClient:
             self.slots.close()
 
     def _spawn(self) -> None:
-        """Each process has its own socket, so that nothing a dead one said can be heard after m.Restarted."""
+        """Start a process.
+
+        Each has a socket of its own, so that no report of an ended one comes after m.Restarted.
+        """
         self._directory = tempfile.mkdtemp(prefix="trainer-", dir=os.environ.get(SOCKETS))
         path = f"{self._directory}/trainer"
         if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
             self._remove_directory()
             raise LongContextError(
-                f"longctx.adaptation: the path of the trainer's socket, {path}, would have more than {SOCKET_PATH_BYTES} "
-                "bytes; set TMPDIR to a shorter one"
+                f"longctx.adaptation: the path of the trainer's socket, {path}, would have more than "
+                f"{SOCKET_PATH_BYTES} bytes; set TMPDIR to a shorter one"
             )
         options = msgspec.structs.replace(self._options, address=f"ipc://{path}")
         command = [sys.executable, "-m", "vllm_longctx.trainer.sidecar"]
-        # Below the engine's, if the GPU runs under MPS; without it there are no priorities between processes.
+        # A lower priority than the engine's, if the GPU runs under MPS. Without it processes have no
+        # priorities.
         environment = {"CUDA_MPS_CLIENT_PRIORITY": "1", **os.environ}
-        told = Path(self._directory, "options")  # a file, since a pipe could be full, and a command line is everybody's to read
-        told.write_bytes(msgspec.json.encode(options))
-        with told.open("rb") as stdin:
-            # a session of its own: Ctrl-C at a terminal is the engine's to handle
+        # A file, since a pipe could be full, and every user can read a command line.
+        options_file = Path(self._directory, "options")
+        options_file.write_bytes(msgspec.json.encode(options))
+        with options_file.open("rb") as stdin:
+            # A new session, so that Ctrl-C at a terminal reaches the engine only.
             self._process = subprocess.Popen(command, stdin=stdin, start_new_session=True, env=environment)
         self._connect(options.address)
 
@@ -180,7 +236,7 @@ class TrainerClient:
         self._socket.send(m.encode(m.Join(self.probe, self._options.adapters_root)))
         self._ready, self._start_at = False, None
         self._unanswered.clear()
-        self._since = time.monotonic()
+        self._active_at = time.monotonic()
 
     def _disconnect(self, linger_ms: int = 0) -> None:
         if self._socket is not None:
@@ -209,40 +265,43 @@ class TrainerClient:
                 report = m.decode_report(self._socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
-            except msgspec.MsgspecError as e:  # a joined one may be of another version
-                self._die(f"says what this engine does not understand: {e}")
+            except msgspec.MsgspecError as e:  # a joined trainer may have another version
+                self._end(f"says what this engine does not understand: {e}")
                 return
             if isinstance(report, m.Lost):
-                self._die(report.reason)
+                self._end(report.reason)
                 return
-            self._since = time.monotonic()
+            self._active_at = time.monotonic()
             if isinstance(report, m.ANSWERS):
                 if self._unanswered:
                     self._unanswered.popleft()
                 if isinstance(report, m.Trained | m.Saved):
                     self._failures = 0
             elif isinstance(report, m.Unable):
-                (self._die if self._ready_report is None else self._restart)(report.reason)
+                (self._end if self._ready_report is None else self._restart)(report.reason)
                 return
             elif isinstance(report, m.Ready):
-                if (reason := self._fault(report)) is not None:
-                    self._die(reason)
+                if (reason := self._mismatch(report)) is not None:
+                    self._end(reason)
                     return
-                self._open(report)
+                self._accept(report)
             self._reports.append(report)
 
-    def _open(self, ready: m.Ready) -> None:
+    def _accept(self, ready: m.Ready) -> None:
+        """The trainer is ready: open the slots and send the queued jobs."""
         self._ready_report = ready
-        self._remove_directory()  # connected: its name is not needed any more, so nothing is left even if all is killed now
+        # The socket is connected and needs no name. So nothing is left if all processes are killed.
+        self._remove_directory()
         if self.slots is None:
             self.slots = Slots.create(ready.modules, self._max_rank, self._num_slots)
         self._ready = True
         self.send(m.OpenSlots(self.slots.path, self._max_rank, self._num_slots))
-        held, self._held = self._held, []
-        for job in held:
+        queued, self._queued = self._queued, []
+        for job in queued:
             self.send(job)
 
     def _supervise(self) -> None:
+        """Notice a trainer that has ended or hangs, and start the next one when its delay is over."""
         now = time.monotonic()
         if self._start_at is not None and now >= self._start_at:
             try:
@@ -254,30 +313,36 @@ class TrainerClient:
         code = None if self._process is None else self._process.poll()
         if code is not None:
             self._restart(f"ended with code {code}")
-        elif not self._ready and now - self._since > self._trainer.start_timeout_s:
+        elif not self._ready and now - self._active_at > self._trainer.start_timeout_s:
             where = f"at {self._options.address} " if self._joins else ""
             reason = f"{where}was not ready after {self._trainer.start_timeout_s:g} s"
             if self.slots is None:
                 more = "if its model takes longer to load, allow it more (adaptation.trainer.start_timeout_s)"
-                self._die(f"{reason}; {more}")
-            else:  # one before it was, so the time is enough and this one hangs
+                self._end(f"{reason}; {more}")
+            else:  # one before it was ready in time, so this one hangs
                 self._restart(reason)
-        elif self._unanswered and now - self._since > self._trainer.timeout_s:
+        elif self._unanswered and now - self._active_at > self._trainer.timeout_s:
             self._restart(f"took more than {self._trainer.timeout_s:g} s for one job")
 
     def _restart(self, reason: str) -> None:
+        """End the process and start another after a delay, which doubles each time.
+
+        At the limit, end for good.
+        """
         if self._joins or self._failures >= self._trainer.max_restarts:
-            self._die(reason)
+            self._end(reason)
             return
         owner = self._unanswered[0] if self._unanswered else None
         self._stop()
         delay = 0.5 * 2**self._failures
         self._failures += 1
         self._start_at = time.monotonic() + delay
-        logger.warning("longctx: the trainer %s; restart %d of %d", reason, self._failures, self._trainer.max_restarts)
+        limit = self._trainer.max_restarts
+        logger.warning("longctx: the trainer %s; restart %d of %d", reason, self._failures, limit)
         self._reports.append(m.Restarted(owner))
 
-    def _die(self, reason: str) -> None:
+    def _end(self, reason: str) -> None:
+        """There is no trainer from now on."""
         self._stop()
         self._ended, self._reason = True, reason
         logger.error("longctx: the trainer %s; there is no trainer any more", reason)
@@ -286,38 +351,47 @@ class TrainerClient:
     def _stop(self) -> None:
         self._end_process()
         self._disconnect()
-        self._held.clear()
+        self._queued.clear()
         self._unanswered.clear()
         self._ready = False
 
 
 def check_memory(options: m.Options, training_bytes: int) -> None:
-    """Raises LongContextError if the free memory does not hold what the trainer needs.
+    """Raises LongContextError if there is not enough free memory for the trainer.
 
-    That is, of the host a second copy of the checkpoint's weights; of a GPU what training needs, too.
+    In host memory it needs a second copy of the checkpoint's weights. On a GPU it also needs what training
+    needs.
+
+    training_bytes: What training needs beside the weights.
     """
-    weights = 0 if options.shares else weight_bytes(options.model, getattr(torch, options.dtype), options.config)
+    dtype = getattr(torch, options.dtype)
+    weights = 0 if options.shares else weight_bytes(options.model, dtype, options.config)
     device = torch.device(options.device)
     if device.type == "cuda":
         need, free = weights + training_bytes, free_bytes(device)
         if need > free:
             raise LongContextError(
-                f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB on {device} ({weights / 2**30:.2f} for its own "
-                f"copy of the {options.dtype} weights of {options.model}, {training_bytes / 2**30:.2f} to train), but only "
-                f"{free / 2**30:.2f} GiB are free there; lower gpu_memory_utilization, adaptation.slots, adaptation.rank or "
+                f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB on {device} "
+                f"({weights / 2**30:.2f} for its own copy of the {options.dtype} weights of {options.model}, "
+                f"{training_bytes / 2**30:.2f} to train), but only {free / 2**30:.2f} GiB are free there; "
+                "lower gpu_memory_utilization, adaptation.slots, adaptation.rank or "
                 "adaptation.block_tokens, or name another GPU in adaptation.trainer.device"
             )
         return
     free = psutil.virtual_memory().available
     if weights > free:
         raise LongContextError(
-            f"longctx.adaptation: the trainer needs {weights / 2**30:.2f} GiB for its own copy of the {options.dtype} weights "
-            f"of {options.model}, but only {free / 2**30:.2f} GiB of memory are free; use a smaller model, dtype bfloat16 or a "
-            "smaller VLLM_CPU_KVCACHE_SPACE, or leave adaptation out"
+            f"longctx.adaptation: the trainer needs {weights / 2**30:.2f} GiB for its own copy of the "
+            f"{options.dtype} weights of {options.model}, but only {free / 2**30:.2f} GiB of memory are "
+            "free; use a smaller model, dtype bfloat16 or a smaller VLLM_CPU_KVCACHE_SPACE, "
+            "or leave adaptation out"
         )
 
 
 def weight_bytes(model: str, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> int:
-    """Of a model's weights in this dtype, as the trainer holds them. config: in place of the checkpoint's."""
+    """Bytes of a model's weights in this dtype, as the trainer has them.
+
+    config: A complete Hugging Face config in place of the checkpoint's.
+    """
     parameters = skeleton(model, str(dtype).removeprefix("torch."), "sdpa", config).parameters()
     return sum(parameter.numel() for parameter in parameters) * dtype.itemsize

@@ -1,6 +1,9 @@
-"""What the engine and the trainer process say to each other: small structs as MessagePack. Weights go through `slots`.
+"""The messages between the engine and the trainer process: small structs as MessagePack.
 
-Every Begin, Resume, Train and Save is answered once, in the order sent: Began, Trained, Saved, Failed or SaveFailed.
+Weights go through `slots`.
+
+A job is a message to the trainer, a report one to the engine. Every Begin, Resume, Train and Save is answered
+once, in the order sent: by Began, Trained, Saved, Failed or SaveFailed.
 """
 
 import re
@@ -16,8 +19,15 @@ from vllm_longctx.config import ADAPTER_NAME
 class Recipe(msgspec.Struct, frozen=True):
     """How one request's adapter is made and trained. Defaults: the official Temp-LoRA code's.
 
-    alpha / rank scales the adapter's output. learning_rate is reached after warmup_blocks blocks. adapter_seed: of the
-    initial weights and of dropout.
+    rank: Of the adapter's matrices.
+    alpha: alpha / rank scales the adapter's output.
+    dropout: Share of an adapter's inputs that training drops.
+    learning_rate: AdamW's, after `warmup_blocks` blocks.
+    weight_decay, adam_eps: AdamW's.
+    grad_clip: Largest norm of the gradients; None for no limit.
+    warmup_blocks: Blocks over which the learning rate rises from 0.
+    epochs: Steps on each block. 0 for no training.
+    adapter_seed: Of the initial weights and of dropout.
     """
 
     rank: int = 64
@@ -32,19 +42,30 @@ class Recipe(msgspec.Struct, frozen=True):
     adapter_seed: int = 0
 
     def learning_rate_of(self, block: int) -> float:
-        """Of the blocks 1, 2, ...: the first trains at 0 where there is a warm-up, as in the official code."""
-        return self.learning_rate * (min(1.0, (block - 1) / self.warmup_blocks) if self.warmup_blocks else 1.0)
+        """The learning rate of a block, from 1 on.
+
+        With a warm-up the first trains at 0, as in the official code.
+        """
+        warmed_up = min(1.0, (block - 1) / self.warmup_blocks) if self.warmup_blocks else 1.0
+        return self.learning_rate * warmed_up
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What the trainer process is started with.
 
-    address: ZeroMQ's, of the socket to bind. model: a checkpoint directory or a name in Hugging Face's cache. revision: of that
-    name. config, weights: from an engine, a complete Hugging Face config and the files of the weights, in place of what the
-    model's name stands for. dtype, device: torch's names for them. attention, recompute, duty_cycle: see
-    `config.TrainerSection`. shares: the first message is Share, and there is no checkpoint to load. cpus: logical CPUs to run
-    on; None: all those inherited. adapters_root: where adapters are saved to and started from. parent: process id; when that
-    process ends, this one removes the directory of its socket and ends too.
+    address: Of the socket to bind, as ZeroMQ writes it.
+    model: A checkpoint directory, or a name in Hugging Face's cache.
+    dtype: torch's name for it.
+    revision: Of a name in Hugging Face's cache.
+    config: From an engine: a complete Hugging Face config in place of the checkpoint's.
+    weights: From an engine: the files of the weights in place of the checkpoint's.
+    device: torch's name for it.
+    attention, recompute, duty_cycle: See `config.TrainerSection`.
+    shares: Whether the first message is Share, so that there is no checkpoint to load.
+    threads: CPU threads of torch.
+    cpus: Logical CPUs to run on. None for all those inherited.
+    adapters_root: Directory of saved adapters.
+    parent: Process id. When that process ends, this one removes the directory of its socket and ends, too.
     """
 
     address: str
@@ -65,10 +86,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SharedTensor(msgspec.Struct, frozen=True):
-    """A tensor in another process's GPU memory, by CUDA IPC; the names of `torch.multiprocessing.reductions`.
+    """A tensor in another process's GPU memory, by CUDA IPC. Fields as in `torch.multiprocessing.reductions`.
 
-    shape, stride, offset: of the tensor in its storage, in elements. storage_bytes, storage_offset: of that storage in what
-    CUDA allocated and the handle names, in bytes. counter_*: counts who uses it. event_*: of what wrote it.
+    shape, stride, offset: Of the tensor in its storage, in elements.
+    dtype: torch's name for it.
+    handle: CUDA's, for the allocation.
+    storage_bytes, storage_offset: Of the storage in the allocation, in bytes.
+    counter_handle, counter_offset: Of the counter of processes that use it.
+    event_handle, wait_for_event: The CUDA event of the last write, and whether to wait for it.
     """
 
     shape: list[int]
@@ -85,13 +110,20 @@ class SharedTensor(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
-    """owner: one adapter's number, never used again. slot, bank: see `slots`. version: 0 is before any training."""
+    """Any message. Fields that several have:
+
+    owner: Number of one request's adapter, never used again.
+    slot, bank: Where its weights are, see `slots`.
+    version: Number of the block that it was trained on last; 0 is untrained.
+    reason: Why something failed, for the log and the user.
+    """
 
 
 class Join(Message, frozen=True):
-    """An engine's first message, answered by Ready. Whatever the trainer did for another engine ends.
+    """An engine's first message, answered by Ready or Unable. What the trainer did for another engine ends.
 
-    probe: token ids of the text of which Ready has the log-probabilities. adapters_root: the engine's, if it has one.
+    probe: Token ids of the text of which Ready has the log-probabilities.
+    adapters_root: The engine's, if it has one.
     """
 
     probe: list[int] = []
@@ -99,24 +131,33 @@ class Join(Message, frozen=True):
 
 
 class Share(Message, frozen=True):
-    """Before Join, if Options say so: the engine's weights under vLLM's names, and its slots' device memory."""
+    """Sent before Join, if Options say so.
+
+    weights: The engine's, under vLLM's names.
+    slots: GPU memory of its adapter slots.
+    """
 
     weights: dict[str, SharedTensor]
     slots: SharedTensor
 
 
 class Leave(Message, frozen=True):
-    """The engine's last: forget all its adapters."""
+    """The engine's last message: drop all its adapters."""
 
 
 class OpenSlots(Message, frozen=True):
+    """Where the slots are: arguments of `Slots.open`."""
+
     path: str
     max_rank: int
     num_slots: int
 
 
 class Begin(Message, frozen=True):
-    """A new adapter, or the saved one named start_from, whose weights are then in bank 0 as version 0. Answer: Began."""
+    """Make an adapter. Answer: Began or Failed.
+
+    start_from: Name of a saved adapter to load. Its weights are then in bank 0 as version 0.
+    """
 
     owner: int
     slot: int
@@ -125,7 +166,10 @@ class Begin(Message, frozen=True):
 
 
 class Resume(Message, frozen=True):
-    """After a restart: an adapter whose weights are in the slot; its optimizer and dropout start anew. Answer: Began."""
+    """After a restart: make an adapter from the weights in its slot. Its optimizer and dropout start anew.
+
+    Answer: Began or Failed.
+    """
 
     owner: int
     slot: int
@@ -135,7 +179,12 @@ class Resume(Message, frozen=True):
 
 
 class Train(Message, frozen=True):
-    """Make `version` by training on one block: the last num_targets of tokens. Answers: Started, then Trained or Failed."""
+    """Make `version` by training on one block. Reports: Started, then the answer, Trained or Failed.
+
+    bank: For the trained weights.
+    tokens: The example, see `blocks.example`.
+    num_targets: How many of its last tokens are targets.
+    """
 
     owner: int
     slot: int
@@ -146,7 +195,10 @@ class Train(Message, frozen=True):
 
 
 class Save(Message, frozen=True):
-    """Write the newest weights to adapters_root/name. position: tokens of the text read so far. Answer: Saved or SaveFailed."""
+    """Write the newest weights to adapters_root/name. Answer: Saved or SaveFailed.
+
+    position: Length of the text so far, in tokens.
+    """
 
     owner: int
     name: str
@@ -154,12 +206,18 @@ class Save(Message, frozen=True):
 
 
 class Drop(Message, frozen=True):
+    """Forget an adapter."""
+
     owner: int
 
 
 class Ready(Message, frozen=True):
-    """modules: of every adapted linear layer, under Hugging Face's name, its (in, out) features. logprobs: of every token of
-    the probe after its first, in nats. about: what the trainer loaded, in words."""
+    """The trainer has its model.
+
+    modules: Of every adapted linear layer, under Hugging Face's name, the (in, out) features.
+    logprobs: Of every token of the probe after its first, in nats.
+    about: What the trainer loaded, in words.
+    """
 
     modules: dict[str, tuple[int, int]]
     logprobs: list[float] = []
@@ -167,22 +225,30 @@ class Ready(Message, frozen=True):
 
 
 class Unable(Message, frozen=True):
-    """In place of Ready, and the last there will be: the trainer has no model."""
+    """In place of Ready, and the last report: the trainer has no model."""
 
     reason: str
 
 
 class Began(Message, frozen=True):
+    """The adapter is made."""
+
     owner: int
 
 
 class Started(Message, frozen=True):
+    """The training of a version has started. Not an answer."""
+
     owner: int
     version: int
 
 
 class Trained(Message, frozen=True):
-    """The slot's bank holds the version. losses: one per epoch, each before its step; nats per token."""
+    """The slot's bank holds the version.
+
+    losses: One per epoch, before its step, in nats per token.
+    seconds: What the training took.
+    """
 
     owner: int
     slot: int
@@ -193,7 +259,10 @@ class Trained(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """version: the one that was not made, 0 for Begin. The adapter is as it was before."""
+    """A Begin, Resume or Train failed. The adapter is as it was before.
+
+    version: The version that was not made; 0 for Begin.
+    """
 
     owner: int
     version: int
@@ -201,33 +270,41 @@ class Failed(Message, frozen=True):
 
 
 class Saved(Message, frozen=True):
+    """The adapter is on disk."""
+
     owner: int
     name: str
 
 
 class SaveFailed(Message, frozen=True):
+    """The adapter is not saved. What had its name before is unchanged."""
+
     owner: int
     name: str
     reason: str
 
 
 class Lost(Message, frozen=True):
-    """The trainer works for another engine now."""
+    """The trainer does not work for this engine any more."""
 
     reason: str
 
 
 class Restarted(Message, frozen=True):
-    """From the client: everything sent so far and not yet answered is lost, and so are all adapters but for the slots.
+    """From the client, not the trainer: a new trainer process starts.
 
-    owner: of the job that the trainer was at, None if it was at none.
+    Adapters are lost, except what is in the slots.
+
+    So are all jobs that are not answered yet.
+
+    owner: Of the job that the trainer worked on when it ended. None if it had none.
     """
 
     owner: int | None = None
 
 
 class Dead(Message, frozen=True):
-    """From the client: there is no trainer any more and there will be none."""
+    """From the client, not the trainer: there is no trainer any more, and no other one is started."""
 
     reason: str
 
@@ -243,22 +320,22 @@ decode_report = msgspec.msgpack.Decoder(Report).decode
 
 
 def not_saved(name: str, reason: str) -> str:
-    """What the answer to a request says whose adapter could not be saved."""
+    """Stop reason of a request whose adapter could not be saved."""
     return f"longctx: adapter {name!r} was not saved: {reason}"
 
 
 def adapter_path(adapters_root: str | None, name: str) -> Path:
     """The directory of a saved adapter. Raises ValueError for a name that is not a plain one."""
     if adapters_root is None:
-        raise ValueError(f"adapter {name!r}: the server has no adapters_root; set it to save adapters or to start from one")
+        remedy = "set it to save adapters or to start from one"
+        raise ValueError(f"adapter {name!r}: the server has no adapters_root; {remedy}")
     if not re.fullmatch(ADAPTER_NAME, name):
-        raise ValueError(
-            f"adapter name {name!r}: use up to 128 letters, digits, '.', '_' and '-', the first a letter or a digit"
-        )
+        allowed = "up to 128 letters, digits, '.', '_' and '-', the first a letter or a digit"
+        raise ValueError(f"adapter name {name!r}: use {allowed}")
     return Path(adapters_root) / name
 
 
-def taken(struct: type[msgspec.Struct], settings: BaseModel) -> dict[str, Any]:
-    """Those fields of a struct that settings have under the same names."""
+def shared_fields(struct: type[msgspec.Struct], settings: BaseModel) -> dict[str, Any]:
+    """By name, the values of the settings that are fields of a struct, too."""
     names = type(settings).model_fields.keys() & set(struct.__struct_fields__)
     return {name: getattr(settings, name) for name in names}

@@ -1,7 +1,7 @@
-"""The engine's GPU memory in the trainer's process: the base model's weights and the slots' device memory, by CUDA IPC.
+"""The base model's weights and the adapter slots in GPU memory that engine and trainer share, by CUDA IPC.
 
-The engine's worker exports them, the trainer on the same GPU maps them; nothing is copied. The trainer never writes to the
-weights: peft freezes the base model, and gradients go to the adapters alone.
+The engine's worker exports them and the trainer on the same GPU maps them. Nothing is copied. The trainer
+never writes to the base model's weights: peft freezes them, and only the adapters have gradients.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,15 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vllm_longctx.temp_lora.messages import Share, SharedTensor
 
-# vLLM's names for layers whose rows are those of several layers one behind the other: `packed_modules_mapping` of its models.
+# Layers of vLLM whose rows are those of several layers, in this order: `packed_modules_mapping` of its
+# models.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-PADDED = ("model.embed_tokens.weight", "lm_head.weight")  # to a multiple of 64 rows, behind the vocabulary
+PADDED = ("model.embed_tokens.weight", "lm_head.weight")  # after the vocabulary, to a multiple of 64 rows
 
 
 def export(tensor: Tensor) -> SharedTensor:
-    """A GPU tensor, for `attach` in another process, which must not outlive the memory. Once for each process that attaches."""
+    """A GPU tensor for `attach` in one other process, which must end before the memory is freed."""
     _, arguments = reduce_tensor(tensor.detach())
-    _, shape, stride, offset, _, dtype, _, handle, storage_bytes, storage_offset, _, *counter_and_event = arguments
+    _, shape, stride, offset, _, dtype, _, handle, storage_bytes, storage_offset, _, *rest = arguments
     return SharedTensor(
         list(shape),
         list(stride),
@@ -33,12 +34,12 @@ def export(tensor: Tensor) -> SharedTensor:
         handle,
         storage_bytes,
         storage_offset,
-        *counter_and_event,
+        *rest,  # counter and event
     )
 
 
 def attach(shared: SharedTensor, device: torch.device) -> Tensor:
-    """The tensor itself, in this process. device: the same GPU by this process's number for it."""
+    """The tensor itself, in this process. device: The same GPU, with its index in this process."""
     return rebuild_cuda_tensor(
         tensor_cls=Tensor,
         tensor_size=torch.Size(shared.shape),
@@ -60,42 +61,65 @@ def attach(shared: SharedTensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class SharedWeights:
-    """What an engine's only worker shares with the trainer on its GPU. weights: under vLLM's names. slots: device memory, uint8."""
+    """What an engine's only worker shares with the trainer on its GPU.
+
+    weights: The base model's, under vLLM's names.
+    slots: GPU memory of the adapter slots, uint8 [`Slots.size`].
+    """
 
     weights: dict[str, Tensor]
     slots: Tensor
 
     def message(self) -> Share:
-        """For one process of the trainer's."""
+        """For one trainer process."""
         return Share({name: export(weight) for name, weight in self.weights.items()}, export(self.slots))
 
 
-# Of the engines in this process, by their `VllmConfig.instance_id`: a worker adds one, the scheduler beside it takes it.
+# Of the engines in this process, by `VllmConfig.instance_id`: an engine's worker adds it, its scheduler takes
+# it out.
 shared_by_engine: dict[str, SharedWeights] = {}
 
 
 def engine_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Of a vLLM model, under the names that its layers had before they were wrapped for LoRA."""
+    """The weights of a vLLM model, under the names that its layers had before they were wrapped for LoRA."""
     return {name.replace(".base_layer.", "."): p.detach() for name, p in model.named_parameters()}
 
 
 def model_class(config: Mapping[str, Any]) -> type[PreTrainedModel]:
-    """transformers' own for a complete Hugging Face config: by its architecture, as vLLM does, whatever code comes with it."""
-    return next(found for name in config["architectures"] if (found := getattr(transformers, name, None)) is not None)
+    """transformers' own class for a complete Hugging Face config.
+
+    By architecture, as in vLLM; a checkpoint's code is not run.
+    """
+    classes = (getattr(transformers, name, None) for name in config["architectures"])
+    return next(found for found in classes if found is not None)
 
 
-def skeleton(model: str, dtype: str, attention: str, config: Mapping[str, Any] | None = None) -> PreTrainedModel:
-    """A checkpoint's Hugging Face model without weights, on `meta`. config: a complete one in place of the checkpoint's."""
+def skeleton(
+    model: str,
+    dtype: str,
+    attention: str,
+    config: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """A checkpoint's Hugging Face model without weights, on `meta`.
+
+    model: A directory, or a name in Hugging Face's cache.
+    dtype, attention: torch's name of a dtype; transformers' `attn_implementation`.
+    config: A complete Hugging Face config in place of the checkpoint's.
+    """
     settings = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
-    made = AutoConfig.from_pretrained(model) if config is None else model_class(config).config_class.from_dict(dict(config))
+    if config is None:
+        hf_config = AutoConfig.from_pretrained(model)
+    else:
+        hf_config = model_class(config).config_class.from_dict(dict(config))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(made, **settings)
+        return AutoModelForCausalLM.from_config(hf_config, **settings)
 
 
 def views(weights: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """The engine's weights under Hugging Face's names: rows of fused layers, the vocabulary's rows of padded ones.
+    """The engine's weights under Hugging Face's names. Fused layers are split, and padding is left out.
 
-    Raises ValueError if they are not exactly the model's, as those of one of several tensor-parallel ranks are not.
+    Raises ValueError if they are not exactly the model's. Those of one of several tensor-parallel ranks are
+    not.
     """
     shapes = {name: p.shape for name, p in model.named_parameters()}
     found: dict[str, Tensor] = {}
@@ -114,25 +138,34 @@ def views(weights: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Te
         found.pop("lm_head.weight", None)
     different = sorted(shapes.keys() ^ found.keys()) or [n for n in shapes if shapes[n] != found[n].shape]
     if different:
-        raise ValueError(f"{different[0]} and {len(different) - 1} more are not in both models, or not of one shape")
+        more = len(different) - 1
+        raise ValueError(f"{different[0]} and {more} more are not in both models, or not of one shape")
     return found
 
 
 def fill(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The skeleton with the engine's weights for its own, on their device, and its rotary tables made anew."""
+    """Give a skeleton the engine's weights, on their device, and new rotary tables. Returns it."""
     own = views(weights, model)
     device = next(iter(own.values())).device
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             with device:
                 model.set_submodule(name, type(module)(config=model.config))
-    model.load_state_dict(own, strict=False, assign=True)  # not strict, since a tied output layer has no weights of its own
+    model.load_state_dict(own, strict=False, assign=True)  # a tied output layer has no weights of its own
     model.tie_weights()
     return model.requires_grad_(False)
 
 
-def adapted_modules(weights: Mapping[str, Tensor], linear_layers: Collection[str]) -> dict[str, tuple[int, int]]:
-    """The trainer's `modules`, from `views`: (in, out) features of the layers whose last names are given."""
+def adapted_modules(
+    weights: Mapping[str, Tensor],
+    linear_layers: Collection[str],
+) -> dict[str, tuple[int, int]]:
+    """The (in, out) features of the adapted layers, as the trainer's `modules`.
+
+    weights: From `views`.
+    linear_layers: Last parts of the names of the layers that have an adapter.
+    """
     names = (name.removesuffix(".weight") for name in weights if name.endswith(".weight"))
-    shapes = {name: weights[f"{name}.weight"].shape for name in names if name.rpartition(".")[2] in linear_layers}
+    adapted = (name for name in names if name.rpartition(".")[2] in linear_layers)
+    shapes = {name: weights[f"{name}.weight"].shape for name in adapted}
     return {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}

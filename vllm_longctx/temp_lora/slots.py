@@ -1,8 +1,9 @@
-"""Adapter weights in memory shared by the trainer, the scheduler and the workers.
+"""Adapter slots: weights in memory that the trainer, the scheduler and the workers share.
 
-The memory is an anonymous file: nothing is on disk, pages exist once written, and all is gone with the last process that
-holds it. Each slot has two banks, so that one version can be read while the next is written. A trainer and a worker on one GPU
-may keep the weights in memory there; then only the banks' headers, which say what is valid, are in the file.
+The memory is an anonymous file. Nothing is on disk, a page takes memory once it is written, and all is freed
+with the last process that has the file open. Each slot has two banks, so that one version can be read while
+the next is written. A trainer and a worker on one GPU may have the weights in GPU memory. Then the file has
+only the banks' headers, which say what is valid.
 """
 
 import mmap
@@ -14,16 +15,24 @@ import torch
 from torch import Tensor
 
 Weights = Mapping[str, tuple[Tensor, Tensor]]
-HEADER_BYTES = 64  # int64: owner, version, rank (0: nothing valid in this bank), number of writes so far
+HEADER_BYTES = 64  # int64: owner, version, rank (0: the bank holds nothing valid), number of writes
 
 
 class StaleSlot(Exception):
-    """A bank does not hold, or while it was read no longer held, the version that was asked for."""
+    """A bank does not hold the version that was asked for, or was written while it was read."""
 
 
 class Slots:
-    """modules: of each module the (in, out) features. Per module a bank holds float32 A [rank, in] and B [out, rank], B
-    already multiplied by alpha / rank. device_memory: uint8 [`size`], where the weights are instead of in the file."""
+    """Slots of one size.
+
+    Per module a bank holds float32 A [rank, in] and B [out, rank]; B is multiplied by alpha / rank.
+
+    fd: The file. An empty one gets its size; one of another size raises ValueError.
+    modules: Of each adapted module, by name, the (in, out) features.
+    max_rank: Largest rank that a bank holds.
+    num_slots: Number of slots.
+    device_memory: GPU memory, uint8 [`size`], for the weights in place of the file.
+    """
 
     def __init__(
         self,
@@ -38,20 +47,19 @@ class Slots:
         size = self.size(modules, max_rank, num_slots)
         if os.fstat(fd).st_size == 0:
             os.ftruncate(fd, size)
-        if os.fstat(fd).st_size != size:
-            raise ValueError(f"the slots are {os.fstat(fd).st_size} bytes, but this model, rank and number make {size}")
+        if (found := os.fstat(fd).st_size) != size:
+            raise ValueError(f"the slots are {found} bytes, but this model, rank and number make {size}")
         self._fd: int | None = fd
         self._map = mmap.mmap(fd, size)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._weights = self._bytes if device_memory is None else device_memory
-        if len(self._weights) != size:
-            raise ValueError(
-                f"the slots' device memory is {len(self._weights)} bytes, but this model, rank and number make {size}"
-            )
+        if (found := len(self._weights)) != size:
+            sizes = f"{found} bytes, but this model, rank and number make {size}"
+            raise ValueError(f"the slots' device memory is {sizes}")
 
     @staticmethod
     def size(modules: Mapping[str, tuple[int, int]], max_rank: int, num_slots: int) -> int:
-        """Bytes of all banks."""
+        """Bytes of all banks, headers and padding included."""
         return 2 * num_slots * _layout(modules, max_rank)[1]
 
     @classmethod
@@ -67,16 +75,22 @@ class Slots:
         num_slots: int,
         device_memory: Tensor | None = None,
     ) -> "Slots":
-        """The slots of another process of the same user, by their `path`; `create`'s arguments must be given again."""
+        """The slots of another process of the same user, by their `path`.
+
+        The other arguments must be those of `create`.
+        """
         return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), modules, max_rank, num_slots, device_memory)
 
     @property
     def path(self) -> str:
-        """Opens these slots in any process, as long as this one has not closed them."""
+        """By which `open` finds these slots in another process, until this one closes them."""
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     def write(self, slot: int, bank: int, owner: int, version: int, weights: Weights) -> None:
-        """Raises ValueError if the weights are not one pair for each module, all of one rank up to max_rank."""
+        """Write a version into a bank. weights: per module A [rank, in] and B [out, rank].
+
+        Raises ValueError if the weights are not one pair for each module, all of one rank up to max_rank.
+        """
         if weights.keys() != self.modules.keys():
             raise ValueError(f"weights of {len(weights)} modules for slots of {len(self.modules)}")
         rank = len(next(iter(weights.values()))[0])
@@ -89,38 +103,49 @@ class Slots:
                 if view.shape != values.shape:
                     raise ValueError(f"{name}: {tuple(values.shape)} where {tuple(view.shape)} is expected")
                 view.copy_(values)
-        if self._weights.is_cuda:  # nobody may see the header before the GPU has done the copies
+        if self._weights.is_cuda:  # the header must not be seen before the GPU has done the copies
             torch.cuda.current_stream(self._weights.device).synchronize()
         header[0], header[1], header[3] = owner, version, header[3] + 1
         header[2] = rank
 
     @contextmanager
-    def read(self, slot: int, bank: int, owner: int, version: int) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """Views into the memory, to be copied inside the `with`. Raises as `holding` does."""
+    def read(
+        self,
+        slot: int,
+        bank: int,
+        owner: int,
+        version: int,
+    ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """Views of a version's weights, to be copied inside the `with`. Raises as `holding` does."""
         with self.holding(slot, bank, owner, version) as rank:
             yield self.views(slot, bank, rank)
 
     @contextmanager
     def holding(self, slot: int, bank: int, owner: int, version: int) -> Iterator[int]:
-        """The rank of what the bank holds, whose `views` are to be copied inside the `with`.
+        """The rank of the version that the bank holds. Its `views` are to be copied inside the `with`.
 
-        Raises StaleSlot if the bank holds anything else, at the end of the `with` too: then the copy is worth nothing. Copies
-        of device memory may still be under way then: whoever writes this bank again must know that they were made.
+        Raises StaleSlot if the bank holds anything else, also at the end of the `with`: then the copy is
+        invalid. Copies of GPU memory may still be in flight after the `with`. The bank may be written again
+        only when they are done.
         """
         header = self._header(slot, bank)
         before = header.tolist()
         if before[:2] != [owner, version] or before[2] == 0:
-            raise StaleSlot(f"slot {slot} bank {bank} holds {before[:3]}, not owner {owner} version {version}")
+            asked = f"owner {owner} version {version}"
+            raise StaleSlot(f"slot {slot} bank {bank} holds {before[:3]}, not {asked}")
         yield before[2]
         if header.tolist() != before:
             raise StaleSlot(f"slot {slot} bank {bank} was written while it was read")
 
     def clear(self, slot: int) -> None:
-        """Both banks read as zeros, hold no version, and their memory is given back; of device memory, hold no version."""
+        """Both banks hold no version.
+
+        Their pages of the file are freed and read as zeros; GPU memory stays as it is.
+        """
         self._map.madvise(mmap.MADV_REMOVE, self._begin(slot, 0), 2 * self._bank_bytes)
 
     def close(self) -> None:
-        """The memory stays mapped while views of it are held."""
+        """Close the file. The memory stays mapped while there are views of it."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -136,17 +161,18 @@ class Slots:
         return self._bytes[begin : begin + HEADER_BYTES].view(torch.int64)
 
     def views(self, slot: int, bank: int, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Where a bank has weights of this rank, whether it holds any or not: always the same memory."""
+        """Where a bank has weights of this rank, valid or not: per module A [rank, in], B [out, rank]."""
         floats = self._weights[self._begin(slot, bank) :][: self._bank_bytes].view(torch.float32)
         views = {}
         for name, (inputs, outputs) in self.modules.items():
-            a, b = floats[self._offsets[name] // 4 :][: rank * (inputs + outputs)].split([rank * inputs, rank * outputs])
+            pair = floats[self._offsets[name] // 4 :][: rank * (inputs + outputs)]
+            a, b = pair.split([rank * inputs, rank * outputs])
             views[name] = (a.view(rank, inputs), b.view(outputs, rank))
         return views
 
 
 def _layout(modules: Mapping[str, tuple[int, int]], max_rank: int) -> tuple[dict[str, int], int]:
-    """Where each module's weights begin in a bank, and the bank's length, in bytes."""
+    """Where each module's weights begin in a bank, and the size of a bank, in bytes."""
     offsets, end = {}, HEADER_BYTES
     for name, features in sorted(modules.items()):
         offsets[name] = end

@@ -14,7 +14,10 @@ OVERHEAD = 1 << 30
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a GPU. Asked of its driver: torch would take half a GiB of it for a CUDA context of this process."""
+    """Free memory of a GPU.
+
+    Asked of its driver: torch would take half a GiB of it for a CUDA context of this process.
+    """
     nvml = import_pynvml()
     try:
         nvml.nvmlInit()
@@ -29,8 +32,14 @@ def free_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama-like model. hidden, intermediate, query, kv: widths; query and kv of all heads together. itemsize: bytes of
-    an element of its weights."""
+    """The shape of a Llama-like model.
+
+    layers: Number of decoder layers.
+    hidden, intermediate: Widths.
+    query, kv: Widths of all query heads, and of all KV heads, together.
+    vocabulary: Number of token ids.
+    itemsize: Bytes of an element of its weights.
+    """
 
     layers: int
     hidden: int
@@ -43,7 +52,10 @@ class Shape:
     @classmethod
     def of(cls, config: Any, dtype: torch.dtype) -> "Shape":
         """config: a Hugging Face text configuration."""
-        heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
+        heads, kv_heads = (
+            config.num_attention_heads,
+            getattr(config, "num_key_value_heads", config.num_attention_heads),
+        )
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
             config.num_hidden_layers,
@@ -65,21 +77,23 @@ class Shape:
     def activation_bytes(self) -> int:
         """Kept by one layer for the backward pass, per token.
 
-        Each adapter keeps its input, as float32 behind its dropout, and a mask byte for each of its elements; each RMSNorm
-        its float32 input; attention its queries, keys and values for every query head, and its output; the MLP its gate, that
-        activated, and up.
+        Each adapter keeps its input, as float32 behind its dropout, and a mask byte for each of its elements;
+        each RMSNorm its float32 input; attention its queries, keys and values for every query head, and its
+        output; the MLP its gate, that activated, and up.
         """
         adapters = (4 + 1) * (5 * self.hidden + self.query + self.intermediate)
         return adapters + 2 * 4 * self.hidden + self.itemsize * (4 * self.query + 3 * self.intermediate)
 
     def training_bytes(self, settings: Adaptation) -> int:
-        """What training needs at most, the model's weights not counted, for examples of the server's own sizes."""
+        """The most that training needs beside the model's weights, for examples of the server's sizes."""
         recompute = settings.trainer.recompute
         tokens = settings.train_context_tokens + settings.block_tokens + 1
         adapter = 4 * settings.max_rank * self.adapted_features
-        # Weights and AdamW's two moments of every adapter; of the one in training a gradient, and all as they were before.
+        # Weights and AdamW's two moments of every adapter; of the one in training a gradient, and all as they
+        # were before.
         adapters = (3 * settings.slots + 1 + 3) * adapter
-        kept = self.activation_bytes * (1 if recompute else self.layers) + 4 * self.hidden  # and the last norm's input
+        # Activations that are kept, and the last norm's input.
+        kept = self.activation_bytes * (1 if recompute else self.layers) + 4 * self.hidden
         if recompute:
             kept += self.layers * self.hidden * self.itemsize
         # logits, as float32 too, their log-softmax, and gradients of both

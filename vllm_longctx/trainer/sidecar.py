@@ -1,8 +1,11 @@
-"""The trainer process: `python -m vllm_longctx.trainer.sidecar '{"address": "ipc:///tmp/trainer", "model": ..., ...}'`.
+"""The trainer process.
 
-Without an argument it reads its options from standard input. It has a copy of the model of its own, unless it can use the
-weights of an engine on its GPU; on a CPU an engine packs them for inference. It works for one engine at a time, one job after
-the other; a job that fails is answered, whatever the reason, and does not end the process, unless the GPU does.
+    python -m vllm_longctx.trainer.sidecar '{"address": "ipc:///tmp/trainer", "model": ..., ...}'
+
+Without an argument it reads its options from standard input. It loads its own copy of the model, unless it
+can use the weights of an engine on its GPU. (On a CPU an engine packs its weights for inference.) It works
+for one engine at a time, one job after the other. A job that fails is answered, whatever the reason. It does
+not end the process, unless it was an error of the GPU.
 """
 
 import os
@@ -28,12 +31,19 @@ from vllm_longctx.temp_lora.slots import Slots
 from vllm_longctx.trainer import attention
 from vllm_longctx.trainer.trainer import Trainer
 
-NICENESS = 10  # engine and front end go first, but a busy machine leaves the trainer a share
+NICENESS = 10  # the engine and the front end have priority, but the trainer still gets a share
 
 
 class Sidecar:
-    """socket: a bound ROUTER socket, on which each engine has an identity. device_slots: the slots' device memory. duty_cycle:
-    the share of the time in which to train. about: what was loaded, in words."""
+    """Does the jobs that come over a socket.
+
+    trainer: The model and its adapters.
+    socket: A bound ROUTER socket, on which each engine has an identity.
+    adapters_root: Directory of saved adapters. None where only an engine may name one.
+    device_slots: GPU memory of the slots, uint8. None where the weights are in the shared memory.
+    duty_cycle: Share of the time in which to train.
+    about: What was loaded, in words.
+    """
 
     def __init__(
         self,
@@ -55,7 +65,7 @@ class Sidecar:
             self.serve_one()
 
     def serve_one(self) -> None:
-        """Wait for a message and do what it says."""
+        """Do the next job; wait for one if there is none."""
         self._receive(wait=not self._jobs)
         engine, job = self._jobs.popleft()
         if isinstance(job, m.Join):
@@ -65,13 +75,13 @@ class Sidecar:
         else:
             try:
                 self._do(job)
-            except torch.AcceleratorError:  # of CUDA's, after which nothing works in this process; the engine starts another
+            except torch.AcceleratorError:  # no job can succeed any more; the engine starts another process
                 raise
             except Exception as e:
-                self._send(failure(job, f"{type(e).__name__}: {e}"))
+                self._send(failure_report(job, f"{type(e).__name__}: {e}"))
 
     def _receive(self, wait: bool = False) -> None:
-        """Take in everything sent so far; with wait, at least one message."""
+        """Queue all jobs sent so far. wait: Until there is at least one."""
         while True:
             try:
                 engine, payload = self._socket.recv_multipart(0 if wait and not self._jobs else zmq.NOBLOCK)
@@ -86,6 +96,7 @@ class Sidecar:
             self._jobs.append((engine, job))
 
     def _change_engine(self, engine: bytes | None, join: m.Join | None = None) -> None:
+        """Drop what belongs to the engine so far, and answer the Join of the next one, if there is one."""
         if engine is not None and self._engine not in (None, engine):
             self._send(m.Lost("works for another engine now, which has joined it"))
         self._trainer.drop_all()
@@ -103,11 +114,12 @@ class Sidecar:
         match job:
             case m.OpenSlots():
                 self._close_slots()
-                self._slots = Slots.open(job.path, trainer.modules, job.max_rank, job.num_slots, self._device_slots)
+                sizes = trainer.modules, job.max_rank, job.num_slots
+                self._slots = Slots.open(job.path, *sizes, self._device_slots)
             case m.Begin() | m.Resume():
-                slots = self._open_slots()
-                if job.recipe.rank > slots.max_rank:
-                    raise ValueError(f"rank {job.recipe.rank} is more than the server's slots hold ({slots.max_rank})")
+                slots, rank = self._open_slots(), job.recipe.rank
+                if rank > slots.max_rank:
+                    raise ValueError(f"rank {rank} is more than the server's slots hold ({slots.max_rank})")
                 trainer.begin(job.owner, job.recipe)
                 try:
                     if isinstance(job, m.Resume):
@@ -136,7 +148,7 @@ class Sidecar:
         if not self._is_dropped(job.owner):
             self._send(m.Started(job.owner, job.version))
             losses = self._trainer.train(job.owner, job.version, job.tokens, job.num_targets)
-        if self._is_dropped(job.owner):  # its slot may be cleared, or another's, by now
+        if self._is_dropped(job.owner):  # its slot may be cleared, or belong to another request
             raise ValueError(f"owner {job.owner} was dropped")
         slots.write(job.slot, job.bank, job.owner, job.version, self._trainer.weights(job.owner))
         seconds = time.perf_counter() - begin
@@ -144,11 +156,10 @@ class Sidecar:
         time.sleep(seconds * (1 / self._duty_cycle - 1))
 
     def _is_dropped(self, owner: int) -> bool:
-        """Whether nothing will come of the owner's training any more."""
+        """Whether an adapter is not needed any more: a job that waits drops it, or changes the engine."""
         self._receive()
-        return any(
-            isinstance(job, m.Join | m.Leave) or (isinstance(job, m.Drop) and job.owner == owner) for _, job in self._jobs
-        )
+        jobs = [job for _, job in self._jobs]
+        return any(isinstance(job, m.Join | m.Leave) or job == m.Drop(owner) for job in jobs)
 
     def _open_slots(self) -> Slots:
         if self._slots is None:
@@ -164,7 +175,8 @@ class Sidecar:
         self._socket.send_multipart([engine or self._engine or b"", m.encode(report)])
 
 
-def failure(job: m.Job, reason: str) -> m.Report:
+def failure_report(job: m.Job, reason: str) -> m.Report:
+    """The answer to a job that failed."""
     match job:
         case m.Save():
             return m.SaveFailed(job.owner, job.name, reason)
@@ -175,22 +187,26 @@ def failure(job: m.Job, reason: str) -> m.Report:
     return m.Lost(f"failed: {reason}")
 
 
-def end_with(parent: int, directory: Path) -> None:
-    """Watched, not signalled by the kernel: its signal comes at the end of the thread that started us."""
+def exit_with_parent(parent: int, directory: Path) -> None:
+    """End this process when its parent has ended, and remove the directory of its socket.
+
+    By polling: the kernel's signal (PR_SET_PDEATHSIG) comes when the parent's thread that started this
+    process ends.
+    """
     while os.getppid() == parent:
         time.sleep(0.5)
-    while directory.exists():  # again, if the main thread has bound its socket meanwhile
+    while directory.exists():  # again, if the main thread has bound its socket in between
         shutil.rmtree(directory, ignore_errors=True)
     os._exit(0)
 
 
-def prepare(options: m.Options, socket: zmq.Socket) -> Sidecar:
-    """The model where it is to be trained: the engine's own weights, if it shares them, or a copy of its own."""
+def make_sidecar(options: m.Options, socket: zmq.Socket) -> Sidecar:
+    """With the model on its device: the engine's own weights, if it shares them, or another copy."""
     device, slots = torch.device(options.device), None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if options.dtype != "float32":
-            # Else the float32 adapters would take as long as the model; TF32 has bfloat16's exponent.
+            # Else the float32 adapters would take as long as the model. TF32 has bfloat16's exponent.
             torch.set_float32_matmul_precision("high")
     if options.attention == "xformers":
         attention.register()
@@ -198,18 +214,25 @@ def prepare(options: m.Options, socket: zmq.Socket) -> Sidecar:
         share = m.decode_job(socket.recv_multipart()[1])
         assert isinstance(share, m.Share)
         weights = {name: shared.attach(tensor, device) for name, tensor in share.weights.items()}
-        model = shared.fill(shared.skeleton(options.model, options.dtype, options.attention, options.config), weights)
+        skeleton = shared.skeleton(options.model, options.dtype, options.attention, options.config)
+        model = shared.fill(skeleton, weights)
         slots = shared.attach(share.slots, device)
     else:
         model = load(options).to(device)
-    model.name_or_path = options.model  # for those who load the adapters that it saves
-    about = f"{options.model}{f' (revision {options.revision})' if options.revision else ''} in {options.dtype}"
-    return Sidecar(Trainer(model, options.recompute), socket, options.adapters_root, slots, options.duty_cycle, about)
+    model.name_or_path = options.model  # saved adapters name it as their base model
+    revision = f" (revision {options.revision})" if options.revision else ""
+    about = f"{options.model}{revision} in {options.dtype}"
+    trainer = Trainer(model, options.recompute)
+    return Sidecar(trainer, socket, options.adapters_root, slots, options.duty_cycle, about)
 
 
 def load(options: m.Options) -> PreTrainedModel:
-    """A copy of its own. Raises ValueError if the files do not hold all of the model's weights."""
-    settings: dict[str, Any] = {"dtype": options.dtype, "attn_implementation": options.attention, "output_loading_info": True}
+    """Load a copy of the model. Raises ValueError if the files do not have all of its weights."""
+    settings: dict[str, Any] = {
+        "dtype": options.dtype,
+        "attn_implementation": options.attention,
+        "output_loading_info": True,
+    }
     made: Any = AutoModelForCausalLM
     if options.config is not None:
         made = shared.model_class(options.config)
@@ -224,13 +247,16 @@ def load(options: m.Options) -> PreTrainedModel:
         model, found = made.from_pretrained(None, state_dict=weights, **settings)
     else:
         model, found = made.from_pretrained(options.model, revision=options.revision or "main", **settings)
-    if found["missing_keys"]:  # transformers would make them up
-        raise ValueError(f"the weights of {options.model} lack {', '.join(sorted(found['missing_keys'])[:3])}")
+    if missing := sorted(found["missing_keys"]):  # transformers would initialize them at random
+        raise ValueError(f"the weights of {options.model} lack {', '.join(missing[:3])}")
     return model
 
 
-def tell_why_not(socket: zmq.Socket, reason: str) -> None:
-    """Answer an engine that is waiting for a model which cannot be loaded; not one that comes later."""
+def report_load_failure(socket: zmq.Socket, reason: str) -> None:
+    """Answer the engine that waits for a model which could not be loaded.
+
+    An engine that joins later gets no answer.
+    """
     while socket.poll(1000):
         engine, payload = socket.recv_multipart()
         if isinstance(m.decode_job(payload), m.Join):
@@ -240,12 +266,14 @@ def tell_why_not(socket: zmq.Socket, reason: str) -> None:
 
 
 def main() -> None:
-    options = msgspec.json.decode(sys.stdin.buffer.read() if len(sys.argv) < 2 else sys.argv[1], type=m.Options)
+    given = sys.stdin.buffer.read() if len(sys.argv) < 2 else sys.argv[1]
+    options = msgspec.json.decode(given, type=m.Options)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit())  # its files are removed, an adapter half saved too
+        # By an exception, so that its files are removed, also those of a save in progress.
+        signal.signal(number, lambda *_: sys.exit())
     path = Path(options.address.removeprefix("ipc://"))
     if options.parent is not None:
-        threading.Thread(target=end_with, args=(options.parent, path.parent), daemon=True).start()
+        threading.Thread(target=exit_with_parent, args=(options.parent, path.parent), daemon=True).start()
     if options.cpus is not None:
         os.sched_setaffinity(0, options.cpus)
     os.nice(NICENESS)
@@ -257,9 +285,9 @@ def main() -> None:
             socket.linger = 0
             socket.bind(options.address)
             try:
-                sidecar = prepare(options, socket)
+                sidecar = make_sidecar(options, socket)
             except Exception as e:
-                tell_why_not(socket, f"{type(e).__name__}: {e}")
+                report_load_failure(socket, f"{type(e).__name__}: {e}")
                 raise
             sidecar.serve()
     finally:

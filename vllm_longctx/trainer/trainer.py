@@ -1,6 +1,7 @@
-"""Temp-LoRA's training: adapters of one frozen model, each trained on one text's blocks as they come.
+"""Temp-LoRA's training: adapters of one frozen model, each trained on the blocks of one text as they come.
 
-Only torch and peft; where tokens come from and where weights go is `sidecar`'s. Source: Temp-LoRA (arXiv 2401.11504).
+Only torch and peft are used here. `sidecar` gets the tokens and hands on the weights. Source: Temp-LoRA
+(arXiv 2401.11504).
 """
 
 import inspect
@@ -30,11 +31,20 @@ SAVING_PREFIX = ".saving-"  # no adapter's name begins with a dot
 
 
 class NotFinite(Exception):
-    """A loss, a weight or an optimizer's state became infinite or not a number."""
+    """A loss, a weight or an optimizer's state became infinite or NaN."""
 
 
 @dataclass
 class Adapter:
+    """One owner's adapter.
+
+    name: peft's name for it.
+    recipe: How it is trained.
+    pairs: Per module A [rank, in] and B [out, rank], float32.
+    optimizer: AdamW over all pairs.
+    rng: State of the random numbers that its dropout draws next, uint8.
+    """
+
     name: str
     recipe: Recipe
     pairs: dict[str, tuple[nn.Parameter, nn.Parameter]]
@@ -43,20 +53,26 @@ class Adapter:
 
 
 class Trainer:
-    """The model must be loaded as it is to be used; its own dropout stays off. It is changed in place, its weights never are.
+    """Trains adapters of one model.
 
-    recompute: keep only the decoder layers' inputs for the backward pass and compute the layers again there: the same numbers,
-    about a third more work, a small part of the memory.
-    modules: of every adapted module, under the model's name for it, its (in, out) features.
+    model: On its device, in its dtype. Its layers are wrapped in place; its weights never change. Its own
+        dropout stays off.
+    recompute: Whether to keep only the inputs of decoder layers for the backward pass, and compute the layers
+        again there. The same numbers, about a third more work, a small part of the memory.
+
+    modules: Of every adapted module, under the model's name for it, the (in, out) features.
     """
 
     def __init__(self, model: PreTrainedModel, recompute: bool = False):
         model.eval()
         self._base, self._device = model, model.device
-        self._gpus = [model.device] if model.device.type == "cuda" else []  # whose random numbers dropout draws from
+        # GPUs whose random numbers dropout draws.
+        self._gpus = [model.device] if model.device.type == "cuda" else []
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        # This adapter is never trained. It says which layers get adapters, and is the active one while others are deleted.
-        self._model = get_peft_model(model, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"), "none")
+        # This adapter is never trained. It decides which layers get adapters, and is active while others are
+        # deleted.
+        none = LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM")
+        self._model = get_peft_model(model, none, "none")
         self._layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
         self._adapters: dict[int, Adapter] = {}
         self.modules = {name: (layer.in_features, layer.out_features) for name, layer in self._layers.items()}
@@ -64,10 +80,13 @@ class Trainer:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             for layer in model.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
-                    layer.training = True  # it asks for its own flag; the modules inside stay as they are
+                    layer.training = True  # it looks at its own flag; the modules inside stay in eval mode
 
     def begin(self, owner: int, recipe: Recipe) -> None:
-        """A new adapter as peft makes it right after `torch.manual_seed(adapter_seed)`: its output is 0. float32."""
+        """Make the adapter that peft makes right after `torch.manual_seed(adapter_seed)`.
+
+        Its output is 0. float32.
+        """
         if owner in self._adapters:
             raise ValueError(f"owner {owner} has an adapter already")
         name = f"owner-{owner}"
@@ -85,7 +104,8 @@ class Trainer:
                 ),
             )
             rng = self._get_rng_state()
-        pairs = {m: (layer.lora_A[name].weight, layer.lora_B[name].weight) for m, layer in self._layers.items()}
+        layers = self._layers.items()
+        pairs = {m: (layer.lora_A[name].weight, layer.lora_B[name].weight) for m, layer in layers}
         optimizer = torch.optim.AdamW(
             [parameter for pair in pairs.values() for parameter in pair],
             lr=recipe.learning_rate,
@@ -96,14 +116,21 @@ class Trainer:
         self._adapters[owner] = Adapter(name, recipe, pairs, optimizer, rng)
 
     def train(self, owner: int, version: int, tokens: list[int], num_targets: int) -> list[float]:
-        """`epochs` AdamW steps on the mean cross-entropy of the last num_targets tokens, given all before each.
+        """Take `epochs` AdamW steps on the mean cross-entropy of the last tokens.
 
-        version: the block's number, from 1, which sets the learning rate. Returns the losses before each step, in nats per
-        token. If it raises, NotFinite or anything else, the adapter, its optimizer and its dropout are as they were before.
+        Returns the losses before each, in nats per token.
+
+        If it raises, NotFinite or anything else, the adapter, its optimizer and its dropout are as they were
+        before.
+
+        version: Number of the block, from 1. It sets the learning rate.
+        tokens: The example, see `blocks.example`.
+        num_targets: How many of the last tokens are targets, each given all tokens before it.
         """
         adapter = self._adapter(owner)
         if not 0 < num_targets < len(tokens):
-            raise ValueError(f"{num_targets} targets in {len(tokens)} tokens: at least one of each, and one token before them")
+            needed = "at least one of each, and one token before them"
+            raise ValueError(f"{num_targets} targets in {len(tokens)} tokens: {needed}")
         self._check_vocabulary(tokens)
         self._model.set_adapter(adapter.name)
         ids = torch.tensor([tokens], device=self._device)
@@ -115,7 +142,8 @@ class Trainer:
         try:
             with torch.random.fork_rng(devices=self._gpus):
                 self._set_rng_state(adapter.rng)
-                losses = [self._step(adapter, parameters, ids, num_targets) for _ in range(adapter.recipe.epochs)]
+                epochs = range(adapter.recipe.epochs)
+                losses = [self._step(adapter, parameters, ids, num_targets) for _ in epochs]
                 rng = self._get_rng_state()
             moments = [value for state in adapter.optimizer.state.values() for value in state.values()]
             largest = nn.utils.get_total_norm([p.detach() for p in parameters] + moments, torch.inf)
@@ -133,31 +161,37 @@ class Trainer:
         return losses
 
     def logprobs(self, tokens: list[int]) -> list[float]:
-        """Of every token after the first, by the model without any adapter, in nats. Raises ValueError for one it lacks."""
+        """Log-probabilities of every token after the first, by the model without any adapter, in nats.
+
+        Raises ValueError for a token that the model does not have.
+        """
         if not tokens:
             return []
         self._check_vocabulary(tokens)
         self._model.set_adapter("none")
         with torch.no_grad():
-            logits = self._base(input_ids=torch.tensor([tokens], device=self._device), use_cache=False).logits[0, :-1]
+            ids = torch.tensor([tokens], device=self._device)
+            logits = self._base(input_ids=ids, use_cache=False).logits[0, :-1]
             targets = torch.tensor(tokens[1:], device=self._device)
             return (-cross_entropy(logits.float(), targets, reduction="none")).tolist()
 
     def weights(self, owner: int) -> Weights:
-        """Per module A [rank, in], a view, and B [out, rank] times alpha / rank."""
+        """Per module A [rank, in], a view, and B [out, rank] times alpha / rank, a copy."""
         adapter = self._adapter(owner)
         scaling = adapter.recipe.alpha / adapter.recipe.rank
         return {name: (a.detach(), b.detach() * scaling) for name, (a, b) in adapter.pairs.items()}
 
     def load(self, owner: int, weights: Weights) -> None:
-        """Replace an adapter's weights by some as `weights` gives them. Raises ValueError where they do not fit."""
+        """Replace an adapter's weights by some as from `weights`. Raises ValueError where they do not fit."""
         adapter = self._adapter(owner)
         if weights.keys() != adapter.pairs.keys():
-            raise ValueError(f"it does not have weights for exactly this model's {len(adapter.pairs)} linear layers")
+            layers = len(adapter.pairs)
+            raise ValueError(f"it does not have weights for exactly this model's {layers} linear layers")
         for name, pair in adapter.pairs.items():
             for own, new in zip(pair, weights[name], strict=True):
                 if own.shape != new.shape:
-                    raise ValueError(f"its {name} has shape {tuple(new.shape)}; this model and rank need {tuple(own.shape)}")
+                    found, needed = tuple(new.shape), tuple(own.shape)
+                    raise ValueError(f"its {name} has shape {found}; this model and rank need {needed}")
                 if not torch.isfinite(new).all():
                     raise ValueError(f"its {name} is not finite")
         with torch.no_grad():
@@ -166,9 +200,12 @@ class Trainer:
                 b.copy_(weights[name][1] * (adapter.recipe.rank / adapter.recipe.alpha))
 
     def load_directory(self, owner: int, directory: Path) -> None:
-        """Replace an adapter's weights by a PEFT directory's: plain LoRA of all linear layers, of the recipe's rank.
+        """Replace an adapter's weights by those of a PEFT directory.
 
-        All of it is of one directory, though another trainer may save under the name meanwhile.
+        It must have plain LoRA of all linear layers, of the recipe's rank.
+
+        All files are read from one directory, though another trainer may replace the directory in between.
+        Raises ValueError where the adapter does not fit.
         """
         while True:
             opened = _identity(directory)
@@ -182,36 +219,41 @@ class Trainer:
                     return
 
     def _load_directory(self, owner: int, directory: Path) -> None:
+        adapter = f"adapter {directory.name!r}"
         if not (directory / CONFIG_NAME).is_file():
-            raise ValueError(f"there is no adapter {directory.name!r} in adapters_root")
+            raise ValueError(f"there is no {adapter} in adapters_root")
         if (directory / ABOUT_NAME).is_file():
-            about = json.loads((directory / ABOUT_NAME).read_text())["model"]
-            if about != self._about_model():
-                raise ValueError(f"adapter {directory.name!r} was made for {about}, but this model is {self._about_model()}")
+            theirs, ours = json.loads((directory / ABOUT_NAME).read_text())["model"], self._about_model()
+            if theirs != ours:
+                raise ValueError(f"{adapter} was made for {theirs}, but this model is {ours}")
         config = LoraConfig.from_pretrained(str(directory))
         if config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern:
-            raise ValueError(f"adapter {directory.name!r} is not plain LoRA of one rank")
+            raise ValueError(f"{adapter} is not plain LoRA of one rank")
         if config.r != self._adapter(owner).recipe.rank:
-            raise ValueError(f"adapter {directory.name!r} has rank {config.r}: ask for that rank to start from it")
+            raise ValueError(f"{adapter} has rank {config.r}: ask for that rank to start from it")
         saved = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
         keys = {name: (_saved_key(name, "A"), _saved_key(name, "B")) for name in self.modules}
         if saved.keys() != {key for pair in keys.values() for key in pair}:
-            raise ValueError(f"adapter {directory.name!r} does not adapt exactly this model's {len(keys)} linear layers")
+            raise ValueError(f"{adapter} does not adapt exactly this model's {len(keys)} linear layers")
         scaling = config.lora_alpha / config.r
         try:
-            self.load(owner, {name: (saved[a].float(), saved[b].float() * scaling) for name, (a, b) in keys.items()})
+            pairs = {name: (saved[a], saved[b]) for name, (a, b) in keys.items()}
+            self.load(owner, {name: (a.float(), b.float() * scaling) for name, (a, b) in pairs.items()})
         except ValueError as e:
-            raise ValueError(f"adapter {directory.name!r}: {e}") from None
+            raise ValueError(f"{adapter}: {e}") from None
 
     def save(self, owner: int, directory: Path, position: int) -> None:
-        """Write a PEFT directory, complete or not at all. position: tokens of the text read so far, for the reader's use.
+        """Write a PEFT directory, complete or not at all. It is on disk when this returns.
 
-        It is on disk when this returns. Replaces a directory that `save` wrote; raises ValueError if there is any other, and
-        OSError if it cannot be written.
+        Replaces a directory that `save` wrote. Raises ValueError if there is any other one, OSError if it
+        cannot be written.
+
+        position: Length of the text so far, in tokens; for information.
         """
         adapter = self._adapter(owner)
         if directory.exists() and not (directory / ABOUT_NAME).is_file():
-            raise ValueError(f"{directory.name!r} exists in adapters_root and was not saved by longctx; choose another name")
+            why = "exists in adapters_root and was not saved by longctx"
+            raise ValueError(f"{directory.name!r} {why}; choose another name")
         tensors = {}
         for name, (a, b) in adapter.pairs.items():
             tensors[_saved_key(name, "A")], tensors[_saved_key(name, "B")] = a.detach(), b.detach()
@@ -222,7 +264,7 @@ class Trainer:
             (new / ABOUT_NAME).write_text(json.dumps(about, indent=2) + "\n")
 
     def drop(self, owner: int) -> None:
-        """Forget an adapter; nothing happens if there is none."""
+        """Delete an adapter, if there is one."""
         adapter = self._adapters.pop(owner, None)
         if adapter is not None:
             self._model.set_adapter("none")
@@ -252,7 +294,7 @@ class Trainer:
         return self._adapters[owner]
 
     def _step(self, adapter: Adapter, parameters: list[nn.Parameter], ids: Tensor, num_targets: int) -> float:
-        """ids: [1, tokens]."""
+        """One optimizer step. ids: int64 [1, tokens]. Returns the loss before it, in nats per token."""
         keep = {"logits_to_keep": num_targets + 1} if self._keeps_logits else {}
         logits = self._base(input_ids=ids, use_cache=False, **keep).logits[0, -num_targets - 1 : -1]
         loss = cross_entropy(logits.float(), ids[0, -num_targets:])
@@ -271,7 +313,7 @@ class Trainer:
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:
-    """Of what has this name now, None if nothing has."""
+    """Device and inode of the directory that has this name now. None if there is none."""
     try:
         stat = directory.stat()
     except OSError:

@@ -138,7 +138,7 @@ def test_a_place_each_for_users_and_slots(loaded: SimpleNamespace, adapters: lis
     assert runner.list_loras() == {1 << 20, (1 << 20) + 1}
     compute(runner, [c])
     assert runner.list_loras() == {(1 << 20) + 1, (1 << 20) + 2}  # as many as the user's max_cpu_loras
-    assert manager.holds.keys() == {0, 1} and not runner.take_failed_adapters()
+    assert manager.in_layers.keys() == {0, 1} and not runner.take_failed_adapters()
     weights = load_file(adapters[2] / "adapter_model.safetensors")
     for layer in range(3):
         name = f"model.layers.{layer}.mlp.down_proj"
@@ -181,7 +181,7 @@ def test_slots_beside_an_adapter_of_all_modules(loaded: SimpleNamespace, tiny_ll
                 assert not a[2, 0, 4:].any() and not b[2, 0, :, 4:].any()
     slots.clear(1)  # as when its request has ended; with data parallelism vLLM may have a dummy run before the next step
     with runner.maybe_dummy_run_with_lora(loaded.config.lora_config, np.ones(3, int), np.ones(3, int), num_active_loras=3):
-        assert not manager.holds
+        assert not manager.in_layers
     for one in (slots, manager.slots):
         one.close()
 

@@ -85,7 +85,7 @@ class PassesEngine(Engine):
         self.sizes = {**SIZES, **changes}
         adaptation = {**self.sizes, "rank": RANK, "slots": 2, "trainer": {"device": "cpu"}, "adapters_root": str(model)}
         self.trainer = Trainer(model)
-        monkeypatch.setattr(scheduler, "wait_patiently", lambda **kwargs: None)
+        monkeypatch.setattr(scheduler, "limit_reader_sleep", lambda **kwargs: None)
         monkeypatch.setattr(scheduler, "trainer_client", lambda *args: self.trainer)
         section = {"attention": {"method": "none"}, "adaptation": adaptation}
         pool = {"num_gpu_blocks_override": NUM_BLOCKS, "max_num_batched_tokens": MAX_TOKENS}
@@ -235,9 +235,9 @@ def test_the_probe_of_a_start_is_the_model_and_leaves_nothing_behind(engine: Pas
     """Longer than a step takes, and as long as a window."""
     engine.requests = engine.scheduler.requests
     tokens = text(engine.sizes["window_tokens"])
-    logprobs = base_model.measure(engine.scheduler, SimpleNamespace(execute_model=engine.compute), tokens)
+    logprobs = base_model.probe_logprobs(engine.scheduler, SimpleNamespace(execute_model=engine.compute), tokens)
     assert logprobs == pytest.approx(plain_logprobs(engine, tokens), abs=1e-4)
-    assert engine.is_empty() and not engine.scheduler.adapted and not engine.trainer.jobs
+    assert engine.is_empty() and not engine.scheduler.adapting and not engine.trainer.jobs
     assert len(engine.managers[0].block_pool.cached_block_hash_to_block) == 0
 
 
@@ -245,8 +245,8 @@ def test_the_probe_of_a_start_is_the_model_and_leaves_nothing_behind(engine: Pas
 def test_a_pool_that_holds_no_request_that_adapts_ends_the_start(engine: PassesEngine) -> None:
     engine.scheduler.reserved_blocks = NUM_BLOCKS
     with pytest.raises(LongContextError, match="the KV cache does not hold a single request that adapts; make it larger"):
-        base_model.measure(engine.scheduler, SimpleNamespace(execute_model=engine.compute), text(20))
-    assert not engine.scheduler.adapted
+        base_model.probe_logprobs(engine.scheduler, SimpleNamespace(execute_model=engine.compute), text(20))
+    assert not engine.scheduler.adapting
 
 
 @pytest.mark.parametrize("engine", [(0, {}), (1, {})], indirect=True)
@@ -256,9 +256,10 @@ def test_a_preempted_pass_is_computed_again(engine: PassesEngine, monkeypatch: p
     scored = np.array([[token, -1] for token in prompt[1:]])
     engine.add("adapts", prompt, True, max_tokens=2, prompt_logprob_token_ids=scored)
     request = engine.requests["adapts"]
+    adapting = engine.scheduler.adapting["adapts"]
     while request.num_computed_tokens != 53:
         engine.step()
-    assert engine.scheduler.adapted["adapts"].frontier == 61 and engine.scheduler.adapted["adapts"].first == 29
+    assert adapting.frontier == 61 and adapting.current_pass.first == 29
     engine.scheduler.reset_prefix_cache(reset_running_requests=True)
     engine.run()
     assert request.num_preemptions == 1 and not engine.runner.prompt_logprobs_worker.aside
@@ -278,14 +279,14 @@ def test_a_slot_is_not_given_on_before_the_steps_that_read_it(engine: PassesEngi
     prompts = {name: text(20) for name in ("stays", "leaves", "waits")}
     for name, prompt in prompts.items():
         engine.add(name, prompt, True, max_tokens=14, prompt_logprobs=None)
-    adapted, holds = engine.scheduler.adapted["leaves"], engine.runner.lora_manager.holds
-    while adapted.weights.bank is None or holds.get(adapted.slot) == (adapted.owner, adapted.weights):
+    adapting, holds = engine.scheduler.adapting["leaves"], engine.runner.lora_manager.in_layers
+    while (use := adapting.slot_use) is None or use.weights.bank is None or holds.get(use.slot) == (use.owner, use.weights):
         engine.step()
-    assert "leaves" in engine.under_way[-1].num_scheduled_tokens and adapted.weights.version == 1
+    assert "leaves" in engine.under_way[-1].num_scheduled_tokens and use.weights.version == 1
     engine.abort("leaves")
-    assert not engine.scheduler.free_slots and engine.scheduler.adapted["waits"].slot is None
+    assert not engine.scheduler.free_slots and engine.scheduler.adapting["waits"].slot is None
     engine.step()
-    assert engine.scheduler.adapted["waits"].slot is None
+    assert engine.scheduler.adapting["waits"].slot is None
     engine.run()
     assert engine.scheduler.free_slots and engine.is_empty()
     for name in ("stays", "waits"):

@@ -8,17 +8,17 @@ import pytest
 import zmq
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
 
-from vllm_longctx.engine.waiting import wait_patiently
+from vllm_longctx.engine.waiting import limit_reader_sleep
 
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+def limited(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = getattr(SpinCondition.wait, "__wrapped__", SpinCondition.wait)  # an engine in this process may have wrapped it
     monkeypatch.setattr(SpinCondition, "wait", stock)
-    wait_patiently(busy_loop_s=0.0)
+    limit_reader_sleep(busy_loop_s=0.0)
 
 
-def test_a_message_arrives_whose_notification_was_dropped(patient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_arrives_whose_notification_was_dropped(limited: None, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = MessageQueue(n_reader=1, n_local_reader=1)
     reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
     monkeypatch.setattr(writer._spin_condition, "notify", lambda: None)
@@ -30,7 +30,7 @@ def test_a_message_arrives_whose_notification_was_dropped(patient: None, monkeyp
     late.join()
 
 
-def test_a_reader_that_waits_uses_no_processor(patient: None, tmp_path: Path) -> None:
+def test_a_reader_that_waits_uses_no_processor(limited: None, tmp_path: Path) -> None:
     with zmq.Context() as context:
         condition = SpinCondition(is_reader=True, context=context, notify_address=f"ipc://{tmp_path}/s")
         condition.record_read()  # vLLM would poll for a second from here on
@@ -42,7 +42,7 @@ def test_a_reader_that_waits_uses_no_processor(patient: None, tmp_path: Path) ->
             socket.close()
 
 
-def test_wrapped_once(patient: None) -> None:
+def test_wrapped_once(limited: None) -> None:
     wait = SpinCondition.wait
-    wait_patiently()
+    limit_reader_sleep()
     assert SpinCondition.wait is wait

@@ -121,7 +121,7 @@ def test_several_short_requests_come_in_at_once() -> None:
 @AHEAD
 def test_who_waits_for_the_trainer_has_no_share(steps_ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that learn are held until a block is trained, here for ever; up to then they share like any other."""
-    monkeypatch.setattr(temp_lora, "wait_patiently", lambda **kwargs: None)
+    monkeypatch.setattr(temp_lora, "limit_reader_sleep", lambda **kwargs: None)
     monkeypatch.setattr(temp_lora, "trainer_client", lambda *args: MagicMock(poll=lambda: [], slots=None))
     section = {"adaptation": {"rank": 4, "block_tokens": 200, "min_block_tokens": 16, "train_context_tokens": 0}}
     core = Steps(section, steps_ahead)

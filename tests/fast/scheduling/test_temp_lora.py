@@ -40,7 +40,7 @@ def test_windows_computed_again_by_force_count_once(
     stale = set()
     for seed in range(SEEDS):
         crowd = Crowd(configs[steps_ahead], seed, steps_ahead, monkeypatch)
-        adapting = set(crowd.scheduler.adapted)
+        adapting = set(crowd.scheduler.adapting)
         crowd.run()
         stale |= crowd.stale & adapting
         for name, request in crowd.requests.items():

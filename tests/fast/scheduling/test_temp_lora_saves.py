@@ -43,7 +43,7 @@ class Savers(Crowd):
     ):
         vars(self).update(kwargs, number=number)
         super().__init__(config, seed, steps_ahead, monkeypatch)
-        self.scheduler.temp_lora = self.scheduler.temp_lora.model_copy(update={"on_failure": self.on_failure})
+        self.scheduler.jobs.settings = self.scheduler.temp_lora.model_copy(update={"on_failure": self.on_failure})
         self.at_answer: dict[str, tuple[int, int] | None] = {}
 
     def make_trainer(self) -> Trainer:
@@ -158,7 +158,7 @@ def test_what_ends_the_trainer_is_nobody_elses_loss(
 ) -> None:
     for seed in range(SEEDS):
         crowds = [Savers(configs[steps_ahead], seed, steps_ahead, monkeypatch, abort_rate=0.0) for _ in range(2)]
-        crowds[1].scheduler.trainer = crowds[1].trainer = Poisoned(crowds[1].timing, {})
+        crowds[1].scheduler.jobs.trainer = crowds[1].trainer = Poisoned(crowds[1].timing, {})
         for crowd in crowds:
             crowd.add_saver("bad", [VOCABULARY] * 40, 20)
             crowd.add_saver("fatal", [1, 2, 3], 20)
@@ -190,7 +190,7 @@ def test_faults_at_any_time_are_answered(
         saved += len(crowd.trainer.saved)
         assert "book-1" not in crowd.trainer.saved
         stats = crowd.scheduler.step_stats
-        assert not crowd.scheduler.by_owner and not crowd.scheduler.saving and stats.saving_requests == 0
+        assert not crowd.scheduler.jobs.by_owner and not crowd.scheduler.saves.waiting and stats.saving_requests == 0
     for reason in (GONE, "no space left", "Temp-LoRA: it so happens"):
         assert any(reason in error for error in errors), reason
     assert saved > SEEDS
@@ -240,7 +240,7 @@ class FrontEnd(Savers):
         params = SamplingParams(stop=stop, max_tokens=40, output_kind=RequestOutputKind.FINAL_ONLY)
         empty = dict.fromkeys(("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank"))
         request = EngineCoreRequest("late", [1, 2, 3], sampling_params=params, arrival_time=0.0, external_req_id="1", **empty)
-        stop_strings.wait_for_save(request, "book-late")
+        stop_strings.mark_for_save(request, "book-late")
         self.processor.add_request(request, None)
         self.add_saver("late", [1, 2, 3], 40, stop=stop, ignore_stop=True)
         steps = 0
@@ -283,7 +283,7 @@ def ended(steps_ahead: int, configs: list[VllmConfig], monkeypatch: pytest.Monke
     """With one request, which has written all it is to write; of its trainer nothing is heard any more."""
     crowd = Savers(configs[steps_ahead], 0, steps_ahead, monkeypatch, 0)
     crowd.add_saver("late", list(range(20)), 20, ignore_stop=True)
-    while "late" not in crowd.scheduler.saving:
+    while "late" not in crowd.scheduler.saves.waiting:
         crowd.step()
     poll = crowd.trainer.poll
     monkeypatch.setattr(crowd.trainer, "poll", list)

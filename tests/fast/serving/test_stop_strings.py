@@ -52,7 +52,7 @@ class FrontEnd:
             data_parallel_rank=None,
         )
         if saves:
-            stop_strings.wait_for_save(request, "book")
+            stop_strings.mark_for_save(request, "book")
         self.processor = OutputProcessor(tokenizer, log_stats=False)
         self.processor.add_request(request, None)
         self.outputs: list[RequestOutput] = []

@@ -216,7 +216,7 @@ def test_xformers_is_asked_for_the_same_attention(
     runs = []
     for name in ("sdpa", "xformers"):
         options = Options(address="", model=str(tmp_path), dtype="float32", attention=name)
-        trainer = sidecar.prepare(options, None)._trainer
+        trainer = sidecar.make_sidecar(options, None)._trainer
         trainer.begin(1, Recipe(rank=4, learning_rate=1e-2, warmup_blocks=0))
         losses = trainer.train(1, 1, [3 * i % 64 for i in range(tokens)], 16)
         runs.append((losses, trainer.weights(1)))

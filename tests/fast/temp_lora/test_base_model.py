@@ -20,10 +20,10 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_longctx import refusals
 from vllm_longctx.config import LongContextError
-from vllm_longctx.scheduling.temp_lora import trainer_client
 from vllm_longctx.settings import active_settings
 from vllm_longctx.temp_lora import base_model
 from vllm_longctx.temp_lora import messages as m
+from vllm_longctx.temp_lora.client import trainer_client
 from vllm_longctx.trainer import sidecar
 
 ADAPTING = {"longctx": {"attention": {"method": "none"}, "adaptation": {"rank": 4, "slots": 2}}}
@@ -235,7 +235,7 @@ NAN, INF = math.nan, math.inf
     ],
 )
 def test_how_far_apart_two_models_are(ours: list[float], theirs: list[float], nats: float, share: float) -> None:
-    assert base_model.difference(ours, theirs) == pytest.approx((nats, share))
+    assert base_model.logprob_difference(ours, theirs) == pytest.approx((nats, share))
 
 
 def test_a_difference_names_the_settings_that_may_explain_it(tiny_llama: Path, hub: Path, tmp_path: Path) -> None:
@@ -245,20 +245,20 @@ def test_a_difference_names_the_settings_that_may_explain_it(tiny_llama: Path, h
     same = m.Ready({}, [-1.0001, -3.0001] * 10, about)
     other = m.Ready({}, [-1.1, -3.1] * 10, about)
     given: dict[str, Any] = {"ours": ours, "vllm_config": vllm_config, "address": None}
-    assert base_model.fault(same, **given) is None
-    reason = base_model.fault(other, **given)
+    assert base_model.mismatch(same, **given) is None
+    reason = base_model.mismatch(other, **given)
     assert reason is not None
     for part in ("differ by 0.1 nats, 0.1 of their spread, where torch.float32 explains 0.002", about, "revision = 'v1'"):
         assert part in reason
     for part in ("'rope_type': 'yarn'", "load_format = 'safetensors'", "download_dir = ", "leave out what the trainer"):
         assert part in reason
     assert "model_max_length" not in reason
-    joined = base_model.fault(other, **given | {"address": "ipc:///x"})
+    joined = base_model.mismatch(other, **given | {"address": "ipc:///x"})
     assert joined is not None and "trainer.address = 'ipc:///x' with the engine's model" in joined
 
 
 def refuse(vllm_config: SimpleNamespace) -> None:
-    with refusals.told(vllm_config):
+    with refusals.reported(vllm_config):
         raise LongContextError("a reason")
 
 
@@ -276,8 +276,8 @@ def test_a_refusal_in_another_process_reaches_the_one_that_started_it(monkeypatc
             return {"EngineCore": self.process.exitcode}
 
     monkeypatch.setattr(utils, "CoreEngineProcManager", Manager)
-    refusals.listen()
-    refusals.listen()
+    refusals.raise_in_front_end()
+    refusals.raise_in_front_end()
     files = len(os.listdir("/proc/self/fd"))
     assert Manager(vllm_config=SimpleNamespace(), message=False).finished_procs() == {"EngineCore": 0}
     manager = Manager(vllm_config=SimpleNamespace(), message=True)

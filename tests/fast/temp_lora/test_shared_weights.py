@@ -134,7 +134,7 @@ def test_a_trainer_takes_over_what_it_is_sent(tmp_path: Path, ipc: dict):
         train = m.Train(1, 1, 0, 1, list(range(40)), 16)
         for job in (offer.message(), m.Join(), m.OpenSlots(slots.path, 4, 2), m.Begin(1, 1, RECIPE), train):
             client.send(m.encode(job))
-        trainer = sidecar.prepare(options, router)
+        trainer = sidecar.make_sidecar(options, router)
         for _ in range(4):
             trainer.serve_one()
         reports = [m.decode_report(client.recv()) for _ in range(4)]

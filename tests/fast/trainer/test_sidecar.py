@@ -472,7 +472,7 @@ def test_a_socket_bound_while_its_directory_is_removed_goes_too(tmp_path: Path, 
     monkeypatch.setattr(sidecar.shutil, "rmtree", beside_a_bind)
     monkeypatch.setattr(sidecar.os, "_exit", leave)
     with pytest.raises(SystemExit):
-        sidecar.end_with(-1, directory)
+        sidecar.exit_with_parent(-1, directory)
     assert not directory.exists()
 
 

@@ -1,0 +1,240 @@
+"""The state of one request that adapts: its versions, its current pass, and what it waits for.
+
+Nothing here talks to vLLM's scheduler or to the trainer, so each rule can be read by itself. Positions are in
+tokens. A block is a text block here, except where it says KV block.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.request import Request
+
+from vllm_longctx.engine.step import Pass, SlotUse, Weights
+from vllm_longctx.settings import Adaptation
+from vllm_longctx.temp_lora.blocks import Blocks, Window
+
+NO_LIMIT = 1 << 62  # tokens
+
+
+class WaitsFor(Enum):
+    """What a request that adapts waits for.
+
+    SLOT: A slot for its adapter, and room for its KV blocks.
+    BEGAN: The trainer's Began: the saved adapter that it starts from is being loaded.
+    VERSION: The version that computes its next position, which is being trained.
+    SAVE: The save of its adapter. It has ended, and its last output is held back.
+    """
+
+    SLOT = auto()
+    BEGAN = auto()
+    VERSION = auto()
+    SAVE = auto()
+
+
+@dataclass
+class Versions:
+    """The versions of a request's adapter.
+
+    A version has the number of the block that it was trained on; 0 is untrained.
+
+    Always approved <= trained <= sent <= approved + 1. So one bank of the slot is read and the other one can
+    be written.
+
+    approved: The version that the request computes with.
+    trained: The newest version that the trainer has answered for.
+    sent: The newest version that the trainer has been asked for.
+    approved_weights: Those of `approved`. If its training failed, those of the version before.
+    trained_weights: Those of `trained`, likewise.
+    attempts: How often the trainer has ended while it worked on `sent`, or on the save.
+    """
+
+    approved: int = 0
+    trained: int = 0
+    sent: int = 0
+    approved_weights: Weights = field(default_factory=Weights)
+    trained_weights: Weights = field(default_factory=Weights)
+    attempts: int = 0
+
+    @property
+    def in_training(self) -> bool:
+        return self.sent > self.trained
+
+    @property
+    def can_send(self) -> bool:
+        """Whether the version before the next one is trained, and no step reads the next one's bank."""
+        return self.sent == self.trained and self.sent <= self.approved
+
+    @property
+    def free_bank(self) -> int:
+        """The bank of the slot that no step reads."""
+        return 0 if self.approved_weights.bank is None else 1 - self.approved_weights.bank
+
+    def load(self, weights: Weights) -> None:
+        """Start from a saved adapter: `weights` are version 0."""
+        self.approved_weights = self.trained_weights = weights
+
+    def add(self, weights: Weights) -> None:
+        """The version in training is there."""
+        self.trained, self.attempts, self.trained_weights = self.sent, 0, weights
+
+    def skip(self) -> None:
+        """The version in training will never be there.
+
+        Its number stands for the weights of the version before.
+        """
+        self.trained, self.attempts = self.sent, 0
+
+    def approve(self) -> None:
+        """Compute with the trained version from now on. No step may be in flight."""
+        self.approved, self.approved_weights = self.trained, self.trained_weights
+
+
+@dataclass
+class CurrentPass:
+    """The pass in which a request's window is computed.
+
+    start: Where its window starts.
+    first: The first position that it computes. The kept first tokens stand from here to `start`.
+    began_at: The frontier when it began.
+    sends_table: Whether the workers still have the block table of the pass before.
+    """
+
+    start: int = 0
+    first: int = 0
+    began_at: int = 0
+    sends_table: bool = False
+
+
+@dataclass
+class PendingSave:
+    """The end of a request whose adapter is to be saved.
+
+    output: Its last output, which is held back.
+    last_step: Number of the last step that may still compute the request.
+    sent: Whether the trainer has been asked to save.
+    """
+
+    output: EngineCoreOutput
+    last_step: int
+    sent: bool = False
+
+
+@dataclass
+class AdaptingRequest:
+    """A request that adapts: what it asks for, and how far it is.
+
+    request: vLLM's request.
+    settings: The server's Temp-LoRA settings, changed by the request's options.
+    save_as: Name under which its adapter is saved when it ends. None if it is not saved.
+    start_from: Name of the saved adapter that it starts from. None for a new one.
+    blocks: Where its blocks lie, and which version computes each.
+    window: When its stepped window moves.
+    kv_blocks: KV blocks reserved for it, from its admission to its end.
+    owner: Number of its adapter at the trainer, never used again.
+    admitted: Whether its KV blocks are reserved, and it has a slot if it needs one.
+    slot: Slot of its adapter. None until it is admitted, and for one that needs none.
+    loaded: Whether the adapter that it starts from is in the slot. True if it starts from none.
+    versions: The versions of its adapter.
+    current_pass: The pass in which it is computed.
+    frontier: The first position that was never computed.
+    checked: The frontier when the version and the pass were last found right for what comes next.
+    held_since: When it began to wait for the trainer, in seconds of `time.monotonic`. None while it does not
+        wait.
+    save: The save that it waits for. None until it has ended.
+    """
+
+    request: Request
+    settings: Adaptation
+    save_as: str | None
+    start_from: str | None
+    blocks: Blocks
+    window: Window
+    kv_blocks: int
+    owner: int
+    admitted: bool = False
+    slot: int | None = None
+    loaded: bool = field(init=False)
+    versions: Versions = field(default_factory=Versions)
+    current_pass: CurrentPass = field(default_factory=CurrentPass)
+    frontier: int = 0
+    checked: int = 0
+    held_since: float | None = None
+    save: PendingSave | None = None
+
+    def __post_init__(self) -> None:
+        self.loaded = self.start_from is None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def trains(self) -> bool:
+        return self.settings.epochs > 0
+
+    @property
+    def needs_slot(self) -> bool:
+        return self.trains or self.start_from is not None or self.save_as is not None
+
+    @property
+    def needed_version(self) -> int:
+        """The version that computes the position at the frontier."""
+        return self.blocks.version_of(self.frontier) if self.trains else 0
+
+    @property
+    def waits_for(self) -> WaitsFor | None:
+        """None if it can be computed, as soon as the version that it needs is approved."""
+        if self.save is not None:
+            return WaitsFor.SAVE
+        if not self.admitted:
+            return WaitsFor.SLOT
+        if not self.loaded:
+            return WaitsFor.BEGAN
+        return WaitsFor.VERSION if self.needed_version > self.versions.trained else None
+
+    @property
+    def versions_behind(self) -> int:
+        """Blocks that were computed before the one at the frontier and are not trained yet."""
+        return max(self.blocks.block_of(self.frontier) - 1 - self.versions.trained, 0)
+
+    @property
+    def slot_use(self) -> SlotUse | None:
+        """What the workers compute it with. None without a slot."""
+        return None if self.slot is None else SlotUse(self.slot, self.owner, self.versions.approved_weights)
+
+    def allowance(self, computed: int) -> int:
+        """Tokens that may be computed after `computed` ones: to the end of the block and of the window.
+
+        0 until the version that it needs is approved.
+        """
+        if not self.loaded or self.needed_version > self.versions.approved:
+            return 0
+        ends = []
+        if self.trains or self.window.policy == "recompute":
+            ends.append(self.blocks.end_of_block(max(self.checked, self.blocks.origin)))
+        if self.window.policy != "keep":
+            ends.append(self.window.last_position(self.current_pass.start))
+        return max(min(ends) - computed, 0) if ends else NO_LIMIT
+
+    def begin_pass(self) -> bool:
+        """Begin the pass that is due at the frontier. False if none is due."""
+        window, current = self.window, self.current_pass
+        start = window.next_start(current.start, self.frontier, self.blocks)
+        if start is None:
+            return False
+        is_full = window.live_tokens(current.start, self.frontier) >= window.window_tokens
+        if self.frontier == current.began_at and not is_full:  # the pass that is due here is the current one
+            return False
+        self.current_pass = CurrentPass(start, window.first_computed(start), self.frontier, sends_table=True)
+        return True
+
+    def pass_of_step(self, first: int) -> Pass | None:
+        """What the workers must know of the pass in a step that computes from the position `first` on.
+
+        None where it is the first pass and nothing is computed again.
+        """
+        current = self.current_pass
+        if not current.start and first >= self.frontier:
+            return None
+        return Pass(current.first, current.start, self.frontier)
