@@ -1,4 +1,4 @@
-"""Where a decode step's time goes: milliseconds per step by what is done (README, "Architecture").
+"""Where a decode step's time goes: milliseconds per step by what is done (docs/evaluation.md).
 
     python benchmarks/profile_step.py
 

@@ -16,7 +16,7 @@ show() {
   awk -v title="$1" -v total="$2" -v terminal="$([ -t 1 ] && echo 1 || echo 0)" '
     function tell(what, n) {
       if (terminal) printf "\r\033[K%s: %s %d of %d", title, what, n, total
-      else if (n % 40 == 1) printf "%s: %s %d of %d\n", title, what, n, total
+      else if (n % 40 == 1 || what == "installing") printf "%s: %s %d of %d\n", title, what, n, total
       fflush()
     }
     /^(Collecting|Processing|Requirement already)/ { tell("looked up", ++found) }

@@ -104,7 +104,9 @@ def engine(record: "Record", plan: Plan, setting: "Setting", number: int, method
 def check_plugin() -> None:
     """Raises RuntimeError where vLLM would not find longctx, and would run as if nothing had been asked of it."""
     if "longctx" not in importlib.metadata.entry_points(group="vllm.general_plugins").names:
-        raise RuntimeError("vLLM does not find the plugin: PYTHONPATH alone is not enough, install the project (see README.md)")
+        raise RuntimeError(
+            "vLLM does not find the plugin: PYTHONPATH alone is not enough, install the project (see benchmarks/gpu/README.md)"
+        )
 
 
 def measure(

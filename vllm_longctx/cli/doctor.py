@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from vllm_longctx.cli.engine import load_plugin, longctx_config, model_path, why_left_out
 from vllm_longctx.cli.live import live_state
 from vllm_longctx.cli.options import Longctx, Preset
-from vllm_longctx.cli.output import errors_for_users
+from vllm_longctx.cli.output import errors_for_users, tables
 
 if TYPE_CHECKING:
     from vllm_longctx.modes import Mode
@@ -29,7 +28,7 @@ def doctor(
 ) -> None:
     """Check this machine, or a server; exit code 1 if something that longctx needs is missing, 2 if no longctx serves there."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    output = Console()
+    output = tables()
     if url is not None:
         with errors_for_users():
             output.print(live_state(url))
@@ -66,7 +65,8 @@ def seam_table() -> tuple[Table, int]:
     from vllm_longctx.startup.engine_args import VLLM_VERSION, LongContextError, check_vllm_version
 
     found = {seam: seam.present() for seam in SEAMS}
-    table = Table("seam of vLLM", "used in", "for", "", title="Seams")
+    names = ("seam of vLLM", "used in", "for", "")
+    table = Table(*(Column(name, overflow="fold") for name in names), title="Seams")  # long names are never cut
     for seam, present in found.items():
         table.add_row(seam.what, seam.where, seam.why, "[green]found" if present else "[red]missing")
     missing = list(found.values()).count(False)
@@ -88,7 +88,7 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
 
     additional_config = longctx_config(longctx, preset)
     config = EngineArgs(model=model_path(model), additional_config=additional_config).create_engine_config()
-    table = Table("setting", "value", title=f"For {model}")
+    table = Table("setting", Column("value", overflow="fold"), title=f"For {model}")
     if LongContextConfig.parse(config.additional_config["longctx"]).mode.is_plain:
         table.add_row("mode", "plain: vLLM is left as it is")
         return table

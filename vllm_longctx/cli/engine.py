@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Job = Generator[list[tuple[list[int], "SamplingParams"]], list["RequestOutput"], T]
 
+SHUTDOWN_S = 60.0  # vLLM kills what has not ended by then; its own 5 s are short where cores are shared
+
 # The ways to attend that the evaluations compare, as `additional_config["longctx"]`; None is stock vLLM.
 METHODS: dict[str, dict[str, Any] | None] = {
     "lm-infinite": {"preset": "lm-infinite"},
@@ -111,7 +113,7 @@ def running_engine(
     try:
         yield engine, meter
     finally:
-        engine.engine_core.shutdown()
+        engine.engine_core.shutdown(timeout=SHUTDOWN_S)
 
 
 def method_engine(

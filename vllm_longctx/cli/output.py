@@ -1,6 +1,8 @@
 """What commands and benchmarks show and write: progress, mistakes, JSON files and plots."""
 
 import json
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 console = Console(stderr=True)
+PIPED_WIDTH = 200  # characters; tables of figures are narrower
+
+
+def tables() -> Console:
+    """Standard output: as wide as the terminal, and wide enough for whole tables where there is none."""
+    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if has_width else PIPED_WIDTH)
 
 
 @contextmanager

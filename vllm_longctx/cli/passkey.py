@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from vllm_longctx.cli.engine import (
@@ -44,7 +43,7 @@ from vllm_longctx.cli.engine import (
     tokenizer_of,
 )
 from vllm_longctx.cli.options import BatchedTokens, Dtype, EnforceEager, JsonOut, Longctx, Model, Preset
-from vllm_longctx.cli.output import errors_for_users, plot, write_json
+from vllm_longctx.cli.output import errors_for_users, plot, tables, write_json
 
 if TYPE_CHECKING:
     from vllm_longctx.geometry import Geometry
@@ -321,8 +320,9 @@ def print_table(result: dict[str, list[Row]]) -> None:
     for length, place in sorted({key for column in columns for key in column}):
         cells = [cell(column.get((length, place))) for column in columns]
         table.add_row(f"{length:,}", place, *cells)
-    Console().print(table)
-    Console().print(
+    output = tables()
+    output.print(table)
+    output.print(
         "inside, outside: whether the key is in the window of every method, or in none's window and first tokens. "
         f"Chance is {1 / CHOICES:.0%} right choices and a gain of 0.",
         highlight=False,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from vllm_longctx.cli.engine import (
@@ -26,7 +25,7 @@ from vllm_longctx.cli.engine import (
     tokenizer_of,
 )
 from vllm_longctx.cli.options import BatchedTokens, Dtype, EnforceEager, JsonOut, Longctx, Model, Preset
-from vllm_longctx.cli.output import counting, errors_for_users, plot, write_json
+from vllm_longctx.cli.output import counting, errors_for_users, plot, tables, write_json
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -186,11 +185,12 @@ def score(
             scores = {"longctx": ours}
         if baseline:
             scores["stock vLLM"] = score_baseline(model, tokens, **kwargs)
-    print_table(scores, bucket_tokens)
+    output = tables()
+    output.print(score_table(scores, bucket_tokens))
     result = {"model": model, "text": str(text), "tokens": len(tokens), **as_json(ours, bucket_tokens)}
     if "base" in scores:
         parts = segments(ours, scores["base"], bucket_tokens)
-        print_segments([*parts, *segments(ours, scores["base"], len(tokens))])
+        output.print(segment_table([*parts, *segments(ours, scores["base"], len(tokens))]))
         result["segments"] = [asdict(part) for part in parts]
     if "stock vLLM" in scores:
         result["baseline"] = as_json(scores["stock vLLM"], bucket_tokens)
@@ -221,14 +221,14 @@ def as_json(score: Score, bucket_tokens: int | None) -> dict[str, Any]:
     }
 
 
-def print_segments(parts: list[Segment]) -> None:
+def segment_table(parts: list[Segment]) -> Table:
     table = Table("positions", "base", "Temp-LoRA", "change", title="perplexity")
     for p in parts:
         table.add_row(f"{p.start:,} – {p.end:,}", f"{p.ppl_base:.2f}", f"{p.ppl:.2f}", f"{p.ppl / p.ppl_base - 1:+.1%}")
-    Console().print(table)
+    return table
 
 
-def print_table(scores: dict[str, Score], bucket_tokens: int | None) -> None:
+def score_table(scores: dict[str, Score], bucket_tokens: int | None) -> Table:
     """A row per bucket of the longest score, a column per score."""
     table = Table("positions", *scores, title="NLL, nats per token")
     columns = [{(b.start, b.end): b.nll for b in s.buckets(bucket_tokens)} for s in scores.values()]
@@ -238,4 +238,4 @@ def print_table(scores: dict[str, Score], bucket_tokens: int | None) -> None:
     table.add_section()
     table.add_row("tokens/s", *(f"{s.tokens_per_s:,.0f}" for s in scores.values()))
     table.add_row("peak KV blocks", *(f"{s.kv_blocks_peak:,}" for s in scores.values()))
-    Console().print(table)
+    return table
