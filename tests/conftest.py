@@ -1,3 +1,4 @@
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,16 @@ if not torch.cuda.is_available():
     interpreter._patch_lang = patch_language_once
 
 SHARED = Path(os.environ.get("LONGCTX_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector, which engines call several times a start, need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or what is freed at the end is said to have leaked
 
 
 @pytest.fixture(autouse=True)
