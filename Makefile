@@ -22,12 +22,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One thread for each of two processes: threads that wait for each other's cores cost more than they compute.
+# Two processes of one thread each: threads that wait for each other's cores cost more than they compute.
+IN_TWO := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations 20
+
 fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations 20 $(SELECTED) tests/fast
+	$(IN_TWO) $(SELECTED) tests/fast
 
 engine: setup
-	$(BIN)/pytest -q --durations 20 $(SELECTED) tests/engine
+	$(IN_TWO) $(SELECTED) tests/engine
 
 demo: setup
 	$(BIN)/python benchmarks/demo.py

@@ -1,5 +1,7 @@
+import gc
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,37 @@ if not torch.cuda.is_available():
     interpreter._patch_lang = patch_language_once
 
 SHARED = Path(os.environ.get("LONGCTX_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector, which engines call several times a start, need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or what is freed at the end is said to have leaked
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _models_are_inspected_here() -> Iterator[None]:
+    """Classes of models that vLLM has not seen before are inspected here, not in a new process, which takes ten seconds."""
+    registry = sys.modules.get("vllm.model_executor.models.registry")
+    if registry is None:  # no test that was chosen imports vLLM
+        yield
+        return
+    from vllm.platforms import current_platform
+
+    platform = current_platform.__class__
+
+    def run(inspect: Callable[[], Any]) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(current_platform, "__class__", platform)  # which a test may have exchanged
+            return inspect()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", run)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.engines import a_core_for_each_of_two_ranks, generate, logprobs_of, running, running_here
+from tests.support.engines import generate, logprobs_of, running, running_here
 from tests.support.reference_model import official_top_k
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["lminf_llama_a", "lminf_gptj", "lminf_mpt"])
-def test_lm_infinite(name: str, ranks: int, goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_infinite(name: str, ranks: int, goldens: Path, request: pytest.FixtureRequest) -> None:
     case = goldens / name
     parameters = json.loads((case / "case.json").read_text())
     ids = np.load(case / "input_ids.npy").flatten().tolist()
@@ -23,7 +23,7 @@ def test_lm_infinite(name: str, ranks: int, goldens: Path, monkeypatch: pytest.M
         "distance_ceiling": parameters["limit_distance"],
     }
     if ranks == 2:
-        a_core_for_each_of_two_ranks(monkeypatch)
+        request.getfixturevalue("two_cores")
     start = running if ranks == 2 else running_here
     with start(goldens / parameters["model"], attention, tensor_parallel_size=ranks) as llm:
         (scored,) = generate(llm, [ids], max(len(greedy), 1), prompt_logprobs=0)
@@ -33,11 +33,11 @@ def test_lm_infinite(name: str, ranks: int, goldens: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_longllama(ranks: int, goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_longllama(ranks: int, goldens: Path, request: pytest.FixtureRequest) -> None:
     """Two requests at once, in chunks that end elsewhere than the windows do; no configuration but the checkpoint's own."""
     cases = [goldens / "longllama_a", goldens / "longllama_generate"]
     if ranks == 2:
-        a_core_for_each_of_two_ranks(monkeypatch)
+        request.getfixturevalue("two_cores")
     prompts = [np.load(case / "input_ids.npy").flatten().tolist() for case in cases]
     greedy = np.load(cases[1] / "greedy_tokens.npy").flatten().tolist()
     settings = {"tensor_parallel_size": ranks, "max_num_batched_tokens": 200}

@@ -8,7 +8,7 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import tokens_input
 from vllm.utils.math_utils import cdiv
 
-from tests.support.engines import generate, metric, prompt, running
+from tests.support.engines import generate, metric, prompt, running_here
 
 TRAINED, N_GLOBAL, N_LOCAL, CHUNK, BLOCK = 128, 10, 64, 128, 32
 ATTENTION = {"n_global": N_GLOBAL, "n_local": N_LOCAL, "distance_ceiling": 100}
@@ -18,7 +18,7 @@ REQUESTS, TOKENS = "vllm:longctx_num_requests_past_trained", "vllm:longctx_token
 
 @pytest.fixture(scope="module")
 def llm(tiny_llama: Path) -> Iterator[LLM]:
-    with running(tiny_llama, ATTENTION, max_num_batched_tokens=CHUNK) as llm:
+    with running_here(tiny_llama, ATTENTION, max_num_batched_tokens=CHUNK) as llm:
         yield llm
 
 

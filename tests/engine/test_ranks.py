@@ -17,17 +17,14 @@ from vllm import SamplingParams
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 
-from tests.support.engines import a_core_for_each_of_two_ranks, generate, logprobs_of, prompt, running, sidecars, tokens_of
+from tests.support.engines import generate, logprobs_of, prompt, running, sidecars, tokens_of
 from tests.support.lora_adapters import logprobs_by_peft, write_adapter
 from tests.support.reference_model import ReferenceLlama
 from tests.support.temp_lora_engine import STEPPED, assert_equal, replayed, written_together
 from vllm_longctx import BOOKLM
 from vllm_longctx.geometry import Geometry
 
-
-@pytest.fixture(autouse=True)
-def _two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    a_core_for_each_of_two_ranks(monkeypatch)
+pytestmark = pytest.mark.usefixtures("two_cores")
 
 
 def test_two_ranks_equal_the_reference(tiny_llama: Path, tmp_path: Path) -> None:

@@ -2,34 +2,12 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _models_are_inspected_here() -> Iterator[None]:
-    """Classes of models that vLLM has not seen before are inspected here, not in a new process, which takes ten seconds."""
-    registry = sys.modules.get("vllm.model_executor.models.registry")
-    if registry is None:  # no test that was chosen imports vLLM
-        yield
-        return
-    from vllm.platforms import current_platform
-
-    platform = current_platform.__class__
-
-    def run(inspect: Callable[[], Any]) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(current_platform, "__class__", platform)  # which a test may have exchanged
-            return inspect()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_run_in_subprocess", run)
-        yield
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ class Stock:
 
 
 def test_an_engine_without_a_configuration_of_ours_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = "test_processes:Stock.main"
+    path = f"{__name__}:Stock.main"
     owner, name = processes._find(path)
     monkeypatch.setattr(owner, name, functools.wraps(getattr(owner, name))(WatchedMain(path)))
     stock = SimpleNamespace(additional_config={"other": 1})

@@ -61,13 +61,6 @@ def running_here(*args: Any, **kwargs: Any) -> Iterator[LLM]:
             os.sched_setaffinity(0, cores)  # vLLM's worker binds the process that it is in
 
 
-def a_core_for_each_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        pytest.skip("two ranks need two cores")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
-
-
 def prompt(length: int, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(1000 * seed + length)
     return torch.randint(3, VOCAB, (length,), generator=generator).tolist()

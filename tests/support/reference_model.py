@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from vllm_longctx.reference import attention
 from vllm_longctx.rotary import Rotary, attention_factor, inverse_frequencies
 
 PLAIN = Geometry()
+PIECE = 64  # queries that are computed at once
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 # What a layer sees at positions [tokens], by its number, and whether its queries and keys are rotated.
 Layers = Callable[[int, Tensor], tuple[list[Branch], bool]]
@@ -87,18 +89,23 @@ class Reference:
         for number in range(self.layers):
             by_position, rotates = layers(number, torch.arange(len(ids)))
 
-            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-                rotary = self.rotary if rotates else None  # noqa: B023
-                scale = self.head_dim**-0.5
-                return attention(q, k, v, by_position, scale, rotary, self.slopes, self.margins).flatten(1)  # noqa: B023
-
-            x = self.layer(x, number, attend)
+            x = self.layer(x, number, partial(self.attend, by_position, self.rotary if rotates else None))
         return self.head(x).log_softmax(-1)
 
     def token_logprobs(self, ids: list[int], seen: Geometry | Layers = PLAIN) -> Tensor:
         """float64 [tokens - 1]: log-probability of each token after the first."""
         return self.logprobs(ids, seen)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+
+    def attend(self, seen: list[Branch], rotary: Rotary | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """In pieces of the text, each beside the keys that any of its queries sees; [tokens, heads * head_dim]."""
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        pieces = []
+        for rows in torch.arange(len(q)).split(PIECE):
+            keys = torch.cat([branch.visible[rows] for branch in seen]).any(0).nonzero().squeeze(1)
+            of_piece = [Branch(b.visible[rows][:, keys], b.distance[rows][:, keys], b.best) for b in seen]
+            scale = self.head_dim**-0.5
+            pieces.append(attention(q[rows], k[keys], v[keys], of_piece, scale, rotary, self.slopes, self.margins))
+        return torch.cat(pieces).flatten(1)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         y = x @ self.weights[f"{name}.weight"].T

@@ -196,7 +196,9 @@ def engine(
 RECOMPUTE = {"kv_policy": "recompute"}
 
 
-@pytest.mark.parametrize("engine", [(0, {}), (0, RECOMPUTE), (1, RECOMPUTE)], indirect=True)
+@pytest.mark.parametrize(
+    "engine", [(0, {}), pytest.param((0, RECOMPUTE), marks=pytest.mark.slow), (1, RECOMPUTE)], indirect=True
+)
 def test_passes_beside_a_request_that_does_not_adapt(
     engine: PassesEngine,
     monkeypatch: pytest.MonkeyPatch,

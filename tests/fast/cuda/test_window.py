@@ -99,7 +99,7 @@ def test_windows_end_with_a_step_under_way(small_llama: Path) -> None:
     assert engine.is_empty()
 
 
-@pytest.mark.parametrize("steps_ahead", [0, 1])
+@pytest.mark.parametrize("steps_ahead", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
 @pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread")
 def test_a_first_window_is_shared_while_it_is_open(steps_ahead: int, small_llama: Path) -> None:
@@ -110,12 +110,12 @@ def test_a_first_window_is_shared_while_it_is_open(steps_ahead: int, small_llama
     schedulers = [MemoryScheduler, AsyncMemoryScheduler]
     engine = WholeEngine(small_llama, section, MemoryRunner, schedulers, steps_ahead, **sizes)
     with set_current_vllm_config(engine.config):
-        first = engine.add("first", text(20), max_tokens=40)
+        first = engine.add("first", text(20), max_tokens=16)
         while first.num_output_tokens < 8:
             engine.step()
         beginning = list(first.all_token_ids)[:27]
-        engine.add("turn", [*beginning, *text(25)], max_tokens=20, prompt_logprobs=None)
-        engine.add("again", beginning[:20], max_tokens=30, prompt_logprobs=None)
+        engine.add("turn", [*beginning, *text(25)], max_tokens=5, prompt_logprobs=None)
+        engine.add("again", beginning[:20], max_tokens=15, prompt_logprobs=None)
         while engine.scheduler.has_requests() or engine.under_way:
             engine.step()
     assert [engine.outputs[name][0].prefill_stats.num_cached_tokens for name in ("turn", "again")] == [BLOCK_SIZE] * 2

@@ -88,9 +88,22 @@ def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return path, {**good, **stream, **odd}
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few: Any = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@settings(max_examples=30, **few)
 @given(request=requests())
 def test_any_body_gets_stocks_verdict(
+    stock: tuple[str, Core], ours: tuple[str, Core], request: tuple[str, dict[str, Any]]
+) -> None:
+    path, body = request
+    assert verdict(ours[0], path, body) == verdict(stock[0], path, body)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **few)
+@given(request=requests())
+def test_any_of_many_bodies_gets_stocks_verdict(
     stock: tuple[str, Core], ours: tuple[str, Core], request: tuple[str, dict[str, Any]]
 ) -> None:
     path, body = request

@@ -222,7 +222,9 @@ def test_running_out_of_memory_is_answered(tiny_llama: Path):
     slots.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)], ids=["killed", "hangs"]
+)
 def test_a_trainer_that_fails_while_training_is_replaced(
     client: TrainerClient, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ):
@@ -247,6 +249,7 @@ def test_a_trainer_that_fails_while_training_is_replaced(
     assert 0 < moved.abs().max() < 0.1, "training goes on from version 1"
 
 
+@pytest.mark.slow
 def test_the_last_words_of_a_trainer_come_before_its_restart(client: TrainerClient):
     """What they make the engine send must not go to the next trainer, which knows nothing yet."""
     client.send(m.Begin(1, 0, RECIPE))
@@ -323,6 +326,7 @@ def test_a_start_that_takes_too_long_is_the_end(checkpoint: Path):
     client.close()
 
 
+@pytest.mark.slow
 def test_a_restart_that_hangs_is_restarted(checkpoint: Path):
     client = client_of(checkpoint, start_timeout_s=60.0)
     client.start()
@@ -348,7 +352,7 @@ def run_engine(checkpoint: Path, connection) -> None:
     signal.pause()
 
 
-@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("loaded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_trainer_ends_with_its_engine(checkpoint: Path, loaded: bool):
     context = multiprocessing.get_context("fork")  # what is imported need not be imported again
     ours, theirs = context.Pipe()
@@ -379,6 +383,7 @@ def test_close_leaves_nothing(checkpoint: Path):
     assert client.poll() == []
 
 
+@pytest.mark.slow
 def test_engines_can_join_a_running_trainer(checkpoint: Path, tmp_path: Path):
     address = f"ipc://{tmp_path}/trainer"
     options = json.dumps({"address": address, "model": str(checkpoint), "dtype": "float32"})
@@ -480,6 +485,7 @@ def test_what_the_trainer_is_told_is_on_no_command_line(client: TrainerClient, c
     assert psutil.Process(client.process_id).cmdline()[1:] == ["-m", "vllm_longctx.trainer.sidecar"]
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_loaded_ends_the_start_with_its_reason(checkpoint: Path, tmp_path: Path):
     shutil.copytree(checkpoint, tmp_path / "model")
     client = client_of(tmp_path / "model")
@@ -492,6 +498,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_start_with_its_reason(checkpoint
     client.close()
 
 
+@pytest.mark.slow
 def test_a_model_is_compared_at_the_start_and_after_a_restart(checkpoint: Path, tiny_llama: Path):
     probe = tokens(1)
     client = client_of(checkpoint, probe=probe)
