@@ -1,4 +1,4 @@
-"""vLLM's model runners for GPUs, as all engines of ours have them: both where windows slide, Model Runner V2 where they step."""
+"""vLLM's model runners for GPUs: both of them where windows slide, Model Runner V2 where they step."""
 
 from collections.abc import Sequence
 from typing import Any

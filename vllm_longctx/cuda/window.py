@@ -112,5 +112,5 @@ class WindowImpl(TakenOver, LambdaImpl):
     def _memory_branch(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: WindowMetadata
     ) -> tuple[Tensor, Tensor] | None:
-        """What queries see before their window: output [tokens, heads, head_size], log-sum-exp [tokens, heads]; here nothing."""
+        """What queries see before their window: output [tokens, heads, d], log-sum-exp [tokens, heads]; here nothing."""
         return None

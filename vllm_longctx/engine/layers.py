@@ -1,4 +1,4 @@
-"""What both platforms do to a loaded model: find its attention layers, give them exact rotary angles, and change what they are."""
+"""What both platforms do to a loaded model: find its attention layers, and give them exact rotary angles."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,7 +112,9 @@ def engine_backend(
 ) -> type[AttentionBackend]:
     """The backend for one engine's layers of one role.
 
-    rows: What its metadata builders read of a step, the platform's `StepRows`. make_spec: What the pool must keep of its layers.
+    rows: What its metadata builders read of a step, the platform's `StepRows`.
+    make_spec: What the pool must keep of its layers.
+
     vLLM constructs builders itself and gives them nothing of ours, so both come as attributes of classes.
     """
     stock = backend.get_builder_cls()

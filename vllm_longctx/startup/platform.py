@@ -91,7 +91,10 @@ def check_capability(needed: DeviceCapability, what: str, remedy: str) -> None:
 
 
 def choose_backend(args: EngineArgs) -> None:
-    """On CUDA, vLLM's place for a backend of a plugin's; the user must not ask for another, nor another plugin have taken it."""
+    """On CUDA, vLLM's place for a backend of a plugin's.
+
+    Raises LongContextError if the user asks for another, or another plugin has taken it.
+    """
     if platform() is not CUDA:
         return
     asked = AttentionConfig.validate_backend_before(args.attention_backend) or args.attention_config.backend
