@@ -42,15 +42,9 @@ class MemoryScheduler(LongContextScheduler):
             del request.block_hashes[last_start // self.block_size :]
         super().add_request(request)
 
-    def _reserve_prefill_lookahead(
-        self,
-        request: Request,
-        num_computed_tokens: int,
-        num_new_tokens: int,
-    ) -> int:
-        allowed = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        end = self.windows.end(num_computed_tokens, request.num_prompt_tokens)
-        return min(allowed, end - num_computed_tokens)
+    def _most_tokens(self, request: Request, computed: int) -> int:
+        end = self.windows.end(computed, request.num_prompt_tokens)
+        return min(super()._most_tokens(request, computed), end - computed)
 
     def _step_info(self, output: SchedulerOutput) -> StepInfo:
         scheduled = output.num_scheduled_tokens
@@ -88,14 +82,8 @@ class TopKScheduler(LongContextScheduler):
     prompt is split.
     """
 
-    def _reserve_prefill_lookahead(
-        self,
-        request: Request,
-        num_computed_tokens: int,
-        num_new_tokens: int,
-    ) -> int:
-        allowed = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        return min(allowed, max(request.num_prompt_tokens - 1 - num_computed_tokens, 1))
+    def _most_tokens(self, request: Request, computed: int) -> int:
+        return min(super()._most_tokens(request, computed), max(request.num_prompt_tokens - 1 - computed, 1))
 
 
 class AsyncMemoryScheduler(MemoryScheduler, AsyncScheduler):

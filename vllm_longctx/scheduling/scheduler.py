@@ -133,7 +133,11 @@ class LongContextScheduler(Scheduler):
         num_new_tokens: int,
     ) -> int:
         allowed = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        return min(allowed, self.shares.get(request.request_id, NO_LIMIT))
+        return min(allowed, self._most_tokens(request, num_computed_tokens))
+
+    def _most_tokens(self, request: Request, computed: int) -> int:
+        """How many tokens the request may compute in the coming step, from position `computed` on."""
+        return self.shares.get(request.request_id, NO_LIMIT)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)

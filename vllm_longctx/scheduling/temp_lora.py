@@ -303,15 +303,10 @@ class TempLoraScheduler(LongContextScheduler):
             manager.roll_back(adapting.request_id, first)
         adapting.request.num_computed_tokens = first
 
-    def _reserve_prefill_lookahead(
-        self,
-        request: Request,
-        num_computed_tokens: int,
-        num_new_tokens: int,
-    ) -> int:
-        allowed = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+    def _most_tokens(self, request: Request, computed: int) -> int:
         adapting = self.adapting.get(request.request_id)
-        return allowed if adapting is None else min(allowed, adapting.allowance(num_computed_tokens))
+        most = super()._most_tokens(request, computed)
+        return most if adapting is None else min(most, adapting.allowance(computed))
 
     def _make_cached_request_data(self, *args: Any, **kwargs: Any) -> CachedRequestData:
         data = super()._make_cached_request_data(*args, **kwargs)
