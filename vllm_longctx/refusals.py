@@ -40,18 +40,21 @@ def listen() -> None:
     if hasattr(init, "__wrapped__"):
         return
 
+    files: weakref.WeakKeyDictionary[CoreEngineProcManager, int] = weakref.WeakKeyDictionary()  # their descriptors
+
     @functools.wraps(init)
     def init_listening(self: CoreEngineProcManager, *args: Any, **kwargs: Any) -> None:
         vllm_config = inspect.signature(init).bind(self, *args, **kwargs).arguments["vllm_config"]
-        self.longctx_refusal = os.memfd_create("longctx-refusal")
-        weakref.finalize(self, os.close, self.longctx_refusal)
-        setattr(vllm_config, ATTRIBUTE, f"/proc/{os.getpid()}/fd/{self.longctx_refusal}")
+        files[self] = file = os.memfd_create("longctx-refusal")
+        weakref.finalize(self, os.close, file)
+        setattr(vllm_config, ATTRIBUTE, f"/proc/{os.getpid()}/fd/{file}")
         init(self, *args, **kwargs)
 
     @functools.wraps(finished_procs)
     def finished_or_refused(self: CoreEngineProcManager) -> dict[str, int]:
-        if size := os.fstat(self.longctx_refusal).st_size:  # also of a process that is not quite gone yet
-            raise LongContextError(os.pread(self.longctx_refusal, size, 0).decode())
+        if size := os.fstat(files[self]).st_size:  # also of a process that is not quite gone yet
+            raise LongContextError(os.pread(files[self], size, 0).decode())
         return finished_procs(self)
 
-    CoreEngineProcManager.__init__, CoreEngineProcManager.finished_procs = init_listening, finished_or_refused
+    CoreEngineProcManager.__init__ = init_listening  # type: ignore[method-assign]  # a seam
+    CoreEngineProcManager.finished_procs = finished_or_refused  # type: ignore[method-assign]  # a seam

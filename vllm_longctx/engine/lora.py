@@ -76,8 +76,11 @@ class Numbered(LoRARequest):
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """layers: the LoRA buffers A [max_rank, in] and B [out, max_rank] of every layer, for one adapter. into, weights: the part
-    of each that a slot's rank takes, and the same in the slot. All are views of memory that stays."""
+    """Where the weights of one slot go, and where they come from. All are views of memory that stays.
+
+    layers: The LoRA buffers A [max_rank, in] and B [out, max_rank] of every layer, for one adapter.
+    into, weights: The part of each that a slot's rank takes, and the same in the slot.
+    """
 
     layers: list[Tensor]
     into: list[Tensor]
@@ -98,7 +101,7 @@ class AdapterManager(LRUCacheLoRAModelManager):
         if isinstance(lora_config, LoRAConfigWithSlots):
             self.num_slots, self.users = lora_config.slots, lora_config.users
         self.warming_up = True
-        super().__init__(*args, lora_config=lora_config, **kwargs)
+        super().__init__(*args, lora_config=lora_config, **kwargs)  # type: ignore[misc]  # args end before it
         targets = None if self.users is None else self.users.target_modules
         self.not_the_users = [
             module
@@ -375,7 +378,7 @@ class Adapts:
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Raises RuntimeError where there is a trainer: it has loaded the weights that the engine has, and keeps them."""
         if not active_settings(self.vllm_config).mode.adapts:
-            super().reload_weights(*args, **kwargs)  # type: ignore[misc]
+            super().reload_weights(*args, **kwargs)  # type: ignore[misc]  # of the runner behind
             return
         raise RuntimeError(
             "longctx: the weights of an engine with adaptation cannot be changed, because its trainer has a copy of them; "

@@ -57,7 +57,7 @@ class LongContextScheduler(Scheduler):
             f"trained length {self.trained_length}",
             f"max_model_len {model.max_model_len}",
             f"block_size {self.vllm_config.cache_config.block_size}",
-            f"at most {sum(m.max_admission_blocks_per_request for m in self.lambda_managers)} KV blocks per request",
+            f"at most {sum(m.max_admission_blocks_per_request or 0 for m in self.lambda_managers)} KV blocks per request",
             f"prefix caching {prefix_caching(settings, self.vllm_config.cache_config)}",
             f"worker {self.vllm_config.parallel_config.worker_cls}",
         ]

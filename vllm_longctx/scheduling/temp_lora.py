@@ -41,6 +41,7 @@ from vllm_longctx.engine.kv_cache import LambdaManager, PrivateRequests, Stepped
 from vllm_longctx.engine.step import Pass, SlotsMemory, SlotUse, StepInfo, Weights
 from vllm_longctx.engine.waiting import wait_patiently
 from vllm_longctx.metrics import StepStats
+from vllm_longctx.models.properties import model_dtype
 from vllm_longctx.scheduling.scheduler import LongContextScheduler
 from vllm_longctx.settings import Adaptation
 from vllm_longctx.temp_lora import base_model, messages
@@ -620,7 +621,7 @@ def check_when_engines_start() -> None:
                 self.shutdown()
                 raise
 
-    EngineCore._initialize_effective_attention_block_size = initialize_and_check
+    EngineCore._initialize_effective_attention_block_size = initialize_and_check  # type: ignore[method-assign]  # a seam
 
 
 def ends_by_itself(request: Request) -> bool:
@@ -655,7 +656,7 @@ def trainer_client(vllm_config: VllmConfig, settings: Adaptation, shared: Shared
         max_rank=settings.max_rank,
         num_slots=settings.slots,
         probe=base_model.probe(model, settings),
-        training_bytes=Shape.of(model.hf_text_config, model.dtype).training_bytes(settings),
+        training_bytes=Shape.of(model.hf_text_config, model_dtype(model)).training_bytes(settings),
         share=None if shared is None else shared.message,
     )
 

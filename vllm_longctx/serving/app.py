@@ -38,7 +38,7 @@ from vllm_longctx.metrics import count_ignored_field, export_ignored_fields
 from vllm_longctx.models.properties import trained_length
 from vllm_longctx.serving import stop_strings
 from vllm_longctx.serving.streams import guarded, over_http, watch
-from vllm_longctx.settings import Settings, active_settings
+from vllm_longctx.settings import Settings, active_settings, plugin_configs
 
 logger = init_logger("vllm.longctx")
 
@@ -303,7 +303,7 @@ def check_engine_requests() -> None:
 
     @functools.wraps(process_inputs)
     def process(self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        if KEY not in (self.vllm_config.additional_config or {}):
+        if KEY not in plugin_configs(self.vllm_config):
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
         settings = active_settings(self.vllm_config)
         if settings.mode.is_plain:
@@ -321,9 +321,9 @@ def check_engine_requests() -> None:
             adapts = False  # it has its adapter, also where all others learn one
         if request.resumable:
             _check_streamed(settings)
-        if getattr(params, "max_tokens", 0) is None:
-            limits = request.sampling_params.max_tokens, settings.serving.default_max_tokens
-            request.sampling_params.max_tokens = min(limits)
+        if (sampling := request.sampling_params) is not None and getattr(params, "max_tokens", 0) is None:
+            assert sampling.max_tokens is not None  # vLLM has filled it in
+            sampling.max_tokens = min(sampling.max_tokens, settings.serving.default_max_tokens)
         if adapts:
             _check_adapting(request, options)
         if settings.serving.strict:
@@ -333,7 +333,7 @@ def check_engine_requests() -> None:
             _limit_to_trained(request, params, trained_length(self.model_config), settings.serving.strict)
         return request
 
-    InputProcessor.process_inputs = process
+    InputProcessor.process_inputs = process  # type: ignore[method-assign]  # a seam
 
 
 def _adaptation(settings: Settings, vllm_config: VllmConfig, params: Any) -> tuple[RequestOptions, bool]:
@@ -385,6 +385,7 @@ def _limit_to_trained(request: EngineCoreRequest, params: Any, trained: int, str
         return
     prompt = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
     asked = request.sampling_params.max_tokens
+    assert asked is not None  # vLLM has filled it in
     remedy = EXAMPLE if over_http() else OFFLINE_EXAMPLE
     if prompt >= trained:
         raise RequestError(  # vLLM's words for a prompt that is too long

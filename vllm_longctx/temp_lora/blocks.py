@@ -7,6 +7,7 @@ tokens one position further on. Version v is what training on blocks 1..v produc
 Source: Temp-LoRA (arXiv 2401.11504, sections 3.1 and 3.2).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_longctx.config import KVPolicy, UpdateMode
@@ -76,11 +77,11 @@ class Window:
         return start - self.keep_first if start else 0
 
 
-def example(text: list[int], targets: range, train_context_tokens: int, bos: int | None) -> list[int]:
+def example(text: Sequence[int], targets: range, train_context_tokens: int, bos: int | None) -> list[int]:
     """What a block is trained on: [BOS | the tokens before the first target | the targets].
 
     BOS only where the text began with it and the context does not reach back to it. The loss is on the last len(targets).
     """
     begin = max(targets.start - train_context_tokens, 0)
     head = [bos] if bos is not None and begin > 0 and text[0] == bos else []
-    return head + text[begin : targets.stop]
+    return [*head, *text[begin : targets.stop]]

@@ -87,7 +87,12 @@ def model_class(config: Mapping[str, Any]) -> type[PreTrainedModel]:
 def skeleton(model: str, dtype: str, attention: str, config: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """A checkpoint's Hugging Face model without weights, on `meta`. config: a complete one in place of the checkpoint's."""
     settings = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
-    made = AutoConfig.from_pretrained(model) if config is None else model_class(config).config_class.from_dict(dict(config))
+    if config is None:
+        made = AutoConfig.from_pretrained(model)
+    else:
+        config_class = model_class(config).config_class
+        assert config_class is not None
+        made = config_class.from_dict(dict(config))
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(made, **settings)
 

@@ -38,7 +38,7 @@ class Sidecar:
     def __init__(
         self,
         trainer: Trainer,
-        socket: zmq.Socket,
+        socket: zmq.Socket[bytes],
         adapters_root: str | None,
         device_slots: torch.Tensor | None = None,
         duty_cycle: float = 1.0,
@@ -129,6 +129,8 @@ class Sidecar:
                 trainer.drop(job.owner)
             case m.Leave():
                 self._change_engine(None)
+            case m.Share() | m.Join():
+                pass  # taken where they come in
 
     def _train(self, job: m.Train, slots: Slots) -> None:
         begin = time.perf_counter()
@@ -172,7 +174,8 @@ def failure(job: m.Job, reason: str) -> m.Report:
             return m.Failed(job.owner, job.version, reason)
         case m.Begin():
             return m.Failed(job.owner, 0, reason)
-    return m.Lost(f"failed: {reason}")
+        case _:
+            return m.Lost(f"failed: {reason}")
 
 
 def end_with(parent: int, directory: Path) -> None:
@@ -184,7 +187,7 @@ def end_with(parent: int, directory: Path) -> None:
     os._exit(0)
 
 
-def prepare(options: m.Options, socket: zmq.Socket) -> Sidecar:
+def prepare(options: m.Options, socket: zmq.Socket[bytes]) -> Sidecar:
     """The model where it is to be trained: the engine's own weights, if it shares them, or a copy of its own."""
     device, slots = torch.device(options.device), None
     if device.type == "cuda":
@@ -201,7 +204,7 @@ def prepare(options: m.Options, socket: zmq.Socket) -> Sidecar:
         model = shared.fill(shared.skeleton(options.model, options.dtype, options.attention, options.config), weights)
         slots = shared.attach(share.slots, device)
     else:
-        model = load(options).to(device)
+        model = load(options).to(device)  # type: ignore[arg-type]  # transformers' decorator loses self
     model.name_or_path = options.model  # for those who load the adapters that it saves
     about = f"{options.model}{f' (revision {options.revision})' if options.revision else ''} in {options.dtype}"
     return Sidecar(Trainer(model, options.recompute), socket, options.adapters_root, slots, options.duty_cycle, about)
@@ -229,7 +232,7 @@ def load(options: m.Options) -> PreTrainedModel:
     return model
 
 
-def tell_why_not(socket: zmq.Socket, reason: str) -> None:
+def tell_why_not(socket: zmq.Socket[bytes], reason: str) -> None:
     """Answer an engine that is waiting for a model which cannot be loaded; not one that comes later."""
     while socket.poll(1000):
         engine, payload = socket.recv_multipart()
