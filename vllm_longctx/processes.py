@@ -108,8 +108,10 @@ class Watched:
 
 
 def _and_leave(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call the main function of a process, which then ends as a forked one does: a spawned one would first take all of PyTorch
-    apart."""
+    """Call the main function of a process, which then ends as a forked one does.
+
+    A spawned one would first take all of PyTorch apart.
+    """
     code = 1
 
     def leave() -> None:

@@ -134,8 +134,10 @@ class LongContextScheduler(Scheduler):
         return self._has_room_for_adapter(request) and super()._handle_blocked_waiting_request(request)
 
     def _has_room_for_adapter(self, request: Request) -> bool:
-        """Whether requests that run have no more than max_loras adapters with this one's, whether this step computes them or
-        not: vLLM counts those of the step only, and a later step may have them all."""
+        """Whether requests that run have no more than max_loras adapters with this one's.
+
+        Whether this step computes them or not: vLLM counts those of the step only, and a later step may have them all.
+        """
         if self.lora_config is None or request.lora_request is None:
             return True
         running = {other.lora_request.lora_int_id for other in self.running if other.lora_request is not None}

@@ -625,8 +625,11 @@ def check_when_engines_start() -> None:
 
 
 def ends_by_itself(request: Request) -> bool:
-    """False where a client left or the request failed. A stop string is found by the front end, which then aborts as clients
-    do, so what has stop strings and has written anything counts as ended by one."""
+    """False where a client left or the request failed.
+
+    A stop string is found by the front end, which then aborts as clients do, so what has stop strings and has written anything
+    counts as ended by one.
+    """
     assert request.sampling_params is not None
     if request.status == RequestStatus.FINISHED_ABORTED:
         return bool(request.sampling_params.stop) and request.num_output_tokens > 0

@@ -32,7 +32,8 @@ SOCKET_PATH_BYTES = 107  # of a Unix socket, on Linux
 
 
 class TrainerClient:
-    """
+    """The engine's side of its trainer process.
+
     options: What a trainer process is started with; the address is chosen for each process, unless it is joined.
     trainer: How it is watched over. One with an address runs already; it is joined and not watched over.
     max_rank, num_slots: Of the shared memory.

@@ -158,8 +158,12 @@ class Drop(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """modules: of every adapted linear layer, under Hugging Face's name, its (in, out) features. logprobs: of every token of
-    the probe after its first, in nats. about: what the trainer loaded, in words."""
+    """A trainer can begin.
+
+    modules: Of every adapted linear layer, under Hugging Face's name, its (in, out) features.
+    logprobs: Of every token of the probe after its first, in nats.
+    about: What the trainer loaded, in words.
+    """
 
     modules: dict[str, tuple[int, int]]
     logprobs: list[float] = []

@@ -22,8 +22,11 @@ class StaleSlot(Exception):
 
 
 class Slots:
-    """modules: of each module the (in, out) features. Per module a bank holds float32 A [rank, in] and B [out, rank], B
-    already multiplied by alpha / rank. device_memory: uint8 [`size`], where the weights are instead of in the file."""
+    """Per module a bank holds float32 A [rank, in] and B [out, rank], B already multiplied by alpha / rank.
+
+    modules: Of each module the (in, out) features.
+    device_memory: uint8 [`size`], where the weights are instead of in the file.
+    """
 
     def __init__(
         self,

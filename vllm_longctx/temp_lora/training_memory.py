@@ -29,8 +29,11 @@ def free_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama-like model. hidden, intermediate, query, kv: widths; query and kv of all heads together. itemsize: bytes of
-    an element of its weights."""
+    """Of a Llama-like model.
+
+    hidden, intermediate, query, kv: Widths; query and kv of all heads together.
+    itemsize: Bytes of an element of its weights.
+    """
 
     layers: int
     hidden: int

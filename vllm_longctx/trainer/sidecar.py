@@ -32,8 +32,13 @@ NICENESS = 10  # engine and front end go first, but a busy machine leaves the tr
 
 
 class Sidecar:
-    """socket: a bound ROUTER socket, on which each engine has an identity. device_slots: the slots' device memory. duty_cycle:
-    the share of the time in which to train. about: what was loaded, in words."""
+    """The trainer process.
+
+    socket: A bound ROUTER socket, on which each engine has an identity.
+    device_slots: The slots' device memory.
+    duty_cycle: The share of the time in which to train.
+    about: What was loaded, in words.
+    """
 
     def __init__(
         self,
