@@ -1,5 +1,6 @@
-"""`make demo`: a model trained on 512 tokens reads 131,072 and writes 2,000, beside stock vLLM on the same text; then it learns
-while it reads.
+"""`make demo`: a model trained on 512 tokens reads 131,072 and writes 2,000, then it learns while it reads.
+
+It reads beside stock vLLM on the same text.
 
 Only its own lines are printed; what vLLM says goes to a file, demo.log. The text is the Python language reference (the pydoc
 topics on every machine). Everything runs in the real vLLM engine, in float32; stock vLLM is given an enlarged RoPE table, or it

@@ -294,7 +294,7 @@ def fewshot(
 
 
 class Lesson:
-    """Classes of words, each class with a number as its key, and examples: "The {word} {word} key is {number}."
+    """Classes of words, each class with a number as its key, and examples ("The {word} {word} key is {number}.").
 
     labels: the token of each number that tells it from the others, after the `shared` ones of all numbers. Raises
     ValueError if the tokenizer has too few whole words or numbers that one token does not tell apart.

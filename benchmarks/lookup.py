@@ -37,7 +37,7 @@ from vllm_longctx.cli.output import console, plot, write_json
 from vllm_longctx.cli.score import tokenize
 from vllm_longctx.cpu.kernels import retrieval
 from vllm_longctx.cpu.kernels.retrieval import Codes, Memory, Pages, attend_best, best_blocks, recall, top_k
-from vllm_longctx.cpu.kernels.scratch import as_kernel_cache, packed_order
+from vllm_longctx.cpu.kernels.scratch import as_kernel_caches, packed_order
 
 BLOCK_SIZE = 32
 WAYS = ("all", "top_k", "blocks")
@@ -71,7 +71,7 @@ def isa(shape: Shape, dtype: torch.dtype) -> str:
 
 def kernel_attention(query: Tensor, memory: Memory, shape: Shape) -> Callable[[], Tensor]:
     """vLLM's kernel over all keys of the memory, for queries [T, heads, d] that see each of them (but for the causal end)."""
-    key_cache, value_cache = as_kernel_cache(memory.pages.cache).chunk(2, dim=2)
+    key_cache, value_cache = as_kernel_caches(memory.pages.cache)
     starts, seq_lens = torch.tensor([0, len(query)], dtype=torch.int32), torch.tensor([memory.end], dtype=torch.int32)
     batch: dict[str, Any] = {"query_start_loc": starts, "seq_lens": seq_lens, "causal": True}
     metadata = ops.cpu_attn_get_scheduler_metadata(
@@ -172,7 +172,7 @@ def recalls(shape: Shape, key: Tensor, query: Tensor, ks: list[int], shares: lis
     """How much of the exact result each share of the blocks gives: key [S, kv_heads, d], query [T, heads, d]."""
     memory = empty_memory(shape, len(key), torch.float32)
     assert memory.codes is not None
-    caches = as_kernel_cache(memory.pages.cache).chunk(2, dim=2)
+    caches = as_kernel_caches(memory.pages.cache)
     ops.cpu_attn_reshape_and_cache(key, torch.zeros_like(key), *caches, torch.arange(len(key)), isa(shape, torch.float32))
     memory.codes.summarise(memory.pages, memory.blocks)
     rows = []

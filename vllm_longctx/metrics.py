@@ -137,7 +137,7 @@ class LongContextStatLogger(AggregateStatLoggerBase):
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]):
         self.vllm_config, self.engine_indexes = vllm_config, engine_indexes
         model = vllm_config.model_config.served_model_name
-        labels = {index: [model, str(index)] for index in engine_indexes}
+        labels: dict[int, list[object]] = {index: [model, str(index)] for index in engine_indexes}
 
         def per_engine(kind: type, name: str, documentation: str, **kwargs: Any) -> dict[int, Any]:
             metric = kind(PREFIX + name, documentation, labelnames=["model_name", "engine"], **kwargs)

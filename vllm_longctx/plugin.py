@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.metrics.loggers import StatLoggerManager
 
@@ -63,7 +64,7 @@ def _wrap_create_engine_config() -> None:
             raise LongContextError(f"model {self.model} is LongLLaMA, which needs its memory; start it with --plugin longctx")
         return vllm_config
 
-    EngineArgs.create_engine_config = create
+    EngineArgs.create_engine_config = create  # type: ignore[method-assign]  # a seam
 
 
 def _wrap_cli() -> None:
@@ -71,7 +72,7 @@ def _wrap_cli() -> None:
     add_cli_args, from_cli_args = EngineArgs.add_cli_args, EngineArgs.from_cli_args
 
     @functools.wraps(add_cli_args)
-    def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def add(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
         parser = add_cli_args(parser)
         group = parser.add_argument_group("longctx", "Texts far longer than the model was trained on (vllm-longctx).")
         group.add_argument("--plugin", choices=["longctx"], help="Run the plugin, by default with preset lm-infinite.")
@@ -89,10 +90,10 @@ def _wrap_cli() -> None:
         middleware = getattr(args, "middleware", None)  # an option of `vllm serve`
         if middleware is not None and KEY in (args.additional_config or {}) and MIDDLEWARE not in middleware:
             args.middleware = [*middleware, MIDDLEWARE]
-        return from_cli_args.__func__(cls, args)
+        return from_cli_args.__func__(cls, args)  # type: ignore[attr-defined]  # of a bound class method
 
-    EngineArgs.add_cli_args = staticmethod(add)
-    EngineArgs.from_cli_args = classmethod(from_args)
+    EngineArgs.add_cli_args = staticmethod(add)  # type: ignore[method-assign]  # a seam
+    EngineArgs.from_cli_args = classmethod(from_args)  # type: ignore[method-assign, assignment]  # a seam
 
 
 def _wrap_stat_loggers() -> None:
@@ -109,7 +110,7 @@ def _wrap_stat_loggers() -> None:
         if vllm_config.scheduler_config.scheduler_cls in SCHEDULERS:
             self.stat_loggers.insert(0, LongContextStatLogger(vllm_config, self.engine_indexes))
 
-    StatLoggerManager.__init__ = with_ours
+    StatLoggerManager.__init__ = with_ours  # type: ignore[method-assign]  # a seam
 
 
 def _checked_json(text: str) -> dict[str, Any]:

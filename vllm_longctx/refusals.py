@@ -43,12 +43,14 @@ def raise_in_front_end() -> None:
     if hasattr(init, "__wrapped__"):
         return
 
+    files: weakref.WeakKeyDictionary[CoreEngineProcManager, int] = weakref.WeakKeyDictionary()  # their descriptors
+
     @functools.wraps(init)
     def init_with_file(self: CoreEngineProcManager, *args: Any, **kwargs: Any) -> None:
         vllm_config = inspect.signature(init).bind(self, *args, **kwargs).arguments["vllm_config"]
-        self.longctx_refusal = os.memfd_create("longctx-refusal")
-        weakref.finalize(self, os.close, self.longctx_refusal)
-        setattr(vllm_config, ATTRIBUTE, f"/proc/{os.getpid()}/fd/{self.longctx_refusal}")
+        files[self] = file = os.memfd_create("longctx-refusal")
+        weakref.finalize(self, os.close, file)
+        setattr(vllm_config, ATTRIBUTE, f"/proc/{os.getpid()}/fd/{file}")
         init(self, *args, **kwargs)
 
     @functools.wraps(finished_procs)

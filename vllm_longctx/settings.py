@@ -253,7 +253,13 @@ def for_model(config: LongContextConfig, trained_length: int, kv_block: int, *ar
 
 def active_settings(vllm_config: VllmConfig) -> Settings:
     """Of an engine that `startup.engine_args` has set up."""
-    return _parsed(json.dumps(vllm_config.additional_config[KEY]))
+    return _parsed(json.dumps(plugin_configs(vllm_config)[KEY]))
+
+
+def plugin_configs(vllm_config: VllmConfig) -> dict[str, Any]:
+    """vLLM's `additional_config`; empty where it is not a dict, but an object of another plugin's."""
+    configs = vllm_config.additional_config
+    return configs if isinstance(configs, dict) else {}
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,5 +1,7 @@
-"""vLLM's own server application, over HTTP, whose engine core alone is a stand-in: routes, handlers, tokenizer, checks at the
-engine's door and output processing are real. It starts in a second."""
+"""vLLM's own server application, over HTTP, whose engine core alone is a stand-in.
+
+Routes, handlers, tokenizer, checks at the engine's door and output processing are real. It starts in a second.
+"""
 
 import asyncio
 import contextlib

@@ -1,5 +1,6 @@
-"""An independent replay of Temp-LoRA (arXiv 2401.11504), one greedy request at a time: Hugging Face transformers, peft and
-torch, and nothing of vllm_longctx.
+"""An independent replay of Temp-LoRA (arXiv 2401.11504), one greedy request at a time.
+
+It uses Hugging Face transformers, peft and torch, and nothing of vllm_longctx.
 
 Two copies of the model stand side by side: one learns, the other reads and writes with the version of the adapter that each
 position is due. A pass is one KV cache, filled in the order of the text and never touched again, so an entry keeps what the

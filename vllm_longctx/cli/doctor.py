@@ -61,8 +61,9 @@ def versions() -> Table:
 
 def seam_table() -> tuple[Table, int]:
     """The table, and how many are missing; another vLLM version counts as one."""
+    from vllm_longctx.config import LongContextError
     from vllm_longctx.seams import SEAMS
-    from vllm_longctx.startup.engine_args import VLLM_VERSION, LongContextError, check_vllm_version
+    from vllm_longctx.startup.engine_args import VLLM_VERSION, check_vllm_version
 
     found = {seam: seam.present() for seam in SEAMS}
     names = ("seam of vLLM", "used in", "for", "")
@@ -84,7 +85,7 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
 
     from vllm_longctx.config import LongContextConfig
     from vllm_longctx.engine.kv_cache import prefix_caching
-    from vllm_longctx.settings import active_settings
+    from vllm_longctx.settings import active_settings, plugin_configs
 
     additional_config = longctx_config(longctx, preset)
     config = EngineArgs(model=model_path(model), additional_config=additional_config).create_engine_config()
@@ -95,7 +96,7 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
     settings, worker = active_settings(config), config.parallel_config.worker_cls
     for key, value in mode_rows(settings.mode, worker):
         table.add_row(key, value)
-    for key, value in config.additional_config["longctx"]["attention"].items():
+    for key, value in plugin_configs(config)["longctx"]["attention"].items():
         table.add_row(f"attention.{key}", str(value))
     table.add_row("max_model_len", f"{config.model_config.max_model_len:,}")
     table.add_row("block_size", str(config.cache_config.block_size))

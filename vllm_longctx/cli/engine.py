@@ -161,7 +161,7 @@ def run_jobs(engine: "LLMEngine", jobs: Sequence[Job[T]], label: str, at_once: i
         for _ in range(at_once):
             advance(next(waiting, None), None)
         while running:
-            for output in engine.step():
+            for output in step(engine):
                 if not output.finished:
                     continue
                 number = int(output.request_id.partition("/")[0])
@@ -171,6 +171,13 @@ def run_jobs(engine: "LLMEngine", jobs: Sequence[Job[T]], label: str, at_once: i
                     advance(number, outputs)
             progress.update(task, completed=len(results))
     return [results[number] for number in range(len(jobs))]
+
+
+def step(engine: "LLMEngine") -> "Iterator[RequestOutput]":
+    """The outputs of an engine's step; an engine of ours does not pool."""
+    from vllm.outputs import PoolingRequestOutput
+
+    return (output for output in engine.step() if not isinstance(output, PoolingRequestOutput))
 
 
 class PeakBlocks:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_longctx.cli.engine import LEARNS, adapts, longctx_config, read_text, running_engine
+from vllm_longctx.cli.engine import LEARNS, adapts, longctx_config, read_text, running_engine, step
 from vllm_longctx.cli.options import BatchedTokens, Dtype, EnforceEager, Longctx, Model, Preset
 from vllm_longctx.cli.output import console, errors_for_users
 from vllm_longctx.cli.score import tokenize
@@ -54,7 +54,7 @@ def generate(
             engine.add_request("generate", tokens_input(tokens), params)
             written, start = 0, time.perf_counter()
             while engine.has_unfinished_requests():
-                for output in engine.step():
+                for output in step(engine):
                     written += len(output.outputs[0].token_ids)
                     sys.stdout.write(output.outputs[0].text)
                     sys.stdout.flush()

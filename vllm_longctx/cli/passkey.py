@@ -46,6 +46,9 @@ from vllm_longctx.cli.options import BatchedTokens, Dtype, EnforceEager, JsonOut
 from vllm_longctx.cli.output import errors_for_users, plot, tables, write_json
 
 if TYPE_CHECKING:
+    from vllm.logprobs import Logprob
+    from vllm.outputs import RequestOutput
+
     from vllm_longctx.geometry import Geometry
 
 TASK = (
@@ -184,7 +187,7 @@ def ask(trial: Trial) -> Job[Outcome]:
             ([*prompt, *begun], SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=list(ids), detokenize=False))
             for begun, ids in wanted.items()
         ]
-        scored = {begun: output.outputs[0].logprobs[0] for begun, output in zip(wanted, outputs, strict=True)}
+        scored = {begun: first_logprobs(output) for begun, output in zip(wanted, outputs, strict=True)}
         logprobs.append(
             {
                 key: sum(scored[tuple(tokens[:k])][token].logprob for k, token in enumerate(tokens))
@@ -192,6 +195,12 @@ def ask(trial: Trial) -> Job[Outcome]:
             }
         )
     return outcome(trial.key, written.outputs[0].text, *logprobs)
+
+
+def first_logprobs(output: "RequestOutput") -> "dict[int, Logprob]":
+    logprobs = output.outputs[0].logprobs
+    assert logprobs is not None  # they were asked for
+    return logprobs[0]
 
 
 def outcome(key: str, written: str, logprobs: dict[str, float], keyless: dict[str, float]) -> Outcome:
@@ -279,8 +288,9 @@ def chosen_methods(
 
 
 def windows(model: str, configs: Sequence[dict[str, Any] | None]) -> list["Geometry"]:
-    """What queries see under `configs`, of stepped windows the prompt's last; if all are plain attention, a window of the
-    trained length. Raises LongContextError.
+    """What queries see under `configs`, of stepped windows the prompt's last.
+
+    If all are plain attention, a window of the trained length. Raises LongContextError.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     load_plugin()
@@ -306,11 +316,13 @@ def evaluate(
     model: str, name: str, config: dict[str, Any] | None, trials: list[Trial], **engine_kwargs: Any
 ) -> tuple[list[Row], dict[str, Any]]:
     """The rows of one method, and its configuration as the engine filled it in."""
+    from vllm_longctx.settings import plugin_configs
+
     max_model_len = max(len(t.prompt) for t in trials) + ANSWER_TOKENS
     engine_kwargs = {"max_num_seqs": MAX_NUM_SEQS, "enable_prefix_caching": True, **engine_kwargs}
     with method_engine(model, config, max_model_len, **engine_kwargs) as (engine, _):
         outcomes = run_jobs(engine, [ask(t) for t in trials], name, TRIALS_AT_ONCE)
-        return rows(trials, outcomes), engine.vllm_config.additional_config.get("longctx", {})
+        return rows(trials, outcomes), plugin_configs(engine.vllm_config).get("longctx", {})
 
 
 def print_table(result: dict[str, list[Row]]) -> None:

@@ -22,6 +22,7 @@ from vllm_longctx.cli.engine import (
     method_engine,
     read_text,
     running_engine,
+    step,
     tokenizer_of,
 )
 from vllm_longctx.cli.options import BatchedTokens, Dtype, EnforceEager, JsonOut, Longctx, Model, Preset
@@ -124,10 +125,13 @@ def score_in(
     each_step is told how many tokens have been read. options: of the request, `config.RequestOptions`.
     """
     from vllm.inputs import tokens_input
+    from vllm.logprobs import FlatLogprobs
+
+    from vllm_longctx.settings import plugin_configs
 
     # Two tokens are generated so that the blocks held after the last chunk are seen too.
     engine.add_request("score", tokens_input(tokens), scoring_params(options, max_tokens=2))
-    config = engine.vllm_config.additional_config.get("longctx", {})
+    config = plugin_configs(engine.vllm_config).get("longctx", {})
     attention = config.get("attention", {})
     chunk = engine.vllm_config.scheduler_config.max_num_batched_tokens
     if attention.get("method") == "focused":  # no step goes past the end of a window
@@ -138,13 +142,13 @@ def score_in(
         # With an adapter the steps are as long as its blocks allow, and tokens of a new pass are computed again.
         task = progress.add_task(label, total=len(tokens) if options is None else None)
         while engine.has_unfinished_requests():
-            output = next(iter(engine.step()), output)
+            output = next(step(engine), output)
             read = min(meter.steps * chunk, len(tokens))
             progress.update(task, completed=read)
             if each_step is not None:
                 each_step(read)
     elapsed = time.perf_counter() - start
-    assert output is not None and output.prompt_logprobs is not None
+    assert output is not None and isinstance(output.prompt_logprobs, FlatLogprobs)
     nll = [-x for x in output.prompt_logprobs.logprobs]
     assert len(nll) == len(tokens) - 1
     return Score(nll, len(tokens) / elapsed, meter.peak, config)

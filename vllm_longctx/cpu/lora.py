@@ -121,6 +121,7 @@ class SegmentedLoRAManager(SlotLoRAManager):
         for wrapper in self.wrappers():
             assert type(wrapper) is PunicaWrapperCPU
             wrapper.__class__ = SegmentedPunica  # vLLM names its class in the code, and layers hold the object
+            assert isinstance(wrapper, SegmentedPunica)
             wrapper.by_token, wrapper.by_sample, wrapper.scored = [], [], None
         return wrapped
 

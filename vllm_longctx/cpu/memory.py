@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -25,7 +25,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_longctx.cpu.kernels.branches import additive, attend
 from vllm_longctx.cpu.kernels.retrieval import Codes, Memory, Pages, attend_best
-from vllm_longctx.cpu.kernels.scratch import as_kernel_cache, packed_order, unpack
+from vllm_longctx.cpu.kernels.scratch import as_kernel_caches, packed_order, unpack
 from vllm_longctx.cpu.rows import StepRows, WindowRow
 from vllm_longctx.cpu.window import from_blocks
 from vllm_longctx.engine.layers import LayerSite, TakenOver
@@ -62,7 +62,7 @@ class MemoryBackend(CPUAttentionBackend):
         return MemoryMetadataBuilder
 
     @classmethod
-    def make_layer(cls, site: LayerSite) -> AttentionImpl:
+    def make_layer(cls, site: LayerSite) -> "MemoryImpl":
         return MemoryImpl.of(site.layer.impl, lookup=site.settings.memory.lookup)
 
 
@@ -172,4 +172,4 @@ def close_window(cache: Tensor, window: ClosedWindow, rotary: Rotary | None, mem
     keys, values = (x.to(mem_dtype).to(cache.dtype).contiguous() for x in (keys, values))
     entries = torch.arange(skip, skip + length)
     slots = window.blocks[entries // block_size].long() * block_size + entries % block_size
-    ops.cpu_attn_reshape_and_cache(keys, values, *as_kernel_cache(cache).chunk(2, dim=2), slots, isa)
+    ops.cpu_attn_reshape_and_cache(keys, values, *as_kernel_caches(cache), slots, isa)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_longctx.cpu.memory import close_window
+from vllm_longctx.cpu.memory import MemoryImpl, close_window
 from vllm_longctx.cpu.rows import WindowRow
 from vllm_longctx.cpu.runner import LongContextRunner
 from vllm_longctx.engine.kv_cache import MemorySpec
@@ -20,17 +20,17 @@ class MemoryRunner(LongContextRunner):
 
     memory_sites: list[LayerSite]
     memory_group: int  # of the KV cache, in which the memory layers are
-    isa: str  # of the CPU kernel, by which it packs blocks
+    memory_isa: str  # of the CPU kernel, by which it packs blocks
     mem_dtype: torch.dtype
 
     def bind_kv_cache(self) -> None:
         self.memory_sites = [site for site in self.sites if site.role == Role.MEMORY]
         groups = self.kv_cache_config.kv_cache_groups
         self.memory_group = next(n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MemorySpec))
-        self.isa = self.attn_groups[self.memory_group][0].get_metadata_builder().isa
+        self.memory_isa = self.isa(self.memory_group)
         self.mem_dtype = getattr(torch, self.memory_sites[0].settings.memory.dtype)
         for site in self.memory_sites:
-            site.layer.impl.bind_kv_cache(site.layer.kv_cache, self.isa)
+            memory_impl(site).bind_kv_cache(site.layer.kv_cache, self.memory_isa)
 
     def copy_blocks(self) -> None:
         """Of requests that were hit in another one's open window, before anything is written in the step."""
@@ -60,5 +60,10 @@ class MemoryRunner(LongContextRunner):
             blocks = covering(table[row], window.closes, window.start, block_size)
             closed = ClosedWindow(window.closes, window.closes, window.start, blocks)
             for site in self.memory_sites:
-                close_window(site.layer.kv_cache, closed, site.rotary, self.mem_dtype, self.isa)
-                site.layer.impl.summarise(closed)
+                close_window(site.layer.kv_cache, closed, site.rotary, self.mem_dtype, self.memory_isa)
+                memory_impl(site).summarise(closed)
+
+
+def memory_impl(site: LayerSite) -> MemoryImpl:
+    assert isinstance(site.layer.impl, MemoryImpl)
+    return site.layer.impl

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -19,6 +20,7 @@ class LongContextRunner(Adapts, CPUModelRunner):
     """Private methods of vLLM's that are overridden here: see `vllm_longctx.seams`."""
 
     lora_manager_class = SegmentedLoRAManager
+    lora_manager: SegmentedLoRAManager
     sites: Sequence[LayerSite]
     rows: StepRows
 
@@ -28,6 +30,12 @@ class LongContextRunner(Adapts, CPUModelRunner):
 
     def bind_kv_cache(self) -> None:
         """Once the KV cache is there."""
+
+    def isa(self, group: int) -> str:
+        """Of the CPU kernel for the KV cache's group of this number, by which it packs blocks."""
+        builder = self.attn_groups[group][0].get_metadata_builder()
+        assert isinstance(builder, CPUAttentionMetadataBuilder)
+        return builder.isa
 
     def _get_prompt_logprobs_dict(self, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
         """As vLLM's, but rows of positions that were computed before stay: the first pass wins."""

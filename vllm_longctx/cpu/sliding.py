@@ -17,7 +17,7 @@ from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -25,12 +25,13 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_longctx.cpu.kernels.scratch import Scratch, as_kernel_cache, extend, packed_order, unpack
+from vllm_longctx.cpu.kernels.scratch import Scratch, as_kernel_caches, extend, packed_order, unpack
 from vllm_longctx.cpu.kernels.tables import KernelTables, ScratchLayout, kernel_tables, next_tables
 from vllm_longctx.cpu.kernels.tiles import ChunkPlan, attend_chunk, plan_chunk
 from vllm_longctx.cpu.rows import StepRows
 from vllm_longctx.engine.layers import LayerSite, TakenOver
 from vllm_longctx.geometry import Geometry
+from vllm_longctx.models.properties import model_dtype
 from vllm_longctx.rotary import Rotary
 from vllm_longctx.settings import active_settings
 
@@ -75,7 +76,7 @@ class LambdaBackend(CPUAttentionBackend):
         return LambdaMetadataBuilder
 
     @classmethod
-    def make_layer(cls, site: LayerSite) -> AttentionImpl:
+    def make_layer(cls, site: LayerSite) -> "LambdaImpl":
         return LambdaImpl.over(site)
 
 
@@ -96,6 +97,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
     def scratch(self) -> Scratch:
         """Built in the first step, when the KV cache is there."""
         num_blocks = self.vllm_config.cache_config.num_gpu_blocks
+        assert num_blocks is not None  # the KV cache is there
         layout = scratch_layout(self.vllm_config, self.impl, self.block_size, num_blocks)
         caches = [layer.kv_cache for layer in self.layers]
         blocks = layout.first_block + layout.num_blocks
@@ -105,10 +107,10 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         whole = extend(caches[0], len(caches) * blocks)
         n_global = self.geometry.n_global
         for layer, cache in zip(self.layers, caches, strict=True):
-            layer.impl.kernel_cache = as_kernel_cache(extend(cache, blocks)).chunk(2, dim=2)
+            layer.impl.kernel_cache = as_kernel_caches(extend(cache, blocks))
         return Scratch(layout, whole, len(caches), n_global, self.places, self.impl.rotary, self.isa)
 
-    def build(
+    def build(  # type: ignore[override]  # what it returns is read by LambdaImpl alone
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LambdaMetadata:
         m = common_attn_metadata
@@ -138,6 +140,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         self, tiled: NDArray[np.bool_], starts: Tensor, table: Tensor, seq_lens: Tensor, query_lens: Tensor
     ) -> KernelPart | None:
         """The other requests, and of the tiled ones the queries that are still inside the window; None if there are none."""
+        assert self.geometry.n_local is not None
         context = seq_lens - query_lens
         inside = torch.minimum((self.geometry.n_local - context).clamp_min(0), query_lens)
         lens = torch.where(torch.from_numpy(tiled), inside, query_lens)
@@ -164,7 +167,7 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             seq_lens=tables.seq_lens,
-            dtype=self.dtype,
+            dtype=model_dtype(self.vllm_config.model_config),
             query_start_loc=starts,
             causal=True,
             sliding_window_size=self.window_size,
@@ -192,11 +195,12 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
-    """A stock CPU attention layer taken over after the weights are loaded. The metadata builder sets what is known later:
+    """A stock CPU attention layer taken over after the weights are loaded. The metadata builder sets what is known later.
 
     places: `packed_order`. kernel_cache: Keys and values as the kernel takes them, scratch blocks included.
     """
 
+    alibi_slopes: Tensor | None  # type: ignore[assignment]  # vLLM makes it of the list that it is given
     geometry: Geometry
     rotary: Rotary | None
     places: tuple[Tensor, Tensor]
@@ -218,7 +222,7 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: LambdaMetadata | None,
+        attn_metadata: LambdaMetadata | None,  # type: ignore[override]  # of LambdaMetadataBuilder, which these layers have
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from vllm.utils.math_utils import cdiv
-from vllm.v1.attention.backend import AttentionImpl
 
 from vllm_longctx.cpu.kernels.retrieval import Memory, Pages, top_k
 from vllm_longctx.cpu.sliding import ChunkPart, LambdaBackend, LambdaImpl, LambdaMetadataBuilder
@@ -38,7 +37,7 @@ class TopKBackend(LambdaBackend):
         return TopKMetadataBuilder
 
     @classmethod
-    def make_layer(cls, site: LayerSite) -> AttentionImpl:
+    def make_layer(cls, site: LayerSite) -> "TopKImpl":
         return TopKImpl.over(site, top_k=site.settings.top_k)
 
 

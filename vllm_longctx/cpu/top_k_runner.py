@@ -18,13 +18,13 @@ class TopKRunner(LongContextRunner):
 
     kept_sites: list[LayerSite]
     kept_group: int  # of the KV cache, in which the layers with a branch are
-    isa: str  # of the CPU kernel, by which it packs blocks
+    kept_isa: str  # of the CPU kernel, by which it packs blocks
 
     def bind_kv_cache(self) -> None:
         self.kept_sites = [site for site in self.sites if site.role == Role.KEPT]
         groups = self.kv_cache_config.kv_cache_groups
         self.kept_group = next(n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MiddleSpec))
-        self.isa = self.attn_groups[self.kept_group][0].get_metadata_builder().isa
+        self.kept_isa = self.isa(self.kept_group)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, *args, **kwargs)
@@ -51,4 +51,4 @@ class TopKRunner(LongContextRunner):
         block_size = self.kv_cache_config.kv_cache_groups[self.kept_group].kv_cache_spec.block_size
         left = ClosedWindow(0, start, end, covering(table[row], start, end, block_size))
         for site in self.kept_sites:
-            close_window(site.layer.kv_cache, left, site.rotary, site.layer.kv_cache.dtype, self.isa)
+            close_window(site.layer.kv_cache, left, site.rotary, site.layer.kv_cache.dtype, self.kept_isa)

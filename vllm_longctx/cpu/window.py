@@ -5,6 +5,7 @@ cache are counted from its first computed token on, tables and slots are shifted
 """
 
 from copy import copy
+from typing import Any
 
 import torch
 from vllm.utils.math_utils import cdiv
@@ -27,7 +28,7 @@ class WindowBackend(CPUAttentionBackend):
         return WindowMetadataBuilder
 
     @classmethod
-    def make_layer(cls, site: LayerSite) -> AttentionImpl:
+    def make_layer(cls, site: LayerSite) -> AttentionImpl[Any]:
         return site.layer.impl
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_longctx.models.properties import LINEAR_MODULES
+from vllm_longctx.models.properties import LINEAR_MODULES, model_dtype
 from vllm_longctx.settings import active_settings
 from vllm_longctx.temp_lora import base_model
 from vllm_longctx.temp_lora import shared_weights as shared
@@ -22,8 +22,8 @@ def trainer_bytes(vllm_config: VllmConfig, device: torch.device) -> int:
     if settings.trainer.address is not None or torch.device(settings.trainer.device) != device:
         return 0
     shares = vllm_config.instance_id in shared.shared_by_engine
-    weights = 0 if shares else weight_bytes(model.model, model.dtype, base_model.resolved_config(model))
-    return weights + Shape.of(model.hf_text_config, model.dtype).training_bytes(settings)
+    weights = 0 if shares else weight_bytes(model.model, model_dtype(model), base_model.resolved_config(model))
+    return weights + Shape.of(model.hf_text_config, model_dtype(model)).training_bytes(settings)
 
 
 def share_weights(model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> Tensor | None:

@@ -8,17 +8,17 @@ the window's start.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionImpl, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from vllm_longctx.cuda.kernels.lookup import WORKSPACE, Memories, Summaries, attend_best
 from vllm_longctx.cuda.kernels.stepped import stepped_attention
-from vllm_longctx.cuda.sliding import LambdaBackend
+from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, taken_over
 from vllm_longctx.cuda.window import WindowImpl, WindowMetadata, WindowMetadataBuilder
 from vllm_longctx.engine.kv_cache import blocks_apart
 from vllm_longctx.engine.layers import LayerSite
@@ -47,10 +47,10 @@ class MemoryBackend(LambdaBackend):
     """Memory layers whose queries see all of it."""
 
     @classmethod
-    def make_layer(cls, site: LayerSite) -> AttentionImpl:
+    def make_layer(cls, site: LayerSite) -> LambdaImpl:
         lookup = site.settings.memory.lookup
-        site.layer.impl.take_over(Geometry(), site.rotary, site.device)
-        return site.layer.impl if lookup is None else LookupImpl.of(site.layer.impl, lookup=lookup, summaries=None)
+        impl = taken_over(site, Geometry())
+        return impl if lookup is None else LookupImpl.of(impl, lookup=lookup, summaries=None)
 
     @classmethod
     def for_settings(cls, settings: Settings) -> type[AttentionBackend]:
@@ -61,7 +61,7 @@ class LookupBackend(MemoryBackend):
     """Memory layers whose queries look up the best keys."""
 
     @staticmethod
-    def get_builder_cls() -> Any:
+    def get_builder_cls() -> type["LookupMetadataBuilder"]:
         return LookupMetadataBuilder
 
 
@@ -190,7 +190,7 @@ def pool_beside_lookups(available: int, lookup: Lookup | None, element_size: int
     apart = [
         Summaries.nbytes(blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
         for spec in specs
-        if (blocks := blocks_apart(spec))
+        if isinstance(spec, AttentionSpec) and (blocks := blocks_apart(spec))
     ]
     if apart:
         return available - sum(apart)

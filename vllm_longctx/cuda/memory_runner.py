@@ -21,6 +21,7 @@ from vllm_longctx.cuda.runner import LongContextRunner
 from vllm_longctx.engine.kv_cache import MemorySpec
 from vllm_longctx.engine.layers import LayerSite
 from vllm_longctx.engine.lookup import ClosedWindow, covering
+from vllm_longctx.engine.lora import SlotLoRAManager
 from vllm_longctx.engine.step import RequestWindow, copied_blocks
 from vllm_longctx.modes import Role
 
@@ -43,6 +44,8 @@ class WindowedModelState(DefaultModelState):
 class MemoryRunner(LongContextRunner, GPUModelRunner):
     """vLLM's Model Runner V2. Methods of its that are overridden here: see `vllm_longctx.seams`."""
 
+    model_state: WindowedModelState
+    lora_manager: SlotLoRAManager
     windows: dict[str, RequestWindow]
     memory_sites: list[LayerSite]
     memory_group: int  # of the KV cache, in which the memory layers are
@@ -51,9 +54,10 @@ class MemoryRunner(LongContextRunner, GPUModelRunner):
     def begin(self, sites: Sequence[LayerSite], rows: StepRows) -> None:
         """Raises RuntimeError for a model whose positions are not one number per token."""
         super().begin(sites, rows)
-        if type(self.model_state) is not DefaultModelState or self.model_state.rope_state is not None:
-            raise RuntimeError(f"longctx cannot count the positions of {type(self.model_state).__name__} from windows")
-        self.model_state.__class__ = WindowedModelState  # vLLM makes it while the model is loaded, of a class that it names
+        stock: object = self.model_state
+        if type(stock) is not DefaultModelState or stock.rope_state is not None:
+            raise RuntimeError(f"longctx cannot count the positions of {type(stock).__name__} from windows")
+        stock.__class__ = WindowedModelState  # vLLM makes it while the model is loaded, of a class that it names
         self.model_state.window_positions = torch.zeros_like(self.input_buffers.positions)
 
     def bind_kv_cache(self) -> None:
@@ -61,11 +65,11 @@ class MemoryRunner(LongContextRunner, GPUModelRunner):
         groups = self.kv_cache_config.kv_cache_groups
         self.memory_group = next(n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MemorySpec))
         self.mem_dtype = getattr(torch, self.memory_sites[0].settings.memory.dtype)
-        looking = [site.layer for site in self.memory_sites if isinstance(site.layer.impl, LookupImpl)]
-        for layer in looking:
-            layer.impl.bind_kv_cache(layer.kv_cache)
-        if looking:
-            looking[0].impl.warm_up(looking[0].kv_cache, self.block_tables.input_block_tables[self.memory_group])
+        looking = [(impl, site.layer.kv_cache) for site in self.memory_sites if isinstance(impl := site.layer.impl, LookupImpl)]
+        for impl, kv_cache in looking:
+            impl.bind_kv_cache(kv_cache)
+        for impl, kv_cache in looking[:1]:
+            impl.warm_up(kv_cache, self.block_tables.input_block_tables[self.memory_group])
 
     def prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         batch = super().prepare_inputs(scheduler_output, *args, **kwargs)

@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
 from vllm_longctx.cuda.runner import LongContextRunner
+from vllm_longctx.engine.lora import SlotLoRAManager
 from vllm_longctx.engine.step import Pass, StepInfo
 
 
@@ -83,16 +84,21 @@ class FirstPassWins(PromptLogprobsWorker):
 
 
 def rows(tensors: LogprobsTensors, begin: int, end: int | None) -> LogprobsTensors:
-    return LogprobsTensors(*(t[begin:end] for t in tensors[:3]))
+    ids, logprobs, ranks = (t[begin:end] for t in tensors[:3])
+    return LogprobsTensors(ids, logprobs, ranks)
 
 
 class PassesRunner(LongContextRunner, GPUModelRunner):
     """vLLM's Model Runner V2. Methods of its that are overridden here: see `vllm_longctx.seams`."""
 
+    prompt_logprobs_worker: FirstPassWins
+    lora_manager: SlotLoRAManager
+
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        assert type(self.prompt_logprobs_worker) is PromptLogprobsWorker
-        self.prompt_logprobs_worker.__class__ = FirstPassWins  # vLLM makes it with the model, of a class that it names
+        stock: object = self.prompt_logprobs_worker
+        assert type(stock) is PromptLogprobsWorker
+        stock.__class__ = FirstPassWins  # vLLM makes it with the model, of a class that it names
         self.prompt_logprobs_worker.passes, self.prompt_logprobs_worker.aside = {}, {}
 
     def begin_step(self, scheduler_output: SchedulerOutput, info: StepInfo) -> None:

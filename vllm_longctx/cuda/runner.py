@@ -27,13 +27,18 @@ class LongContextRunner(Adapts):
 
 def runner_class(mode: Mode, vllm_config: VllmConfig) -> type[Any]:
     """Raises RuntimeError where the mode needs Model Runner V2 and vLLM has chosen the other."""
-    if not vllm_config.use_v2_model_runner:
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Stock
+    stock: type
+    if vllm_config.use_v2_model_runner:
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+        stock = GPUModelRunner
     else:
-        from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Stock
+        from vllm.v1.worker import gpu_model_runner
+
+        stock = gpu_model_runner.GPUModelRunner
     if mode.runner == BASE_RUNNER:
-        return type(f"LongContext{Stock.__name__}", (LongContextRunner, Stock), {})
+        return type(f"LongContext{stock.__name__}", (LongContextRunner, stock), {})
     runner = load(f"cuda.{mode.runner}")
-    if not issubclass(runner, Stock):
-        raise RuntimeError(f"longctx cannot run mode {mode.name} on vLLM's {Stock.__module__}")
+    if not issubclass(runner, stock):
+        raise RuntimeError(f"longctx cannot run mode {mode.name} on vLLM's {stock.__module__}")
     return runner

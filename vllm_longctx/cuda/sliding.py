@@ -22,6 +22,7 @@ from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionImpl,
     AttentionLayer,
+    AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
@@ -69,7 +70,7 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class LambdaMetadata:
+class LambdaMetadata(AttentionMetadata):
     """Of a step, for all layers. Rows of length 0 are padding."""
 
     num_actual_tokens: int
@@ -92,7 +93,7 @@ class LambdaBackend(AttentionBackend):
         return LambdaImpl
 
     @staticmethod
-    def get_builder_cls() -> type["LambdaMetadataBuilder"]:
+    def get_builder_cls() -> type[AttentionMetadataBuilder[Any]]:
         return LambdaMetadataBuilder
 
     @classmethod
@@ -101,9 +102,8 @@ class LambdaBackend(AttentionBackend):
         return cls
 
     @classmethod
-    def make_layer(cls, site: LayerSite) -> AttentionImpl:
-        site.layer.impl.take_over(site.settings.geometry, site.rotary, site.device)
-        return site.layer.impl
+    def make_layer(cls, site: LayerSite) -> "LambdaImpl":
+        return taken_over(site, site.settings.geometry)
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
@@ -305,8 +305,8 @@ class LambdaImpl(AttentionImpl[LambdaMetadata]):
         self, layer: AttentionLayer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """As vLLM's FlashAttention backend: slots of -1 are padding."""
-        caches = kv_cache.transpose(1, 2).split(self.head_size, -1)
-        ops.reshape_and_cache_flash(key, value, *caches, slot_mapping, self.kv_cache_dtype, layer._k_scale, layer._v_scale)
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, -1)
+        ops.reshape_and_cache_flash(key, value, keys, values, slot_mapping, self.kv_cache_dtype, layer._k_scale, layer._v_scale)
 
     def _caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [blocks, block_size, kv_heads, head_size] of vLLM's [blocks, kv_heads, block_size, 2 * head_size]."""
@@ -314,3 +314,11 @@ class LambdaImpl(AttentionImpl[LambdaMetadata]):
             kv_cache = kv_cache.view(current_platform.fp8_dtype())
         key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, -1)
         return key_cache, value_cache
+
+
+def taken_over(site: LayerSite, geometry: Geometry) -> LambdaImpl:
+    """The layer that vLLM made with our backend, which now has its view."""
+    impl = site.layer.impl
+    assert isinstance(impl, LambdaImpl)
+    impl.take_over(geometry, site.rotary, site.device)
+    return impl

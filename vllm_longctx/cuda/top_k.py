@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionImpl, AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_longctx.cuda.kernels.lookup import Memories, attend_best
@@ -55,7 +55,7 @@ class TopKBackend(LambdaBackend):
         return TopKMetadataBuilder
 
     @classmethod
-    def make_layer(cls, site: LayerSite) -> AttentionImpl:
+    def make_layer(cls, site: LayerSite) -> "TopKImpl":
         return TopKImpl.of(super().make_layer(site), top_k=site.settings.top_k)
 
 
@@ -117,7 +117,7 @@ class TopKImpl(TakenOver, LambdaImpl):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: TopKMetadata | None,  # type: ignore[override]
+        attn_metadata: TopKMetadata | None,  # type: ignore[override]  # of TopKMetadataBuilder, which these layers have
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,

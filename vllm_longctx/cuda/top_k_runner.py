@@ -13,12 +13,14 @@ from vllm_longctx.cuda.runner import LongContextRunner
 from vllm_longctx.cuda.top_k import TopKImpl, turn_back
 from vllm_longctx.engine.kv_cache import MiddleSpec
 from vllm_longctx.engine.layers import LayerSite
+from vllm_longctx.engine.lora import SlotLoRAManager
 from vllm_longctx.modes import Role
 
 
 class TopKRunner(LongContextRunner, GPUModelRunner):
     """vLLM's Model Runner V2. Methods of its that are overridden here: see `vllm_longctx.seams`."""
 
+    lora_manager: SlotLoRAManager
     kept_sites: list[LayerSite]
     kept_group: int  # of the KV cache, in which the layers with a branch are
 
@@ -27,6 +29,7 @@ class TopKRunner(LongContextRunner, GPUModelRunner):
         groups = self.kv_cache_config.kv_cache_groups
         self.kept_group = next(n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MiddleSpec))
         first = self.kept_sites[0].layer
+        assert isinstance(first.impl, TopKImpl)
         first.impl.warm_up(first.kv_cache, self.block_tables.input_block_tables[self.kept_group])
 
     def prepare_attn(self, input_batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
-    AttentionImpl,
     AttentionLayer,
+    AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
@@ -21,13 +21,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_longctx.cuda.kernels.stepped import stepped_attention
 from vllm_longctx.cuda.rows import StepRows
-from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl
+from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, taken_over
 from vllm_longctx.engine.layers import LayerSite, TakenOver
 from vllm_longctx.geometry import Geometry
 
 
 @dataclass(frozen=True)
-class WindowMetadata:
+class WindowMetadata(AttentionMetadata):
     """Of a step. starts int32 [rows]: of the windows. Rows of length 0 are padding."""
 
     num_actual_tokens: int
@@ -46,9 +46,8 @@ class WindowBackend(LambdaBackend):
         return WindowMetadataBuilder
 
     @classmethod
-    def make_layer(cls, site: LayerSite) -> AttentionImpl:
-        site.layer.impl.take_over(Geometry(), site.rotary, site.device)
-        return WindowImpl.of(site.layer.impl)
+    def make_layer(cls, site: LayerSite) -> "WindowImpl":
+        return WindowImpl.of(taken_over(site, Geometry()))
 
 
 class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
@@ -83,7 +82,7 @@ class WindowImpl(TakenOver, LambdaImpl):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: WindowMetadata | None,  # type: ignore[override]
+        attn_metadata: WindowMetadata | None,  # type: ignore[override]  # of WindowMetadataBuilder, which these layers have
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,

@@ -15,6 +15,7 @@ from vllm_longctx.cuda.runner import runner_class
 from vllm_longctx.cuda.sliding import LambdaImpl
 from vllm_longctx.engine.step import StepInfo, StepReport
 from vllm_longctx.engine.worker import LongContextWorkerBase
+from vllm_longctx.models.properties import model_dtype
 from vllm_longctx.modes import Role
 from vllm_longctx.settings import Lookup
 
@@ -55,7 +56,7 @@ class LongContextWorker(LongContextWorkerBase, Worker):
         if attention.top_k is None:
             return available
         lookup, specs = Lookup(attention.top_k, attention.lookup_share), self.get_kv_cache_spec().values()
-        left = pool_beside_lookups(available, lookup, self.model_config.dtype.itemsize, specs)
+        left = pool_beside_lookups(available, lookup, model_dtype(self.model_config).itemsize, specs)
         if left <= 0:
             remedy = "" if limit is None else f", or lower attention.memory_limit_gib = {limit}, whose summaries are among them"
             raise LongContextError(

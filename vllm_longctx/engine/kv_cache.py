@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from vllm_longctx.geometry import Geometry, SteppedWindows
-from vllm_longctx.models.properties import trained_length
+from vllm_longctx.models.properties import model_dtype, trained_length
 from vllm_longctx.modes import Role
 from vllm_longctx.settings import Settings, active_settings
 
@@ -329,13 +329,28 @@ class SteppedManager(PrivateRequests, FullAttentionManager):
         self.num_cached_block[request_id] = empty
 
     def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
     ) -> int:
         if apply_admission_cap and (most := self.most_blocks.get(request_id)) is not None:
             null = sum(block.is_null for block in self.req_to_blocks.get(request_id, ()))
             num_tokens = min(num_tokens, (null + most) * self.block_size)
         return super().get_num_blocks_to_allocate(
-            request_id, num_tokens, *args, apply_admission_cap=apply_admission_cap, **kwargs
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
         )
 
 
@@ -612,7 +627,7 @@ def memory_blocks(settings: Settings, vllm_config: VllmConfig) -> int | None:
 def bytes_per_layer_block(vllm_config: VllmConfig) -> int:
     """Bytes of one KV block in one of a rank's layers."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    element = 2 * model.get_head_size() * (1 if cache.cache_dtype in FP8 else model.dtype.itemsize)
+    element = 2 * model.get_head_size() * (1 if cache.cache_dtype in FP8 else model_dtype(model).itemsize)
     return model.get_num_kv_heads(vllm_config.parallel_config) * cache.block_size * element
 
 

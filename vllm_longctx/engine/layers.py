@@ -40,7 +40,9 @@ class LayerSite:
     device: torch.device
 
 
-def find_layers(model: nn.Module, vllm_config: VllmConfig, impl: type[AttentionImpl], device: torch.device) -> list[LayerSite]:
+def find_layers(
+    model: nn.Module, vllm_config: VllmConfig, impl: type[AttentionImpl[Any]], device: torch.device
+) -> list[LayerSite]:
     """The attention layers of a loaded model, which now has exact rotary angles, if it has RoPE.
 
     impl: The class of every layer's implementation, as vLLM made it. Must come before the first forward, which compiles the
@@ -58,10 +60,14 @@ def find_layers(model: nn.Module, vllm_config: VllmConfig, impl: type[AttentionI
         if not (
             isinstance(layer, Attention)
             and type(layer.impl) is impl
-            and layer.impl.attn_type == "decoder"
-            and layer.impl.sinks is None
+            and layer.impl.attn_type == "decoder"  # type: ignore[attr-defined]  # both platforms' classes have it
+            and layer.impl.sinks is None  # type: ignore[attr-defined]  # likewise
             and layer.sliding_window is None
-            and (isinstance(stock_rotary, RotaryEmbedding) if layer.impl.alibi_slopes is None else stock_rotary is None)
+            and (
+                isinstance(stock_rotary, RotaryEmbedding)
+                if layer.impl.alibi_slopes is None  # type: ignore[attr-defined]  # likewise
+                else stock_rotary is None
+            )
         ):
             raise RuntimeError(f"longctx cannot take over {name} ({type(layer).__name__}, {type(stock_rotary).__name__})")
 
@@ -96,7 +102,7 @@ class TakenOver:
     """Mixed into an implementation of attention, before vLLM's."""
 
     @classmethod
-    def of(cls, stock: AttentionImpl, **own: Any) -> Self:
+    def of(cls, stock: AttentionImpl[Any], **own: Any) -> Self:
         """The layer that vLLM made, with our class and with attributes of our own.
 
         vLLM makes the layers of a model before anybody knows which one a layer is, and its constructors convert what they are

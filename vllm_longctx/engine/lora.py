@@ -119,7 +119,7 @@ class AdapterManager(LRUCacheLoRAModelManager):
         if isinstance(lora_config, LoRAConfigWithSlots):
             self.num_slots, self.users = lora_config.slots, lora_config.users
         self.warming_up = True
-        super().__init__(*args, lora_config=lora_config, **kwargs)
+        super().__init__(*args, lora_config=lora_config, **kwargs)  # type: ignore[misc]  # args end before it
         targets = None if self.users is None else self.users.target_modules
         self.slot_modules = [
             module
@@ -420,7 +420,7 @@ class Adapts:
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Raises RuntimeError where there is a trainer: it has the old weights and keeps them."""
         if not active_settings(self.vllm_config).mode.adapts:
-            super().reload_weights(*args, **kwargs)  # type: ignore[misc]
+            super().reload_weights(*args, **kwargs)  # type: ignore[misc]  # of the runner behind
             return
         raise RuntimeError(
             "longctx: the weights of an engine with adaptation cannot be changed, because its trainer has "

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -46,6 +47,7 @@ class LongContextWorkerBase(WorkerBase, Platform):
     settings: Settings
     sites: list[LayerSite]
     model_runner: Any
+    device: torch.device  # once `init_device` has been called
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
         self.settings = active_settings(vllm_config)
@@ -77,7 +79,7 @@ class LongContextWorkerBase(WorkerBase, Platform):
         site.layer.impl = self.backend(site.role).make_layer(site)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        super().initialize_from_config(kv_cache_config)
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]  # of the platform's worker
         self.bind_kv_cache(kv_cache_config)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:

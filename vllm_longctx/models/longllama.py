@@ -16,7 +16,7 @@ ARCHITECTURE = "LongLlamaForCausalLM"
 
 
 class LongLlamaConfig(LlamaConfig):
-    """Llama's config and, in the official code's names and with its defaults:
+    """Llama's config and the memory's, in the official code's names and with its defaults.
 
     max_position_embeddings: tokens of a window, not of the text. last_context_length: a window begins so far before the end
     of the prompt. mem_layers: numbers of the layers that see all keys before the window. mem_positionals: False for memory

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from transformers import MptConfig
+from transformers.models.mpt.configuration_mpt import MptAttentionConfig
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -24,7 +25,7 @@ from vllm_longctx.geometry import alibi_slopes
 
 def check_config(config: MptConfig) -> None:
     """Raises ValueError for a variant of MPT whose layers are not the published models'."""
-    attention = config.attn_config
+    attention = attention_config(config)
     refused = {
         "attn_config.alibi is false": not attention.alibi,
         "attn_config.attn_type is not multihead_attention": attention.attn_type != "multihead_attention",
@@ -38,11 +39,17 @@ def check_config(config: MptConfig) -> None:
             raise ValueError(f"longctx's MPT cannot run this checkpoint: {reason}")
 
 
+def attention_config(config: MptConfig) -> MptAttentionConfig:
+    assert isinstance(config.attn_config, MptAttentionConfig)  # MptConfig makes it of a dict
+    return config.attn_config
+
+
 class MptAttention(nn.Module):
     def __init__(self, config: MptConfig, cache: CacheConfig | None, quant: QuantizationConfig | None, prefix: str):
         super().__init__()
         head_size = config.hidden_size // config.n_heads
-        self.clip = config.attn_config.clip_qkv
+        attention = attention_config(config)
+        self.clip = attention.clip_qkv
         self.Wqkv = QKVParallelLinear(
             config.hidden_size, head_size, config.n_heads, bias=False, quant_config=quant, prefix=f"{prefix}.Wqkv"
         )
@@ -50,11 +57,11 @@ class MptAttention(nn.Module):
             config.hidden_size, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.out_proj"
         )
         ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-        slopes = alibi_slopes(config.n_heads, config.attn_config.alibi_bias_max)
+        slopes = alibi_slopes(config.n_heads, attention.alibi_bias_max)
         self.attn = Attention(
             config.n_heads // ranks,
             head_size,
-            config.attn_config.softmax_scale or head_size**-0.5,
+            attention.softmax_scale or head_size**-0.5,
             alibi_slopes=slopes.chunk(ranks)[rank].tolist(),
             cache_config=cache,
             quant_config=quant,
@@ -105,6 +112,7 @@ class MptModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = vllm_config.model_config.hf_config
+        assert isinstance(config, MptConfig)
         cache, quant = vllm_config.cache_config, vllm_config.quant_config
         self.wte = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
@@ -123,6 +131,7 @@ class MptForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = vllm_config.model_config.hf_config
+        assert isinstance(config, MptConfig)
         check_config(config)
         self.transformer = MptModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "transformer"))
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head"))

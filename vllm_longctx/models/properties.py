@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
 
@@ -25,6 +26,12 @@ def rope_parameters(model_config: ModelConfig) -> Mapping[str, Any] | None:
     if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
         return None
     return parameters
+
+
+def model_dtype(model_config: ModelConfig) -> torch.dtype:
+    """Of a ModelConfig that vLLM has completed; before, it may be a name."""
+    assert isinstance(model_config.dtype, torch.dtype)
+    return model_config.dtype
 
 
 def trained_length(model_config: ModelConfig) -> int:

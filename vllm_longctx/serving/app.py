@@ -352,9 +352,9 @@ def check_engine_requests() -> None:
             adapts = False  # it has an adapter, also where all others adapt
         if request.resumable:
             _check_streamed(settings)
-        if getattr(params, "max_tokens", 0) is None:
-            limits = request.sampling_params.max_tokens, settings.serving.default_max_tokens
-            request.sampling_params.max_tokens = min(limits)
+        if (sampling := request.sampling_params) is not None and getattr(params, "max_tokens", 0) is None:
+            assert sampling.max_tokens is not None  # vLLM has filled it in
+            sampling.max_tokens = min(sampling.max_tokens, settings.serving.default_max_tokens)
         if adapts:
             _check_adapting(request, options)
         if settings.serving.strict:
@@ -364,7 +364,7 @@ def check_engine_requests() -> None:
             _limit_to_trained(request, params, trained_length(self.model_config), settings.serving.strict)
         return request
 
-    InputProcessor.process_inputs = process
+    InputProcessor.process_inputs = process  # type: ignore[method-assign]  # a seam
 
 
 def _adaptation(settings: Settings, vllm_config: VllmConfig, params: Any) -> tuple[RequestOptions, bool]:
@@ -422,6 +422,7 @@ def _limit_to_trained(request: EngineCoreRequest, params: Any, trained: int, str
         return
     prompt = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
     asked = request.sampling_params.max_tokens
+    assert asked is not None  # vLLM has filled it in
     remedy = EXAMPLE if over_http() else OFFLINE_EXAMPLE
     if prompt >= trained:
         raise RequestError(  # as vLLM does for a prompt that is too long

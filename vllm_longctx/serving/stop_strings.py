@@ -6,7 +6,6 @@ why it is not.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -83,13 +82,14 @@ def wait_for_saves() -> None:
 
     @functools.wraps(process_outputs)
     def process(
-        self: OutputProcessor, engine_core_outputs: Sequence[EngineCoreOutput], *args: Any, **kwargs: Any
+        self: OutputProcessor, engine_core_outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any
     ) -> OutputProcessorOutput:
         waiting = vars(self).get(SAVING)
         if not waiting:
             return process_outputs(self, engine_core_outputs, *args, **kwargs)
         waiting.intersection_update(self.request_states)
-        detokenizers = {name: self.request_states[name].detokenizer for name in waiting}
+        states = {name: self.request_states[name].detokenizer for name in waiting}
+        detokenizers = {name: state for name, state in states.items() if isinstance(state, SavingDetokenizer)}
         found = {name for name, detokenizer in detokenizers.items() if detokenizer.found is not None}
         outputs = []
         for output in engine_core_outputs:
@@ -98,7 +98,7 @@ def wait_for_saves() -> None:
                     continue
                 # The engine has written these after the stop string, before the abort reached it.
                 output.new_token_ids, output.new_logprobs, output.new_sampling_mask = [], None, None
-            if output.finished and output.request_id in waiting:
+            if output.finished and output.request_id in detokenizers:
                 detokenizers[output.request_id].last = output
             outputs.append(output)
         processed = process_outputs(self, outputs, *args, **kwargs)
@@ -107,4 +107,5 @@ def wait_for_saves() -> None:
                 processed.reqs_to_abort.append(name)
         return processed
 
-    OutputProcessor.add_request, OutputProcessor.process_outputs = add, process
+    OutputProcessor.add_request = add  # type: ignore[method-assign]  # a seam
+    OutputProcessor.process_outputs = process  # type: ignore[method-assign]  # a seam

@@ -22,7 +22,7 @@ from vllm_longctx.config import KEY, AdaptationSection, LongContextConfig, LongC
 from vllm_longctx.engine.kv_cache import memory_blocks
 from vllm_longctx.models import longllama
 from vllm_longctx.models.properties import trained_length
-from vllm_longctx.settings import Settings, for_model
+from vllm_longctx.settings import Settings, for_model, plugin_configs
 from vllm_longctx.startup.checks import (
     check_adaptation,
     check_memory,
@@ -61,7 +61,7 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
 
     Raises LongContextError for a bad configuration, another vLLM version, another platform, or a conflicting argument.
     """
-    if isinstance(args.additional_config, str):
+    if isinstance(args.additional_config, str):  # type: ignore[unreachable]  # a user may give one all the same
         raise LongContextError(f"additional_config = {args.additional_config!r} is a string; give a dict")
     is_configured = KEY in (args.additional_config or {})
     is_longllama = longllama.is_checkpoint(args.model, ask_hub=is_configured)
@@ -166,7 +166,7 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bo
     check_pool(settings, vllm_config)
     if (blocks := memory_blocks(settings, vllm_config)) is not None:
         fit_memory(settings, vllm_config, blocks)
-    vllm_config.additional_config = {**vllm_config.additional_config, KEY: config.dump()}
+    vllm_config.additional_config = {**plugin_configs(vllm_config), KEY: config.dump()}
 
 
 def _for_model(config: LongContextConfig, vllm_config: VllmConfig) -> LongContextConfig:

@@ -98,7 +98,7 @@ def choose_backend(args: EngineArgs) -> None:
     if platform() is not CUDA:
         return
     asked = AttentionConfig.validate_backend_before(args.attention_backend) or args.attention_config.backend
-    if asked not in (None, AttentionBackendEnum.CUSTOM):
+    if asked is not None and asked != AttentionBackendEnum.CUSTOM:
         raise LongContextError(f"attention_backend = {asked.name}, but longctx brings its own; leave attention_backend out")
     if args.attention_config.backend_per_kind:
         raise LongContextError(

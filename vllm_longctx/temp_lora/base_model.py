@@ -26,7 +26,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_longctx.config import KEY, LongContextError
-from vllm_longctx.models.properties import ADAPTABLE, check_load_format
+from vllm_longctx.models.properties import ADAPTABLE, check_load_format, model_dtype
 from vllm_longctx.settings import Adaptation
 from vllm_longctx.temp_lora.messages import Ready
 
@@ -168,7 +168,7 @@ def mismatch(
     nats, share = logprob_difference(ours, ready.logprobs)
     model = vllm_config.model_config
     on_gpu = model.dtype == torch.float32 and not current_platform.is_cpu()
-    allowed = TF32_TOLERANCE if on_gpu else TOLERANCES[model.dtype]
+    allowed = TF32_TOLERANCE if on_gpu else TOLERANCES[model_dtype(model)]
     what = f"{nats:.2g} nats, {share:.2g} of their spread"
     if share <= allowed:
         logger.info("longctx: the trainer has the engine's model: log-probabilities differ by %s", what)

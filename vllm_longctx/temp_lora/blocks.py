@@ -10,6 +10,7 @@ after training on blocks 1..v. Version 0 is untrained.
 Source: Temp-LoRA (arXiv 2401.11504, sections 3.1 and 3.2).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_longctx.config import KVPolicy, UpdateMode
@@ -115,4 +116,4 @@ def example(text: list[int], targets: range, train_context_tokens: int, bos: int
     """
     begin = max(targets.start - train_context_tokens, 0)
     head = [bos] if bos is not None and begin > 0 and text[0] == bos else []
-    return head + text[begin : targets.stop]
+    return [*head, *text[begin : targets.stop]]

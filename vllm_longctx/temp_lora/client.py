@@ -102,8 +102,8 @@ class TrainerClient:
         self._joins = trainer.address is not None
         self._max_rank, self._num_slots = max_rank, num_slots
         self._context = zmq.Context()
-        self._socket: zmq.Socket | None = None
-        self._process: subprocess.Popen | None = None
+        self._socket: zmq.Socket[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._directory: str | None = None
         self._reports: list[m.Report] = []
         self._queued: list[m.Job] = []  # until the trainer is ready

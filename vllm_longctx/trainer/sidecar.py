@@ -48,7 +48,7 @@ class Sidecar:
     def __init__(
         self,
         trainer: Trainer,
-        socket: zmq.Socket,
+        socket: zmq.Socket[bytes],
         adapters_root: str | None,
         device_slots: torch.Tensor | None = None,
         duty_cycle: float = 1.0,
@@ -141,6 +141,8 @@ class Sidecar:
                 trainer.drop(job.owner)
             case m.Leave():
                 self._change_engine(None)
+            case m.Share() | m.Join():
+                pass  # taken where they come in
 
     def _train(self, job: m.Train, slots: Slots) -> None:
         begin = time.perf_counter()
@@ -184,7 +186,8 @@ def failure_report(job: m.Job, reason: str) -> m.Report:
             return m.Failed(job.owner, job.version, reason)
         case m.Begin():
             return m.Failed(job.owner, 0, reason)
-    return m.Lost(f"failed: {reason}")
+        case _:
+            return m.Lost(f"failed: {reason}")
 
 
 def exit_with_parent(parent: int, directory: Path) -> None:

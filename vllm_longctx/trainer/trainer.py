@@ -75,7 +75,10 @@ class Trainer:
         self._model = get_peft_model(model, none, "none")
         self._layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
         self._adapters: dict[int, Adapter] = {}
-        self.modules = {name: (layer.in_features, layer.out_features) for name, layer in self._layers.items()}
+        self.modules: dict[str, tuple[int, int]] = {
+            name: (layer.in_features, layer.out_features)  # type: ignore[misc]  # None only where a layer is not linear
+            for name, layer in self._layers.items()
+        }
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             for layer in model.modules():
@@ -96,7 +99,7 @@ class Trainer:
                 name,
                 LoraConfig(
                     r=recipe.rank,
-                    lora_alpha=recipe.alpha,
+                    lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # peft divides it by r, whatever number it is
                     lora_dropout=recipe.dropout,
                     target_modules="all-linear",
                     task_type="CAUSAL_LM",

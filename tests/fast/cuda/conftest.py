@@ -1,5 +1,8 @@
-"""What a GPU alone can do is replaced: streams and events, the operator that writes the KV cache, memory that both sides see,
-LoRA's kernels. vLLM's Triton kernels are interpreted, as are ours."""
+"""What a GPU alone can do is replaced.
+
+That is streams and events, the operator that writes the KV cache, memory that both sides see, LoRA's kernels. vLLM's Triton
+kernels are interpreted, as are ours.
+"""
 
 import inspect
 import pkgutil

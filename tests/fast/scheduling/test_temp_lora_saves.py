@@ -1,5 +1,8 @@
-"""A request that has something to save is answered once, with the adapter on disk or with the reason why not, whatever its
-trainer does; on the CPU, over both of vLLM's schedulers, with the worker and the trainer of `tests.support.temp_lora_crowd`."""
+"""A request that has something to save is answered once, whatever its trainer does.
+
+With the adapter on disk or with the reason why not; on the CPU, over both of vLLM's schedulers, with the worker and the trainer
+of `tests.support.temp_lora_crowd`.
+"""
 
 import random
 from collections.abc import Mapping

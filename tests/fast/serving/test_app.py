@@ -1,5 +1,7 @@
-"""What the server refuses with `serving.strict`, against vLLM's own request models; the routes around the checks, without an
-engine. What it takes, and refuses without: test_app_like_stock.py."""
+"""What the server refuses with `serving.strict`, against vLLM's own request models.
+
+Also the routes around the checks, without an engine. What it takes, and refuses without: test_app_like_stock.py.
+"""
 
 import asyncio
 import inspect

@@ -71,7 +71,7 @@ class Scratch:
     ):
         self.layout, self.cache, self.places, self.rotary, self.isa = layout, cache, places, rotary, isa
         _, kv_heads, self.block_size, width = cache.shape
-        self.kernel_cache = as_kernel_cache(cache).chunk(2, dim=2)
+        self.kernel_cache = as_kernel_caches(cache)
         self.layer_base = np.arange(num_layers)[:, None] * (layout.first_block + layout.num_blocks)
         self.layer_slots = self.layer_base[..., None] * self.block_size
         rows = layout.rows
@@ -128,9 +128,10 @@ class Scratch:
         self.first_blocks[rows] = blocks
 
 
-def as_kernel_cache(cache: Tensor) -> Tensor:
-    """[blocks, kv_heads, block_size, 2 * d] as the kernel takes it: [blocks, kv_heads, 2 * block_size, d]."""
-    return cache.view(*cache.shape[:2], 2 * cache.shape[2], cache.shape[3] // 2)
+def as_kernel_caches(cache: Tensor) -> tuple[Tensor, Tensor]:
+    """[blocks, kv_heads, block_size, 2 * d] as the kernel takes it: keys and values [blocks, kv_heads, block_size, d]."""
+    keys, values = cache.view(*cache.shape[:2], 2 * cache.shape[2], cache.shape[3] // 2).chunk(2, dim=2)
+    return keys, values
 
 
 def extend(cache: Tensor, num_blocks: int) -> Tensor:
