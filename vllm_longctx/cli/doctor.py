@@ -90,7 +90,7 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
     additional_config = longctx_config(longctx, preset)
     config = EngineArgs(model=model_path(model), additional_config=additional_config).create_engine_config()
     table = Table("setting", Column("value", overflow="fold"), title=f"For {model}")
-    if LongContextConfig.parse(config.additional_config["longctx"]).mode.is_plain:
+    if LongContextConfig.parse(plugin_configs(config)["longctx"]).mode.is_plain:
         table.add_row("mode", "plain: vLLM is left as it is")
         return table
     settings, worker = active_settings(config), config.parallel_config.worker_cls

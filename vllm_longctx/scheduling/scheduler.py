@@ -69,7 +69,7 @@ class LongContextScheduler(Scheduler):
         Here, because an engine has one scheduler, but several API servers read its arguments.
         """
         settings, model = self.settings, self.vllm_config.model_config
-        most_blocks = sum(m.max_admission_blocks_per_request for m in self.lambda_managers)
+        most_blocks = sum(m.max_admission_blocks_per_request or 0 for m in self.lambda_managers)
         parts = [f"mode {settings.mode.name}", *settings.described()]
         parts += [
             f"trained length {self.trained_length}",

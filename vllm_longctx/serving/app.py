@@ -38,7 +38,7 @@ from vllm_longctx.metrics import count_ignored_field, export_ignored_fields
 from vllm_longctx.models.properties import trained_length
 from vllm_longctx.serving import stop_strings
 from vllm_longctx.serving.streams import over_http, track_admissions, with_response_sender
-from vllm_longctx.settings import Settings, active_settings
+from vllm_longctx.settings import Settings, active_settings, plugin_configs
 
 logger = init_logger("vllm.longctx")
 
@@ -334,7 +334,7 @@ def check_engine_requests() -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if KEY not in (self.vllm_config.additional_config or {}):
+        if KEY not in plugin_configs(self.vllm_config):
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
         settings = active_settings(self.vllm_config)
         if settings.mode.is_plain:

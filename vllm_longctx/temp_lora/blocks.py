@@ -103,7 +103,7 @@ class Window:
         return start - self.keep_first if start else 0
 
 
-def example(text: list[int], targets: range, train_context_tokens: int, bos: int | None) -> list[int]:
+def example(text: Sequence[int], targets: range, train_context_tokens: int, bos: int | None) -> list[int]:
     """The tokens that a block is trained on: [BOS | the tokens before the first target | the targets].
 
     BOS is there only if the text begins with it and the context does not reach back to it. The loss is on the

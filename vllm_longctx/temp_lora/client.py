@@ -20,6 +20,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_longctx.config import LongContextError
+from vllm_longctx.models.properties import model_dtype
 from vllm_longctx.processes import SOCKETS
 from vllm_longctx.settings import Adaptation, TrainerSettings
 from vllm_longctx.temp_lora import base_model
@@ -61,7 +62,7 @@ def trainer_client(
         max_rank=settings.max_rank,
         num_slots=settings.slots,
         probe=base_model.probe(model, settings),
-        training_bytes=Shape.of(model.hf_text_config, model.dtype).training_bytes(settings),
+        training_bytes=Shape.of(model.hf_text_config, model_dtype(model)).training_bytes(settings),
         share=None if shared is None else shared.message,
     )
 

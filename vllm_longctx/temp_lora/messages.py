@@ -110,7 +110,9 @@ class SharedTensor(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
-    """Any message. Fields that several have:
+    """Any message.
+
+    Fields that several have:
 
     owner: Number of one request's adapter, never used again.
     slot, bank: Where its weights are, see `slots`.

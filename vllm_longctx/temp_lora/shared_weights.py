@@ -110,7 +110,9 @@ def skeleton(
     if config is None:
         hf_config = AutoConfig.from_pretrained(model)
     else:
-        hf_config = model_class(config).config_class.from_dict(dict(config))
+        config_class = model_class(config).config_class
+        assert config_class is not None
+        hf_config = config_class.from_dict(dict(config))
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(hf_config, **settings)
 

@@ -203,7 +203,7 @@ def exit_with_parent(parent: int, directory: Path) -> None:
     os._exit(0)
 
 
-def make_sidecar(options: m.Options, socket: zmq.Socket) -> Sidecar:
+def make_sidecar(options: m.Options, socket: zmq.Socket[bytes]) -> Sidecar:
     """With the model on its device: the engine's own weights, if it shares them, or another copy."""
     device, slots = torch.device(options.device), None
     if device.type == "cuda":
@@ -221,7 +221,7 @@ def make_sidecar(options: m.Options, socket: zmq.Socket) -> Sidecar:
         model = shared.fill(skeleton, weights)
         slots = shared.attach(share.slots, device)
     else:
-        model = load(options).to(device)
+        model = load(options).to(device)  # type: ignore[arg-type]  # transformers' decorator loses self
     model.name_or_path = options.model  # saved adapters name it as their base model
     revision = f" (revision {options.revision})" if options.revision else ""
     about = f"{options.model}{revision} in {options.dtype}"
@@ -255,7 +255,7 @@ def load(options: m.Options) -> PreTrainedModel:
     return model
 
 
-def report_load_failure(socket: zmq.Socket, reason: str) -> None:
+def report_load_failure(socket: zmq.Socket[bytes], reason: str) -> None:
     """Answer the engine that waits for a model which could not be loaded.
 
     An engine that joins later gets no answer.

@@ -108,7 +108,9 @@ class Trainer:
             )
             rng = self._get_rng_state()
         layers = self._layers.items()
-        pairs = {m: (layer.lora_A[name].weight, layer.lora_B[name].weight) for m, layer in layers}
+        pairs = {
+            m: (layer.lora_A[name].get_parameter("weight"), layer.lora_B[name].get_parameter("weight")) for m, layer in layers
+        }
         optimizer = torch.optim.AdamW(
             [parameter for pair in pairs.values() for parameter in pair],
             lr=recipe.learning_rate,
