@@ -3,13 +3,15 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-VERSION = re.search(r'^__version__ = "(.+)"$', Path("vllm_longctx/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', Path("vllm_longctx/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+)
 assert VERSION is not None
 
 setup(
     name="vllm-longctx",
     version=VERSION[1],
-    description="vLLM plugin: a stock language model reads and writes texts far longer than it was trained on",
+    description="vLLM plugin: stock language models on texts far longer than they were trained on",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

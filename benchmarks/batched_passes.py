@@ -2,8 +2,9 @@
 
     python benchmarks/batched_passes.py --json OUT.json
 
-Forward and backward of a request's example, with one request a pass as the trainer does it, and with several: each row with
-the adapter of its request (peft's `adapter_names`), and, as a bound, all rows with one adapter. Medians over rounds.
+Forward and backward of a request's example, with one request a pass as the trainer does it, and with several:
+each row with the adapter of its request (peft's `adapter_names`), and, as a bound, all rows with one adapter.
+Medians over rounds.
 """
 
 import statistics
@@ -40,14 +41,20 @@ def main(
     torch.set_num_threads(threads)
     counts = numbers("--rows", rows)
     names = [f"request {n}" for n in range(max(counts))]
-    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model_path(model), dtype=torch.float32), config, names[0])
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_path(model), dtype=torch.float32), config, names[0]
+    )
     for name in names[1:]:
         adapted.add_adapter(name, config)
     adapted.eval()
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    ids = torch.randint(adapted.config.vocab_size, (len(names), tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        adapted.config.vocab_size, (len(names), tokens), generator=torch.Generator().manual_seed(0)
+    )
     targets = tokens // 2
     seconds = defaultdict(list)
     for number in track(range(rounds + 1), "passes"):  # the first one warms up
@@ -56,7 +63,9 @@ def main(
                 chosen = {"adapter_names": names[:count]} if way == WAYS[0] else {}
                 start = time.perf_counter()
                 output = adapted(input_ids=ids[:count], use_cache=False, logits_to_keep=targets + 1, **chosen)
-                cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:count, -targets:].flatten()).backward()
+                cross_entropy(
+                    output.logits[:, :-1].flatten(0, 1), ids[:count, -targets:].flatten()
+                ).backward()
                 if number:
                     seconds[way, count].append((time.perf_counter() - start) / count)
     table = Table("requests in a pass", *(f"{way}, ms per example" for way in WAYS))

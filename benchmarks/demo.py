@@ -2,9 +2,9 @@
 
 It reads beside stock vLLM on the same text.
 
-Only its own lines are printed; what vLLM says goes to a file, demo.log. The text is the Python language reference (the pydoc
-topics on every machine). Everything runs in the real vLLM engine, in float32; stock vLLM is given an enlarged RoPE table, or it
-could not run past the trained length at all.
+Only its own lines are printed; what vLLM says goes to a file, demo.log. The text is the Python language
+reference (the pydoc topics on every machine). Everything runs in the real vLLM engine, in float32; stock vLLM
+is given an enlarged RoPE table, or it could not run past the trained length at all.
 """
 
 import os
@@ -59,7 +59,11 @@ def write_on(engine: Any, prompt: list[int], max_tokens: int, label: str) -> tup
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(
-        max_tokens=max_tokens, temperature=1.0, ignore_eos=True, logprobs=0, output_kind=RequestOutputKind.DELTA
+        max_tokens=max_tokens,
+        temperature=1.0,
+        ignore_eos=True,
+        logprobs=0,
+        output_kind=RequestOutputKind.DELTA,
     )
     engine.add_request("write", tokens_input(prompt), params)
     text, nll = "", []
@@ -90,18 +94,33 @@ def main(
         title(out, f"A model trained on 512 tokens reads {len(tokens):,} tokens of the Python reference")
         engines = {
             "longctx": ({"longctx": {"preset": "lm-infinite"}}, len(tokens), {}),
-            "stock vLLM": ({}, stock_tokens, {"hf_overrides": {"max_position_embeddings": stock_tokens + write_tokens}}),
+            "stock vLLM": (
+                {},
+                stock_tokens,
+                {"hf_overrides": {"max_position_embeddings": stock_tokens + write_tokens}},
+            ),
         }
         scores, written = {}, {}
         for name, (config, length, extra) in engines.items():
-            with running_engine("booklm", config, length + write_tokens, **kwargs, **extra) as (engine, meter):
+            with running_engine("booklm", config, length + write_tokens, **kwargs, **extra) as (
+                engine,
+                meter,
+            ):
                 scores[name] = score_in(engine, meter, tokens[:length], f"{name} reads {length:,} tokens")
                 label = f"{name} writes {write_tokens:,} tokens"
                 written[name] = write_on(engine, tokens[:prompt_tokens], write_tokens, label)
                 block_size = engine.vllm_config.cache_config.block_size
-                out.print(f"{name}: at most {meter.peak * block_size:,} tokens of KV cache were held at once", highlight=False)
+                out.print(
+                    f"{name}: at most {meter.peak * block_size:,} tokens of KV cache were held at once",
+                    highlight=False,
+                )
         out.print(score_table(scores, None))
-        plot(plot_out, {name: curve(s, None) for name, s in scores.items()}, "position (tokens)", "NLL (nats per token)")
+        plot(
+            plot_out,
+            {name: curve(s, None) for name, s in scores.items()},
+            "position (tokens)",
+            "NLL (nats per token)",
+        )
         out.print(f"The curves are in {plot_out}.")
 
         title(out, f"Both write {write_tokens:,} tokens after the first {prompt_tokens:,}")
@@ -114,7 +133,9 @@ def main(
             out.print(f"\n[bold]{name}[/], the last 300 characters:")
             out.print(text[-300:], markup=False, highlight=False)
 
-        title(out, f"Temp-LoRA: the model learns from {learn_tokens:,} tokens of the text while it reads them")
+        title(
+            out, f"Temp-LoRA: the model learns from {learn_tokens:,} tokens of the text while it reads them"
+        )
         config = {"longctx": {"preset": "temp-lora-quality"}}
         with running_engine("booklm", config, learn_tokens + 2, **kwargs) as (engine, meter):
             base = score_in(engine, meter, tokens[:learn_tokens], "base", options=BASE)

@@ -2,11 +2,13 @@
 
     python benchmarks/dictionary.py OUT_DIR --json OUT.json --plot OUT.png
 
-A dictionary is a list of facts, a key of two tokens and a value of one; then it is asked for: keys again, in another order,
-whose values are to be told. In training it fills one context, its questions the next. Two models are trained from nothing by
-`vllm_longctx.training`, alike but for the schedule of d: CrossBatch's rises, the other's is 1 throughout, so that its memory
-only ever holds its own document. Both are saved as LongLLaMA checkpoints, OUT_DIR/dictionary and OUT_DIR/dictionary-plain, and
-asked with dictionaries of up to 256 training contexts in memory, the answer being the likeliest token (chance is 1 in 64).
+A dictionary is a list of facts, a key of two tokens and a value of one; then it is asked for: keys again, in
+another order, whose values are to be told. In training it fills one context, its questions the next. Two
+models are trained from nothing by
+`vllm_longctx.training`, alike but for the schedule of d: CrossBatch's rises, the other's is 1 throughout, so
+that its memory only ever holds its own document. Both are saved as LongLLaMA checkpoints, OUT_DIR/dictionary
+and OUT_DIR/dictionary-plain, and asked with dictionaries of up to 256 training contexts in memory, the answer
+being the likeliest token (chance is 1 in 64).
 """
 
 from collections.abc import Sequence
@@ -44,14 +46,18 @@ TIMES = (1, 4, 16, 64, 256)
 
 def facts(rows: int, count: int, generator: torch.Generator) -> Tensor:
     """[rows, count, FACT_TOKENS]: no key twice in a row."""
-    codes = torch.stack([torch.randperm(LETTERS**KEY_TOKENS, generator=generator)[:count] for _ in range(rows)])
+    codes = torch.stack(
+        [torch.randperm(LETTERS**KEY_TOKENS, generator=generator)[:count] for _ in range(rows)]
+    )
     key = torch.stack([codes // LETTERS**k % LETTERS + k * LETTERS for k in range(KEY_TOKENS)], -1)
     value = torch.randint(VALUES, (rows, count, 1), generator=generator) + FIRST_VALUE
     return torch.cat([key, value], -1)
 
 
 def task(rows: int, count: int, asks: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Dictionaries of `count` facts, and `asks` questions with their answers for each: [rows, tokens] both."""
+    """Dictionaries of `count` facts, and `asks` questions with their answers for each: [rows, tokens]
+    both.
+    """
     known = facts(rows, count, generator)
     asked = torch.stack([torch.randperm(count, generator=generator)[:asks] for _ in range(rows)])
     return known.flatten(1), known[torch.arange(rows)[:, None], asked].flatten(1)
@@ -64,11 +70,13 @@ def answers(questions: Tensor) -> Tensor:
 
 
 def new_model() -> LlamaForCausalLM:
-    """A local layer and a memory layer, random, but for a start without which the first answers take thousands of steps.
+    """A local layer and a memory layer, random, but for a start without which the first answers take
+    thousands of steps.
 
-    The local layer's heads begin on the one or the two tokens before (a rotated bias), MLPs at zero. The memory layer begins
-    as an induction head (arXiv 2209.11895) of a key's second letter: its keys read what the heads on the token before have
-    written, and its output is what its values have read. The rest, a key's first letter above all, is left to training.
+    The local layer's heads begin on the one or the two tokens before (a rotated bias), MLPs at zero. The
+    memory layer begins as an induction head (arXiv 2209.11895) of a key's second letter: its keys read what
+    the heads on the token before have written, and its output is what its values have read. The rest, a key's
+    first letter above all, is left to training.
     """
     model = LlamaForCausalLM(
         LongLlamaConfig(
@@ -97,7 +105,8 @@ def new_model() -> LlamaForCausalLM:
         for head in range(HEADS):
             before = 1 + head % 2
             query, key = (
-                p.bias[head * HEAD_DIM : (head + 1) * HEAD_DIM].unflatten(0, (2, -1)) for p in (local.q_proj, local.k_proj)
+                p.bias[head * HEAD_DIM : (head + 1) * HEAD_DIM].unflatten(0, (2, -1))
+                for p in (local.q_proj, local.k_proj)
             )
             key[0, :FAST_PAIRS] = BIAS
             query[:, :FAST_PAIRS] = BIAS * torch.stack([(before * turns).cos(), -(before * turns).sin()])
@@ -122,7 +131,9 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def train(recipe: Recipe, sizes: Sequence[int], label: str) -> Trainer:
-    """sizes: facts of a dictionary, each for an equal share of the steps: few to choose from are learnt sooner."""
+    """sizes: facts of a dictionary, each for an equal share of the steps: few to choose from are learnt
+    sooner.
+    """
     torch.manual_seed(recipe.seed)
     trainer = Trainer(new_model(), recipe)
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -149,24 +160,36 @@ def accuracy(memory: MemoryModel, times: int, texts: int, seed: int) -> float:
 def main(
     out_dir: Path,
     steps: int = 160,
-    sizes: Annotated[str, typer.Option(help="Facts of a dictionary over training, at most 16.")] = "4,8,16,16",
+    sizes: Annotated[
+        str, typer.Option(help="Facts of a dictionary over training, at most 16.")
+    ] = "4,8,16,16",
     schedule: Annotated[str, typer.Option(help="CrossBatch's d over training.")] = "1,4,64,64",
     learning_rate: float = 2e-3,
-    texts: Annotated[int, typer.Option(help="Dictionaries of each size to ask about, 16 questions each.")] = 32,
+    texts: Annotated[
+        int, typer.Option(help="Dictionaries of each size to ask about, 16 questions each.")
+    ] = 32,
     seed: int = 0,
     json_out: JsonOut = None,
-    plot_out: Annotated[Path | None, typer.Option("--plot", help="Accuracy against the memory's length.")] = None,
+    plot_out: Annotated[
+        Path | None, typer.Option("--plot", help="Accuracy against the memory's length.")
+    ] = None,
 ) -> None:
     rising = numbers("--schedule", schedule)
     result: dict[str, dict[int, float]] = {}
     for name, documents in {"dictionary": rising, "dictionary-plain": [1]}.items():
-        recipe = Recipe(MEM_LAYERS, CONTEXT, steps, False, 2, max(rising), documents, learning_rate, seed=seed)
+        recipe = Recipe(
+            MEM_LAYERS, CONTEXT, steps, False, 2, max(rising), documents, learning_rate, seed=seed
+        )
         trainer = train(recipe, numbers("--sizes", sizes), name)
         save_longllama(trainer.model, words(), recipe, out_dir / name, CONTEXT, "float32", torch.float32)
         memory = MemoryModel(load_llama(out_dir / name), MEM_LAYERS, mem_positionals=False)
         result[name] = {times: accuracy(memory, times, texts, seed + 1) for times in TIMES}
     print_table(result)
-    rows = [{"model": m, "times": t, "tokens": t * CONTEXT, "accuracy": a} for m, r in result.items() for t, a in r.items()]
+    rows = [
+        {"model": m, "times": t, "tokens": t * CONTEXT, "accuracy": a}
+        for m, r in result.items()
+        for t, a in r.items()
+    ]
     about = {
         "context": CONTEXT,
         "steps": steps,
@@ -184,7 +207,9 @@ def main(
 def print_table(result: dict[str, dict[int, float]]) -> None:
     table = Table("memory / training context", *result, title="right answers, %")
     for times in TIMES:
-        table.add_row(f"{times} × {CONTEXT}", *(f"{100 * by_times[times]:.1f}" for by_times in result.values()))
+        table.add_row(
+            f"{times} × {CONTEXT}", *(f"{100 * by_times[times]:.1f}" for by_times in result.values())
+        )
     Console().print(table)
 
 

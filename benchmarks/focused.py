@@ -1,10 +1,13 @@
-"""Tables on memories of benchmarks/README.md: Focused Transformers beside other ways to attend, through the real engine.
+"""Tables on memories of benchmarks/README.md: Focused Transformers beside other ways to attend, through the
+real engine.
 
     python benchmarks/focused.py TASK MODEL [MODEL ...] --json OUT.json --plot OUT.png
 
-Tasks, after the Focused Transformer (arXiv 2307.03170) and LM-Infinite (arXiv 2308.16137); `TASK --help` has each one's sizes:
+Tasks, after the Focused Transformer (arXiv 2307.03170) and LM-Infinite (arXiv 2308.16137); `TASK --help` has
+each one's sizes:
 
-- passkey: a number in filler text, asked for at the end, inside and outside of the windows (`vllm-longctx passkey`).
+- passkey: a number in filler text, asked for at the end, inside and outside of the windows (`vllm-longctx
+passkey`).
 - dictionary: values by their keys, for models of `dictionary.py`, which is where the task comes from.
 - perplexity: NLL per token of books by position.
 - distractors: NLL of a document's last tokens when d - 1 other documents stand before it.
@@ -12,12 +15,13 @@ Tasks, after the Focused Transformer (arXiv 2307.03170) and LM-Infinite (arXiv 2
 - memory: bytes of KV that a request holds, by its length.
 - speed: decode, all engines up at once and taking turns, medians over rounds.
 
-Methods: plain (stock vLLM, its RoPE table enlarged, or it could not read past the trained length at all), lm-infinite,
-lm-infinite-top-k (its top-k branch), focused (memory layers see all), focused-top-k, focused-blocks. A method that the engine
-refuses is named with the engine's reason. Texts longer than a method's `--up-to` are spared it.
+Methods: plain (stock vLLM, its RoPE table enlarged, or it could not read past the trained length at all),
+lm-infinite, lm-infinite-top-k (its top-k branch), focused (memory layers see all), focused-top-k,
+focused-blocks. A method that the engine refuses is named with the engine's reason. Texts longer than a
+method's `--up-to` are spared it.
 
-Results are written when a method is done; a run with the same settings adds to the file that is there (but for speed). ± is
-half of a 95 % interval over what was asked.
+Results are written when a method is done; a run with the same settings adds to the file that is there (but
+for speed). ± is half of a 95 % interval over what was asked.
 """
 
 import random
@@ -42,7 +46,16 @@ from texts import read_directory
 
 from vllm_longctx.cli.engine import Job, PeakBlocks, parse_lengths, run_jobs, tokenizer_of
 from vllm_longctx.cli.output import console, errors_for_users
-from vllm_longctx.cli.passkey import ANSWER_TOKENS, MAX_NUM_SEQS, TRIALS_AT_ONCE, Task, Trial, ask, tells, windows
+from vllm_longctx.cli.passkey import (
+    ANSWER_TOKENS,
+    MAX_NUM_SEQS,
+    TRIALS_AT_ONCE,
+    Task,
+    Trial,
+    ask,
+    tells,
+    windows,
+)
 from vllm_longctx.cli.score import score_in, scoring_params, tokenize
 
 if TYPE_CHECKING:
@@ -69,13 +82,17 @@ DICTIONARY = Scale("tokens", "accuracy", "memory (tokens)", "right answers (shar
 PERPLEXITY = Scale("end", "nll", "position (tokens)", "NLL (nats per token)", form=".3f")
 DISTRACTORS = Scale("documents", "nll", "documents in the context", "NLL (nats per token)", form=".3f")
 FEWSHOT = Scale("examples", "accuracy", "examples in the context", "right classes (share)", factor=100)
-MEMORY = Scale("length", "bytes", "length (tokens)", "KV held (bytes)", factor=2**-20, form=".2f", yscale="log")
+MEMORY = Scale(
+    "length", "bytes", "length (tokens)", "KV held (bytes)", factor=2**-20, form=".2f", yscale="log"
+)
 SPEED = Scale("length", "ms_per_token", "memory (tokens)", "decode (ms per token)", form=".2f", yscale="log")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One of many that an engine is asked; `row` tells which ones are averaged. tokens: of its longest prompt.
+    """One of many that an engine is asked; `row` tells which ones are averaged.
+
+    tokens: of its longest prompt.
 
     job: its scores by name.
     """
@@ -85,7 +102,9 @@ class Question:
     job: Callable[[], Job[dict[str, float]]]
 
 
-def ask_all(ways: Methods, report: Report, questions: Mapping[str, Sequence[Question]], at_once: int, **kwargs: Any) -> None:
+def ask_all(
+    ways: Methods, report: Report, questions: Mapping[str, Sequence[Question]], at_once: int, **kwargs: Any
+) -> None:
     """questions: by model."""
     with errors_for_users():
         longest = {model: ways.longest(q.tokens for q in every) for model, every in questions.items()}
@@ -104,7 +123,9 @@ def passkey(
     run: Comparison,
     lengths: str = "512,1024,2048,4096,8192,16384,25600,32768",
     trials: Annotated[int, typer.Option(help="Per length and place of the key.", min=1)] = 20,
-    choices: Annotated[bool, typer.Option(help="Score ten keys, too: dozens of short requests per trial.")] = False,
+    choices: Annotated[
+        bool, typer.Option(help="Score ten keys, too: dozens of short requests per trial.")
+    ] = False,
     seed: int = 0,
 ) -> None:
     """How often greedy decoding tells the key, against length."""
@@ -142,11 +163,15 @@ def key_question(trial: Trial, choices: bool) -> Question:
 @task_command(app, methods=ALL_WAYS, kv_gib=1)
 def dictionary(
     run: Comparison,
-    times: Annotated[str, typer.Option(help="Lengths of the dictionary in training contexts.")] = "1,4,16,64,256",
+    times: Annotated[
+        str, typer.Option(help="Lengths of the dictionary in training contexts.")
+    ] = "1,4,16,64,256",
     texts: Annotated[int, typer.Option(help="Dictionaries of each length, 16 questions each.", min=2)] = 64,
     seed: int = 1,
 ) -> None:
-    """Right answers against the length of a dictionary, for the models that dictionary.py trains; give both."""
+    """Right answers against the length of a dictionary, for the models that dictionary.py trains; give
+    both.
+    """
     import torch
     from dictionary import CONTEXT, FACTS, answers, task
 
@@ -169,7 +194,11 @@ def lookup_question(known: list[int], asked: list[int], is_value: list[bool], ti
     def job() -> Job[dict[str, float]]:
         (output,) = yield [([*known, *asked], scoring_params())]
         ranks = output.prompt_logprobs.ranks[-len(asked) :]
-        return {"accuracy": statistics.fmean(rank == 1 for rank, counts in zip(ranks, is_value, strict=True) if counts)}
+        return {
+            "accuracy": statistics.fmean(
+                rank == 1 for rank, counts in zip(ranks, is_value, strict=True) if counts
+            )
+        }
 
     return Question({"tokens": len(known), "times": times}, len(known) + len(asked), job)
 
@@ -184,7 +213,10 @@ def perplexity(
     with errors_for_users():
         books = read_directory(texts)
         report = run.report("perplexity", PERPLEXITY, texts=sorted(books), max_tokens=max_tokens)
-        tokens = {model: {name: tokenize(model, text, max_tokens) for name, text in books.items()} for model in run.models}
+        tokens = {
+            model: {name: tokenize(model, text, max_tokens) for name, text in books.items()}
+            for model in run.models
+        }
     longest = {name: min(max_tokens, run.ways.up_to.get(name, max_tokens)) for name in run.ways.configs}
 
     def rows(engine: "LLMEngine", meter: PeakBlocks, model: str, name: str) -> list[Row]:
@@ -210,7 +242,10 @@ def distractors(
     places: Annotated[int, typer.Option(help="Documents out of each text.", min=1)] = 6,
     seed: int = 0,
 ) -> None:
-    """NLL of a document's end against d, the documents in the context, which are pieces of the texts. The last is its own."""
+    """NLL of a document's end against d, the documents in the context, which are pieces of the texts.
+
+    The last is its own.
+    """
     with errors_for_users():
         counts = parse_lengths(documents)
         books = read_directory(texts)
@@ -218,7 +253,10 @@ def distractors(
         settings = {"documents": counts, **sizes, "seed": seed, "texts": sorted(books)}
         report = run.report("distractors", DISTRACTORS, **settings)
         if scored_tokens >= document_tokens:
-            raise ValueError(f"--scored-tokens {scored_tokens} leaves nothing of --document-tokens {document_tokens}; lower it")
+            raise ValueError(
+                f"--scored-tokens {scored_tokens} leaves nothing of --document-tokens {document_tokens}; "
+                f"lower it"
+            )
         questions = {}
         for model in run.models:
             tokens = {name: tokenize(model, text, None) for name, text in books.items()}
@@ -233,17 +271,24 @@ def distractors(
     report.show()
 
 
-def crowds(texts: Mapping[str, list[int]], most: int, tokens: int, places: int, seed: int) -> Iterator[list[list[int]]]:
-    """`places` documents of each text, evenly spread, each followed by most - 1 different ones of the other texts.
+def crowds(
+    texts: Mapping[str, list[int]], most: int, tokens: int, places: int, seed: int
+) -> Iterator[list[list[int]]]:
+    """`places` documents of each text, evenly spread, each followed by most - 1 different ones of the other
+    texts.
 
     Raises ValueError where texts are too short or few.
     """
-    pieces = {name: [ids[k : k + tokens] for k in range(0, len(ids) - tokens + 1, tokens)] for name, ids in texts.items()}
+    pieces = {
+        name: [ids[k : k + tokens] for k in range(0, len(ids) - tokens + 1, tokens)]
+        for name, ids in texts.items()
+    }
     for name, own in pieces.items():
         others = [piece for other, some in pieces.items() if other != name for piece in some]
         if len(own) < places or len(others) < most - 1:
             raise ValueError(
-                f"{name} has {len(own)} documents of {tokens} tokens and the other texts {len(others)}, but {places} and "
+                f"{name} has {len(own)} documents of {tokens} tokens and the other texts {len(others)}, but "
+                f"{places} and "
                 f"{most - 1} are needed; lower --places, --documents or --document-tokens"
             )
         for number in range(places):
@@ -252,7 +297,10 @@ def crowds(texts: Mapping[str, list[int]], most: int, tokens: int, places: int, 
 
 
 def with_distractors(pieces: list[list[int]], documents: int, first: int) -> list[int]:
-    """The document at the end of the first d pieces, those of a smaller d nearest. first: takes the first token's place."""
+    """The document at the end of the first d pieces, those of a smaller d nearest.
+
+    first: takes the first token's place.
+    """
     return [first, *[token for piece in reversed(pieces[:documents]) for token in piece][1:]]
 
 
@@ -272,7 +320,9 @@ def fewshot(
     queries: Annotated[int, typer.Option(help="After each context.", min=1)] = 12,
     seed: int = 0,
 ) -> None:
-    """Right classes of new pairs of words against the examples in the context; beside it what can be known from them."""
+    """Right classes of new pairs of words against the examples in the context; beside it what can be known
+    from them.
+    """
     with errors_for_users():
         sizes = parse_lengths(examples)
         settings = {"examples": sizes, "contexts": contexts, "queries": queries, "seed": seed}
@@ -294,29 +344,39 @@ def fewshot(
 
 
 class Lesson:
-    """Classes of words, each class with a number as its key, and examples ("The {word} {word} key is {number}.").
+    """Classes of words, each class with a number as its key, and examples ("The {word} {word} key is
+    {number}.").
 
-    labels: the token of each number that tells it from the others, after the `shared` ones of all numbers. Raises
-    ValueError if the tokenizer has too few whole words or numbers that one token does not tell apart.
+    labels: the token of each number that tells it from the others, after the `shared` ones of all numbers.
+    Raises ValueError if the tokenizer has too few whole words or numbers that one token does not tell apart.
     """
 
     def __init__(self, task: Task, seed: str):
         self.task, self.seed = task, seed
         candidates = (token[1:] for token in sorted(task.tokenizer.get_vocab()) if token[0] in "Ġ▁")
-        words = [word for word in candidates if len(word) > 2 and word.isascii() and word.isalpha() and word.islower()]
+        words = [
+            word
+            for word in candidates
+            if len(word) > 2 and word.isascii() and word.isalpha() and word.islower()
+        ]
         needed = CLASSES * CLASS_WORDS
         if len(words) < needed:
             raise ValueError(f"the tokenizer has {len(words)} whole words, but {needed} are needed")
         rng = random.Random(seed)
         chosen = rng.sample(words, needed)
         self.words = [chosen[n::CLASSES] for n in range(CLASSES)]
-        self.keys = [str(10_000 * digit + rng.randrange(10_000)) for digit in rng.sample(range(1, 10), CLASSES)]
+        self.keys = [
+            str(10_000 * digit + rng.randrange(10_000)) for digit in rng.sample(range(1, 10), CLASSES)
+        ]
         tokens = [task.after("The key is", key) for key in self.keys]
         equal = takewhile(lambda column: len({*column}) == 1, zip(*tokens, strict=False))
         self.shared = [column[0] for column in equal]
         self.labels = [ids[len(self.shared)] for ids in tokens]
         if len({*self.labels}) < CLASSES:
-            raise ValueError(f"the tokenizer writes {', '.join(self.keys)} with beginnings that are neither one nor different")
+            raise ValueError(
+                f"the tokenizer writes {', '.join(self.keys)} with beginnings that are neither one nor "
+                f"different"
+            )
 
     def drawn(self, what: str, count: int) -> list[tuple[int, list[str]]]:
         """Numbers of classes, and two words of each. More of them begin with the same ones."""
@@ -327,10 +387,14 @@ class Lesson:
     def known(self, examples: int, queries: int) -> float:
         """Share that counting can know: a word of the query's has been seen, or else one guesses."""
         seen = {word for _, words in self.drawn("examples", examples) for word in words}
-        return statistics.fmean(1.0 if seen & {*words} else 1 / CLASSES for _, words in self.drawn("queries", queries))
+        return statistics.fmean(
+            1.0 if seen & {*words} else 1 / CLASSES for _, words in self.drawn("queries", queries)
+        )
 
     def question(self, examples: int, queries: int) -> Question:
-        text = " ".join(f"The {' '.join(words)} key is {self.keys[n]}." for n, words in self.drawn("examples", examples))
+        text = " ".join(
+            f"The {' '.join(words)} key is {self.keys[n]}." for n, words in self.drawn("examples", examples)
+        )
         asked = self.drawn("queries", queries)
         head = self.task.tokens(text)
         end = f"{self.keys[0]}."  # as of any example
@@ -340,7 +404,9 @@ class Lesson:
         def job() -> Job[dict[str, float]]:
             from vllm import SamplingParams
 
-            params = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=self.labels, detokenize=False)
+            params = SamplingParams(
+                max_tokens=1, temperature=0, logprob_token_ids=self.labels, detokenize=False
+            )
             outputs = yield [(prompts[0], params)]  # the others find what it has read
             outputs = outputs + (yield [(prompt, params) for prompt in prompts[1:]])
             scores = [[o.outputs[0].logprobs[0][label].logprob for label in self.labels] for o in outputs]
@@ -366,7 +432,9 @@ def memory(run: Comparison, lengths: str = "4096,8192,16384,32768") -> None:
         from vllm_longctx.engine.kv_cache import bytes_per_layer_block
 
         layer = bytes_per_layer_block(engine.vllm_config)
-        block = layer * round(run.ways.engine["kv_cache_memory_bytes"] / meter.num_blocks / layer)  # of a group of layers
+        block = layer * round(
+            run.ways.engine["kv_cache_memory_bytes"] / meter.num_blocks / layer
+        )  # of a group of layers
         result: list[Row] = []
         for size in sizes:
             if run.ways.within(name, size):
@@ -382,7 +450,9 @@ def memory(run: Comparison, lengths: str = "4096,8192,16384,32768") -> None:
         slopes = {name: slope(rows) for name in run.ways.configs if len(rows := report.rows(model, name)) > 1}
         for name, per_token in slopes.items():
             share = f", {per_token / slopes['plain']:.4f} of plain" if slopes.get("plain") else ""
-            Console().print(f"{Path(model).name}, {name}: {per_token:,.0f} bytes per token{share}", highlight=False)
+            Console().print(
+                f"{Path(model).name}, {name}: {per_token:,.0f} bytes per token{share}", highlight=False
+            )
 
 
 def slope(rows: Sequence[Row]) -> float:
@@ -393,20 +463,29 @@ def slope(rows: Sequence[Row]) -> float:
 @task_command(app, methods="plain,focused,focused-top-k,focused-blocks", up_to="plain=131072")
 def speed(
     run: Comparison,
-    lengths: Annotated[str, typer.Option(help="Of the memory, in tokens.")] = "4096,8192,16384,32768,65536,131072",
+    lengths: Annotated[
+        str, typer.Option(help="Of the memory, in tokens.")
+    ] = "4096,8192,16384,32768,65536,131072",
     batch: Annotated[int, typer.Option(help="Requests that decode at once.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     written: Annotated[int, typer.Option(help="Tokens that each request writes.", min=2)] = 64,
     enforce_eager: bool = False,
 ) -> None:
-    """Decode, milliseconds per token. The texts are random; shorter ones begin the longest, which is read once."""
+    """Decode, milliseconds per token.
+
+    The texts are random; shorter ones begin the longest, which is read once.
+    """
     with errors_for_users():
         sizes = parse_lengths(lengths)
         settings = {"lengths": sizes, "batch": batch, "rounds": rounds, "written": written}
         report = run.report("speed", SPEED, **settings, enforce_eager=enforce_eager)
         report.results.clear()  # side by side, or not at all
         longest = run.ways.longest(sizes)
-    kwargs: dict[str, Any] = {"max_num_seqs": batch, "enable_prefix_caching": True, "enforce_eager": enforce_eager}
+    kwargs: dict[str, Any] = {
+        "max_num_seqs": batch,
+        "enable_prefix_caching": True,
+        "enforce_eager": enforce_eager,
+    }
     for model in run.models:
         with ExitStack() as stack, Progress(console=console) as progress:
             engines = {}
@@ -427,14 +506,20 @@ def speed(
                     found[name][length].append(decode_speed(engines[name], text, batch, written))
                     progress.advance(task)
                 for name, engine in engines.items():
-                    rows = [speed_row(n, batch, statistics.median(found[name][n])) for n in sizes if n in found[name]]
+                    rows = [
+                        speed_row(n, batch, statistics.median(found[name][n]))
+                        for n in sizes
+                        if n in found[name]
+                    ]
                     report.add(model, name, attention=attention_of(engine), rows=rows)
     report.show()
     for model in run.models:
         plain = {row["length"]: row["tokens_per_s"] for row in report.rows(model, "plain")}
         for name in run.ways.configs:
             rows = [row for row in report.rows(model, name) if row["length"] in plain]
-            ratios = [f"{row['tokens_per_s'] / plain[row['length']]:.2f} at {row['length']:,}" for row in rows]
+            ratios = [
+                f"{row['tokens_per_s'] / plain[row['length']]:.2f} at {row['length']:,}" for row in rows
+            ]
             if ratios and name != "plain":
                 Console().print(f"{Path(model).name}, {name}, × plain: {', '.join(ratios)}", highlight=False)
 

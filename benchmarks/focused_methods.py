@@ -25,7 +25,8 @@ WRITTEN = ANSWER_TOKENS  # at most, by any task but speed
 
 @dataclass(frozen=True)
 class Methods:
-    """What is compared: configurations by name, the longest text of each in tokens where it has a limit, and the engine.
+    """What is compared: configurations by name, the longest text of each in tokens where it has a limit, and
+    the engine.
 
     windows: the configurations whose windows pass keys are placed by, whatever is compared.
     """
@@ -36,7 +37,9 @@ class Methods:
     engine: dict[str, Any]
 
     @classmethod
-    def parse(cls, methods: str, top_k: int, focused: str, branch: str, up_to: str, dtype: str, kv_gib: float) -> "Methods":
+    def parse(
+        cls, methods: str, top_k: int, focused: str, branch: str, up_to: str, dtype: str, kv_gib: float
+    ) -> "Methods":
         """Raises ValueError naming the option that says nothing of sense."""
         section = {"method": "focused", **keys_of("--focused", focused)}
         known: dict[str, Config] = {
@@ -51,9 +54,15 @@ class Methods:
         for word in up_to.split(",") if up_to else ():
             name, _, tokens = word.partition("=")
             if name not in known or not tokens.isdecimal():
-                raise ValueError(f"--up-to {up_to}: give methods and tokens such as plain=8192; methods: {','.join(known)}")
+                raise ValueError(
+                    f"--up-to {up_to}: give methods and tokens such as plain=8192; methods: {','.join(known)}"
+                )
             limits[name] = int(tokens)
-        engine = {"dtype": dtype, "kv_cache_memory_bytes": int(kv_gib * 2**30), "max_num_batched_tokens": 2048}
+        engine = {
+            "dtype": dtype,
+            "kv_cache_memory_bytes": int(kv_gib * 2**30),
+            "max_num_batched_tokens": 2048,
+        }
         return cls(parse_methods(methods, known), [known["lm-infinite"], known["focused"]], limits, engine)
 
     def within(self, name: str, tokens: int) -> bool:
@@ -64,17 +73,26 @@ class Methods:
         lengths = list(lengths)
         for name in self.configs:
             if not self.within(name, min(lengths)):
-                raise ValueError(f"--up-to {name}={self.up_to[name]} leaves it none; the shortest has {min(lengths)} tokens")
+                raise ValueError(
+                    f"--up-to {name}={self.up_to[name]} leaves it none; the shortest has {min(lengths)} "
+                    f"tokens"
+                )
         return {name: max(n for n in lengths if self.within(name, n)) for name in self.configs}
 
     def start(
         self, stack: ExitStack, report: Report, model: str, name: str, longest: int, **engine_kwargs: Any
     ) -> tuple["LLMEngine", PeakBlocks] | None:
-        """A method's engine for prompts of up to `longest` tokens, until the stack ends; None if it was refused."""
+        """A method's engine for prompts of up to `longest` tokens, until the stack ends; None if it was
+        refused.
+        """
         context = method_engine(model, self.configs[name], longest + WRITTEN, **self.engine, **engine_kwargs)
         try:
             return stack.enter_context(context)
-        except (ValueError, OSError, RuntimeError) as e:  # RuntimeError: the engine's process ended while it started
+        except (
+            ValueError,
+            OSError,
+            RuntimeError,
+        ) as e:  # RuntimeError: the engine's process ended while it started
             report.refuse(model, name, e)
             return None
 
@@ -89,9 +107,13 @@ class Methods:
         """`rows` of each method's engine, one after the other; it is given the model and the method, too."""
         for name in self.configs:
             with ExitStack() as stack:
-                running = self.start(stack, report, model, name, longest[name], enforce_eager=True, **engine_kwargs)
+                running = self.start(
+                    stack, report, model, name, longest[name], enforce_eager=True, **engine_kwargs
+                )
                 if running is not None:
-                    report.add(model, name, attention=attention_of(running[0]), rows=rows(*running, model, name))
+                    report.add(
+                        model, name, attention=attention_of(running[0]), rows=rows(*running, model, name)
+                    )
 
 
 def keys_of(option: str, text: str) -> dict[str, Any]:
@@ -124,17 +146,26 @@ class Comparison:
 
 
 def comparison(
-    models: Annotated[list[str], typer.Argument(help="Model directories; `booklm` is the small one that ships with longctx.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Model directories; `booklm` is the small one that ships with longctx."),
+    ],
     methods: Annotated[str, typer.Option("--methods", help="Some of these, separated by commas.")],
-    top_k: Annotated[int, typer.Option(help="Keys that a query head finds, for focused-top-k and focused-blocks.", min=1)] = 32,
+    top_k: Annotated[
+        int, typer.Option(help="Keys that a query head finds, for focused-top-k and focused-blocks.", min=1)
+    ] = 32,
     focused: Annotated[
         str, typer.Option(help="Keys of `attention` for the focused methods, where the checkpoint has none.")
     ] = "{}",
     branch: Annotated[str, typer.Option(help="Keys of `attention` for lm-infinite-top-k.")] = '{"top_k": 5}',
-    up_to: Annotated[str, typer.Option(help="Longest text in tokens by method: plain=8192,focused=131072")] = "",
+    up_to: Annotated[
+        str, typer.Option(help="Longest text in tokens by method: plain=8192,focused=131072")
+    ] = "",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
     kv_gib: Annotated[float, typer.Option(help="Of each engine's pool.")] = 2,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the results to this file, or add to it.")] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the results to this file, or add to it.")
+    ] = None,
     plot_out: Annotated[Path | None, typer.Option("--plot", help="Draw them.")] = None,
 ) -> Comparison:
     """Of the command line's words. Raises ValueError as `Methods.parse` does."""
@@ -145,7 +176,8 @@ def comparison(
 def task_command(app: typer.Typer, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Makes a command of a task, a function of a `Comparison` and of the task's own options.
 
-    The command has these options and those of `comparison`. defaults: of the latter, where the task has its own.
+    The command has these options and those of `comparison`. defaults: of the latter, where the task has its
+        own.
     """
     models, *shared = inspect.signature(comparison).parameters.values()
     shared = [p.replace(default=defaults.get(p.name, p.default)) for p in shared]

@@ -41,7 +41,14 @@ class Report:
     Raises ValueError if the file is there and was made with other settings, which are the task's sizes.
     """
 
-    def __init__(self, task: str, scale: Scale, settings: Mapping[str, Any], json_out: Path | None, plot_out: Path | None):
+    def __init__(
+        self,
+        task: str,
+        scale: Scale,
+        settings: Mapping[str, Any],
+        json_out: Path | None,
+        plot_out: Path | None,
+    ):
         self.about = {"task": task, "settings": dict(settings)}
         self.scale, self.json_out, self.plot_out = scale, json_out, plot_out
         self.results: list[dict[str, Any]] = []
@@ -50,7 +57,9 @@ class Report:
         before = json.loads(json_out.read_text())
         for name, value in self.about.items():
             if before.get(name) != value:
-                raise ValueError(f"{json_out} has {name} {before.get(name)}, not {value}; give the same, or another file")
+                raise ValueError(
+                    f"{json_out} has {name} {before.get(name)}, not {value}; give the same, or another file"
+                )
         self.results = before["results"]
 
     def add(self, model: str, method: str, **found: Any) -> None:
@@ -73,9 +82,13 @@ class Report:
         """The table of all that is in the file, and the plot."""
         scale, several = self.scale, len({r["model"] for r in self.results}) > 1
         names = [f"{r['model']}: {r['method']}" if several else r["method"] for r in self.results]
-        columns = [{(row[scale.x], row.get(scale.by or "")): row for row in r.get("rows", [])} for r in self.results]
+        columns = [
+            {(row[scale.x], row.get(scale.by or "")): row for row in r.get("rows", [])} for r in self.results
+        ]
         table = Table(scale.xlabel, *([scale.by] if scale.by else []), *names, title=self.about["task"])
-        for x, by in sorted({key for column in columns for key in column}, key=lambda key: (key[1] or "", key[0])):
+        for x, by in sorted(
+            {key for column in columns for key in column}, key=lambda key: (key[1] or "", key[0])
+        ):
             cells = [self.cell(column.get((x, by))) for column in columns]
             table.add_row(f"{x:,}", *([by] if scale.by else []), *cells)
         Console(width=150).print(table)
@@ -94,7 +107,11 @@ class Report:
             return ""
         scale = self.scale
         value, error = row[scale.y] * scale.factor, row.get("error")
-        return f"{value:{scale.form}}" if error is None else f"{value:{scale.form}} ± {error * scale.factor:{scale.form}}"
+        return (
+            f"{value:{scale.form}}"
+            if error is None
+            else f"{value:{scale.form}} ± {error * scale.factor:{scale.form}}"
+        )
 
 
 def averages(keys: Sequence[Row], scores: Sequence[dict[str, float]], y: str) -> list[Row]:
@@ -105,6 +122,10 @@ def averages(keys: Sequence[Row], scores: Sequence[dict[str, float]], y: str) ->
     result = []
     for key, group in groups.items():
         means = {name: statistics.fmean(score[name] for score in group) for name in group[0]}
-        spread = [1.96 * statistics.stdev(score[y] for score in group) / len(group) ** 0.5] if len(group) > 1 else [None]
+        spread = (
+            [1.96 * statistics.stdev(score[y] for score in group) / len(group) ** 0.5]
+            if len(group) > 1
+            else [None]
+        )
         result.append({**dict(key), "asked": len(group), **means, "error": spread[0]})
     return result

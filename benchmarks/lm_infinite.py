@@ -1,17 +1,18 @@
-"""Table "Speed" of benchmarks/README.md: prefill and decode of LM-Infinite against stock vLLM, side by side in one run.
+"""Table "Speed" of benchmarks/README.md: prefill and decode of LM-Infinite against stock vLLM, side by side
+in one run.
 
-    python benchmarks/lm_infinite.py --json OUT.json --plot OUT.png
-    python benchmarks/lm_infinite.py --batch 16 --lengths 1024,32768,131072,1000000 --stock-up-to 0 --json OUT.json
+    python benchmarks/lm_infinite.py --json OUT.json --plot OUT.png python benchmarks/lm_infinite.py --batch
+    16 --lengths 1024,32768,131072,1000000 --stock-up-to 0 --json OUT.json
 
-Both engines are up at the same time and take turns, round by round; figures are medians over rounds. Stock vLLM's RoPE table
-is enlarged, or it could not run past the trained length at all; it is spared lengths above `--stock-up-to`, which would take
-it hours. Each engine also runs at the window's own length (n_global + n_local tokens), the speed that Λ attention should keep
-at any length.
+Both engines are up at the same time and take turns, round by round; figures are medians over rounds. Stock
+vLLM's RoPE table is enlarged, or it could not run past the trained length at all; it is spared lengths above
+`--stock-up-to`, which would take it hours. Each engine also runs at the window's own length (n_global +
+n_local tokens), the speed that Λ attention should keep at any length.
 
-Texts are random tokens. Prefill is the time to the first token of one request. Decode is the median time between tokens of
-`--batch` requests at once: their prompts share the text that was just read, from the prefix cache, but for their last 1,024
-tokens, more than a window, so that no two read the same keys. Above `--stock-up-to` the text is the same in every round, and
-read in the first one only.
+Texts are random tokens. Prefill is the time to the first token of one request. Decode is the median time
+between tokens of `--batch` requests at once: their prompts share the text that was just read, from the prefix
+cache, but for their last 1,024 tokens, more than a window, so that no two read the same keys. Above
+`--stock-up-to` the text is the same in every round, and read in the first one only.
 """
 
 import random
@@ -79,14 +80,17 @@ def main(
     json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot")] = None,
 ) -> None:
-    sizes = sorted((int(x) for x in lengths.split(",")), reverse=True)  # the longest first: reading it empties the cache
+    sizes = sorted(
+        (int(x) for x in lengths.split(",")), reverse=True
+    )  # the longest first: reading it empties the cache
     kwargs: dict[str, Any] = {
         "dtype": dtype,
         "enforce_eager": enforce_eager,
         "max_num_seqs": batch,
         "max_num_batched_tokens": max_num_batched_tokens,
         "enable_prefix_caching": True,
-        "kv_cache_memory_bytes": 3 << 30,  # or a round's shorter texts push the longest out of the prefix cache
+        "kv_cache_memory_bytes": 3
+        << 30,  # or a round's shorter texts push the longest out of the prefix cache
     }
     stock_longest = max(stock_up_to, OWN_TOKENS) + 2 * written
     stock_context = method_engine(model, None, stock_longest, **kwargs)
@@ -95,8 +99,16 @@ def main(
     with stock_context as (stock, _), ours_context as (ours, _), Progress(console=console) as progress:
         attention = ours.vllm_config.additional_config["longctx"]["attention"]
         window = attention["n_global"] + attention["n_local"]
-        plan = [(n, name, engine) for n in [*sizes, window] for name, engine in (("stock", stock), ("longctx", ours))]
-        plan = [(n, name, engine) for n, name, engine in plan if name == "longctx" or n <= max(stock_up_to, window)]
+        plan = [
+            (n, name, engine)
+            for n in [*sizes, window]
+            for name, engine in (("stock", stock), ("longctx", ours))
+        ]
+        plan = [
+            (n, name, engine)
+            for n, name, engine in plan
+            if name == "longctx" or n <= max(stock_up_to, window)
+        ]
         task = progress.add_task("warming up", total=len(plan) * rounds)
         for engine in (stock, ours):
             decode_speed(engine, random_tokens(engine, OWN_TOKENS, 0.5), batch, 8)
@@ -106,7 +118,9 @@ def main(
                 text = random_tokens(engine, length, f"{length}, {number if length <= stock_up_to else 0}")
                 if number == 0 or length <= stock_up_to:
                     figures.setdefault(("prefill", name, length), []).append(prefill_speed(engine, text))
-                figures.setdefault(("decode", name, length), []).append(decode_speed(engine, text, batch, written))
+                figures.setdefault(("decode", name, length), []).append(
+                    decode_speed(engine, text, batch, written)
+                )
     medians = {key: statistics.median(values) for key, values in figures.items()}
     rows = [row(medians, length, window) for length in [window, *sorted(sizes)]]
     print_table(rows, batch)
@@ -120,7 +134,9 @@ NAMES = ("stock", "longctx")
 
 
 def row(medians: dict[tuple[str, str, int], float], length: int, window: int) -> dict[str, float]:
-    """Medians over rounds, the ratios to stock at the same length where it ran, and those to stock at the window's length."""
+    """Medians over rounds, the ratios to stock at the same length where it ran, and those to stock at the
+    window's length.
+    """
     result: dict[str, float] = {"length": length}
     for what in ("prefill", "decode"):
         for name in NAMES:

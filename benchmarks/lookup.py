@@ -1,16 +1,18 @@
-"""Tables "Looking up a memory" of benchmarks/README.md: what finding the best keys costs, and how many `blocks` finds.
+"""Tables "Looking up a memory" of benchmarks/README.md: what finding the best keys costs, and how many
+`blocks` finds.
 
     python benchmarks/lookup.py --texts DIR --json OUT.json --plot OUT.png --recall-plot RECALL.png
 
-Cost: milliseconds of one query and layer (median over rounds, the ways in turn) with random keys in blocks that lie anywhere
-in the pool, as after some traffic, against the length of the memory. `all` is vLLM's own kernel over every key; the others find
-the best keys and attend to them. Prefill is one chunk.
+Cost: milliseconds of one query and layer (median over rounds, the ways in turn) with random keys in blocks
+that lie anywhere in the pool, as after some traffic, against the length of the memory. `all` is vLLM's own
+kernel over every key; the others find the best keys and attend to them. Prefill is one chunk.
 
-Recall: the model reads every text of `--texts` in windows of its trained length. Each `--recall-lengths` first tokens are the
-memory of the window that follows, whose queries see it as LongLLaMA does. recall@k is the share of the k exactly best keys
-that were found, averaged over texts, layers, heads and queries; beside it its lowest mean over a layer, and how many results
-were proven exact. `min/max` is the same choice of blocks by Quest's bound. Keys read count all query heads of a KV head, for
-`top_k` those of a single query and its KV head that reads most; they do not count the summaries, of which all are read.
+Recall: the model reads every text of `--texts` in windows of its trained length. Each `--recall-lengths`
+first tokens are the memory of the window that follows, whose queries see it as LongLLaMA does. recall@k is
+the share of the k exactly best keys that were found, averaged over texts, layers, heads and queries; beside
+it its lowest mean over a layer, and how many results were proven exact. `min/max` is the same choice of
+blocks by Quest's bound. Keys read count all query heads of a KV head, for `top_k` those of a single query and
+its KV head that reads most; they do not count the summaries, of which all are read.
 """
 
 import statistics
@@ -70,9 +72,14 @@ def isa(shape: Shape, dtype: torch.dtype) -> str:
 
 
 def kernel_attention(query: Tensor, memory: Memory, shape: Shape) -> Callable[[], Tensor]:
-    """vLLM's kernel over all keys of the memory, for queries [T, heads, d] that see each of them (but for the causal end)."""
+    """vLLM's kernel over all keys of the memory, for queries [T, heads, d] that see each of them (but for the
+    causal end).
+    """
     key_cache, value_cache = as_kernel_caches(memory.pages.cache)
-    starts, seq_lens = torch.tensor([0, len(query)], dtype=torch.int32), torch.tensor([memory.end], dtype=torch.int32)
+    starts, seq_lens = (
+        torch.tensor([0, len(query)], dtype=torch.int32),
+        torch.tensor([memory.end], dtype=torch.int32),
+    )
     batch: dict[str, Any] = {"query_start_loc": starts, "seq_lens": seq_lens, "causal": True}
     metadata = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=1,
@@ -108,7 +115,9 @@ def kernel_attention(query: Tensor, memory: Memory, shape: Shape) -> Callable[[]
     return attend
 
 
-def costs(shape: Shape, length: int, queries: int, k: int, share: float, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+def costs(
+    shape: Shape, length: int, queries: int, k: int, share: float, dtype: torch.dtype, rounds: int
+) -> dict[str, float]:
     """Milliseconds of one lookup and the attention over what it found, by way."""
     memory = empty_memory(shape, length, dtype, scattered=True)
     memory.pages.cache.normal_()
@@ -134,7 +143,9 @@ def costs(shape: Shape, length: int, queries: int, k: int, share: float, dtype: 
 def trained_keys(
     model: str, ids: list[int], lengths: list[int], layers: list[int] | None
 ) -> tuple[Shape, list[dict[str, Any]]]:
-    """Un-rotated keys [longest, kv_heads, d] by layer, and after each length a window's queries, seen at the memory."""
+    """Un-rotated keys [longest, kv_heads, d] by layer, and after each length a window's queries, seen at the
+    memory.
+    """
     from transformers import AutoModelForCausalLM
 
     from vllm_longctx.rotary import Rotary, inverse_frequencies
@@ -144,7 +155,9 @@ def trained_keys(
     window, longest = c.max_position_embeddings, max(lengths)
     starts = [n // window * window for n in lengths]
     if len(ids) < longest + window:
-        raise SystemExit(f"a text has {len(ids):,} tokens, but {longest + window:,} are needed; lower --recall-lengths")
+        raise SystemExit(
+            f"a text has {len(ids):,} tokens, but {longest + window:,} are needed; lower --recall-lengths"
+        )
     shape = Shape(c.num_attention_heads, c.num_key_value_heads, c.head_dim)
     rotary = Rotary(c.head_dim, c.head_dim, True, inverse_frequencies(c.head_dim, c.rope_parameters))
     collected: dict[tuple[int, str], list[Tensor]] = {}
@@ -160,25 +173,36 @@ def trained_keys(
             net.model(batch)
     found = []
     for layer in chosen:
-        query, key = (torch.cat(collected[layer, name]).flatten(0, 1).unflatten(1, (-1, c.head_dim)) for name in "qk")
+        query, key = (
+            torch.cat(collected[layer, name]).flatten(0, 1).unflatten(1, (-1, c.head_dim)) for name in "qk"
+        )
         turned = {
-            n: rotary.turn(query[s : s + window], torch.arange(window)[:, None]) for n, s in zip(lengths, starts, strict=True)
+            n: rotary.turn(query[s : s + window], torch.arange(window)[:, None])
+            for n, s in zip(lengths, starts, strict=True)
         }
         found.append({"layer": layer, "key": key, "queries": turned})
     return shape, found
 
 
-def recalls(shape: Shape, key: Tensor, query: Tensor, ks: list[int], shares: list[float]) -> list[dict[str, float]]:
-    """How much of the exact result each share of the blocks gives: key [S, kv_heads, d], query [T, heads, d]."""
+def recalls(
+    shape: Shape, key: Tensor, query: Tensor, ks: list[int], shares: list[float]
+) -> list[dict[str, float]]:
+    """How much of the exact result each share of the blocks gives: key [S, kv_heads, d], query [T, heads,
+    d].
+    """
     memory = empty_memory(shape, len(key), torch.float32)
     assert memory.codes is not None
     caches = as_kernel_caches(memory.pages.cache)
-    ops.cpu_attn_reshape_and_cache(key, torch.zeros_like(key), *caches, torch.arange(len(key)), isa(shape, torch.float32))
+    ops.cpu_attn_reshape_and_cache(
+        key, torch.zeros_like(key), *caches, torch.arange(len(key)), isa(shape, torch.float32)
+    )
     memory.codes.summarise(memory.pages, memory.blocks)
     rows = []
     for k in ks:
         exact = top_k(query, memory, k, shape.scale)
-        alone = statistics.fmean(top_k(q, memory, k, shape.scale).keys_read for q in query.split(1)) / len(key)
+        alone = statistics.fmean(top_k(q, memory, k, shape.scale).keys_read for q in query.split(1)) / len(
+            key
+        )
         for share in shares:
             found = best_blocks(query, memory, k, shape.scale, share)
             rows.append(
@@ -196,7 +220,9 @@ def recalls(shape: Shape, key: Tensor, query: Tensor, ks: list[int], shares: lis
 
 
 def min_max_recall(key: Tensor, query: Tensor, best: Tensor, share: float) -> float:
-    """The share of the `best` keys (positions [T, heads, k]) in the blocks with the highest bounds by minima and maxima."""
+    """The share of the `best` keys (positions [T, heads, k]) in the blocks with the highest bounds by minima
+    and maxima.
+    """
     whole = len(key) // BLOCK_SIZE * BLOCK_SIZE
     blocks = key[:whole].unflatten(0, (-1, BLOCK_SIZE))
     grouped = query.unflatten(1, (key.shape[1], -1))
@@ -209,20 +235,28 @@ def min_max_recall(key: Tensor, query: Tensor, best: Tensor, share: float) -> fl
 
 
 def main(
-    lengths: Annotated[str, typer.Option(help="Memory lengths in tokens.")] = "1024,4096,16384,65536,131072,262144,1000000",
-    prefill_lengths: Annotated[str, typer.Option(help="Of these a chunk is timed too; '' for none.")] = "16384,131072",
+    lengths: Annotated[
+        str, typer.Option(help="Memory lengths in tokens.")
+    ] = "1024,4096,16384,65536,131072,262144,1000000",
+    prefill_lengths: Annotated[
+        str, typer.Option(help="Of these a chunk is timed too; '' for none.")
+    ] = "16384,131072",
     chunk: Annotated[int, typer.Option(help="Queries of a prefill chunk.")] = 512,
     k: Annotated[int, typer.Option(help="Keys to find, for the costs.")] = 64,
     share: Annotated[float, typer.Option(help="Of the blocks to read, for the costs.")] = 0.1,
     shape: Annotated[str, typer.Option(help="Query heads, KV heads, head size.")] = "8,4,32",
     dtype: str = "float32",
     rounds: int = 7,
-    texts: Annotated[Path | None, typer.Option(help="Directory of .txt files for the recall; without it, none.")] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="Directory of .txt files for the recall; without it, none.")
+    ] = None,
     model: str = "booklm",
     layers: Annotated[str, typer.Option(help="Layers whose keys are looked up; '' for all.")] = "",
     recall_lengths: str = "8192,32768,131072",
     recall_ks: str = "16,64,128",
-    shares: Annotated[str, typer.Option(help="Of the blocks to read, for the recall.")] = "0.01,0.02,0.05,0.1",
+    shares: Annotated[
+        str, typer.Option(help="Of the blocks to read, for the recall.")
+    ] = "0.01,0.02,0.05,0.1",
     queries: Annotated[int, typer.Option(help="Of a window, evenly spread, for the recall.")] = 32,
     json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot", help="Cost against the memory's length.")] = None,
@@ -240,9 +274,18 @@ def main(
     print_costs(cost_rows, k)
     recall_rows = []
     if texts is not None:
-        recall_rows = all_recalls(model, texts, layers, integers(recall_lengths), integers(recall_ks), shares, queries)
+        recall_rows = all_recalls(
+            model, texts, layers, integers(recall_lengths), integers(recall_ks), shares, queries
+        )
         print_recalls(recall_rows)
-    setting = {"shape": asdict(size), "dtype": dtype, "k": k, "share": share, "rounds": rounds, "model": model}
+    setting = {
+        "shape": asdict(size),
+        "dtype": dtype,
+        "k": k,
+        "share": share,
+        "rounds": rounds,
+        "model": model,
+    }
     write_json(json_out, {**setting, "costs": cost_rows, "recalls": recall_rows})
     if plot_out is not None:
         decode = [r for r in cost_rows if r["queries"] == 1]
@@ -251,7 +294,10 @@ def main(
     if recall_plot is not None and recall_rows:
         longest = [r for r in recall_rows if r["length"] == max(r["length"] for r in recall_rows)]
         curves = {
-            f"{name}, k = {n}": ([r["share"] for r in longest if r["k"] == n], [r[key] for r in longest if r["k"] == n])
+            f"{name}, k = {n}": (
+                [r["share"] for r in longest if r["k"] == n],
+                [r[key] for r in longest if r["k"] == n],
+            )
             for n in integers(recall_ks)
             for name, key in (("7 bits", "recall"), ("min/max", "min_max_recall"))
         }
@@ -268,18 +314,31 @@ def all_recalls(
         if name not in names:  # the Python topics are too short for the longest memories
             continue
         needed = max(lengths) + 4096
-        shape, by_layer = trained_keys(model, tokenize(model, text, None)[:needed], lengths, integers(layers) or None)
+        shape, by_layer = trained_keys(
+            model, tokenize(model, text, None)[:needed], lengths, integers(layers) or None
+        )
         for found in track(by_layer, f"looking up in {name}", console=console):
             for length, window in found["queries"].items():
                 query = window[torch.linspace(0, len(window) - 1, queries).long()]
-                for row in recalls(shape, found["key"][: length // len(window) * len(window)], query, ks, numbers(shares)):
+                for row in recalls(
+                    shape, found["key"][: length // len(window) * len(window)], query, ks, numbers(shares)
+                ):
                     figures.setdefault((length, row["k"], row["share"]), []).append(row)
     rows = []
     for (length, k, share), some in figures.items():
         means = {
-            n: statistics.fmean(r[n] for r in some) for n in ("keys_read", "recall", "proven", "top_k_read", "min_max_recall")
+            n: statistics.fmean(r[n] for r in some)
+            for n in ("keys_read", "recall", "proven", "top_k_read", "min_max_recall")
         }
-        rows.append({"length": length, "k": k, "share": share, **means, "lowest_recall": min(r["recall"] for r in some)})
+        rows.append(
+            {
+                "length": length,
+                "k": k,
+                "share": share,
+                **means,
+                "lowest_recall": min(r["recall"] for r in some),
+            }
+        )
     return rows
 
 

@@ -1,4 +1,5 @@
-"""A million tokens in one request: NLL of each 100,000 against the same text read alone, KV blocks, resident memory.
+"""A million tokens in one request: NLL of each 100,000 against the same text read alone, KV blocks, resident
+memory.
 
     python benchmarks/million.py --texts DIR --json OUT.json
 
@@ -59,7 +60,9 @@ def main(
             for start in range(0, tokens, part_tokens)
         ]
         block_size = engine.vllm_config.cache_config.block_size
-    together = [whole.nll[max(start - 1, 0) : start + part_tokens - 1] for start in range(0, tokens, part_tokens)]
+    together = [
+        whole.nll[max(start - 1, 0) : start + part_tokens - 1] for start in range(0, tokens, part_tokens)
+    ]
     parts = [
         {"start": number * part_tokens, "nll": sum(a) / len(a), "nll_alone": sum(b) / len(b)}
         for number, (a, b) in enumerate(zip(together, alone, strict=True))

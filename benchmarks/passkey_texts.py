@@ -1,12 +1,15 @@
-"""Texts that teach a small model the pass-key task inside its trained length; booklm by itself cannot do it at any length.
+"""Texts that teach a small model the pass-key task inside its trained length; booklm by itself cannot do it
+at any length.
 
     python benchmarks/passkey_texts.py DIR
     python benchmarks/train_booklm.py DIR/train DIR/validation OUT --minutes 15 --init vllm_longctx/booklm
     vllm-longctx passkey --model OUT --methods lm-infinite,streaming,window,plain --stock-tokens 4096
 
-More minutes: again with `--init OUT`, until the answers are right. The figures of benchmarks/README.md had 1.25 million tokens.
+More minutes: again with `--init OUT`, until the answers are right. The figures of benchmarks/README.md had
+    1.25 million tokens.
 
-Keys are random, so there is none to be learnt by heart; prompts have at most about 350 tokens of booklm, answer included.
+Keys are random, so there is none to be learnt by heart; prompts have at most about 350 tokens of booklm,
+answer included.
 """
 
 import random

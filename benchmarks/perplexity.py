@@ -1,14 +1,17 @@
-"""Table "Reading past the trained length" of benchmarks/README.md: NLL per token by position, for each way to attend.
+"""Table "Reading past the trained length" of benchmarks/README.md: NLL per token by position, for each way to
+attend.
 
     python benchmarks/perplexity.py --texts DIR --json OUT.json --plot OUT.png
 
-Reads the .txt files of DIR and the Python documentation topics through the real engine, in float32 by default:
+Reads the .txt files of DIR and the Python documentation topics through the real engine, in float32 by
+default:
 
 - lm-infinite, streaming: the presets.
 - window: the last tokens only, no first tokens.
 - plain: stock vLLM, its RoPE table enlarged so that it can run past the trained length at all.
-- fresh windows: stock vLLM inside the trained length: every token is scored in a window that starts with the tokenizer's
-  first token, windows half the trained length apart, so that every token has at least half a window before it.
+- fresh windows: stock vLLM inside the trained length: every token is scored in a window that starts with the
+  tokenizer's first token, windows half the trained length apart, so that every token has at least half a
+  window before it.
 """
 
 import json
@@ -26,7 +29,9 @@ from vllm_longctx.cli.output import plot, write_json
 from vllm_longctx.cli.score import Bucket, Score, score_in, scoring_params, tokenize
 
 
-def score_fresh_windows(model: str, texts: dict[str, list[int]], trained: int, **kwargs: Any) -> dict[str, list[float]]:
+def score_fresh_windows(
+    model: str, texts: dict[str, list[int]], trained: int, **kwargs: Any
+) -> dict[str, list[float]]:
     """NLL of every token after the first, each scored in a fresh window."""
     from vllm.inputs import tokens_input
 
@@ -55,10 +60,14 @@ def score_fresh_windows(model: str, texts: dict[str, list[int]], trained: int, *
 
 
 def main(
-    texts: Annotated[Path | None, typer.Option(help="Directory of .txt files to read beside the Python topics.")] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="Directory of .txt files to read beside the Python topics.")
+    ] = None,
     model: str = "booklm",
     max_tokens: int = 32768,
-    plain_tokens: Annotated[int, typer.Option(help="Plain attention is quadratic: read only so many.")] = 32768,
+    plain_tokens: Annotated[
+        int, typer.Option(help="Plain attention is quadratic: read only so many.")
+    ] = 32768,
     json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot")] = None,
     dtype: str = "float32",
@@ -70,7 +79,9 @@ def main(
     for way, config in METHODS.items():
         limit = plain_tokens if config is None else max_tokens
         with method_engine(model, config, limit + 2, **kwargs) as (engine, meter):
-            nll[way] = {name: score_in(engine, meter, t[:limit], f"{way}: {name}").nll for name, t in tokens.items()}
+            nll[way] = {
+                name: score_in(engine, meter, t[:limit], f"{way}: {name}").nll for name, t in tokens.items()
+            }
 
     table = buckets_by_way(nll)
     for name in ["all texts", *tokens]:
@@ -80,17 +91,25 @@ def main(
     Console().print(f"lm-infinite is at most {worst:.3f} nats above fresh windows in any bucket of any text")
     write_json(json_out, {"model": model, "nll": as_json(table)})
     if plot_out is not None:
-        curves = {w: ([b.end for b in rows["all texts"]], [b.nll for b in rows["all texts"]]) for w, rows in table.items()}
+        curves = {
+            w: ([b.end for b in rows["all texts"]], [b.nll for b in rows["all texts"]])
+            for w, rows in table.items()
+        }
         plot(plot_out, curves, "position (tokens)", "NLL (nats per token)")
 
 
 def buckets_by_way(nll: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[Bucket]]]:
-    """Buckets per way and text, and under "all texts" their mean weighted by tokens (texts of equal length)."""
+    """Buckets per way and text, and under "all texts" their mean weighted by tokens (texts of equal
+    length).
+    """
     result: dict[str, dict[str, list[Bucket]]] = {}
     for way, by_text in nll.items():
         rows = {name: Score(values, 0.0, 0, {}).buckets(None) for name, values in by_text.items()}
         shortest = min(len(values) for values in by_text.values())
-        mean = [sum(column) / len(by_text) for column in zip(*(v[:shortest] for v in by_text.values()), strict=True)]
+        mean = [
+            sum(column) / len(by_text)
+            for column in zip(*(v[:shortest] for v in by_text.values()), strict=True)
+        ]
         result[way] = {"all texts": Score(mean, 0.0, 0, {}).buckets(None), **rows}
     return result
 
@@ -105,7 +124,9 @@ def print_table(title: str, by_way: dict[str, list[Bucket]]) -> None:
 
 
 def as_json(table: dict[str, dict[str, list[Bucket]]]) -> dict[str, Any]:
-    return {way: {name: [vars(b) for b in rows] for name, rows in texts.items()} for way, texts in table.items()}
+    return {
+        way: {name: [vars(b) for b in rows] for name, rows in texts.items()} for way, texts in table.items()
+    }
 
 
 if __name__ == "__main__":

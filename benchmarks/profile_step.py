@@ -2,7 +2,8 @@
 
     python benchmarks/profile_step.py
 
-The engine runs in this process, so that Python's profiler sees the worker; its overhead is part of what is printed.
+The engine runs in this process, so that Python's profiler sees the worker; its overhead is part of what is
+printed.
 """
 
 import cProfile
@@ -40,7 +41,9 @@ def milliseconds(stats: pstats.Stats, names: list[str], steps: int) -> float:
     return 1000 * total / steps
 
 
-def main(model: str = "booklm", context: int = 600, batch: int = 16, steps: int = 100, dtype: str = "float32") -> None:
+def main(
+    model: str = "booklm", context: int = 600, batch: int = 16, steps: int = 100, dtype: str = "float32"
+) -> None:
     from vllm.inputs import tokens_input
 
     params = greedy(steps + 40)

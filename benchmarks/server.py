@@ -19,21 +19,34 @@ def running_server(model: str, log: Path, *flags: str, patience_s: int = 300) ->
     """Its address, once it answers. Raises RuntimeError with the end of its log if it does not start."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    command = [Path(sys.executable).parent / "vllm", "serve", model, "--host", "127.0.0.1", "--port", str(port), *flags]
+    command = [
+        Path(sys.executable).parent / "vllm",
+        "serve",
+        model,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *flags,
+    ]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ, start_new_session=True)
         try:
             deadline = time.monotonic() + patience_s
             while not _answers(address):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the server did not start; its log ends with\n{log.read_text()[-3000:]}")
+                    raise RuntimeError(
+                        f"the server did not start; its log ends with\n{log.read_text()[-3000:]}"
+                    )
                 time.sleep(1)
             yield address
         finally:
             process.terminate()
             try:
                 process.wait(60)
-            except subprocess.TimeoutExpired:  # as when others spin on its core; its engine must not outlive it
+            except (
+                subprocess.TimeoutExpired
+            ):  # as when others spin on its core; its engine must not outlive it
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 

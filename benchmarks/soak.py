@@ -1,11 +1,13 @@
-"""Table "Under load" of benchmarks/README.md: a real server, 16 clients at once, a fifth of their requests abandoned at random.
+"""Table "Under load" of benchmarks/README.md: a real server, 16 clients at once, a fifth of their requests
+abandoned at random.
 
     python benchmarks/soak.py --minutes 10 --json OUT.json
 
-The clients draw from a few prompts of very different lengths, stream half of the time, and write greedily. Afterwards the
-server must hold nothing, and every prompt runs alone, past the prefix cache (with a `cache_salt` of its own). A batch adds up
-in another order than a single request, so a token may differ where the two best are all but equal: where outputs differ, the
-table says how far apart the alternatives were in the first place that differs. Exit code 1 if a criterion fails.
+The clients draw from a few prompts of very different lengths, stream half of the time, and write greedily.
+Afterwards the server must hold nothing, and every prompt runs alone, past the prefix cache (with a
+`cache_salt` of its own). A batch adds up in another order than a single request, so a token may differ where
+the two best are all but equal: where outputs differ, the table says how far apart the alternatives were in
+the first place that differs. Exit code 1 if a criterion fails.
 """
 
 import asyncio
@@ -72,7 +74,9 @@ def cases_from(model: str, number: int, longest: int, most_written: int) -> list
     for _ in range(number):
         length = round(2 ** random.uniform(4, longest.bit_length() - 1))
         start = random.randrange(len(ids) - length)
-        cases.append(Case(ids[start : start + length], round(2 ** random.uniform(2, most_written.bit_length() - 1))))
+        cases.append(
+            Case(ids[start : start + length], round(2 ** random.uniform(2, most_written.bit_length() - 1)))
+        )
     return cases
 
 
@@ -93,7 +97,9 @@ async def one_client(
         case = random.choice(cases)
         leaves = random.random() < leaving
         # Who leaves has asked for more than can be written before.
-        request, patience = (case.request(ENDLESS), random.uniform(0, stay_s)) if leaves else (case.request(), None)
+        request, patience = (
+            (case.request(ENDLESS), random.uniform(0, stay_s)) if leaves else (case.request(), None)
+        )
         try:
             written = await asyncio.wait_for(write(client, request), patience)
         except TimeoutError:
@@ -107,10 +113,15 @@ async def one_client(
             case.outputs[written] += 1
 
 
-async def run_load(address: str, cases: list[Case], clients: int, seconds: float, leaving: float, stay_s: float) -> Load:
+async def run_load(
+    address: str, cases: list[Case], clients: int, seconds: float, leaving: float, stay_s: float
+) -> Load:
     load, deadline = Load(), time.monotonic() + seconds
     # One connection pool per client: leaving closes a connection, as a real client does.
-    connections = [AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=600, max_retries=0) for _ in range(clients)]
+    connections = [
+        AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=600, max_retries=0)
+        for _ in range(clients)
+    ]
     await asyncio.gather(*(one_client(c, cases, load, deadline, leaving, stay_s) for c in connections))
     for connection in connections:
         await connection.close()
@@ -120,13 +131,17 @@ async def run_load(address: str, cases: list[Case], clients: int, seconds: float
 def settled(address: str, patience_s: float = 60) -> dict[str, float]:
     """The server's metrics once it runs nothing, or when patience ends."""
     deadline = time.monotonic() + patience_s
-    while (now := metrics(address))["num_requests_running"] + now["num_requests_waiting"] and time.monotonic() < deadline:
+    while (now := metrics(address))["num_requests_running"] + now[
+        "num_requests_waiting"
+    ] and time.monotonic() < deadline:
         time.sleep(0.2)
     return metrics(address)
 
 
 def run_alone(address: str, cases: list[Case]) -> Counter[str]:
-    """Every case alone: how many outputs under load were equal, or differed first at a near tie, or elsewhere."""
+    """Every case alone: how many outputs under load were equal, or differed first at a near tie, or
+    elsewhere.
+    """
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600, max_retries=0)
     verdicts: Counter[str] = Counter()
     for number, case in enumerate(cases):
@@ -178,7 +193,14 @@ def main(
         "--num-gpu-blocks-override",
         str(pool_blocks),
     ]
-    flags += ["--kv-cache-memory-bytes", str(1 << 30), "--max-num-seqs", str(clients), "--max-num-batched-tokens", "512"]
+    flags += [
+        "--kv-cache-memory-bytes",
+        str(1 << 30),
+        "--max-num-seqs",
+        str(clients),
+        "--max-num-batched-tokens",
+        "512",
+    ]
     flags += ["--disable-uvicorn-access-log", *(["--enforce-eager"] if enforce_eager else [])]
     with tempfile.TemporaryDirectory() as directory:
         log = log or Path(directory) / "log"
@@ -187,14 +209,18 @@ def main(
             load = asyncio.run(run_load(address, cases, clients, 60 * minutes, leaving, stay_s))
             after = settled(address)
             verdicts = run_alone(address, cases)
-        server_errors = [line for line in log.read_text().splitlines() if " ERROR " in line or "Traceback" in line]
+        server_errors = [
+            line for line in log.read_text().splitlines() if " ERROR " in line or "Traceback" in line
+        ]
     criteria = {
         "no error but the clients' leaving": not load.errors and not server_errors,
         "nothing runs or waits": after["num_requests_running"] + after["num_requests_waiting"] == 0,
         "all blocks are back": after["kv_cache_usage_perc"] == 0,
         "outputs equal those alone": set(verdicts) <= {"equal", "near tie"},
     }
-    table = Table("what", "value", title=f"{clients} clients, {minutes} minutes, a pool of {pool_blocks} blocks")
+    table = Table(
+        "what", "value", title=f"{clients} clients, {minutes} minutes, a pool of {pool_blocks} blocks"
+    )
     rows: dict[str, Any] = {
         "requests completed": load.completed,
         "requests abandoned": load.left,
@@ -212,8 +238,20 @@ def main(
     Console().print(table)
     for error in [*Counter(load.errors).most_common(5), *server_errors[:5]]:
         console.print(error)
-    settings = {"minutes": minutes, "clients": clients, "leaving": leaving, "stay_s": stay_s, "prompts": prompts}
-    settings |= {"longest": longest, "most_written": most_written, "pool_blocks": pool_blocks, "dtype": dtype, "seed": seed}
+    settings = {
+        "minutes": minutes,
+        "clients": clients,
+        "leaving": leaving,
+        "stay_s": stay_s,
+        "prompts": prompts,
+    }
+    settings |= {
+        "longest": longest,
+        "most_written": most_written,
+        "pool_blocks": pool_blocks,
+        "dtype": dtype,
+        "seed": seed,
+    }
     write_json(json_out, {"settings": settings, "near_tie": NEAR_TIE, "result": rows})
     if not all(criteria.values()):
         raise typer.Exit(1)

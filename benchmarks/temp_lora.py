@@ -1,28 +1,32 @@
-"""Table "Temp-LoRA speed": many streams that learn while they write, against the same streams one after another.
+"""Table "Temp-LoRA speed": many streams that learn while they write, against the same streams one after
+another.
 
     python benchmarks/temp_lora.py --json OUT.json --plot OUT.png
 
-In one run, round by round, medians over rounds, every way writing the same number of tokens in as many streams:
+In one run, round by round, medians over rounds, every way writing the same number of tokens in as many
+streams:
 
-- official: the loop of the official code on Hugging Face transformers and peft, stream by stream: `generate` a block from the
-  last tokens of context with a KV cache, train on the block, repeat. Same model, sizes, recipe and, by default, every core.
+- official: the loop of the official code on Hugging Face transformers and peft, stream by stream: `generate`
+  a block from the last tokens of context with a KV cache, train on the block, repeat. Same model, sizes,
+  recipe and, by default, every core.
 - longctx: our engine with 1, 2, ... streams at once; 1 is our own engine running them one after another.
-- bystanders: tokens/s of streams that did not opt in while as many others learn, against the same mix with the trainer idle
-  (`epochs` 0).
+- bystanders: tokens/s of streams that did not opt in while as many others learn, against the same mix with
+  the trainer idle (`epochs` 0).
 
-Only what is written is trained on, and the last block is not: nobody would use what it taught. Prompts are random tokens, so
-that nothing depends on a text.
+Only what is written is trained on, and the last block is not: nobody would use what it taught. Prompts are
+random tokens, so that nothing depends on a text.
 
-**Swaps and holds** are read from the engine's metrics: the time to put all modules of one version in place, on a second engine
-at `--swap-rank`, and empty steps per second while every request waits for the trainer.
+**Swaps and holds** are read from the engine's metrics: the time to put all modules of one version in place,
+on a second engine at `--swap-rank`, and empty steps per second while every request waits for the trainer.
 
-**FLOPs per token** are computed, not measured, with Δ, L_X, W, L_T the sizes of a preset. A pass begins with L_X tokens
-recomputed and ends at W, so W - L_X tokens of text cost W token-forwards; token-forward i of them costs 2 FLOPs a weight and
-4·i·heads·head_dim a layer. Training costs each block `epochs` times 3 forwards of L_T + Δ tokens; 3 counts the gradients of
-the frozen weights, which LoRA does not need and autograd does not compute: beside it stands 2, without them. The paper's
-comparison (arXiv 2401.11504, section 4) is with the plain model in a window of 24K tokens, moved on by 1K at a time, without
-any training: -70.5% for the economic preset (Δ = 2K, W = 4K) and +17% for quality (Δ = 1K, W = 24K). Computed here for the
-shape of Llama-2-7B. The paper gives neither its formula nor every size: expect agreement in size, not in digits.
+**FLOPs per token** are computed, not measured, with Δ, L_X, W, L_T the sizes of a preset. A pass begins with
+L_X tokens recomputed and ends at W, so W - L_X tokens of text cost W token-forwards; token-forward i of them
+costs 2 FLOPs a weight and 4·i·heads·head_dim a layer. Training costs each block `epochs` times 3 forwards of
+L_T + Δ tokens; 3 counts the gradients of the frozen weights, which LoRA does not need and autograd does not
+compute: beside it stands 2, without them. The paper's comparison (arXiv 2401.11504, section 4) is with the
+plain model in a window of 24K tokens, moved on by 1K at a time, without any training: -70.5% for the economic
+preset (Δ = 2K, W = 4K) and +17% for quality (Δ = 1K, W = 24K). Computed here for the shape of Llama-2-7B. The
+paper gives neither its formula nor every size: expect agreement in size, not in digits.
 """
 
 import json
@@ -97,7 +101,9 @@ def flops_rows() -> list[dict[str, Any]]:
         {
             "preset": preset,
             "sizes": vars(sizes),
-            "change": {way: LLAMA_2_7B.per_token(sizes, n) / base - 1 for way, n in TRAINING_FORWARDS.items()},
+            "change": {
+                way: LLAMA_2_7B.per_token(sizes, n) / base - 1 for way, n in TRAINING_FORWARDS.items()
+            },
             "paper": paper,
         }
         for preset, (sizes, paper) in PAPER.items()
@@ -114,11 +120,14 @@ def official_loop(model: str, recipe: dict[str, Any], threads: int) -> Callable[
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    return official_writer(AutoModelForCausalLM.from_pretrained(model_path(model), dtype=torch.float32), recipe)
+    return official_writer(
+        AutoModelForCausalLM.from_pretrained(model_path(model), dtype=torch.float32), recipe
+    )
 
 
 def official_writer(base: Any, recipe: dict[str, Any]) -> Callable[[list[int], int], list[int]]:
-    """A function that lets one stream write so many tokens, block by block, throws its adapter away and returns the tokens.
+    """A function that lets one stream write so many tokens, block by block, throws its adapter away and
+    returns the tokens.
 
     base: a model of transformers', on any device.
     """
@@ -167,7 +176,9 @@ def official_writer(base: Any, recipe: dict[str, Any]) -> Callable[[list[int], i
     return write
 
 
-def engine_speed(engine: "LLMEngine", prompts: Sequence[list[int]], params: "SamplingParams", at_once: int) -> float:
+def engine_speed(
+    engine: "LLMEngine", prompts: Sequence[list[int]], params: "SamplingParams", at_once: int
+) -> float:
     """Tokens/s of all streams together, `at_once` at a time."""
 
     def stream(prompt: list[int]) -> Job[int]:
@@ -180,7 +191,11 @@ def engine_speed(engine: "LLMEngine", prompts: Sequence[list[int]], params: "Sam
 
 
 def bystander_speed(
-    engine: "LLMEngine", learners: Sequence[list[int]], bystanders: Sequence[list[int]], tokens: int, longctx: dict[str, Any]
+    engine: "LLMEngine",
+    learners: Sequence[list[int]],
+    bystanders: Sequence[list[int]],
+    tokens: int,
+    longctx: dict[str, Any],
 ) -> float:
     """Tokens/s of `bystanders` while learners of options `longctx` write all the time.
 
@@ -203,7 +218,9 @@ def bystander_speed(
     while left:
         finished = [o.request_id for o in engine.step() if o.finished]
         if any(name.startswith("learner") for name in finished):
-            raise SystemExit("a learner reached max_model_len before the bystanders were done; lower --written")
+            raise SystemExit(
+                "a learner reached max_model_len before the bystanders were done; lower --written"
+            )
         left -= len(finished)
     seconds = time.perf_counter() - start
     engine.abort_request([f"learner {number}" for number in range(len(learners))])
@@ -211,12 +228,15 @@ def bystander_speed(
 
 
 def swaps_and_holds(engine: "LLMEngine") -> dict[str, float]:
-    """Milliseconds of a swap of all modules, and empty steps per second with every request held; from the engine's metrics.
+    """Milliseconds of a swap of all modules, and empty steps per second with every request held; from the
+    engine's metrics.
 
     Of an engine that has only ever run one request at a time: when it is held, every request is.
     """
     metrics = {m.name: m for m in engine.get_metrics()}
-    swaps, idle, holds = (metrics[f"vllm:longctx_{n}"] for n in ("swap_time_seconds", "idle_steps", "hold_time_seconds"))
+    swaps, idle, holds = (
+        metrics[f"vllm:longctx_{n}"] for n in ("swap_time_seconds", "idle_steps", "hold_time_seconds")
+    )
     return {"swap_ms": 1000 * swaps.sum / swaps.count, "empty_steps_per_s": idle.value / holds.sum}
 
 
@@ -224,7 +244,9 @@ def main(
     model: str = "booklm",
     preset: str = "temp-lora-quality",
     adaptation: Annotated[str, typer.Option(help="Keys of adaptation beside the preset's, as JSON.")] = "{}",
-    streams: Annotated[int, typer.Option(help="Texts written in each way; as many may write at once.", min=2)] = 8,
+    streams: Annotated[
+        int, typer.Option(help="Texts written in each way; as many may write at once.", min=2)
+    ] = 8,
     prompt_tokens: int = 64,
     written: Annotated[int, typer.Option(help="Tokens that each stream writes; whole blocks.")] = 1024,
     rounds: int = 3,
@@ -243,7 +265,9 @@ def main(
     with running_engine(model, longctx(preset, chosen), max_model_len, **kwargs) as (engine, _):
         recipe = engine.vllm_config.additional_config["longctx"]["adaptation"]
         if written % recipe["block_tokens"]:
-            raise SystemExit(f"--written {written} is not a multiple of block_tokens = {recipe['block_tokens']}")
+            raise SystemExit(
+                f"--written {written} is not a multiple of block_tokens = {recipe['block_tokens']}"
+            )
         official = official_loop(model, recipe, threads)
         for number in range(rounds + 1):  # the first one warms up
             prompts = [random_tokens(engine, prompt_tokens, f"{number}/{k}") for k in range(streams)]
@@ -256,7 +280,9 @@ def main(
                 count = sum(len(official(prompt, tokens)) for prompt in prompts)
                 figures = {"official": count / (time.perf_counter() - start)}
             for at_once in counts:
-                figures[f"longctx {at_once}"] = engine_speed(engine, prompts, writing(tokens, learning), at_once)
+                figures[f"longctx {at_once}"] = engine_speed(
+                    engine, prompts, writing(tokens, learning), at_once
+                )
             half = len(prompts) // 2
             for name, epochs in (("bystanders, idle trainer", 0), ("bystanders", recipe["epochs"])):
                 options = {**learning, "epochs": epochs}
@@ -265,7 +291,12 @@ def main(
                 speeds.setdefault(name, []).append(speed)
     wide = longctx(preset, {**chosen, "rank": swap_rank})
     with running_engine(model, wide, max_model_len, **kwargs) as (engine, _):
-        engine_speed(engine, [random_tokens(engine, prompt_tokens, 0)], writing(8 * recipe["block_tokens"], learning), 1)
+        engine_speed(
+            engine,
+            [random_tokens(engine, prompt_tokens, 0)],
+            writing(8 * recipe["block_tokens"], learning),
+            1,
+        )
         engine_metrics = swaps_and_holds(engine)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     result = {
@@ -305,7 +336,9 @@ def draw(path: Path, counts: list[int], medians: dict[str, float]) -> None:
 
 
 def print_tables(result: dict[str, Any]) -> None:
-    table = Table("way", "tokens/s", title=f"{result['streams']} streams that write {result['written']:,} tokens each")
+    table = Table(
+        "way", "tokens/s", title=f"{result['streams']} streams that write {result['written']:,} tokens each"
+    )
     for name, speed in result["tokens_per_s"].items():
         table.add_row(name, f"{speed:,.0f}")
     table.add_section()
@@ -314,7 +347,12 @@ def print_tables(result: dict[str, Any]) -> None:
     table.add_section()
     table.add_row(f"swap at rank {result['swap_rank']}", f"{result['swap_ms']:.2f} ms")
     table.add_row("empty steps while all are held", f"{result['empty_steps_per_s']:.0f}/s")
-    flops = Table("preset", *TRAINING_FORWARDS, "paper", title="FLOPs per token against a 24K window, sizes of the paper")
+    flops = Table(
+        "preset",
+        *TRAINING_FORWARDS,
+        "paper",
+        title="FLOPs per token against a 24K window, sizes of the paper",
+    )
     for row in result["flops"]:
         flops.add_row(row["preset"], *(f"{x:+.1%}" for x in row["change"].values()), f"{row['paper']:+.1%}")
     for each in (table, flops):

@@ -2,18 +2,20 @@
 
     python benchmarks/temp_lora_quality.py --texts DIR --json OUT.json --plot OUT.png
 
-Reads the .txt files of DIR, the Python documentation topics and the standard library's sources, the last two unlike anything
-that booklm was trained on. Every text is a prompt read block by block in the real engine, in float32 by default, and scored
-by its prompt log-probabilities: each token under what the blocks before its own have taught.
+Reads the .txt files of DIR, the Python documentation topics and the standard library's sources, the last two
+unlike anything that booklm was trained on. Every text is a prompt read block by block in the real engine, in
+float32 by default, and scored by its prompt log-probabilities: each token under what the blocks before its
+own have taught.
 
 - base: the same requests with `epochs` 0, so the same blocks, windows and KV policy, and nothing learned.
 - Temp-LoRA: with training.
-- another text's: the adapter that the text before has left (`save_as`, `start_from`), and no training. If it helped, the gain
-  would be of the kind of text or the longer training, not of what this text says.
+- another text's: the adapter that the text before has left (`save_as`, `start_from`), and no training. If it
+  helped, the gain would be of the kind of text or the longer training, not of what this text says.
 
-The first of `--policies` and of `--blocks` is read to `--max-tokens` and has the control. The grid, segments by block sizes by
-KV policies, is read to `--grid-tokens`. `keep` runs under LM-Infinite's attention, the other policies in windows. Beside the
-change in perplexity stands the paper's (arXiv 2401.11504, PG19): -3.6% for the first 100K tokens of a book, -13.2% past 500K.
+The first of `--policies` and of `--blocks` is read to `--max-tokens` and has the control. The grid, segments
+by block sizes by KV policies, is read to `--grid-tokens`. `keep` runs under LM-Infinite's attention, the
+other policies in windows. Beside the change in perplexity stands the paper's (arXiv 2401.11504, PG19): -3.6%
+for the first 100K tokens of a book, -13.2% past 500K.
 """
 
 import json
@@ -66,7 +68,12 @@ class Reading:
 
     def to(self, tokens: int) -> "Reading":
         """The same of the texts' first tokens: what comes later changes nothing before it."""
-        return Reading(*({t: nll[: tokens - 1] for t, nll in way.items()} for way in (self.learned, self.base, self.control)))
+        return Reading(
+            *(
+                {t: nll[: tokens - 1] for t, nll in way.items()}
+                for way in (self.learned, self.base, self.control)
+            )
+        )
 
     def perplexities(self, text: str, first: int = 0, end: int | None = None) -> dict[str, float]:
         """ppl, ppl_base and, where there is a control, ppl_other.
@@ -92,14 +99,21 @@ def scoring(tokens: list[int], options: dict[str, Any]) -> Job[list[float]]:
     return nll
 
 
-def read(engine: Any, texts: dict[str, list[int]], setting: Setting, at_once: int, saved: Path | None) -> Reading:
+def read(
+    engine: Any, texts: dict[str, list[int]], setting: Setting, at_once: int, saved: Path | None
+) -> Reading:
     """Every text, learned and base; with the control if there is a directory where adapters are saved."""
     chosen = asdict(setting)
     names = {text: f"text-{number}" for number, text in enumerate(texts)}
-    learned = [scoring(ids, chosen if saved is None else {**chosen, "save_as": names[text]}) for text, ids in texts.items()]
+    learned = [
+        scoring(ids, chosen if saved is None else {**chosen, "save_as": names[text]})
+        for text, ids in texts.items()
+    ]
     base = [scoring(ids, {**chosen, "epochs": 0}) for ids in texts.values()]
     results = run_jobs(engine, learned + base, str(setting), at_once)
-    reading = Reading(dict(zip(texts, results, strict=False)), dict(zip(texts, results[len(texts) :], strict=True)))
+    reading = Reading(
+        dict(zip(texts, results, strict=False)), dict(zip(texts, results[len(texts) :], strict=True))
+    )
     if saved is not None:
         deadline = time.monotonic() + SAVE_TIMEOUT_S
         while missing := [n for n in names.values() if not (saved / n / "adapter_config.json").exists()]:
@@ -107,8 +121,12 @@ def read(engine: Any, texts: dict[str, list[int]], setting: Setting, at_once: in
                 raise SystemExit(f"{', '.join(missing)} was not saved within {SAVE_TIMEOUT_S} s")
             time.sleep(0.5)
         others = dict(zip(texts, [*names.values()][-1:] + [*names.values()][:-1], strict=True))
-        control = [scoring(ids, {**chosen, "epochs": 0, "start_from": others[text]}) for text, ids in texts.items()]
-        reading.control = dict(zip(texts, run_jobs(engine, control, f"{setting}, another text's", at_once), strict=True))
+        control = [
+            scoring(ids, {**chosen, "epochs": 0, "start_from": others[text]}) for text, ids in texts.items()
+        ]
+        reading.control = dict(
+            zip(texts, run_jobs(engine, control, f"{setting}, another text's", at_once), strict=True)
+        )
     return reading
 
 
@@ -146,12 +164,18 @@ def main(
     model: str = "booklm",
     preset: str = "temp-lora-quality",
     max_tokens: Annotated[int, typer.Option(help="Tokens of each text, in the first setting.")] = 102_400,
-    grid_tokens: Annotated[int, typer.Option(help="Tokens of each text in the other settings; 0 leaves them out.")] = 30_720,
+    grid_tokens: Annotated[
+        int, typer.Option(help="Tokens of each text in the other settings; 0 leaves them out.")
+    ] = 30_720,
     policies: Annotated[str, typer.Option(help="KV policies.")] = "reuse,recompute,keep",
-    blocks: Annotated[str, typer.Option(help="Block sizes in tokens; the first one is the main one's.")] = "128,64,256",
+    blocks: Annotated[
+        str, typer.Option(help="Block sizes in tokens; the first one is the main one's.")
+    ] = "128,64,256",
     adaptation: Annotated[str, typer.Option(help="Keys of adaptation beside the preset's, as JSON.")] = "{}",
     at_once: Annotated[int, typer.Option(help="Texts read at once.")] = 4,
-    builtin_texts: Annotated[bool, typer.Option(help="Read the Python documentation and sources too.")] = True,
+    builtin_texts: Annotated[
+        bool, typer.Option(help="Read the Python documentation and sources too.")
+    ] = True,
     json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot")] = None,
     dtype: str = "float32",
@@ -173,10 +197,16 @@ def main(
             if not here:
                 continue
             sliding = here[0].kv_policy == "keep"
-            sizes = {k: v for k, v in recipe.items() if not (sliding and k in ("window_tokens", "context_tokens"))}
+            sizes = {
+                k: v for k, v in recipe.items() if not (sliding and k in ("window_tokens", "context_tokens"))
+            }
             own = {"slots": at_once, "adapters_root": root, **asdict(here[0])}
             config = {"longctx": {"preset": preset, "attention": attention, "adaptation": {**sizes, **own}}}
-            kwargs: dict[str, Any] = {"dtype": dtype, "enforce_eager": enforce_eager, "max_num_seqs": at_once + 1}
+            kwargs: dict[str, Any] = {
+                "dtype": dtype,
+                "enforce_eager": enforce_eager,
+                "max_num_seqs": at_once + 1,
+            }
             with running_engine(model, config, max_tokens + 2, **kwargs) as (engine, _):
                 for setting in here:
                     first = setting == settings[0]
@@ -202,7 +232,9 @@ def parse_settings(policies: str, blocks: str) -> list[Setting]:
     names = policies.split(",")
     for name in names:
         if name not in POLICIES:
-            raise ValueError(f"--policies {policies}: unknown policy {name!r}; policies: {', '.join(POLICIES)}")
+            raise ValueError(
+                f"--policies {policies}: unknown policy {name!r}; policies: {', '.join(POLICIES)}"
+            )
     sizes = parse_lengths(blocks)
     first = int(blocks.split(",")[0])
     return [Setting(name, size) for name in names for size in [first, *(s for s in sizes if s != first)]]
@@ -210,13 +242,24 @@ def parse_settings(policies: str, blocks: str) -> list[Setting]:
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
     """Change against the end of each segment, by text; and the paper's, where its segments end or begin."""
-    by_text = {r["text"]: ([s["end"] for s in r["segments"]], [100 * change(s) for s in r["segments"]]) for r in rows}
+    by_text = {
+        r["text"]: ([s["end"] for s in r["segments"]], [100 * change(s) for s in r["segments"]]) for r in rows
+    }
     return {**by_text, "paper, PG19": ([100_000, 500_000], [100 * x for x in PAPER.values()])}
 
 
 def print_texts(setting: Setting, rows: list[dict[str, Any]]) -> None:
     fifths = [f"fifth {k + 1}" for k in range(SEGMENTS)]
-    table = Table("text", "tokens", "base", "Temp-LoRA", "change", *fifths, "another text's", title=f"perplexity, {setting}")
+    table = Table(
+        "text",
+        "tokens",
+        "base",
+        "Temp-LoRA",
+        "change",
+        *fifths,
+        "another text's",
+        title=f"perplexity, {setting}",
+    )
     for row in rows:
         changes = [f"{change(s):+.1%}" for s in row["segments"]]
         figures = f"{row['tokens']:,}", f"{row['ppl_base']:.2f}", f"{row['ppl']:.2f}", f"{change(row):+.1%}"
@@ -226,8 +269,18 @@ def print_texts(setting: Setting, rows: list[dict[str, Any]]) -> None:
 
 
 def print_grid(settings: list[Setting], rows: list[dict[str, Any]]) -> None:
-    """Geometric means of perplexities over the texts; the last column compares Temp-LoRA's with its own under `recompute`."""
-    headers = ["policy", "Δ", "base", "Temp-LoRA", "change", *(f"fifth {k + 1}" for k in range(SEGMENTS)), "against recompute"]
+    """Geometric means of perplexities over the texts; the last column compares Temp-LoRA's with its own under
+    `recompute`.
+    """
+    headers = [
+        "policy",
+        "Δ",
+        "base",
+        "Temp-LoRA",
+        "change",
+        *(f"fifth {k + 1}" for k in range(SEGMENTS)),
+        "against recompute",
+    ]
     table = Table(*headers, title=f"all texts, first {max(r['tokens'] for r in rows):,} tokens")
     of_setting = {s: [r for r in rows if Setting(r["kv_policy"], r["block_tokens"]) == s] for s in settings}
     for setting, here in of_setting.items():

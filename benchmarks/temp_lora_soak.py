@@ -1,11 +1,13 @@
-"""Temp-LoRA under faults: streams that learn, leave at random and lose their trainer, in one engine, for a long time.
+"""Temp-LoRA under faults: streams that learn, leave at random and lose their trainer, in one engine, for a
+long time.
 
     python benchmarks/temp_lora_soak.py --minutes 30 --json OUT.json
 
-Requests of mixed lengths come as others end; two thirds adapt, more than there are slots; a fifth of these leave in the middle.
-Every so often the trainer process is killed, or stopped until it counts as hung. Afterwards: every request that stayed has
-exactly the tokens it asked for, all slots and KV blocks are free, requests that do not adapt wrote the same every time, and the
-engine leaves no process, no directory of the trainer's and no shared memory. Exit code 1 if anything of this does not hold.
+Requests of mixed lengths come as others end; two thirds adapt, more than there are slots; a fifth of these
+leave in the middle. Every so often the trainer process is killed, or stopped until it counts as hung.
+Afterwards: every request that stayed has exactly the tokens it asked for, all slots and KV blocks are free,
+requests that do not adapt wrote the same every time, and the engine leaves no process, no directory of the
+trainer's and no shared memory. Exit code 1 if anything of this does not hold.
 """
 
 import os
@@ -37,7 +39,11 @@ AT_ONCE = 10
 SLOTS = 4
 LEAVES = 0.2
 PLAIN_PROMPTS = 4  # those that do not adapt come again and again, to be compared
-TRAINER = {"timeout_s": 20.0, "start_timeout_s": 90.0, "max_restarts": 10}  # the second is for one stopped while it starts
+TRAINER = {
+    "timeout_s": 20.0,
+    "start_timeout_s": 90.0,
+    "max_restarts": 10,
+}  # the second is for one stopped while it starts
 GRACE_S = 10
 
 
@@ -88,7 +94,12 @@ def main(
     rng, counts, problems = random.Random(seed), Counter[str](), []
     adaptation = {"slots": SLOTS, "block_tokens": 64, "trainer": TRAINER}
     config = {"longctx": {"preset": "temp-lora-quality", "adaptation": adaptation}}
-    kwargs: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": AT_ONCE, "enable_prefix_caching": True}
+    kwargs: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_num_seqs": AT_ONCE,
+        "enable_prefix_caching": True,
+    }
     plain: dict[int, list[int]] = {}
     directory = tempfile.mkdtemp(prefix="soak-")
     os.environ["TMPDIR"] = directory  # other engines on this machine leave theirs elsewhere
@@ -117,7 +128,9 @@ def main(
                     if len(ids) != stream.tokens:
                         problems.append(f"{output.request_id} wrote {len(ids)} tokens of {stream.tokens}")
                     if not stream.adapts and plain.setdefault(len(stream.prompt), ids) != ids:
-                        problems.append(f"{output.request_id}, which does not adapt, wrote something else than before")
+                        problems.append(
+                            f"{output.request_id}, which does not adapt, wrote something else than before"
+                        )
                 elif stream.leaves_after is not None and len(ids) >= stream.leaves_after:
                     engine.abort_request([output.request_id])
                     del streams[output.request_id]

@@ -2,8 +2,8 @@
 
     python benchmarks/together.py --json OUT.json
 
-The pool has, for every request, the blocks of one window and of the first tokens, and for all of them the blocks of one
-step's tokens. Texts are random tokens.
+The pool has, for every request, the blocks of one window and of the first tokens, and for all of them the
+blocks of one step's tokens. Texts are random tokens.
 """
 
 from typing import Annotated, Any
@@ -23,7 +23,9 @@ def main(
     model: str = "booklm",
     requests: int = 8,
     length: int = 100_000,
-    written: Annotated[int, typer.Option(help="Enough that the first is still writing when the last has been read.")] = 500,
+    written: Annotated[
+        int, typer.Option(help="Enough that the first is still writing when the last has been read.")
+    ] = 500,
     dtype: str = "float32",
     max_num_batched_tokens: int = 2048,
     json_out: JsonOut = None,
@@ -43,7 +45,10 @@ def main(
     }
     params = greedy(written)
     together = []
-    with running_engine(model, config, length + written, **kwargs) as (engine, meter), Progress(console=console) as progress:
+    with (
+        running_engine(model, config, length + written, **kwargs) as (engine, meter),
+        Progress(console=console) as progress,
+    ):
         task = progress.add_task(f"{requests} requests of {length:,} tokens", total=requests * written)
         for number in range(requests):
             engine.add_request(str(number), tokens_input(random_tokens(engine, length, number)), params)

@@ -1,16 +1,20 @@
 """The recipe of the shipped model `booklm`: a small Llama trained on books, 512 tokens at a time.
 
     python benchmarks/train_booklm.py TRAIN_DIR VALIDATION_DIR OUT_DIR --minutes 70            # from nothing
-    python benchmarks/train_booklm.py TRAIN_DIR VALIDATION_DIR OUT_DIR --minutes 30 --init DIR # go on from a checkpoint
+    python benchmarks/train_booklm.py TRAIN_DIR VALIDATION_DIR OUT_DIR --minutes 30 --init DIR # go on from a
+    checkpoint
 
-The directories hold one book per `.txt` file. Without `--init` a byte-level BPE tokenizer is trained on TRAIN_DIR first.
-On a CPU with bf16 instructions (AMX, AVX512-BF16) add `--bf16`; on others autocast is several times slower than float32.
+The directories hold one book per `.txt` file. Without `--init` a byte-level BPE tokenizer is trained on
+TRAIN_DIR first. On a CPU with bf16 instructions (AMX, AVX512-BF16) add `--bf16`; on others autocast is
+several times slower than float32.
 
-Every training sequence begins with BOS. During the second half of the run an auxiliary loss, ramped in linearly,
+Every training sequence begins with BOS. During the second half of the run an auxiliary loss, ramped in
+linearly,
 
     sink_weight * mean(relu(-log p(BOS) - 0.1))        over all heads and queries of layers 1 and up,
 
-teaches the heads to rest on BOS: large models grow such an attention sink by themselves, a model of this size does not.
+teaches the heads to rest on BOS: large models grow such an attention sink by themselves, a model of this size
+    does not.
 """
 
 import math
@@ -72,7 +76,9 @@ def new_model(vocab_size: int) -> LlamaForCausalLM:
 
 
 def batches(books: list[torch.Tensor], generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Endless epochs of [BATCH, CONTEXT + 1] token ids: BOS, then a piece of one book; pieces are shuffled."""
+    """Endless epochs of [BATCH, CONTEXT + 1] token ids: BOS, then a piece of one book; pieces are
+    shuffled.
+    """
     while True:
         shift = int(torch.randint(CONTEXT, (), generator=generator))
         pieces = [(b, o) for b, book in enumerate(books) for o in range(shift, len(book) - CONTEXT, CONTEXT)]
@@ -84,7 +90,9 @@ def batches(books: list[torch.Tensor], generator: torch.Generator) -> Iterator[t
 
 def losses(model: LlamaForCausalLM, ids: torch.Tensor, with_sink: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(next-token NLL, sink loss), both scalars in nats; ids [BATCH, CONTEXT + 1]."""
-    model.set_attn_implementation("eager" if with_sink else "sdpa")  # only eager returns the attention weights
+    model.set_attn_implementation(
+        "eager" if with_sink else "sdpa"
+    )  # only eager returns the attention weights
     out = model(ids[:, :-1], output_attentions=with_sink)
     nll = F.cross_entropy(out.logits.float().flatten(0, 1), ids[:, 1:].flatten())
     if not with_sink:
@@ -96,7 +104,11 @@ def losses(model: LlamaForCausalLM, ids: torch.Tensor, with_sink: bool) -> tuple
 @torch.no_grad()
 def validate(model: LlamaForCausalLM, books: list[torch.Tensor]) -> float:
     """Mean NLL per token, in nats, over four places of every book."""
-    rows = [book[o : o + CONTEXT] for book in books for o in torch.linspace(5000, len(book) - 5000, 4).long().tolist()]
+    rows = [
+        book[o : o + CONTEXT]
+        for book in books
+        for o in torch.linspace(5000, len(book) - 5000, 4).long().tolist()
+    ]
     ids = F.pad(torch.stack(rows), (1, 0), value=0)
     parts = [losses(model, part, with_sink=False)[0] * len(part) for part in ids.split(BATCH)]
     return float(sum(parts) / len(ids))
@@ -109,9 +121,13 @@ def main(
     minutes: Annotated[float, typer.Option(help="Training time.")] = 70.0,
     init: Annotated[Path | None, typer.Option(help="Checkpoint (and tokenizer) to start from.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak rate of AdamW; Muon takes 10/3 of it.")] = 3e-3,
-    sink_weight: Annotated[float, typer.Option(help="Weight of the sink loss at the end of its ramp.")] = 0.05,
+    sink_weight: Annotated[
+        float, typer.Option(help="Weight of the sink loss at the end of its ramp.")
+    ] = 0.05,
     bf16: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
-    threads: Annotated[int, typer.Option(help="No more than there are free cores, or all wait for the slowest.")] = 2,
+    threads: Annotated[
+        int, typer.Option(help="No more than there are free cores, or all wait for the slowest.")
+    ] = 2,
     seed: int = 1234,
 ) -> None:
     torch.set_num_threads(threads)
@@ -138,7 +154,10 @@ def main(
         ),
     ]
     peaks = [group["lr"] for o in optimizers for group in o.param_groups]
-    print(f"{sum(map(len, train_books)):,} training tokens, validation NLL {validate(model, validation_books):.4f}")
+    print(
+        f"{sum(map(len, train_books)):,} training tokens, validation NLL "
+        f"{validate(model, validation_books):.4f}"
+    )
 
     start, seen = time.monotonic(), 0
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
@@ -160,7 +179,8 @@ def main(
                 optimizer.step()
                 optimizer.zero_grad()
             seen += ids[:, 1:].numel()
-            label = f"step {step} NLL {nll.item():.3f} sink {sink.item():.3f} {seen / (time.monotonic() - start):.0f} tok/s"
+            speed = seen / (time.monotonic() - start)
+            label = f"step {step} NLL {nll.item():.3f} sink {sink.item():.3f} {speed:.0f} tok/s"
             progress.update(task, completed=done, description=label)
 
     print(f"{seen:,} tokens, validation NLL {validate(model, validation_books):.4f}")

@@ -1,4 +1,6 @@
-"""MkDocs hooks: files outside of docs/ that pages link to are part of the site, under their path in the repository."""
+"""MkDocs hooks: files outside of docs/ that pages link to are part of the site, under their path in the
+repository.
+"""
 
 import re
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Draws docs/picture.png: which keys a query sees under each method, computed by the package itself, and what comes of it.
+"""Draws docs/picture.png: which keys a query sees under each method, computed by the package itself, and what
+comes of it.
 
 python docs/picture.py [OUT.png]
 """
@@ -25,9 +26,13 @@ BLUE, ORANGE, GREEN = "#4c78a8", "#f58518", "#54a24b"
 
 
 def lambda_attention() -> Tensor:
-    """1 where a query sees a key in its window, 2 where it is one of the first tokens: int [queries, keys]."""
+    """1 where a query sees a key in its window, 2 where it is one of the first tokens: int [queries,
+    keys].
+    """
     positions = torch.arange(TOKENS)
-    local, first = branches(Geometry(n_global=2, n_local=WINDOW, distance_ceiling=WINDOW), positions, positions)
+    local, first = branches(
+        Geometry(n_global=2, n_local=WINDOW, distance_ceiling=WINDOW), positions, positions
+    )
     return local.visible.int() + 2 * first.visible.int()
 
 
@@ -42,7 +47,9 @@ def temp_lora() -> Tensor:
 
 
 def memory() -> Tensor:
-    """1 where a query of a memory layer sees a key in its window, 3 where it is in the memory: int [queries, keys]."""
+    """1 where a query of a memory layer sees a key in its window, 3 where it is in the memory: int [queries,
+    keys].
+    """
     positions, windows = torch.arange(TOKENS), SteppedWindows(WINDOW, WINDOW)
     starts = torch.tensor([windows.start(int(position), TOKENS) for position in positions])
     local, before = (branch(positions, positions, starts) for branch in (local_branch, memory_branch))
@@ -59,10 +66,20 @@ def draw_nll(axes: Axes) -> None:
     results = json.loads((HERE.parent / "benchmarks" / "results" / "perplexity.json").read_text())["nll"]
     for way, label, colour in (("plain", "stock vLLM", "grey"), ("lm-infinite", "lm-infinite", BLUE)):
         rows = results[way]["all texts"]
-        axes.plot([row["end"] for row in rows], [row["nll"] for row in rows], color=colour, marker="o", ms=3, label=label)
+        axes.plot(
+            [row["end"] for row in rows],
+            [row["nll"] for row in rows],
+            color=colour,
+            marker="o",
+            ms=3,
+            label=label,
+        )
     axes.axvline(512, color="black", lw=0.8, ls=":", label="trained length")
     axes.set(
-        title="what comes of it:\nNLL of a long text", xlabel="position (tokens)", ylabel="NLL (nats per token)", xscale="log"
+        title="what comes of it:\nNLL of a long text",
+        xlabel="position (tokens)",
+        ylabel="NLL (nats per token)",
+        xscale="log",
     )
     axes.legend(fontsize=8)
 
@@ -74,7 +91,13 @@ def main(out: Path) -> None:
     newest = int(versions.max())
     shades = pyplot.get_cmap("Blues")(torch.linspace(0.25, 1, newest).numpy())
     draw(left, lambda_attention(), kinds, 3, "Λ attention:\nfirst tokens and a window")
-    draw(middle, versions, ListedColormap([(1, 1, 1, 1), *shades]), newest, "Temp-LoRA:\na newer adapter per block")
+    draw(
+        middle,
+        versions,
+        ListedColormap([(1, 1, 1, 1), *shades]),
+        newest,
+        "Temp-LoRA:\na newer adapter per block",
+    )
     draw(right, memory(), kinds, 3, "memory layer:\na window and all before it")
     draw_nll(last)
     figure.savefig(out, dpi=110)

@@ -12,7 +12,9 @@ from openai import OpenAI
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("document", type=Path)
     parser.add_argument("question", help="the prompt's last words; a base model goes on from them")
     parser.add_argument("--max-tokens", type=int, default=16)

@@ -1,8 +1,10 @@
-"""A chat without end: the whole history is sent with every question, far past the length that the model was trained on.
+"""A chat without end: the whole history is sent with every question, far past the length that the model was
+trained on.
 
     python examples/endless_chat.py [--url http://localhost:8000/v1]
 
-Questions are lines of the standard input. The server forgets what has left its window, and its KV memory does not grow.
+Questions are lines of the standard input. The server forgets what has left its window, and its KV memory does
+not grow.
 """
 
 import argparse
@@ -12,7 +14,9 @@ from openai import OpenAI
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", default="http://localhost:8000/v1")
     parser.add_argument("--max-tokens", type=int, help="of an answer; by default the server's limit")
     args = parser.parse_args()

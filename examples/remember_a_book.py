@@ -1,4 +1,5 @@
-"""Learn a book and write on: the adapter that a request trains is saved under a name, and another request begins with it.
+"""Learn a book and write on: the adapter that a request trains is saved under a name, and another request
+begins with it.
 
     python examples/remember_a_book.py BOOK.txt --name my-book [--url http://localhost:8000/v1]
 
@@ -16,7 +17,9 @@ LAST_CHARACTERS = 1000  # of the book: where the second request goes on
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("book", type=Path)
     parser.add_argument("--name", default="book", help="of the saved adapter")
     parser.add_argument("--max-tokens", type=int, default=300, help="to write")

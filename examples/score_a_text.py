@@ -1,8 +1,10 @@
-"""The loss of a text by position, with and without learning: how well the model predicts it, far past its trained length.
+"""The loss of a text by position, with and without learning: how well the model predicts it, far past its
+trained length.
 
     python examples/score_a_text.py TEXT.txt [--url http://localhost:8000/v1]
 
-Each token is scored before anything was trained on it. The server needs an `adaptation` section, as in examples/serve.yaml.
+Each token is scored before anything was trained on it. The server needs an `adaptation` section, as in
+examples/serve.yaml.
 """
 
 import argparse
@@ -24,7 +26,9 @@ def losses(client: OpenAI, model: str, text: str, learns: bool) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("text", type=Path)
     parser.add_argument("--url", default="http://localhost:8000/v1")
     args = parser.parse_args()

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Kernels that cannot run are interpreted. Triton looks at the variable when it is first imported (for its own functions)
-    # and at the knob when a kernel is decorated; the variable is not left for the processes that tests start.
+    # Kernels that cannot run are interpreted. Triton looks at the variable when it is first imported (for its
+    # own functions) and at the knob when a kernel is decorated; the variable is not left for the processes
+    # that tests start.
     os.environ["TRITON_INTERPRET"] = "1"
     import triton
 
@@ -25,7 +26,10 @@ if not torch.cuda.is_available():
     languages = triton.language, triton.language.core
 
     def patch_language_once(function: Callable[..., Any]) -> Any:
-        """A function that a kernel calls finds it patched. To look through all of it again takes longer than the function."""
+        """A function that a kernel calls finds it patched.
+
+        To look through all of it again takes longer than the function.
+        """
         known = [x for x in function.__globals__.values() if any(x is language for language in languages)]
         if any(triton.language.core.is_builtin(language.load) for language in known):
             return patch_language(function)
@@ -37,7 +41,9 @@ SHARED = Path(os.environ.get("LONGCTX_SHARED", Path(__file__).parents[2] / "shar
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: the garbage collector, which engines call several times a start, need not look at it."""
+    """What is imported by now stays: the garbage collector, which engines call several times a start, need
+    not look at it.
+    """
     gc.collect()
     gc.freeze()
 
@@ -48,7 +54,9 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _models_are_inspected_here() -> Iterator[None]:
-    """Classes of models that vLLM has not seen before are inspected here, not in a new process, which takes ten seconds."""
+    """Classes of models that vLLM has not seen before are inspected here, not in a new process, which takes
+    ten seconds.
+    """
     registry = sys.modules.get("vllm.model_executor.models.registry")
     if registry is None:  # no test that was chosen imports vLLM
         yield

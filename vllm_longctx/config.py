@@ -1,8 +1,9 @@
 """What a user may ask for, and every check of it. Names: README, "Configuration".
 
-A configuration is a plain dict under `additional_config["longctx"]`, so that it reaches every process and enters vLLM's
-compile-cache hash. `LongContextConfig.parse` checks it by itself; `for_model` fills in lengths from the model's trained
-length and checks them against it. What is then in force, without anything left open, is `settings.Settings`.
+A configuration is a plain dict under `additional_config["longctx"]`, so that it reaches every process and
+enters vLLM's compile-cache hash. `LongContextConfig.parse` checks it by itself; `for_model` fills in lengths
+from the model's trained length and checks them against it. What is then in force, without anything left open,
+is `settings.Settings`.
 """
 
 import difflib
@@ -27,13 +28,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "temp-lora-economic": {"attention": {"method": "none"}, "adaptation": {"method": "temp_lora"}},
     "temp-lora-quality": {"attention": {"method": "none"}, "adaptation": {"method": "temp_lora"}},
 }
-# How many blocks fill the window by default: in the paper (arXiv 2401.11504, section 4) the economic setting has blocks of half
-# the window; the official code's own sizes are a quarter.
+# How many blocks fill the window by default: in the paper (arXiv 2401.11504, section 4) the economic setting
+# has blocks of half the window; the official code's own sizes are a quarter.
 BLOCKS_PER_WINDOW = {"temp-lora-economic": 2}
 DEFAULT_BLOCKS_PER_WINDOW = 4
 DEFAULT_PRESET = "lm-infinite"
 MAX_RANK = 512  # vLLM's largest `max_lora_rank`
-SIZES = ("block_tokens", "context_tokens", "window_tokens", "train_context_tokens")  # of Temp-LoRA; None: from the window
+SIZES = (
+    "block_tokens",
+    "context_tokens",
+    "window_tokens",
+    "train_context_tokens",
+)  # of Temp-LoRA; None: from the window
 DEFAULT_SLOTS = 8
 # Papers' choices: LM-Infinite section 4.1 (10 to 100 first tokens), StreamingLLM section 3.2 (4).
 DEFAULT_N_GLOBAL = {"lm_infinite": 10, "streaming": 4}
@@ -41,7 +47,11 @@ DEFAULT_N_GLOBAL = {"lm_infinite": 10, "streaming": 4}
 DEFAULT_LOOKUP_SHARE = 0.1
 DEFAULT_TOP_K_FROM_LAYER = 4  # LM-Infinite, appendix on reintroducing middle tokens: lower layers do without
 # LongLLaMA's own (its configuration_longllama.py), where neither the checkpoint nor the user says anything.
-LONGLLAMA_DEFAULTS: dict[str, Any] = {"mem_positionals": True, "mem_dtype": "bfloat16", "last_context_length": 1024}
+LONGLLAMA_DEFAULTS: dict[str, Any] = {
+    "mem_positionals": True,
+    "mem_dtype": "bfloat16",
+    "last_context_length": 1024,
+}
 FOCUSED_KEYS = (
     "mem_layers",
     "mem_positionals",
@@ -51,7 +61,14 @@ FOCUSED_KEYS = (
     "lookup_share",
     "memory_limit_gib",
 )
-SLIDING_KEYS = ("n_global", "distance_ceiling", "distances", "top_k_from_layer", "top_k_to_layer", "top_k_insert_at")
+SLIDING_KEYS = (
+    "n_global",
+    "distance_ceiling",
+    "distances",
+    "top_k_from_layer",
+    "top_k_to_layer",
+    "top_k_insert_at",
+)
 
 S = TypeVar("S", bound="_Section")
 
@@ -67,14 +84,18 @@ def did_you_mean(key: str, known: Iterable[str]) -> str | None:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _name_the_nearest_key(cls, data: Any) -> Any:
         for key in data if isinstance(data, dict) else ():
             if key not in cls.model_fields:
-                hint = did_you_mean(str(key), cls.model_fields) or f"known keys: {', '.join(cls.model_fields)}"
+                hint = (
+                    did_you_mean(str(key), cls.model_fields) or f"known keys: {', '.join(cls.model_fields)}"
+                )
                 raise ValueError(f"unknown key {key!r}; {hint}")
         return data
 
@@ -83,9 +104,9 @@ class AttentionSection(_Section):
     """What a query sees. Lengths in tokens; None takes the value from the model."""
 
     method: Literal["lm_infinite", "streaming", "focused", "none"] = "lm_infinite"
-    """`lm_infinite` and `streaming` see the first tokens and a sliding window. `focused` sees stepped windows,
-    with memory layers (LongLLaMA). `none` leaves vLLM's attention as it is. A LongLLaMA checkpoint defaults
-    to `focused`."""
+    """`lm_infinite` and `streaming` see the first tokens and a sliding window. `focused` sees stepped
+    windows, with memory layers (LongLLaMA). `none` leaves vLLM's attention as it is. A LongLLaMA checkpoint
+    defaults to `focused`."""
     n_global: int | None = Field(default=None, ge=0)
     """First tokens that every query sees. Default: 10; with `streaming` 4."""
     n_local: int | None = Field(default=None, ge=1)
@@ -140,21 +161,33 @@ class AttentionSection(_Section):
         self._consistent_focused()
         self._consistent_top_k()
         if self.method == "streaming" and self.distances == "relative":
-            raise ValueError("method streaming counts distances in_cache; for relative distances use lm_infinite")
+            raise ValueError(
+                "method streaming counts distances in_cache; for relative distances use lm_infinite"
+            )
         if self.in_cache and self.distance_ceiling is not None:
-            raise ValueError(f"distance_ceiling = {self.distance_ceiling} has no effect on distances in_cache; leave it out")
+            raise ValueError(
+                f"distance_ceiling = {self.distance_ceiling} has no effect on distances in_cache; leave it "
+                f"out"
+            )
         if self.n_global is not None and self.n_local is not None and self.n_global > self.n_local:
-            raise ValueError(f"n_global = {self.n_global} is more than n_local = {self.n_local}; lower n_global")
+            raise ValueError(
+                f"n_global = {self.n_global} is more than n_local = {self.n_local}; lower n_global"
+            )
         return self
 
     def _given(self) -> set[str]:
-        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        return {
+            name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default
+        }
 
     def _consistent_top_k(self) -> None:
         given = sorted(name for name in self._given() if name.startswith("top_k"))
         if self.method == "streaming" or self.distances == "in_cache":
             if given:
-                raise ValueError(f"{given[0]} goes with method lm_infinite and relative distances, or focused; leave it out")
+                raise ValueError(
+                    f"{given[0]} goes with method lm_infinite and relative distances, or focused; leave it "
+                    f"out"
+                )
         elif given and self.top_k is None:
             raise ValueError(f"{given[0]} has no effect without top_k; give top_k, or leave it out")
 
@@ -165,9 +198,13 @@ class AttentionSection(_Section):
         if self.method == "focused" and (self.top_k is None) != (self.lookup in (None, "all")):
             if self.top_k is None:
                 raise ValueError(f"lookup = {self.lookup!r} needs top_k; give both, or neither for all keys")
-            raise ValueError(f"top_k = {self.top_k} needs lookup top_k or blocks; give both, or neither for all keys")
+            raise ValueError(
+                f"top_k = {self.top_k} needs lookup top_k or blocks; give both, or neither for all keys"
+            )
         if self.lookup_share is not None and self.lookup != "blocks":
-            raise ValueError(f"lookup_share = {self.lookup_share} has no effect but with lookup blocks; leave it out")
+            raise ValueError(
+                f"lookup_share = {self.lookup_share} has no effect but with lookup blocks; leave it out"
+            )
 
     @property
     def in_cache(self) -> bool:
@@ -176,7 +213,8 @@ class AttentionSection(_Section):
     def for_model(
         self, trained_length: int, num_layers: int, checkpoint: Mapping[str, Any], cached_block: int = 1
     ) -> "AttentionSection":
-        """Every value filled in and checked against the model's trained length (tokens), layers and own configuration.
+        """Every value filled in and checked against the model's trained length (tokens), layers and own
+        configuration.
 
         cached_block: tokens of a KV block where prefixes are cached, else 1.
         """
@@ -191,9 +229,14 @@ class AttentionSection(_Section):
                 f"attention.n_global = {n_global} is more than attention.n_local = {n_local}; lower n_global"
             )
         if not self.allow_beyond_trained:
-            limit = f"the model was trained on {trained_length} tokens; lower it, or set attention.allow_beyond_trained"
+            limit = (
+                f"the model was trained on {trained_length} tokens; lower it, or set "
+                "attention.allow_beyond_trained"
+            )
             if self.in_cache and n_global + n_local > trained_length:
-                raise LongContextError(f"attention.n_global + attention.n_local = {n_global + n_local}, but {limit}")
+                raise LongContextError(
+                    f"attention.n_global + attention.n_local = {n_global + n_local}, but {limit}"
+                )
             if n_local > trained_length:
                 raise LongContextError(f"attention.n_local = {n_local}, but {limit}")
             if ceiling is not None and ceiling > trained_length:
@@ -209,19 +252,28 @@ class AttentionSection(_Section):
         return filled if self.top_k is None else filled._top_k_for_model(trained_length, num_layers)
 
     def _top_k_for_model(self, trained_length: int, num_layers: int) -> "AttentionSection":
-        first = min(DEFAULT_TOP_K_FROM_LAYER, num_layers - 1) if self.top_k_from_layer is None else self.top_k_from_layer
+        first = (
+            min(DEFAULT_TOP_K_FROM_LAYER, num_layers - 1)
+            if self.top_k_from_layer is None
+            else self.top_k_from_layer
+        )
         behind = num_layers if self.top_k_to_layer is None else self.top_k_to_layer
         insert_at = trained_length // 2 if self.top_k_insert_at is None else self.top_k_insert_at
         if not first < behind <= num_layers:
             raise LongContextError(
-                f"attention.top_k_from_layer = {first} and attention.top_k_to_layer = {behind}, but the model has layers 0 to "
-                f"{num_layers - 1}; give a first layer and, behind it, one at most {num_layers} that is the first without"
+                f"attention.top_k_from_layer = {first} and attention.top_k_to_layer = {behind}, but the "
+                f"model has layers 0 to "
+                f"{num_layers - 1}; give a first layer and, behind it, one at most {num_layers} that is the "
+                f"first without"
             )
         if insert_at > trained_length and not self.allow_beyond_trained:
             raise LongContextError(
-                f"attention.top_k_insert_at = {insert_at}, but the model was trained on {trained_length} tokens; lower it"
+                f"attention.top_k_insert_at = {insert_at}, but the model was trained on {trained_length} "
+                f"tokens; lower it"
             )
-        return self.model_copy(update={"top_k_from_layer": first, "top_k_to_layer": behind, "top_k_insert_at": insert_at})
+        return self.model_copy(
+            update={"top_k_from_layer": first, "top_k_to_layer": behind, "top_k_insert_at": insert_at}
+        )
 
     def _focused_for_model(
         self, trained_length: int, num_layers: int, checkpoint: Mapping[str, Any], cached_block: int
@@ -229,14 +281,16 @@ class AttentionSection(_Section):
         n_local = self.n_local or trained_length // cached_block * cached_block or trained_length
         if n_local > trained_length and not self.allow_beyond_trained:
             raise LongContextError(
-                f"attention.n_local = {n_local}, but the model was trained on {trained_length} tokens; lower it, or set "
+                f"attention.n_local = {n_local}, but the model was trained on {trained_length} tokens; lower "
+                f"it, or set "
                 "attention.allow_beyond_trained"
             )
         if self.n_local is not None and n_local % cached_block:
             below = n_local // cached_block * cached_block
             near = " or ".join(str(n) for n in (below, below + cached_block) if n)
             raise LongContextError(
-                f"attention.n_local = {n_local} is no multiple of block_size = {cached_block}, so prefixes would be cached in "
+                f"attention.n_local = {n_local} is no multiple of block_size = {cached_block}, so prefixes "
+                f"would be cached in "
                 f"steps of {math.lcm(n_local, cached_block)} tokens; give {near}, or turn prefix caching off "
                 "(--no-enable-prefix-caching)"
             )
@@ -253,17 +307,20 @@ class AttentionSection(_Section):
         section = _parse(AttentionSection, {**self.model_dump(exclude_none=True), **filled}, "attention")
         if not section.mem_layers:
             raise LongContextError(
-                "attention.method focused needs memory layers, but neither attention.mem_layers nor the checkpoint's "
+                "attention.method focused needs memory layers, but neither attention.mem_layers nor the "
+                "checkpoint's "
                 "mem_layers names one; give for example attention.mem_layers [8, 16, 24]"
             )
         wrong = [layer for layer in section.mem_layers if not 0 <= layer < num_layers]
         if wrong or len(set(section.mem_layers)) < len(section.mem_layers):
             raise LongContextError(
-                f"attention.mem_layers = {section.mem_layers}, but the model has layers 0 to {num_layers - 1}; give each once"
+                f"attention.mem_layers = {section.mem_layers}, but the model has layers 0 to "
+                f"{num_layers - 1}; give each once"
             )
         if filled["last_context_length"] > n_local:
             raise LongContextError(
-                f"attention.last_context_length = {filled['last_context_length']} is more than the window, attention.n_local = "
+                f"attention.last_context_length = {filled['last_context_length']} is more than the window, "
+                f"attention.n_local = "
                 f"{n_local}; lower it"
             )
         return section
@@ -300,7 +357,8 @@ class TrainerSection(_Section):
         for name in ("device", "attention", "recompute", "duty_cycle", "threads", "cpus", "max_restarts"):
             if self.address is not None and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
-                    f"{name} has no effect beside address; give it to the process that runs there, or leave it out"
+                    f"{name} has no effect beside address; give it to the process that runs there, or leave "
+                    f"it out"
                 )
         return self
 
@@ -362,8 +420,8 @@ class AdaptationSection(_Section):
     requests: Literal["opt_in", "all"] = "opt_in"
     """Which requests learn: those that ask for it (`opt_in`), or `all`."""
     adapters_root: str | None = Field(default=None, min_length=1)
-    """Directory of saved adapters. It is made at start, and `~` is your home. Default: requests cannot save or
-    load adapters."""
+    """Directory of saved adapters. It is made at start, and `~` is your home. Default: requests cannot save
+    or load adapters."""
     max_rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
     """Largest rank that a request may ask for. Default: `rank`."""
     max_epochs: int = Field(default=8, ge=0)
@@ -389,14 +447,21 @@ class AdaptationSection(_Section):
         return self.model_copy(update=dict.fromkeys(self._recommended_sizes))
 
     def for_model(
-        self, trained_length: int, attention: AttentionSection, kv_block: int, max_num_seqs: int, preset: str | None
+        self,
+        trained_length: int,
+        attention: AttentionSection,
+        kv_block: int,
+        max_num_seqs: int,
+        preset: str | None,
     ) -> Self:
         """Every size filled in and checked. trained_length, kv_block: tokens. attention: filled in, too."""
         sliding = attention.method in SLIDING_METHODS
         max_rank = self.rank if self.max_rank is None else self.max_rank
         policy = self.kv_policy or ("keep" if sliding else "reuse")
         window = self.window_tokens or attention.n_local or trained_length
-        block = self.block_tokens or max(window // BLOCKS_PER_WINDOW.get(preset or "", DEFAULT_BLOCKS_PER_WINDOW), 1)
+        block = self.block_tokens or max(
+            window // BLOCKS_PER_WINDOW.get(preset or "", DEFAULT_BLOCKS_PER_WINDOW), 1
+        )
         context = self.context_tokens or max(min(window // 2, window - block - kv_block), 1)
         train_context = self.train_context_tokens
         filled = self.model_copy(
@@ -423,19 +488,25 @@ class AdaptationSection(_Section):
                     )
         if window > trained_length:
             raise LongContextError(
-                f"adaptation.window_tokens = {window}, but the model was trained on {trained_length} tokens; lower it"
+                f"adaptation.window_tokens = {window}, but the model was trained on {trained_length} tokens; "
+                f"lower it"
             )
         if self.keep_first > kv_block:
             raise LongContextError(
-                f"adaptation.keep_first = {self.keep_first} is more than a KV block of {kv_block} tokens; lower it"
+                f"adaptation.keep_first = {self.keep_first} is more than a KV block of {kv_block} tokens; "
+                f"lower it"
             )
         if self.rank > max_rank:
-            raise LongContextError(f"adaptation.rank = {self.rank} is above adaptation.max_rank = {max_rank}; raise max_rank")
+            raise LongContextError(
+                f"adaptation.rank = {self.rank} is above adaptation.max_rank = {max_rank}; raise max_rank"
+            )
         return filled
 
 
 class RequestOptions(_Section):
-    """What one request may set: `SamplingParams.extra_args["longctx"]`, over HTTP `vllm_xargs.longctx` (a JSON string)."""
+    """What one request may set: `SamplingParams.extra_args["longctx"]`, over HTTP `vllm_xargs.longctx` (a
+    JSON string).
+    """
 
     temp_lora: bool | None = None
     """Whether this request learns. Default: the server's `adaptation.requests`."""
@@ -467,7 +538,10 @@ class RequestOptions(_Section):
 
     @classmethod
     def parse(cls, value: Any) -> "RequestOptions":
-        """From a dict or a JSON string. Raises LongContextError naming each bad field, its value and what is allowed."""
+        """From a dict or a JSON string.
+
+        Raises LongContextError naming each bad field, its value and what is allowed.
+        """
         return _parse(cls, value)
 
 
@@ -514,15 +588,26 @@ class LongContextConfig(_Section):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        if mode_of(self.attention.method, self.attention.top_k is not None, self.adaptation is not None) is None:
-            raise ValueError("adaptation does not go with attention.method focused or attention.top_k; leave one of them out")
+        if (
+            mode_of(self.attention.method, self.attention.top_k is not None, self.adaptation is not None)
+            is None
+        ):
+            raise ValueError(
+                "adaptation does not go with attention.method focused or attention.top_k; leave one of them "
+                "out"
+            )
         if self.mode.is_plain and "serving" in self.model_fields_set:
-            raise ValueError("serving has no effect with attention.method none, which leaves vLLM as it is; leave it out")
+            raise ValueError(
+                "serving has no effect with attention.method none, which leaves vLLM as it is; leave it out"
+            )
         return self
 
     @classmethod
     def parse(cls, value: Any) -> "LongContextConfig":
-        """From a dict or a JSON string. Raises LongContextError naming each bad field, its value and what is allowed."""
+        """From a dict or a JSON string.
+
+        Raises LongContextError naming each bad field, its value and what is allowed.
+        """
         return _parse(cls, value)
 
     @property
@@ -540,7 +625,10 @@ class LongContextConfig(_Section):
         caches_prefixes: bool = True,
         max_num_seqs: int = DEFAULT_SLOTS,
     ) -> "LongContextConfig":
-        """Every value filled in. trained_length, kv_block: tokens. checkpoint: the model's own configuration."""
+        """Every value filled in.
+
+        trained_length, kv_block: tokens. checkpoint: the model's own configuration.
+        """
         attention = self.attention
         if attention.method != "none":
             cached_block = kv_block if caches_prefixes else 1
@@ -556,7 +644,10 @@ class LongContextConfig(_Section):
 
 
 def checked_json(text: str) -> dict[str, Any]:
-    """The value of a `--longctx` flag, as the user wrote it. Raises LongContextError if it is not a configuration."""
+    """The value of a `--longctx` flag, as the user wrote it.
+
+    Raises LongContextError if it is not a configuration.
+    """
     LongContextConfig.parse(text)
     return json.loads(text)
 
@@ -566,7 +657,9 @@ def _parse(section: type[S], value: Any, name: str = "longctx") -> S:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as e:
-            raise LongContextError(f"longctx: not valid JSON ({e.msg} at character {e.pos}): {value[:200]}") from None
+            raise LongContextError(
+                f"longctx: not valid JSON ({e.msg} at character {e.pos}): {value[:200]}"
+            ) from None
         except RecursionError:
             raise LongContextError(f"longctx: nested too deeply: {value[:200]}") from None
     try:

@@ -17,10 +17,12 @@ NEW_S = 60.0
 
 @contextmanager
 def whole_directory(path: Path, prefix: str) -> Iterator[Path]:
-    """A directory to be filled, which at the end of the `with` takes the place of `path`, whatever that was, in one step.
+    """A directory to be filled, which at the end of the `with` takes the place of `path`, whatever that was,
+    in one step.
 
-    Returns once all of it is on disk. Raises OSError; then, or if the `with` raises, `path` is what it was. prefix: of names
-    beside `path` that are in use meanwhile; what a process that was killed has left under such a name is removed.
+    Returns once all of it is on disk. Raises OSError; then, or if the `with` raises, `path` is what it was.
+    prefix: of names beside `path` that are in use meanwhile; what a process that was killed has left under
+    such a name is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f"{prefix}*"):

@@ -1,12 +1,13 @@
 """Which keys a query sees, and at which distance: pure functions of positions.
 
-Symbols of the papers, named once: G = `n_global`, N = `n_local`, L = `distance_ceiling`, s = window start; LongLLaMA's C =
-`SteppedWindows.tokens`, R = `SteppedWindows.last_tokens`. A method is a set of branches; a branch says which keys it covers
-and at which distance the position encoding sees them. Branches never overlap, and attention over them is one softmax.
+Symbols of the papers, named once: G = `n_global`, N = `n_local`, L = `distance_ceiling`, s = window start;
+LongLLaMA's C = `SteppedWindows.tokens`, R = `SteppedWindows.last_tokens`. A method is a set of branches; a
+branch says which keys it covers and at which distance the position encoding sees them. Branches never
+overlap, and attention over them is one softmax.
 
 Sources: LM-Infinite (arXiv 2308.16137, section 3) for the Λ mask and the ceiling min(i - j, L); StreamingLLM
-(arXiv 2309.17453, section 3.2) for distances counted in the cache; Focused Transformer (arXiv 2307.03170, section 3.1) and
-LongLLaMA's code for stepped windows and the memory before them.
+(arXiv 2309.17453, section 3.2) for distances counted in the cache; Focused Transformer (arXiv 2307.03170,
+section 3.1) and LongLLaMA's code for stepped windows and the memory before them.
 """
 
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ class Geometry:
     n_global: the first tokens, visible to every later query.
     n_local: the last tokens a query sees, itself included; None sees all of them (plain attention).
     distance_ceiling: no key looks farther away than this; None for no ceiling.
-    distances: `relative` counts distances in the text; `in_cache` counts them among the visible tokens, as StreamingLLM
-        does, and needs no ceiling.
+    distances: `relative` counts distances in the text; `in_cache` counts them among the visible tokens, as
+        StreamingLLM does, and needs no ceiling.
     """
 
     n_global: int = 0
@@ -54,20 +55,27 @@ class Geometry:
 
 @dataclass(frozen=True)
 class SteppedWindows:
-    """LongLLaMA's windows: a query sees the keys since its window began, and memory layers all before it. Lengths in tokens.
+    """LongLLaMA's windows: a query sees the keys since its window began, and memory layers all before it.
 
-    tokens: of a whole window. last_tokens: a window begins so far before the end of the prompt, whatever stands before it.
+    Lengths in tokens.
+
+    tokens: of a whole window. last_tokens: a window begins so far before the end of the prompt, whatever
+        stands before it.
     """
 
     tokens: int
     last_tokens: int
 
     def last_start(self, prompt_length: int) -> int:
-        """Where the window of the prompt's last tokens begins; windows before it do not depend on the prompt's length."""
+        """Where the window of the prompt's last tokens begins; windows before it do not depend on the
+        prompt's length.
+        """
         return max(prompt_length - self.last_tokens, 0)
 
     def start(self, position: int, prompt_length: int) -> int:
-        """Where the window of the query at `position` begins, in a request whose prompt has `prompt_length` tokens."""
+        """Where the window of the query at `position` begins, in a request whose prompt has `prompt_length`
+        tokens.
+        """
         last = self.last_start(prompt_length)
         origin = 0 if position < last else last
         return position - (position - origin) % self.tokens
@@ -94,8 +102,8 @@ class Branch:
 def local_branch(queries: Tensor, keys: Tensor, window_start: Tensor) -> Branch:
     """Keys from the window's start up to the query, at their distance in the text.
 
-    queries [T], keys [S]: positions, int64. window_start [T]: `Geometry.window_start` for a sliding window, the start of
-    the query's window for a stepped one.
+    queries [T], keys [S]: positions, int64. window_start [T]: `Geometry.window_start` for a sliding window,
+    the start of the query's window for a stepped one.
     """
     i, j = queries[:, None], keys[None, :]
     return Branch((window_start[:, None] <= j) & (j <= i), i - j)
@@ -109,13 +117,19 @@ def global_branch(geometry: Geometry, queries: Tensor, keys: Tensor, window_star
 
 
 def memory_branch(queries: Tensor, keys: Tensor, window_start: Tensor, best: int | None = None) -> Branch:
-    """The keys before the query's stepped window, seen as if they were the first in it. Arguments as in `local_branch`."""
+    """The keys before the query's stepped window, seen as if they were the first in it.
+
+    Arguments as in `local_branch`.
+    """
     distance = (queries - window_start)[:, None].expand(-1, len(keys))
     return Branch(keys[None, :] < window_start[:, None], distance, best)
 
 
-def middle_branch(geometry: Geometry, queries: Tensor, keys: Tensor, top_k: int, insert_at: int, first_query: int) -> Branch:
-    """LM-Infinite's top-k branch (its official code): the best keys between the first tokens and the window, at `insert_at`.
+def middle_branch(
+    geometry: Geometry, queries: Tensor, keys: Tensor, top_k: int, insert_at: int, first_query: int
+) -> Branch:
+    """LM-Infinite's top-k branch (its official code): the best keys between the first tokens and the window,
+    at `insert_at`.
 
     Only queries from `first_query` on, the prompt's last, have it, and only once there are top_k such keys.
     """
@@ -126,7 +140,9 @@ def middle_branch(geometry: Geometry, queries: Tensor, keys: Tensor, top_k: int,
     return Branch(visible, torch.full_like(visible, insert_at, dtype=torch.int64), top_k)
 
 
-def branches(geometry: Geometry, queries: Tensor, keys: Tensor, window_start: Tensor | None = None) -> list[Branch]:
+def branches(
+    geometry: Geometry, queries: Tensor, keys: Tensor, window_start: Tensor | None = None
+) -> list[Branch]:
     """Every branch of the method. queries [T], keys [S]: positions, int64.
 
     window_start [T] makes the windows stepped; by default they slide with the query.

@@ -1,4 +1,6 @@
-"""Prometheus metrics of long requests beside vLLM's own, under the same labels; README, "Watching a server"."""
+"""Prometheus metrics of long requests beside vLLM's own, under the same labels; README, "Watching a
+server".
+"""
 
 import contextlib
 import re
@@ -32,7 +34,10 @@ GAUGES: Exported = {
 }
 COUNTERS: Exported = {
     "freed_blocks": ("freed_kv_blocks", "KV blocks freed from the middle of requests that run on."),
-    "tokens_past_trained": ("tokens_past_trained", "Tokens computed at positions past the model's trained length."),
+    "tokens_past_trained": (
+        "tokens_past_trained",
+        "Tokens computed at positions past the model's trained length.",
+    ),
 }
 HISTOGRAMS: Exported = {
     "selection_seconds": (
@@ -42,12 +47,18 @@ HISTOGRAMS: Exported = {
     ),
 }
 MEMORY_GAUGES: Exported = {
-    "memory_usage": ("memory_usage_perc", "Memory-usage of the memory layers' own blocks. 1 means 100 percent usage."),
+    "memory_usage": (
+        "memory_usage_perc",
+        "Memory-usage of the memory layers' own blocks. 1 means 100 percent usage.",
+    ),
 }
 ADAPTATION_GAUGES: Exported = {
     "slots_in_use": ("adapter_slots_in_use", "Slots of requests that adapt."),
     "held_requests": ("num_requests_held", "Requests that wait for a version of their adapter."),
-    "saving_requests": ("num_requests_saving", "Requests that have ended and wait for their adapter to be saved."),
+    "saving_requests": (
+        "num_requests_saving",
+        "Requests that have ended and wait for their adapter to be saved.",
+    ),
     "train_queue": ("train_queue_blocks", "Blocks that are being trained or wait for it."),
     "versions_behind": ("versions_behind", "Blocks read or written that no version has been trained on yet."),
 }
@@ -61,14 +72,26 @@ ADAPTATION_COUNTERS: Exported = {
     "save_failures": ("save_failures", "Adapters that a request asked to save and that were not saved."),
 }
 ADAPTATION_HISTOGRAMS: Exported = {
-    "swap_seconds": ("swap_time_seconds", "Histogram of the time to put a version into all layers.", SELECTION_BUCKETS),
-    "hold_seconds": ("hold_time_seconds", "Histogram of the time a request waits for a version.", TRAIN_BUCKETS),
+    "swap_seconds": (
+        "swap_time_seconds",
+        "Histogram of the time to put a version into all layers.",
+        SELECTION_BUCKETS,
+    ),
+    "hold_seconds": (
+        "hold_time_seconds",
+        "Histogram of the time a request waits for a version.",
+        TRAIN_BUCKETS,
+    ),
     "train_seconds": ("train_time_seconds", "Histogram of the time to train a block.", TRAIN_BUCKETS),
 }
 
-# Of the front end, hence without an engine. Registered by `export_ignored_fields`, since a new engine unregisters it.
+# Of the front end, hence without an engine. Registered by `export_ignored_fields`, since a new engine
+# unregisters it.
 _ignored_fields = Counter(
-    PREFIX + "ignored_fields", "Fields of requests that vLLM does not know.", labelnames=["route", "field"], registry=None
+    PREFIX + "ignored_fields",
+    "Fields of requests that vLLM does not know.",
+    labelnames=["route", "field"],
+    registry=None,
 )
 # Clients choose the names of fields; those that are odd, or too many, share a label.
 FIELD_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,80}")
@@ -97,10 +120,10 @@ def count_ignored_field(route: str, name: str) -> str | None:
 class StepStats:
     """What a step did, on its way from the scheduler (`vllm_longctx.scheduling.scheduler`) to the front end.
 
-    live_blocks: KV blocks held by running requests past their window. freed_blocks: those that went back to the pool from
-    requests that run on. tokens_past_trained: computed at positions past the trained length. selection_seconds:
-    see `StepReport`; None in a step without a forward. memory_usage: share in use of the memory layers'
-    own pool of blocks, None where they have none.
+    live_blocks: KV blocks held by running requests past their window. freed_blocks: those that went back to
+    the pool from requests that run on. tokens_past_trained: computed at positions past the trained length.
+    selection_seconds: see `StepReport`; None in a step without a forward. memory_usage: share in use of the
+    memory layers' own pool of blocks, None where they have none.
     """
 
     live_blocks: int = 0
@@ -110,9 +133,9 @@ class StepStats:
     selection_seconds: float | None = None
     memory_usage: float | None = None
 
-    # Requests that adapt: slots in use, requests held, requests that wait for their save, blocks at the trainer, versions that
-    # are not trained yet, steps in which all waited, tokens computed; adapters saved, and not; each swap of a slot, hold, and
-    # trained block in seconds, its loss before and after.
+    # Requests that adapt: slots in use, requests held, requests that wait for their save, blocks at the
+    # trainer, versions that are not trained yet, steps in which all waited, tokens computed; adapters saved,
+    # and not; each swap of a slot, hold, and trained block in seconds, its loss before and after.
     slots_in_use: int = 0
     held_requests: int = 0
     saving_requests: int = 0
@@ -150,9 +173,13 @@ class LongContextStatLogger(AggregateStatLoggerBase):
         if settings.mode.adapts:
             gauges, counters = gauges | ADAPTATION_GAUGES, counters | ADAPTATION_COUNTERS
             histograms = histograms | ADAPTATION_HISTOGRAMS
-        self.gauges = {f: per_engine(Gauge, *texts, multiprocess_mode="mostrecent") for f, texts in gauges.items()}
+        self.gauges = {
+            f: per_engine(Gauge, *texts, multiprocess_mode="mostrecent") for f, texts in gauges.items()
+        }
         self.counters = {f: per_engine(Counter, *texts) for f, texts in counters.items()}
-        self.histograms = {f: per_engine(Histogram, n, text, buckets=b) for f, (n, text, b) in histograms.items()}
+        self.histograms = {
+            f: per_engine(Histogram, n, text, buckets=b) for f, (n, text, b) in histograms.items()
+        }
         about = "Histogram of a block's loss in nats per token, {} it was trained on."
         self.losses = [
             per_engine(Histogram, f"block_loss_{when}", about.format(when), buckets=LOSS_BUCKETS)

@@ -1,8 +1,8 @@
 """What an engine runs: one row per mode. A new mode is a new row and the layers that its roles need.
 
-Nothing else in this package works out which mode an engine is in. Classes are named by their paths, as vLLM names its own, so
-that this table imports nothing and a process loads only what it runs. Both platforms' folders have the same files and classes,
-so a row names each class once.
+Nothing else in this package works out which mode an engine is in. Classes are named by their paths, as vLLM
+names its own, so that this table imports nothing and a process loads only what it runs. Both platforms'
+folders have the same files and classes, so a row names each class once.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,9 @@ from typing import Any
 
 
 class Role(StrEnum):
-    """What the queries of a layer see; which class makes a layer of it, below a platform's folder, is in `BACKENDS`."""
+    """What the queries of a layer see; which class makes a layer of it, below a platform's folder, is in
+    `BACKENDS`.
+    """
 
     SLIDING = "sliding"  #: the first tokens and a window that slides with the query (Λ attention)
     KEPT = "kept"  #: as sliding, and of all tokens between them, which the layer keeps, the best top_k
@@ -34,9 +36,10 @@ class Mode:
     """A row.
 
     name: For users, in the log and in `vllm-longctx doctor`.
-    methods, top_k, adapts: The configuration that this is the mode of: `attention.method`, whether `attention.top_k` is set
-        beside a sliding window, and whether there is an `adaptation`.
-    scheduler: In `vllm_longctx.scheduling`; asynchronous scheduling takes its twin with the prefix `Async`. Empty: vLLM's own.
+    methods, top_k, adapts: The configuration that this is the mode of: `attention.method`, whether
+        `attention.top_k` is set beside a sliding window, and whether there is an `adaptation`.
+    scheduler: In `vllm_longctx.scheduling`; asynchronous scheduling takes its twin with the prefix `Async`.
+        Empty: vLLM's own.
     layers: The roles that layers have, each with its KV spec in `vllm_longctx.engine.kv_cache`.
     runner: Below a platform's folder: what vLLM's model runner becomes.
     grows: Some layers keep the KV of the whole text, so vLLM fits max_model_len to the pool.
@@ -71,7 +74,9 @@ class Mode:
 
     @property
     def slides(self) -> bool:
-        """Windows slide with the query; else they step, and every window begins at one place for all its queries."""
+        """Windows slide with the query; else they step, and every window begins at one place for all its
+        queries.
+        """
         return Role.SLIDING in self.layers
 
     @property
@@ -105,7 +110,8 @@ MODES = (
         "attention.top_k",
         top_k=True,
         grows=True,
-        caches_prefixes=False,  # keys that leave the window of a request that writes are un-rotated, wherever it ends
+        # keys that leave the window of a request that writes are un-rotated, wherever it ends
+        caches_prefixes=False,
     ),
     Mode(
         "memory",
@@ -141,7 +147,10 @@ SCHEDULERS = tuple(path for mode in MODES if not mode.is_plain for path in mode.
 
 
 def mode_of(method: str, top_k: bool, adapts: bool) -> Mode | None:
-    """The mode of a configuration; None if there is none for it. top_k: means something beside a sliding window only."""
+    """The mode of a configuration; None if there is none for it.
+
+    top_k: means something beside a sliding window only.
+    """
     rows = (m for m in MODES if method in m.methods and m.adapts == adapts)
     return next((m for m in rows if m.top_k == (top_k and m.slides)), None)
 

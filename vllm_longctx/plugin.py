@@ -1,8 +1,8 @@
 """vLLM's door to this package: the entry point `longctx` in the group `vllm.general_plugins`.
 
-`register` runs in every process of vLLM. It makes the KV specs, the CUDA attention backend, MPT and LongLLaMA known and wraps
-three methods of EngineArgs and the constructor of StatLoggerManager; it changes nothing for an engine without a `longctx`
-configuration.
+`register` runs in every process of vLLM. It makes the KV specs, the CUDA attention backend, MPT and LongLLaMA
+known and wraps three methods of EngineArgs and the constructor of StatLoggerManager; it changes nothing for
+an engine without a `longctx` configuration.
 """
 
 import argparse
@@ -52,7 +52,10 @@ def _wrap_create_engine_config() -> None:
             vllm_config = create_engine_config(self, *args, **kwargs)
         if config is not None:
             engine_args.complete(config, vllm_config, self.enable_lora)
-            from vllm_longctx.serving import app, stop_strings  # the front end's, which other processes do not load
+            from vllm_longctx.serving import (
+                app,
+                stop_strings,
+            )  # the front end's, which other processes do not load
 
             app.check_engine_requests()
             app.limit_requests()
@@ -61,7 +64,9 @@ def _wrap_create_engine_config() -> None:
             if not config.mode.is_plain:
                 processes.end_together()
         elif longllama.ARCHITECTURE in vllm_config.model_config.architectures:
-            raise LongContextError(f"model {self.model} is LongLLaMA, which needs its memory; start it with --plugin longctx")
+            raise LongContextError(
+                f"model {self.model} is LongLLaMA, which needs its memory; start it with --plugin longctx"
+            )
         return vllm_config
 
     EngineArgs.create_engine_config = create  # type: ignore[method-assign]  # a seam
@@ -74,8 +79,12 @@ def _wrap_cli() -> None:
     @functools.wraps(add_cli_args)
     def add(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
         parser = add_cli_args(parser)
-        group = parser.add_argument_group("longctx", "Texts far longer than the model was trained on (vllm-longctx).")
-        group.add_argument("--plugin", choices=["longctx"], help="Run the plugin, by default with preset lm-infinite.")
+        group = parser.add_argument_group(
+            "longctx", "Texts far longer than the model was trained on (vllm-longctx)."
+        )
+        group.add_argument(
+            "--plugin", choices=["longctx"], help="Run the plugin, by default with preset lm-infinite."
+        )
         group.add_argument("--longctx", type=_checked_json, help="Its configuration as JSON.")
         group.add_argument("--longctx-preset", choices=sorted(PRESETS), help="A preset to start from.")
         return parser
@@ -99,8 +108,9 @@ def _wrap_cli() -> None:
 def _wrap_stat_loggers() -> None:
     """Add our metrics to the engines whose scheduler sends them.
 
-    vLLM's own door, the entry points `vllm.stat_logger_plugins`, would turn statistics on in every AsyncLLM, whatever its
-    configuration, and does not open for LLM. Ours is made last, because vLLM's Prometheus logger unregisters what it finds.
+    vLLM's own door, the entry points `vllm.stat_logger_plugins`, would turn statistics on in every AsyncLLM,
+    whatever its configuration, and does not open for LLM. Ours is made last, because vLLM's Prometheus logger
+    unregisters what it finds.
     """
     init = StatLoggerManager.__init__
 

@@ -1,6 +1,7 @@
 """Dense attention in float64: the oracle every other implementation is tested against.
 
-It evaluates `geometry` literally: one score per (query, key) pair at the distance the geometry gives, one softmax.
+It evaluates `geometry` literally: one score per (query, key) pair at the distance the geometry gives, one
+    softmax.
 """
 
 import torch
@@ -23,10 +24,12 @@ def attention(
     """Attention over branches, in float64.
 
     query [T, heads, d], key and value [S, kv_heads, d]: not rotated. branches: masks and distances [T, S].
-    rotary: rotates each pair by its distance. alibi_slopes [heads]: adds -slope * distance. Returns [T, heads, d].
+    rotary: rotates each pair by its distance. alibi_slopes [heads]: adds -slope * distance. Returns [T,
+    heads, d].
 
-    margins: takes, of a branch of which only the best keys are seen, the smallest difference between the score of one that is
-    seen and of one that is not: an implementation whose scores err by more may choose others, and rightly.
+    margins: takes, of a branch of which only the best keys are seen, the smallest difference between the
+    score of one that is seen and of one that is not: an implementation whose scores err by more may choose
+    others, and rightly.
     """
     query, key, value = query.double(), key.double(), value.double()
     group = query.shape[1] // key.shape[1]
@@ -49,8 +52,8 @@ def attention(
 def _scores_at(query: Tensor, key: Tensor, distance: Tensor, rotary: Rotary | None) -> Tensor:
     """q·R(distance)·k for every pair: float64 [heads, T, S].
 
-    With a pair's elements as complex numbers, q·R(δ)k = Re(q · conj(k) · e^{iδf}) summed over frequencies f. Queries and
-    keys both carry the attention factor.
+    With a pair's elements as complex numbers, q·R(δ)k = Re(q · conj(k) · e^{iδf}) summed over frequencies f.
+    Queries and keys both carry the attention factor.
     """
     if rotary is None:
         return torch.einsum("thd,shd->hts", query, key)

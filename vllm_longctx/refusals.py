@@ -43,7 +43,9 @@ def raise_in_front_end() -> None:
     if hasattr(init, "__wrapped__"):
         return
 
-    files: weakref.WeakKeyDictionary[CoreEngineProcManager, int] = weakref.WeakKeyDictionary()  # their descriptors
+    files: weakref.WeakKeyDictionary[CoreEngineProcManager, int] = (
+        weakref.WeakKeyDictionary()
+    )  # their descriptors
 
     @functools.wraps(init)
     def init_with_file(self: CoreEngineProcManager, *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """Exact rotary angles for any position, and turning rotated vectors to another position.
 
-vLLM's table of cosines is as long as the trained length, and its float32 angles err by 6e-3 at one million tokens. Here
-every angle is position * frequency in float64, which holds to 1e-6 up to position 2^31.
+vLLM's table of cosines is as long as the trained length, and its float32 angles err by 6e-3 at one million
+tokens. Here every angle is position * frequency in float64, which holds to 1e-6 up to position 2^31.
 
 Frequencies: RoFormer (arXiv 2104.09864, section 3.2.2); the rescalings follow vLLM's rotary classes and
 `transformers.modeling_rope_utils`, recomputed in float64.
@@ -17,11 +17,14 @@ from torch import Tensor, nn
 SCALINGS = ("default", "llama3", "linear", "dynamic", "yarn")
 
 
-def inverse_frequencies(rotary_dim: int, rope_parameters: Mapping[str, Any], max_positions: int = 0) -> Tensor:
+def inverse_frequencies(
+    rotary_dim: int, rope_parameters: Mapping[str, Any], max_positions: int = 0
+) -> Tensor:
     """Radians per token of each rotated pair: float64 [rotary_dim / 2].
 
-    rope_parameters: the entry of that name in a Hugging Face config. max_positions: its max_position_embeddings, which only
-    dynamic NTK with `max_trained_positions` reads. Raises ValueError for a scaling not in SCALINGS.
+    rope_parameters: the entry of that name in a Hugging Face config. max_positions: its
+    max_position_embeddings, which only dynamic NTK with `max_trained_positions` reads. Raises ValueError for
+    a scaling not in SCALINGS.
     """
     scaling = rope_parameters.get("rope_type", "default")
     if scaling not in SCALINGS:
@@ -58,8 +61,8 @@ def attention_factor(rope_parameters: Mapping[str, Any]) -> float:
 def _dynamic_ntk_growth(p: Mapping[str, Any], max_positions: int) -> float:
     """How much dynamic NTK raises the base, before its exponent.
 
-    transformers raises it as a text outgrows the trained length; no distance of ours does. vLLM raises it once, for
-    `max_trained_positions` stretched to max_positions; so do we.
+    transformers raises it as a text outgrows the trained length; no distance of ours does. vLLM raises it
+    once, for `max_trained_positions` stretched to max_positions; so do we.
     """
     if "alpha" in p:
         return p["alpha"]
@@ -76,11 +79,17 @@ def _llama3(frequencies: Tensor, p: Mapping[str, Any]) -> Tensor:
 
 
 def _yarn(frequencies: Tensor, base: float, p: Mapping[str, Any]) -> Tensor:
-    """Pairs that turn often within the original length are kept, those that turn seldom divided by `factor`."""
+    """Pairs that turn often within the original length are kept, those that turn seldom divided by
+    `factor`.
+    """
     pairs = len(frequencies)
 
     def pair_turning(rotations: float) -> float:
-        return pairs * math.log(p["original_max_position_embeddings"] / (rotations * 2 * math.pi)) / math.log(base)
+        return (
+            pairs
+            * math.log(p["original_max_position_embeddings"] / (rotations * 2 * math.pi))
+            / math.log(base)
+        )
 
     low, high = pair_turning(p.get("beta_fast") or 32), pair_turning(p.get("beta_slow") or 1)
     if p.get("truncate", True):
@@ -102,7 +111,9 @@ class Rotary(nn.Module):
     inverse_frequencies: Tensor
     turns_per_token: Tensor
 
-    def __init__(self, head_size: int, rotary_dim: int, neox: bool, inverse_frequencies: Tensor, factor: float = 1.0):
+    def __init__(
+        self, head_size: int, rotary_dim: int, neox: bool, inverse_frequencies: Tensor, factor: float = 1.0
+    ):
         super().__init__()
         self.head_size, self.rotary_dim, self.neox, self.factor = head_size, rotary_dim, neox, factor
         self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
@@ -110,8 +121,12 @@ class Rotary(nn.Module):
         self.register_buffer("turns_per_token", inverse_frequencies / (2 * math.pi), persistent=False)
         self._step: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
-    def forward(self, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """positions [tokens], int; query, key [tokens, heads * head_size]: returned rotated, same shape and dtype."""
+    def forward(
+        self, positions: Tensor, query: Tensor, key: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """positions [tokens], int; query, key [tokens, heads * head_size]: returned rotated, same shape and
+        dtype.
+        """
         cos_sin = self._step_cos_sin(positions)
         return self._rotate_flat(query, cos_sin), None if key is None else self._rotate_flat(key, cos_sin)
 
@@ -120,7 +135,9 @@ class Rotary(nn.Module):
         self._step = None
 
     def _step_cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled `cos_sin`, computed once for all the layers of a step: they are given the same tensor object."""
+        """Scaled `cos_sin`, computed once for all the layers of a step: they are given the same tensor
+        object.
+        """
         if torch.compiler.is_compiling():
             return self.scaled_cos_sin(positions.flatten())
         if self._step is None or self._step[0] is not positions:
@@ -128,7 +145,9 @@ class Rotary(nn.Module):
         return self._step[1]
 
     def scaled_cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """`cos_sin` times the attention factor: what `forward` rotates by, and what vLLM's own table holds."""
+        """`cos_sin` times the attention factor: what `forward` rotates by, and what vLLM's own table
+        holds.
+        """
         cos, sin = self.cos_sin(positions)
         return (cos, sin) if self.factor == 1.0 else (cos * self.factor, sin * self.factor)
 
@@ -139,23 +158,27 @@ class Rotary(nn.Module):
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """float32 [*positions, rotary_dim / 2] each, from float64 angles.
 
-        Whole turns are taken off in float64; what is left is at most half a turn, whose float32 sines cost a fraction of
-        float64 ones. It matters because torch.compile computes them again for every head of every layer.
+        Whole turns are taken off in float64; what is left is at most half a turn, whose float32 sines cost a
+        fraction of float64 ones. It matters because torch.compile computes them again for every head of every
+        layer.
         """
         turns = positions.unsqueeze(-1) * self.turns_per_token
         angles = ((turns - turns.round()) * (2 * math.pi)).float()
         return angles.cos(), angles.sin()
 
     def turn(self, x: Tensor, by: Tensor) -> Tensor:
-        """x [..., head_size] turned on by `by` positions (int, may be negative), broadcastable to x.shape[:-1].
+        """x [..., head_size] turned on by `by` positions (int, may be negative), broadcastable to
+        x.shape[:-1].
 
-        R(a)·R(b) = R(a + b): turning a vector rotated at position p gives the one rotated at p + by, up to one rounding.
-        The attention factor is in a rotated vector once, whatever it is turned by.
+        R(a)·R(b) = R(a + b): turning a vector rotated at position p gives the one rotated at p + by, up to
+        one rounding. The attention factor is in a rotated vector once, whatever it is turned by.
         """
         return self.rotate(x, *self.cos_sin(by))
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [..., head_size] rotated by angles at hand: cos, sin as from `cos_sin`, broadcastable to [..., rotary_dim / 2]."""
+        """x [..., head_size] rotated by angles at hand: cos, sin as from `cos_sin`, broadcastable to [...,
+        rotary_dim / 2].
+        """
         rotated = x[..., : self.rotary_dim].to(cos.dtype)
         a, b = rotated.chunk(2, -1) if self.neox else (rotated[..., ::2], rotated[..., 1::2])
         halves = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
@@ -168,5 +191,7 @@ class Rotary(nn.Module):
 class NoRotation(nn.Module):
     """Takes the place of a rotary module in layers without positions."""
 
-    def forward(self, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, positions: Tensor, query: Tensor, key: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         return query, key

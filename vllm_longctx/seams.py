@@ -45,11 +45,15 @@ def _has(path: str, *attributes: str) -> Callable[[], bool]:
 
 def _sets(path: str, *attributes: str) -> Callable[[], bool]:
     """As `_has`, for attributes that objects of a class get when they are made."""
-    return lambda: (init := _found(f"{path}.__init__.__code__")) is not None and set(attributes) <= set(init.co_names)
+    return lambda: (
+        (init := _found(f"{path}.__init__.__code__")) is not None and set(attributes) <= set(init.co_names)
+    )
 
 
 def _takes(path: str, *parameters: str) -> Callable[[], bool]:
-    return lambda: (found := _found(path)) is not None and set(parameters) <= set(inspect.signature(found).parameters)
+    return lambda: (
+        (found := _found(path)) is not None and set(parameters) <= set(inspect.signature(found).parameters)
+    )
 
 
 def _open(path: str) -> Callable[[], bool]:
@@ -94,7 +98,8 @@ SEAMS = [
         "SingleTypeKVCacheManager._remove_blocks_in_range, num_cached_block, _get_num_evictable_blocks; "
         "BlockPool.free_block_queue (reordered), cache_full_blocks (with a group id of our own)",
         "engine/kv_cache.py",
-        "free the middle of a request and have it reused first; publish a memory's first window while it is open",
+        "free the middle of a request and have it reused first; publish a memory's first window while it is "
+        "open",
         _all(
             _has(
                 "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
@@ -115,7 +120,8 @@ SEAMS = [
         "0006-seeded-chunked-prefill-on-cpu.diff",
     ),
     Seam(
-        "StatLoggerManager.__init__ (wrapped), SchedulerStats.kv_connector_stats (borrowed), an attribute on ModelRunnerOutput",
+        "StatLoggerManager.__init__ (wrapped), SchedulerStats.kv_connector_stats (borrowed), an attribute on "
+        "ModelRunnerOutput",
         "plugin.py, scheduling/scheduler.py, cpu/worker.py",
         "metrics of long requests beside vLLM's own, only for engines that run longctx, in LLM too",
         _all(
@@ -133,27 +139,36 @@ SEAMS = [
         "0009-request-checks-of-plugins.diff",
     ),
     Seam(
-        "APIRoute.app, init_endpoint_plugins_state, an app's AsyncLLM.generate and add_request, beam_search of vLLM's handlers "
+        "APIRoute.app, init_endpoint_plugins_state, an app's AsyncLLM.generate and add_request, beam_search "
+        "of vLLM's handlers "
         "(wrapped); their default_sampling_params (max_tokens set)",
         "serving/app.py, serving/streams.py",
-        "check bodies behind vLLM's authentication, start streams when the engine has admitted their requests, "
+        "check bodies behind vLLM's authentication, start streams when the engine has admitted their "
+        "requests, "
         "end beam searches at the trained length, and open-ended requests without capping the others, "
         "for run-batch, too",
         _all(
             _has("vllm.entrypoints.launchers.app:build_app"),
             _has("vllm.entrypoints.launchers.api_server.app_state:init_app_state"),
             _has("vllm.entrypoints.launchers.api_server.app_state:init_endpoint_plugins_state"),
-            _takes("vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search", "prompt", "params"),
+            _takes(
+                "vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
+                "prompt",
+                "params",
+            ),
             _has("vllm.v1.engine.async_llm:AsyncLLM", "generate", "add_request"),
         ),
         "0010-app-hooks-of-plugins.diff",
     ),
     Seam(
-        "Scheduler._reserve_prefill_lookahead, _handle_blocked_waiting_request, _update_after_schedule, _preempt_request, "
+        "Scheduler._reserve_prefill_lookahead, _handle_blocked_waiting_request, _update_after_schedule, "
+        "_preempt_request, "
         "_free_request (overridden), running (reordered)",
         "scheduling/scheduler.py, scheduling/temp_lora.py, scheduling/memory.py",
-        "share a step's tokens, let a request that adapts compute to the end of its block, or of its window, and no further, "
-        "hold it until the block is trained, admit it when a slot is free, preempt it last; run no more adapters than there "
+        "share a step's tokens, let a request that adapts compute to the end of its block, or of its window, "
+        "and no further, "
+        "hold it until the block is trained, admit it when a slot is free, preempt it last; run no more "
+        "adapters than there "
         "are places",
         _all(
             _has(
@@ -172,7 +187,8 @@ SEAMS = [
         "Scheduler._make_cached_request_data (overridden), resumed_req_ids of requests that run on; "
         "SingleTypeKVCacheManager.req_to_blocks, num_cached_block, _null_block",
         "scheduling/temp_lora.py, cuda/passes_runner.py, engine/kv_cache.py",
-        "begin a new pass: free a running request's KV blocks and compute its window again, never shared with other requests",
+        "begin a new pass: free a running request's KV blocks and compute its window again, never shared "
+        "with other requests",
         _all(
             _has("vllm.v1.core.sched.scheduler:Scheduler", "_make_cached_request_data"),
             _sets(
@@ -192,15 +208,19 @@ SEAMS = [
         "0013-plugin-data-of-a-step.diff",
     ),
     Seam(
-        "CPUWorker.model_runner, Worker._make_model_runner (the runner's class replaced); GPUModelRunner.load_lora_model, "
-        "add_lora, remove_lora, pin_lora, list_loras, _prepare_inputs, _get_prompt_logprobs_dict (overridden), "
+        "CPUWorker.model_runner, Worker._make_model_runner (the runner's class replaced); "
+        "GPUModelRunner.load_lora_model, "
+        "add_lora, remove_lora, pin_lora, list_loras, _prepare_inputs, _get_prompt_logprobs_dict "
+        "(overridden), "
         "input_batch.token_ids_cpu (changed while ids are gathered), positions (changed); on CUDA "
         "GPUModelRunner.prepare_inputs, prepare_attn, add_requests, finish_requests, "
-        "DefaultModelState.prepare_inputs, prepare_dummy_inputs, PromptLogprobsWorker (overridden), RequestState.prefill_len, "
+        "DefaultModelState.prepare_inputs, prepare_dummy_inputs, PromptLogprobsWorker (overridden), "
+        "RequestState.prefill_len, "
         "num_computed_tokens, BlockTables.num_blocks (changed)",
         "cpu/worker.py, cuda/worker.py, engine/lora.py, cpu/lora.py, cuda/lora.py, "
         "cuda/passes_runner.py, cpu/memory_runner.py, cuda/memory_runner.py",
-        "put the first tokens before a window, keep prompt log-probabilities of the first pass, manage adapters in memory, "
+        "put the first tokens before a window, keep prompt log-probabilities of the first pass, manage "
+        "adapters in memory, "
         "count positions from a window",
         _all(
             _has(
@@ -231,9 +251,15 @@ SEAMS = [
                 "compute_prompt_logprobs",
                 "compute_prompt_token_id_logprobs",
             ),
-            _sets("vllm.v1.worker.gpu.states:RequestState", "prefill_len", "num_computed_tokens", "prompt_len"),
+            _sets(
+                "vllm.v1.worker.gpu.states:RequestState", "prefill_len", "num_computed_tokens", "prompt_len"
+            ),
             _sets("vllm.v1.worker.gpu.block_table:BlockTables", "num_blocks"),
-            _has("vllm.v1.worker.gpu.model_states.default:DefaultModelState", "prepare_inputs", "prepare_dummy_inputs"),
+            _has(
+                "vllm.v1.worker.gpu.model_states.default:DefaultModelState",
+                "prepare_inputs",
+                "prepare_dummy_inputs",
+            ),
         ),
         "0014-model-runner-of-plugins.diff",
     ),
@@ -249,8 +275,10 @@ SEAMS = [
         "0015-adapters-from-memory.diff",
     ),
     Seam(
-        "LRUCacheWorkerLoRAManager._load_adapter, _apply_adapters, dummy_lora_cache (overridden), _manager_cls (another); "
-        "LRUCacheLoRAModelManager.lora_slots, capacity (overridden), _registered_adapters, _active_adapters, lora_index_to_id "
+        "LRUCacheWorkerLoRAManager._load_adapter, _apply_adapters, dummy_lora_cache (overridden), "
+        "_manager_cls (another); "
+        "LRUCacheLoRAModelManager.lora_slots, capacity (overridden), _registered_adapters, _active_adapters, "
+        "lora_index_to_id "
         "(laid out anew); NewRequestData.lora_request (set)",
         "engine/lora.py",
         "indices for trained adapters after the users'; an adapter that cannot be loaded fails its requests",
@@ -262,8 +290,18 @@ SEAMS = [
                 "dummy_lora_cache",
                 "_manager_cls",
             ),
-            _has("vllm.lora.model_manager:LRUCacheLoRAModelManager", "lora_slots", "capacity", "activate_adapter"),
-            _sets("vllm.lora.model_manager:LoRAModelManager", "_registered_adapters", "_active_adapters", "lora_index_to_id"),
+            _has(
+                "vllm.lora.model_manager:LRUCacheLoRAModelManager",
+                "lora_slots",
+                "capacity",
+                "activate_adapter",
+            ),
+            _sets(
+                "vllm.lora.model_manager:LoRAModelManager",
+                "_registered_adapters",
+                "_active_adapters",
+                "lora_index_to_id",
+            ),
             _takes("vllm.v1.core.sched.output:NewRequestData", "lora_request"),
         ),
         "0021-places-and-load-errors-of-lora-managers.diff",
@@ -271,7 +309,8 @@ SEAMS = [
     Seam(
         "LoRAModelManager.punica_wrapper_mapping, PunicaWrapperCPU (its class replaced)",
         "cpu/lora.py",
-        "no adapter for tokens that have none, where vLLM applies the last one, and weights not gathered for every token",
+        "no adapter for tokens that have none, where vLLM applies the last one, and weights not gathered for "
+        "every token",
         _all(
             _has(
                 "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU",
@@ -294,19 +333,24 @@ SEAMS = [
         "store the keys and values of a pass from its own first block on",
         _all(
             _takes("vllm.v1.attention.backend:CommonAttentionMetadata", "slot_mapping"),
-            _takes("vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update", "slot_mapping"),
+            _takes(
+                "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update",
+                "slot_mapping",
+            ),
         ),
         "0017-slots-written-by-builders.diff",
     ),
     Seam(
         "Request.block_hashes (cut), _block_hasher (taken away)",
         "scheduling/scheduler.py, scheduling/memory.py",
-        "keep KV out of the prefix cache that depends on where the prompt ends, or was computed without its adapter",
+        "keep KV out of the prefix cache that depends on where the prompt ends, or was computed without its "
+        "adapter",
         _sets("vllm.v1.request:Request", "block_hashes", "_block_hasher"),
         "0018-block-hashes-of-a-request.diff",
     ),
     Seam(
-        "SingleTypeKVCacheManager.block_pool (another one), Attention.kv_cache (replaced after allocation); on CUDA the model "
+        "SingleTypeKVCacheManager.block_pool (another one), Attention.kv_cache (replaced after allocation); "
+        "on CUDA the model "
         "runner's KVCacheConfig.num_blocks (lowered)",
         "engine/kv_cache.py, cpu/worker.py, cuda/host_memory.py",
         "a pool of their own, in host memory, for layers that keep everything",
@@ -317,7 +361,8 @@ SEAMS = [
         "0019-pool-of-its-own.diff",
     ),
     Seam(
-        "OutputProcessor.add_request, process_outputs, RequestState.detokenizer (wrapped); SamplingParams (an attribute); "
+        "OutputProcessor.add_request, process_outputs, RequestState.detokenizer (wrapped); SamplingParams "
+        "(an attribute); "
         "EngineCoreOutput.stop_reason, kv_transfer_params (set)",
         "serving/stop_strings.py, scheduling/saves.py",
         "answer a request that ends at a stop string when its adapter is saved, and say why if it is not",
@@ -325,7 +370,12 @@ SEAMS = [
             _takes("vllm.v1.engine.output_processor:OutputProcessor.add_request", "request"),
             _takes("vllm.v1.engine.output_processor:OutputProcessor.process_outputs", "engine_core_outputs"),
             _sets("vllm.v1.engine.output_processor:RequestState", "detokenizer"),
-            _has("vllm.v1.engine.detokenizer:IncrementalDetokenizer", "update", "get_next_output_text", "num_output_tokens"),
+            _has(
+                "vllm.v1.engine.detokenizer:IncrementalDetokenizer",
+                "update",
+                "get_next_output_text",
+                "num_output_tokens",
+            ),
             _has("vllm.sampling_params:SamplingParams", "__dict__"),
             _has("vllm.v1.engine:EngineCoreOutput", "stop_reason", "kv_transfer_params"),
         ),
@@ -337,14 +387,18 @@ SEAMS = [
         "leave the trainer its core while workers compute, and wake up where vLLM drops the notification",
         _all(
             _has("vllm.distributed.device_communicators.shm_broadcast:SpinCondition", "wait"),
-            _sets("vllm.distributed.device_communicators.shm_broadcast:SpinCondition", "busy_loop_s", "poller"),
+            _sets(
+                "vllm.distributed.device_communicators.shm_broadcast:SpinCondition", "busy_loop_s", "poller"
+            ),
         ),
         "0020-readers-that-sleep.diff",
     ),
     Seam(
-        "EngineCore._initialize_effective_attention_block_size, CoreEngineProcManager.__init__, finished_procs (wrapped)",
+        "EngineCore._initialize_effective_attention_block_size, CoreEngineProcManager.__init__, "
+        "finished_procs (wrapped)",
         "scheduling/temp_lora.py, refusals.py",
-        "compare the trainer's model with the engine's before any request, and report a LongContextError to the "
+        "compare the trainer's model with the engine's before any request, and report a LongContextError to "
+        "the "
         "process that starts the engine",
         _all(
             _has("vllm.v1.engine.core:EngineCore", "_initialize_effective_attention_block_size"),
@@ -362,14 +416,19 @@ SEAMS = [
         "0026-files-of-a-checkpoint.diff",
     ),
     Seam(
-        "EngineCoreProc.run_engine_core, WorkerProc.worker_main, DPCoordinatorProc.run_coordinator, run_api_server_worker_proc "
+        "EngineCoreProc.run_engine_core, WorkerProc.worker_main, DPCoordinatorProc.run_coordinator, "
+        "run_api_server_worker_proc "
         "(replaced as what processes run), a worker's distributed_init_method (changed)",
         "processes.py",
         "end the processes of an engine with the one that started them, and leave no file behind",
         _all(
             _takes("vllm.v1.engine.core:EngineCoreProc.run_engine_core", "kwargs"),
             _takes("vllm.v1.executor.multiproc_executor:WorkerProc.worker_main", "kwargs"),
-            _takes("vllm.v1.executor.multiproc_executor:WorkerProc.__init__", "vllm_config", "distributed_init_method"),
+            _takes(
+                "vllm.v1.executor.multiproc_executor:WorkerProc.__init__",
+                "vllm_config",
+                "distributed_init_method",
+            ),
             _takes("vllm.v1.engine.coordinator:DPCoordinatorProc.run_coordinator", "engine_count"),
             _takes("vllm.v1.utils:run_api_server_worker_proc", "args"),
         ),
@@ -389,7 +448,10 @@ SEAMS = [
         _all(
             _takes("torch.multiprocessing.reductions:reduce_tensor", "tensor"),
             _takes(
-                "torch.multiprocessing.reductions:rebuild_cuda_tensor", "storage_handle", "ref_counter_handle", "event_handle"
+                "torch.multiprocessing.reductions:rebuild_cuda_tensor",
+                "storage_handle",
+                "ref_counter_handle",
+                "event_handle",
             ),
         ),
         None,

@@ -1,7 +1,7 @@
 """A configuration in force: of an engine whose model is known, with nothing left open.
 
-`config` has what a user may write, where None takes a value from the model. Here a mode's values are typed by what the mode is,
-so nobody who reads them has to ask whether they are there.
+`config` has what a user may write, where None takes a value from the model. Here a mode's values are typed by
+what the mode is, so nobody who reads them has to ask whether they are there.
 """
 
 import functools
@@ -112,20 +112,30 @@ class Adaptation(AdaptationSection):
         return cls.model_construct(**{**dict(section), "trainer": TrainerSettings.of(section.trainer)})
 
     def check(self, trained_length: int, sliding: bool, kv_block: int) -> None:
-        """Raises LongContextError unless filled-in sizes go together. sliding: the window slides (Λ attention)."""
+        """Raises LongContextError unless filled-in sizes go together.
+
+        sliding: the window slides (Λ attention).
+        """
         if (self.kv_policy == "keep") != sliding:
-            other = "reuse or recompute; Λ attention (attention.method lm_infinite or streaming) goes with keep"
-            raise LongContextError(f"adaptation.kv_policy = {self.kv_policy!r}, but attention.method none takes {other}")
+            other = (
+                "reuse or recompute; Λ attention (attention.method lm_infinite or streaming) goes with keep"
+            )
+            raise LongContextError(
+                f"adaptation.kv_policy = {self.kv_policy!r}, but attention.method none takes {other}"
+            )
         example = self.train_context_tokens + self.block_tokens + 1
         if example > trained_length:
             raise LongContextError(
-                f"adaptation.train_context_tokens + adaptation.block_tokens + 1 = {example}, but the model was trained on "
+                f"adaptation.train_context_tokens + adaptation.block_tokens + 1 = {example}, but the model "
+                f"was trained on "
                 f"{trained_length} tokens; lower one of them"
             )
         if not sliding and self.context_tokens + kv_block + self.keep_first > self.window_tokens:
             raise LongContextError(
-                f"adaptation.context_tokens = {self.context_tokens} leaves no room in adaptation.window_tokens = "
-                f"{self.window_tokens}: a new pass keeps them, up to {kv_block - 1} more and {self.keep_first} first ones; "
+                f"adaptation.context_tokens = {self.context_tokens} leaves no room in "
+                f"adaptation.window_tokens = "
+                f"{self.window_tokens}: a new pass keeps them, up to {kv_block - 1} more and "
+                f"{self.keep_first} first ones; "
                 f"give at most {self.window_tokens - kv_block - self.keep_first}"
             )
 
@@ -139,17 +149,23 @@ class Adaptation(AdaptationSection):
         if not wanted:
             if given:
                 raise LongContextError(
-                    f"{next(iter(given))} has no effect without temp_lora; set temp_lora true, or leave it out"
+                    f"{next(iter(given))} has no effect without temp_lora; set temp_lora true, or leave it "
+                    f"out"
                 )
             return None
         for name in ("save_as", "start_from"):
             if given.pop(name, None) is not None and self.adapters_root is None:
-                raise LongContextError(f"{name}: this server keeps no adapters; start it with adaptation.adapters_root")
+                raise LongContextError(
+                    f"{name}: this server keeps no adapters; start it with adaptation.adapters_root"
+                )
         if options.start_from is not None:
             given.setdefault("rank", self._saved_rank(options.start_from))
         limits = {
             "rank": (given.get("rank", 1) <= self.max_rank, f"at most {self.max_rank} (adaptation.max_rank)"),
-            "epochs": (given.get("epochs", 0) <= self.max_epochs, f"at most {self.max_epochs} (adaptation.max_epochs)"),
+            "epochs": (
+                given.get("epochs", 0) <= self.max_epochs,
+                f"at most {self.max_epochs} (adaptation.max_epochs)",
+            ),
             "block_tokens": (
                 given.get("block_tokens", self.block_tokens) >= self.min_block_tokens,
                 f"at least {self.min_block_tokens} (adaptation.min_block_tokens)",
@@ -157,7 +173,9 @@ class Adaptation(AdaptationSection):
         }
         for name, (holds, allowed) in limits.items():
             if not holds:
-                raise LongContextError(f"{name} = {given[name]} is beyond this server's limit; give {allowed}")
+                raise LongContextError(
+                    f"{name} = {given[name]} is beyond this server's limit; give {allowed}"
+                )
         if "block_tokens" in given and "train_context_tokens" not in given:
             room = max(trained_length - given["block_tokens"] - 1, 0)
             given["train_context_tokens"] = min(self.train_context_tokens, room)
@@ -168,11 +186,15 @@ class Adaptation(AdaptationSection):
     def _saved_rank(self, name: str) -> int:
         path = Path(_filled(self.adapters_root), name, "adapter_config.json")
         if not path.is_file():
-            raise LongContextError(f"start_from = {name!r}: there is no such adapter in adaptation.adapters_root")
+            raise LongContextError(
+                f"start_from = {name!r}: there is no such adapter in adaptation.adapters_root"
+            )
         try:
             return int(json.loads(path.read_text())["r"])
         except (OSError, ValueError, KeyError) as e:
-            raise LongContextError(f"start_from = {name!r}: its adapter_config.json cannot be read: {e!r}") from None
+            raise LongContextError(
+                f"start_from = {name!r}: its adapter_config.json cannot be read: {e!r}"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -229,7 +251,10 @@ class Settings:
         attention = self.attention.model_dump(exclude_none=True, exclude={"allow_beyond_trained"})
         parts = [f"{name} {value}" for name, value in attention.items()]
         if (a := self.adaptation) is not None:
-            parts += [f"Temp-LoRA rank {a.rank}, blocks of {a.block_tokens} tokens, kv_policy {a.kv_policy}, {a.slots} slots"]
+            parts += [
+                f"Temp-LoRA rank {a.rank}, blocks of {a.block_tokens} tokens, kv_policy {a.kv_policy}, "
+                f"{a.slots} slots"
+            ]
         return parts
 
     def role(self, layer: int) -> Role:
@@ -242,8 +267,13 @@ class Settings:
         return _filled(next(iter(roles), None))
 
 
-def for_model(config: LongContextConfig, trained_length: int, kv_block: int, *args: Any, **kwargs: Any) -> LongContextConfig:
-    """`LongContextConfig.for_model`, and whether its values go together. Raises LongContextError if they do not."""
+def for_model(
+    config: LongContextConfig, trained_length: int, kv_block: int, *args: Any, **kwargs: Any
+) -> LongContextConfig:
+    """`LongContextConfig.for_model`, and whether its values go together.
+
+    Raises LongContextError if they do not.
+    """
     filled = config.for_model(trained_length, kv_block, *args, **kwargs)
     settings = Settings.of(filled)
     if settings.adaptation is not None:
@@ -269,5 +299,7 @@ def _parsed(text: str) -> Settings:
 
 def _filled(value: T | None) -> T:
     if value is None:
-        raise RuntimeError("this engine's mode does not have the value, or LongContextConfig.for_model has not been called")
+        raise RuntimeError(
+            "this engine's mode does not have the value, or LongContextConfig.for_model has not been called"
+        )
     return value

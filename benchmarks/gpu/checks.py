@@ -1,8 +1,11 @@
-"""Are the kernels right on this card? Their own tests, compiled; and real shapes at real lengths against float64.
+"""Are the kernels right on this card?
 
-A check holds only the keys that its queries may see: the others' blocks are the null block, full of NaN. Stored keys are
-rotated and rounded; the reference starts from just these numbers, turned back in float64, so that an error is the kernel's own.
-The first keys are larger than the others, or nobody would notice them among thousands. Values are of size 1, and so are errors.
+Their own tests, compiled; and real shapes at real lengths against float64.
+
+A check holds only the keys that its queries may see: the others' blocks are the null block, full of NaN.
+Stored keys are rotated and rounded; the reference starts from just these numbers, turned back in float64, so
+that an error is the kernel's own. The first keys are larger than the others, or nobody would notice them
+among thousands. Values are of size 1, and so are errors.
 """
 
 import itertools
@@ -30,7 +33,8 @@ Run = Callable[[Shape, Tensor, Tensor, Tensor, int], Tensor]
 ROOT = Path(__file__).parents[2]
 BLOCK_SIZE = 32
 SAMPLED = 4  # queries of a chunk that are compared
-# Scores of first keys come from two vectors that were turned, so rounded, again; probabilities and the output are rounded once.
+# Scores of first keys come from two vectors that were turned, so rounded, again; probabilities and the output
+# are rounded once.
 ROUNDINGS = 8
 
 # Those that run on a GPU where there is one.
@@ -38,15 +42,22 @@ TESTS = ("cuda/**/test_*.py", "**/test_*_gpu.py")
 
 
 def tests_plan(setting: "Setting") -> Plan:
-    files = {str(path.relative_to(ROOT)) for pattern in TESTS for path in (ROOT / "tests" / "fast").glob(pattern)}
+    files = {
+        str(path.relative_to(ROOT)) for pattern in TESTS for path in (ROOT / "tests" / "fast").glob(pattern)
+    }
     return [{"file": name} for name in sorted(files)]
 
 
 def tests(record: "Record", plan: Plan, setting: "Setting") -> None:
-    """The tests of what runs on a GPU, kernels compiled, all files at once. Raises RuntimeError if one fails or none ran."""
+    """The tests of what runs on a GPU, kernels compiled, all files at once.
+
+    Raises RuntimeError if one fails or none ran.
+    """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    start = partial(subprocess.Popen, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    start = partial(
+        subprocess.Popen, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     running = [start([*command, row["file"]]) for row in plan]
     wrong = [] if plan else ["tests/ is not there"]
     for row, process in zip(plan, running, strict=True):
@@ -55,7 +66,9 @@ def tests(record: "Record", plan: Plan, setting: "Setting") -> None:
         counts = outcome(output)
         record.add(**row, **counts)
         if process.returncode or not counts["passed"]:
-            wrong += re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE) or [f"{row['file']} did not run"]
+            wrong += re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE) or [
+                f"{row['file']} did not run"
+            ]
     record.note(failed=len(wrong))
     if wrong:
         raise RuntimeError(f"{len(wrong)} tests fail, the first is {wrong[0]}")
@@ -72,9 +85,13 @@ def checks_plan(setting: "Setting") -> Plan:
     plan: Plan = []
     for s, dtype in itertools.product(shapes(setting), ("float16", "bfloat16")):
         lengths = (s.trained // 2, 4 * s.trained, 1 << 20)
-        kernels = [("decode", 1, n) for n in lengths] + [("prefill", min(512, s.trained // 4), n) for n in lengths]
+        kernels = [("decode", 1, n) for n in lengths] + [
+            ("prefill", min(512, s.trained // 4), n) for n in lengths
+        ]
         kernels += [("lookup", 1, 1 << 17), ("lookup in host memory", 1, 1 << 17)]
-        plan += [{"kernel": k, "shape": s.name, "dtype": dtype, "length": n, "queries": q} for k, q, n in kernels]
+        plan += [
+            {"kernel": k, "shape": s.name, "dtype": dtype, "length": n, "queries": q} for k, q, n in kernels
+        ]
     return plan
 
 
@@ -94,8 +111,11 @@ def checks(record: "Record", plan: Plan, setting: "Setting") -> None:
         raise RuntimeError(f"{len(wrong)} of {len(plan)} checks fail, the first is {wrong[0]}")
 
 
-def lambda_error(shape: Shape, dtype: torch.dtype, length: int, queries: int, run: Run | None = None) -> float:
-    """Of the last `queries` tokens of a text, by the decode kernel if there is one and by the kernel for chunks otherwise.
+def lambda_error(
+    shape: Shape, dtype: torch.dtype, length: int, queries: int, run: Run | None = None
+) -> float:
+    """Of the last `queries` tokens of a text, by the decode kernel if there is one and by the kernel for
+    chunks otherwise.
 
     run: something else, called as `run_lambda` is.
     """
@@ -157,7 +177,9 @@ def lookup_error(shape: Shape, dtype: torch.dtype, length: int, queries: int, ap
         output = attend_best(query, memories, k, shape.scale)[0].cpu().to(device())  # waits
     worst = 0.0
     for head in range(shape.heads):  # one at a time: all in float64 would not fit
-        key, value = (x[order, :, head // group].flatten(0, 1)[:length].double() for x in (key_cache, value_cache))
+        key, value = (
+            x[order, :, head // group].flatten(0, 1)[:length].double() for x in (key_cache, value_cache)
+        )
         best = (query[0, :, head].double() @ key.T * shape.scale).topk(k, -1)
         expected = torch.einsum("tk,tkd->td", best.values.softmax(-1), value[best.indices])
         worst = max(worst, float((output[0, :, head].double() - expected).abs().max().nan_to_num(torch.inf)))
@@ -175,10 +197,14 @@ def rotated(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def paged(key: Tensor, value: Tensor, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """A cache [blocks, BLOCK_SIZE, kv_heads, 2 * head_size] of keys at `positions`, else NaN; its table [1, columns]."""
+    """A cache [blocks, BLOCK_SIZE, kv_heads, 2 * head_size] of keys at `positions`, else NaN; its table [1,
+    columns].
+    """
     used = positions.div(BLOCK_SIZE, rounding_mode="floor").unique()
     table = torch.zeros(1, triton.cdiv(length, BLOCK_SIZE), dtype=torch.int32)
     table[0, used] = (torch.randperm(len(used)) + 1).int()
-    cache = torch.full((len(used) + 1, BLOCK_SIZE, key.shape[1], 2 * key.shape[2]), torch.nan, dtype=key.dtype)
+    cache = torch.full(
+        (len(used) + 1, BLOCK_SIZE, key.shape[1], 2 * key.shape[2]), torch.nan, dtype=key.dtype
+    )
     cache[table[0, positions // BLOCK_SIZE].long(), positions % BLOCK_SIZE] = torch.cat((key, value), -1)
     return cache.to(device()), table.to(device())

@@ -1,13 +1,15 @@
-"""Whole engines of real shapes with random weights: stock vLLM (FlashAttention) and longctx, each a stage of its own.
+"""Whole engines of real shapes with random weights: stock vLLM (FlashAttention) and longctx, each a stage of
+its own.
 
-Both are vLLM as users start it, with the same pool of KV memory and prefix caching on. Stock vLLM's RoPE table is enlarged, or
-it could not run past the trained length at all. Texts are random tokens.
+Both are vLLM as users start it, with the same pool of KV memory and prefix caching on. Stock vLLM's RoPE
+table is enlarged, or it could not run past the trained length at all. Texts are random tokens.
 
-Prefill is the time to the first token of one request. Decode is the median time between tokens of a batch at once: its
-requests differ in all their tokens with stock vLLM, whose memory and traffic must be real, and in their last ones, more than a
-window, with longctx, which sees no others but the first; what they share comes from the prefix cache. A batch of one has read
-the text of the prefill. `common` marks the largest batch that stock vLLM can hold at that length (LARGEST_BATCH at most).
-KV memory is the peak of the blocks in use, which the whole row saw.
+Prefill is the time to the first token of one request. Decode is the median time between tokens of a batch at
+once: its requests differ in all their tokens with stock vLLM, whose memory and traffic must be real, and in
+their last ones, more than a window, with longctx, which sees no others but the first; what they share comes
+from the prefix cache. A batch of one has read the text of the prefill. `common` marks the largest batch that
+stock vLLM can hold at that length (LARGEST_BATCH at most). KV memory is the peak of the blocks in use, which
+the whole row saw.
 """
 
 import importlib.metadata
@@ -44,11 +46,18 @@ def engine_shape(setting: "Setting", number: int, thin_for: int | None) -> Shape
 
 
 def engine_plan(setting: "Setting", number: int, method: str, thin_for: int | None = None) -> Plan:
-    """The shortest texts first. Stock vLLM: those that fit, and at the window's length every batch that longctx runs."""
+    """The shortest texts first.
+
+    Stock vLLM: those that fit, and at the window's length every batch that longctx runs.
+    """
     shape, stock = engine_shape(setting, number, thin_for), method == "stock"
     lengths = (1024, 4096) if setting.quick else (LONG,) if thin_for else LENGTHS
     short = 0.95 * shape.window, shape.window  # the window's own length stands for those
-    common = {n: shape.common_batch(n, setting.memory) for n in (shape.window, *lengths) if not short[0] < n < short[1]}
+    common = {
+        n: shape.common_batch(n, setting.memory)
+        for n in (shape.window, *lengths)
+        if not short[0] < n < short[1]
+    }
     every = sorted({1, LARGEST_BATCH, *(b for b in common.values() if b)})
     plan: Plan = []
     for n in sorted(common):
@@ -67,7 +76,9 @@ def engine_plan(setting: "Setting", number: int, method: str, thin_for: int | No
     return plan
 
 
-def engine(record: "Record", plan: Plan, setting: "Setting", number: int, method: str, thin_for: int | None = None) -> None:
+def engine(
+    record: "Record", plan: Plan, setting: "Setting", number: int, method: str, thin_for: int | None = None
+) -> None:
     shape, stock = engine_shape(setting, number, thin_for), method == "stock"
     pool = shape.pool_bytes(setting.memory)
     if not stock:
@@ -86,7 +97,10 @@ def engine(record: "Record", plan: Plan, setting: "Setting", number: int, method
     longest = max(row["length"] for row in plan) + 2 * WRITTEN
     with tempfile.TemporaryDirectory() as directory:
         model = write_model(shape, Path(directory))
-        with method_engine(model, None if stock else METHODS["lm-infinite"], longest, **kwargs) as (llm, meter):
+        with method_engine(model, None if stock else METHODS["lm-infinite"], longest, **kwargs) as (
+            llm,
+            meter,
+        ):
             config = llm.vllm_config
             record.note(
                 model=shape.name,
@@ -102,15 +116,24 @@ def engine(record: "Record", plan: Plan, setting: "Setting", number: int, method
 
 
 def check_plugin() -> None:
-    """Raises RuntimeError where vLLM would not find longctx, and would run as if nothing had been asked of it."""
+    """Raises RuntimeError where vLLM would not find longctx, and would run as if nothing had been asked of
+    it.
+    """
     if "longctx" not in importlib.metadata.entry_points(group="vllm.general_plugins").names:
         raise RuntimeError(
-            "vLLM does not find the plugin: PYTHONPATH alone is not enough, install the project (see benchmarks/gpu/README.md)"
+            "vLLM does not find the plugin: PYTHONPATH alone is not enough, install the project (see "
+            "benchmarks/gpu/README.md)"
         )
 
 
 def measure(
-    record: "Record", plan: Plan, llm: "LLMEngine", meter: PeakBlocks, pool: int, own: int | None, written: int = WRITTEN
+    record: "Record",
+    plan: Plan,
+    llm: "LLMEngine",
+    meter: PeakBlocks,
+    pool: int,
+    own: int | None,
+    written: int = WRITTEN,
 ) -> None:
     """own: tokens at the end of a prompt in which the requests of a batch differ; None for all."""
     decoding(llm, prompts_of(llm, random_tokens(llm, plan[0]["length"], "warm-up"), 2, None), 8)
@@ -132,7 +155,10 @@ def measure(
 
 def prompts_of(llm: "LLMEngine", text: list[int], batch: int, own: int | None) -> list[list[int]]:
     own = len(text) if own is None else min(own, len(text))
-    return [text[: len(text) - own] + random_tokens(llm, own, f"{len(text)}, {batch}, {number}") for number in range(batch)]
+    return [
+        text[: len(text) - own] + random_tokens(llm, own, f"{len(text)}, {batch}, {number}")
+        for number in range(batch)
+    ]
 
 
 def decoding(llm: "LLMEngine", prompts: Sequence[list[int]], written: int) -> tuple[float, int]:

@@ -1,7 +1,9 @@
-"""Λ attention as two calls of vLLM's FlashAttention merged by log-sum-exp, beside our kernels: would it be faster?
+"""Λ attention as two calls of vLLM's FlashAttention merged by log-sum-exp, beside our kernels: would it be
+faster?
 
-Only measured, no part of the product. The window's call gets the block table from its first block on, and a sliding window; the
-other one queries turned to the ceiling and the first keys turned to no rotation, in blocks that each request would keep.
+Only measured, no part of the product. The window's call gets the block table from its first block on, and a
+sliding window; the other one queries turned to the ceiling and the first keys turned to no rotation, in
+blocks that each request would keep.
 """
 
 from functools import partial
@@ -12,7 +14,19 @@ import torch
 import triton
 from gpu import kernels
 from gpu.checks import ROUNDINGS, lambda_error
-from gpu.kernels import BLOCK_SIZE, Flash, Plan, Pool, integers, milliseconds, of_name, randn, turns, view_of, vllms_flash
+from gpu.kernels import (
+    BLOCK_SIZE,
+    Flash,
+    Plan,
+    Pool,
+    integers,
+    milliseconds,
+    of_name,
+    randn,
+    turns,
+    view_of,
+    vllms_flash,
+)
 from gpu.models import GIB, N_GLOBAL, Shape
 from torch import Tensor
 
@@ -28,7 +42,10 @@ def flash_merge_plan(setting: "Setting") -> Plan:
 
 
 def flash_merge(record: "Record", plan: Plan, setting: "Setting") -> None:
-    """Milliseconds of both, in rows with `batch` of decodes. Raises RuntimeError at the end if FlashAttention's way errs."""
+    """Milliseconds of both, in rows with `batch` of decodes.
+
+    Raises RuntimeError at the end if FlashAttention's way errs.
+    """
     flash, wrong, tolerated = vllms_flash(), [], ROUNDINGS * torch.finfo(kernels.DTYPE).eps
     for row in plan:
         shape, length, batch, queries = (
@@ -38,11 +55,17 @@ def flash_merge(record: "Record", plan: Plan, setting: "Setting") -> None:
             row.get("queries", 1),
         )
         run, few = partial(run_flash, flash), min(queries, shape.trained // 4)
-        lengths = shape.trained + few // 2 + 4, 4 * shape.trained  # first tokens leave the window one by one; all have
+        lengths = (
+            shape.trained + few // 2 + 4,
+            4 * shape.trained,
+        )  # first tokens leave the window one by one; all have
         error = max(lambda_error(shape, kernels.DTYPE, n, few, run) for n in lengths)
         wrong += [] if error <= tolerated else [row]
         pool, query = Pool.of(shape, setting.quick), randn(batch * queries, shape.heads, shape.head_size)
-        tables, out = pool.tables(length, batch, 2 if row.get("bytes", GIB) >= GIB else 8), torch.empty_like(query)
+        tables, out = (
+            pool.tables(length, batch, 2 if row.get("bytes", GIB) >= GIB else 8),
+            torch.empty_like(query),
+        )
         ours: Any = kernels.lambda_decode_time if "batch" in row else kernels.lambda_prefill_time
         found = ours(pool, query, length, tables, shape)
         found = found if "batch" in row else {"longctx_ms": found}
@@ -50,7 +73,9 @@ def flash_merge(record: "Record", plan: Plan, setting: "Setting") -> None:
         theirs = milliseconds([partial(way, query, out) for way in ways])
         record.add(**row, error_to_tolerance=error / tolerated, **found, flash_merge_ms=theirs)
     if wrong:
-        raise RuntimeError(f"FlashAttention and a merge give other numbers in {len(wrong)} of {len(plan)} rows: {wrong[0]}")
+        raise RuntimeError(
+            f"FlashAttention and a merge give other numbers in {len(wrong)} of {len(plan)} rows: {wrong[0]}"
+        )
 
 
 def run_flash(flash: Flash, shape: Shape, query: Tensor, cache: Tensor, table: Tensor, length: int) -> Tensor:
@@ -61,15 +86,23 @@ def run_flash(flash: Flash, shape: Shape, query: Tensor, cache: Tensor, table: T
 
 
 class FlashLambda:
-    """Of requests of equal `length`, the last `queries` of each; what is made here is the same in all layers, but first keys.
+    """Of requests of equal `length`, the last `queries` of each; what is made here is the same in all layers,
+    but first keys.
 
     caches: keys and values [num_blocks, BLOCK_SIZE, kv_heads, head_size]. table int32 [requests, columns].
     """
 
-    def __init__(self, flash: Flash, shape: Shape, caches: tuple[Tensor, ...], table: Tensor, length: int, queries: int):
+    def __init__(
+        self, flash: Flash, shape: Shape, caches: tuple[Tensor, ...], table: Tensor, length: int, queries: int
+    ):
         view, n_local, rows = view_of(shape), shape.trained, len(table)
-        assert view.ceiling <= n_local  # else some first keys are behind the window, but not at the ceiling yet
-        self.flash, self.head_size = partial(flash, softmax_scale=shape.scale, return_softmax_lse=True), shape.head_size
+        assert (
+            view.ceiling <= n_local
+        )  # else some first keys are behind the window, but not at the ceiling yet
+        self.flash, self.head_size = (
+            partial(flash, softmax_scale=shape.scale, return_softmax_lse=True),
+            shape.head_size,
+        )
         first = max(length - queries - n_local + 1, 0) // BLOCK_SIZE
         lens, keys = [queries] * rows, [length - first * BLOCK_SIZE] * rows
         sides = {"causal": True, "window_size": [n_local - 1, 0]}
@@ -79,21 +112,32 @@ class FlashLambda:
         self.far, self.tokens = None, torch.arange(rows * queries, device=table.device)
         if not any(seen):
             return
-        by_query, by_key = (torch.cat(turn, -1).to(caches[0].dtype) for turn in turns(shape, view, at.cpu().repeat(rows)))
+        by_query, by_key = (
+            torch.cat(turn, -1).to(caches[0].dtype) for turn in turns(shape, view, at.cpu().repeat(rows))
+        )
         self.turn, blocks = by_query, table[:, : triton.cdiv(N_GLOBAL, BLOCK_SIZE)].long()
-        kept = torch.cat([cache[blocks] for cache in caches], -1)  # [rows, blocks, BLOCK_SIZE, kv_heads, 2 * head_size]
+        kept = torch.cat(
+            [cache[blocks] for cache in caches], -1
+        )  # [rows, blocks, BLOCK_SIZE, kv_heads, 2 * head_size]
         keys_kept = kept.flatten(1, 2)[:, :N_GLOBAL, :, : self.head_size]
         keys_kept.copy_(
-            turned(keys_kept.flatten(0, 1), self.tokens.new_tensor([*range(N_GLOBAL)] * rows), by_key).view_as(keys_kept)
+            turned(
+                keys_kept.flatten(0, 1), self.tokens.new_tensor([*range(N_GLOBAL)] * rows), by_key
+            ).view_as(keys_kept)
         )
         # Queries that see equally many are a row of their own.
-        counts, lens = ([x[i] for x in ((n, len([*same])) for n, same in groupby(seen))] * rows for i in (0, 1))
+        counts, lens = (
+            [x[i] for x in ((n, len([*same])) for n, same in groupby(seen))] * rows for i in (0, 1)
+        )
         numbers = torch.arange(blocks.numel(), dtype=torch.int32, device=table.device).view_as(blocks)
         own = numbers.repeat_interleave(len(counts) // rows, 0)
         self.far = self._call(kept.flatten(0, 1).chunk(2, -1), own, lens, counts, causal=False)
 
     def _call(self, caches: Any, table: Tensor, lens: list[int], keys: list[int], **kwargs: Any) -> Flash:
-        starts, longest = integers([0, *accumulate(lens)]), {"max_seqlen_q": max(lens), "max_seqlen_k": max(keys)}
+        starts, longest = (
+            integers([0, *accumulate(lens)]),
+            {"max_seqlen_q": max(lens), "max_seqlen_k": max(keys)},
+        )
         where = {"cu_seqlens_q": starts, "seqused_k": integers(keys), "block_table": table, **longest}
         return partial(self.flash, k=caches[0], v=caches[1], **where, **kwargs)
 
@@ -108,7 +152,9 @@ class FlashLambda:
 
 
 def turned(x: Tensor, rows: Tensor, turn: Tensor) -> Tensor:
-    """x [n, heads, head_size] by vLLM's operator; turn [any, head_size]: cosines and sines, of x's `rows` int64 [n]."""
+    """x [n, heads, head_size] by vLLM's operator; turn [any, head_size]: cosines and sines, of x's `rows`
+    int64 [n].
+    """
     from vllm import _custom_ops as ops
 
     result = x.clone(memory_format=torch.contiguous_format)

@@ -1,10 +1,12 @@
 """The kernels alone: what they reach of the card's copy bandwidth, and their time against FlashAttention's.
 
-One layer of each shape, bfloat16. Block tables lead every request through one pool of random numbers, each from another place
-of it, so that long texts need no memory of their own: a text longer than the pool passes through it again. The pool is many
-times the L2 cache, and the calls that are timed read different parts of it, as the layers of a model do.
+One layer of each shape, bfloat16. Block tables lead every request through one pool of random numbers, each
+from another place of it, so that long texts need no memory of their own: a text longer than the pool passes
+through it again. The pool is many times the L2 cache, and the calls that are timed read different parts of
+it, as the layers of a model do.
 
-Bytes are those of the keys and values that the queries see, each counted once: useful traffic, not what was moved.
+Bytes are those of the keys and values that the queries see, each counted once: useful traffic, not what was
+    moved.
 """
 
 import contextlib
@@ -70,7 +72,11 @@ def prefill_plan(setting: "Setting") -> Plan:
 
 def lookup_plan(setting: "Setting") -> Plan:
     lengths = (4096, 16384) if setting.quick else LOOKUP_LENGTHS
-    return [{"shape": s.name, "length": n, "bytes": n * s.layer_kv_bytes} for s in shapes(setting) for n in lengths]
+    return [
+        {"shape": s.name, "length": n, "bytes": n * s.layer_kv_bytes}
+        for s in shapes(setting)
+        for n in lengths
+    ]
 
 
 def memory_plan(setting: "Setting") -> Plan:
@@ -83,7 +89,9 @@ def memory_plan(setting: "Setting") -> Plan:
 
 
 def flops(shape: Shape, length: int, queries: int) -> int:
-    """Of one layer's Λ attention for a text's last queries: 4 for a query head, a key it sees and an element."""
+    """Of one layer's Λ attention for a text's last queries: 4 for a query head, a key it sees and an
+    element.
+    """
     seen = sum(min(i + 1, shape.window) for i in range(length - queries, length))
     return 4 * shape.heads * shape.head_size * seen
 
@@ -117,20 +125,26 @@ def environment(record: "Record", plan: Plan, setting: "Setting") -> None:
 
 
 def decode(record: "Record", plan: Plan, setting: "Setting") -> None:
-    """Milliseconds of one layer's decode: Λ; FlashAttention over all keys, in its sliding window, and over a short text.
+    """Milliseconds of one layer's decode: Λ; FlashAttention over all keys, in its sliding window, and over a
+    short text.
 
-    FlashAttention's sliding window is the larger part of what it would take in our place: no first tokens, no merge.
+    FlashAttention's sliding window is the larger part of what it would take in our place: no first tokens, no
+    merge.
     """
     for row in plan:
         shape, batch, length = of_name(setting, row["shape"]), row["batch"], row["length"]
         pool = Pool.of(shape, setting.quick)
         tables = pool.tables(length, batch, 2 if row["bytes"] > GIB else 8)
         query = randn(batch, shape.heads, shape.head_size)
-        flashes = flash_times(pool, query, list(range(batch + 1)), length, min(length, shape.window), tables, shape)
+        flashes = flash_times(
+            pool, query, list(range(batch + 1)), length, min(length, shape.window), tables, shape
+        )
         record.add(**row, **lambda_decode_time(pool, query, length, tables, shape), **flashes)
 
 
-def lambda_decode_time(pool: "Pool", query: Tensor, length: int, tables: list[Tensor], shape: Shape) -> dict[str, float]:
+def lambda_decode_time(
+    pool: "Pool", query: Tensor, length: int, tables: list[Tensor], shape: Shape
+) -> dict[str, float]:
     from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
 
     view, batch = view_of(shape), len(query)
@@ -148,7 +162,9 @@ def lambda_decode_time(pool: "Pool", query: Tensor, length: int, tables: list[Te
 
 
 def prefill(record: "Record", plan: Plan, setting: "Setting") -> None:
-    """Milliseconds of one layer's attention for the last chunk of a text; the ways as in `decode`, the short text a chunk."""
+    """Milliseconds of one layer's attention for the last chunk of a text; the ways as in `decode`, the short
+    text a chunk.
+    """
     for row in plan:
         shape, length, queries = of_name(setting, row["shape"]), row["length"], row["queries"]
         pool = Pool.of(shape, setting.quick)
@@ -158,7 +174,9 @@ def prefill(record: "Record", plan: Plan, setting: "Setting") -> None:
         record.add(**row, longctx_ms=lambda_prefill_time(pool, query, length, tables, shape), **flashes)
 
 
-def lambda_prefill_time(pool: "Pool", query: Tensor, length: int, tables: list[Tensor], shape: Shape) -> float:
+def lambda_prefill_time(
+    pool: "Pool", query: Tensor, length: int, tables: list[Tensor], shape: Shape
+) -> float:
     from vllm_longctx.cuda.kernels.lambda_attention import lambda_attention
 
     view, queries, out = view_of(shape), len(query), torch.empty_like(query)
@@ -173,7 +191,9 @@ def lambda_prefill_time(pool: "Pool", query: Tensor, length: int, tables: list[T
 
 
 def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
-    """Milliseconds of one query in one memory layer: all keys (FlashAttention), the exact best, the best in few blocks."""
+    """Milliseconds of one query in one memory layer: all keys (FlashAttention), the exact best, the best in
+    few blocks.
+    """
     from vllm_longctx.cuda.kernels.lookup import Memories, attend_best
 
     for name, rows in itertools.groupby(plan, lambda row: row["shape"]):
@@ -191,7 +211,9 @@ def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
                 attend_best(query, memories, K, shape.scale, share)  # noqa: B023
 
             ways = {"top_k_ms": None, "blocks_ms": SHARE}
-            ours = {way: milliseconds([partial(call, t, share) for t in tables]) for way, share in ways.items()}
+            ours = {
+                way: milliseconds([partial(call, t, share) for t in tables]) for way, share in ways.items()
+            }
             flashes = flash_times(pool, query[0], [0, 1], length, min(length, shape.window), tables, shape)
             record.add(**row, k=K, share=SHARE, **ours, **flashes)
 
@@ -206,7 +228,8 @@ def summaries_of(pool: "Pool") -> "Summaries":
 
 
 def memory(record: "Record", plan: Plan, setting: "Setting") -> None:
-    """Milliseconds of a decode, or of a few queries of a prompt, in a memory layer: its KV on the GPU, and in host memory.
+    """Milliseconds of a decode, or of a few queries of a prompt, in a memory layer: its KV on the GPU, and in
+    host memory.
 
     The window, as long as the trained length, is read whole; summaries are in the GPU's memory both times.
     """
@@ -216,7 +239,10 @@ def memory(record: "Record", plan: Plan, setting: "Setting") -> None:
         summaries = summaries_of(pool)
         with in_host_memory(pool.numbers) as numbers:
             for row in rows:
-                tables, query = pool.tables(row["length"], 1, 4), randn(1, row["queries"], shape.heads, shape.head_size)
+                tables, query = (
+                    pool.tables(row["length"], 1, 4),
+                    randn(1, row["queries"], shape.heads, shape.head_size),
+                )
                 times = {
                     where: memory_time(p, query, row["length"], tables, shape, summaries, row["share"])
                     for where, p in (("gpu_ms", pool), ("host_ms", Pool(numbers)))
@@ -225,7 +251,13 @@ def memory(record: "Record", plan: Plan, setting: "Setting") -> None:
 
 
 def memory_time(
-    pool: "Pool", query: Tensor, length: int, tables: list[Tensor], shape: Shape, summaries: "Summaries", share: float | None
+    pool: "Pool",
+    query: Tensor,
+    length: int,
+    tables: list[Tensor],
+    shape: Shape,
+    summaries: "Summaries",
+    share: float | None,
 ) -> float:
     from vllm_longctx.cuda.kernels.lookup import Memories, attend_best
     from vllm_longctx.cuda.kernels.stepped import stepped_attention
@@ -236,7 +268,9 @@ def memory_time(
     def call(table: Tensor) -> None:
         memories = Memories(*pool.caches, table, zeros, starts, start, summaries)
         best, lse = attend_best(query, memories, K, shape.scale, share)
-        stepped_attention(query[0], *pool.caches, table, starts, lens, tokens, queries, shape.scale, out, (best[0], lse[0]))
+        stepped_attention(
+            query[0], *pool.caches, table, starts, lens, tokens, queries, shape.scale, out, (best[0], lse[0])
+        )
 
     return milliseconds([partial(call, t) for t in tables])
 
@@ -298,8 +332,8 @@ def integers(values: list[int]) -> Tensor:
 class Pool:
     """One layer's KV cache, random numbers in bfloat16, [num_blocks, kv_heads, BLOCK_SIZE, 2 * head_size].
 
-    As caches of each half [num_blocks, BLOCK_SIZE, kv_heads, head_size]: `caches` of just this layout, which longctx's backend
-    prefers, `slots_first` of the one that vLLM gives FlashAttention.
+    As caches of each half [num_blocks, BLOCK_SIZE, kv_heads, head_size]: `caches` of just this layout, which
+    longctx's backend prefers, `slots_first` of the one that vLLM gives FlashAttention.
     """
 
     numbers: Tensor
@@ -308,7 +342,9 @@ class Pool:
     @functools.lru_cache(maxsize=1)
     def of(cls, shape: Shape, quick: bool) -> "Pool":
         blocks = (4 << 20 if quick else 8 * GIB) // (BLOCK_SIZE * shape.layer_kv_bytes)
-        numbers = torch.empty(blocks, shape.kv_heads, BLOCK_SIZE, 2 * shape.head_size, dtype=DTYPE, device=device())
+        numbers = torch.empty(
+            blocks, shape.kv_heads, BLOCK_SIZE, 2 * shape.head_size, dtype=DTYPE, device=device()
+        )
         return cls(numbers.normal_())
 
     @property
@@ -357,7 +393,8 @@ def vllms_flash() -> Flash:
 def flash_times(
     pool: Pool, query: Tensor, starts: list[int], length: int, short: int, tables: list[Tensor], shape: Shape
 ) -> dict[str, float]:
-    """Milliseconds of vLLM's FlashAttention over `length` keys, in its sliding window of them, and over `short` keys.
+    """Milliseconds of vLLM's FlashAttention over `length` keys, in its sliding window of them, and over
+    `short` keys.
 
     query [tokens, heads, head_size], starts: of each row's tokens in it, and their end. Empty without a GPU.
     """
@@ -373,4 +410,8 @@ def flash_times(
         call = partial(flash, seqused_k=lens, max_seqlen_k=keys, window_size=sides)
         return milliseconds([partial(call, block_table=table) for table in tables])
 
-    return {"flash_ms": timed(length), "flash_window_ms": timed(length, shape.trained), "flash_short_ms": timed(short)}
+    return {
+        "flash_ms": timed(length),
+        "flash_window_ms": timed(length, shape.trained),
+        "flash_short_ms": timed(short),
+    }

@@ -1,6 +1,8 @@
-"""Models of real shapes with random weights, and what they take: pure arithmetic in bytes, but for `write_model`.
+"""Models of real shapes with random weights, and what they take: pure arithmetic in bytes, but for
+`write_model`.
 
-Weights do not matter for speed: vLLM fills them in with `load_format="dummy"`, so that a model is one config.json.
+Weights do not matter for speed: vLLM fills them in with `load_format="dummy"`, so that a model is one
+    config.json.
 """
 
 import json
@@ -74,7 +76,9 @@ class Shape:
         return self.layers * rank * sum(n + m for n, m in self.linear)
 
     def pool_bytes(self, memory: int) -> int:
-        """What a card of `memory` bytes has for KV beside the weights; both engines of a comparison are given the same."""
+        """What a card of `memory` bytes has for KV beside the weights; both engines of a comparison are given
+        the same.
+        """
         return max(int(USABLE * memory) - self.weight_bytes - RESERVE, 0)
 
     def common_batch(self, length: int, memory: int) -> int:
@@ -92,10 +96,11 @@ class Shape:
         return thinner
 
     def rank_that_fits(self, streams: int, tokens: int, memory: int) -> int:
-        """The largest rank of an adapter, at most 64, for so many streams that learn, each with so many tokens of KV.
+        """The largest rank of an adapter, at most 64, for so many streams that learn, each with so many
+        tokens of KV.
 
-        Beside that a stream has its trainer's state, in float32 the weights, their gradients and two moments; and in the
-        weights' type two banks of a slot and vLLM's buffer for one.
+        Beside that a stream has its trainer's state, in float32 the weights, their gradients and two moments;
+        and in the weights' type two banks of a slot and vLLM's buffer for one.
         """
         for rank in (64, 32, 16, 8):
             adapter = self.lora_weights(rank) * (4 * 4 + 3 * ITEM_BYTES)

@@ -56,7 +56,10 @@ Records = dict[str, Record]
 
 @dataclass(frozen=True)
 class Target:
-    """found: of the same unit as `wanted`, None if it is still owed. at_most: a smaller figure is a better one."""
+    """found: of the same unit as `wanted`, None if it is still owed.
+
+    at_most: a smaller figure is a better one.
+    """
 
     name: str
     wanted: float
@@ -75,7 +78,13 @@ class Target:
     @property
     def cells(self) -> list[str]:
         found = "" if self.found is None else f"{self.found:{self.form}}"
-        return [self.name, f"{'≤' if self.at_most else '≥'} {self.wanted:{self.form}}", found, self.verdict, self.stages]
+        return [
+            self.name,
+            f"{'≤' if self.at_most else '≥'} {self.wanted:{self.form}}",
+            found,
+            self.verdict,
+            self.stages,
+        ]
 
 
 def rows_of(records: Records, stage: str, **wanted: Any) -> list[Row]:
@@ -141,7 +150,9 @@ def memory_ratio(records: Records, ours: str, stock: str, length: int) -> float 
 
 
 def targets(records: Records) -> list[Target]:
-    """Those of the issue and the two sets of checks; found from whatever records there are, but for those of tiny shapes."""
+    """Those of the issue and the two sets of checks; found from whatever records there are, but for those of
+    tiny shapes.
+    """
     records = {name: record for name, record in records.items() if not record.quick}
     k, copy = 1024, copy_bandwidth(records)
     shares = [bandwidth_share(r, copy) for r in done_rows(records, "decode") if copy and r["batch"] >= 16]
@@ -154,13 +165,22 @@ def targets(records: Records) -> list[Target]:
     added = ratio(*(fact(records, "trainer-memory", name) for name in ("trainer_bytes", "weight_bytes")))
     return [
         Target("tests that fail on the device", 0, fact(records, "tests", "failed"), "tests", True, ".0f"),
-        Target("largest error against float64, of the tolerance", 1, max(errors, default=None), "checks", True),
+        Target(
+            "largest error against float64, of the tolerance", 1, max(errors, default=None), "checks", True
+        ),
         Target("Λ decode at batch ≥ 16, of the copy bandwidth", 0.8, min(shares, default=None), "decode"),
-        Target("decode at 32K, 7B, × stock", 2.72, decode_ratio(records, "7b-longctx", "7b-stock", 32 * k), "7b-*"),
+        Target(
+            "decode at 32K, 7B, × stock",
+            2.72,
+            decode_ratio(records, "7b-longctx", "7b-stock", 32 * k),
+            "7b-*",
+        ),
         Target("decode at 128K, 7B, × stock", 8, decode_ratio(records, *thin), "7b-128k-*"),
         Target("decode at any length, of stock at the window's", 0.95, least(flat), "7b-*, 8b-*"),
         Target("KV memory at 128K, 7B, stock over ours", 7.5, memory_ratio(records, *thin), "7b-128k-*"),
-        Target("Temp-LoRA, 8 streams, × the sequential loop", 9.31, times_sequential, "temp-lora, sequential"),
+        Target(
+            "Temp-LoRA, 8 streams, × the sequential loop", 9.31, times_sequential, "temp-lora, sequential"
+        ),
         Target("swap at rank 64, of a decode step", 1, swap, "temp-lora", True),
         Target("memory the trainer adds, of the base weights", 1, added, "trainer-memory", True),
     ]
@@ -188,9 +208,13 @@ def rows_table(rows: list[Row]) -> str:
 
 
 def readable(row: Row, copy: float | None) -> Row:
-    """Memory in GiB; of a kernel's decode the share of the copy bandwidth; how much faster the other way is."""
+    """Memory in GiB; of a kernel's decode the share of the copy bandwidth; how much faster the other way
+    is.
+    """
     memory = ("kv_bytes", "used_bytes")
-    result = {k.replace("bytes", "GiB") if k in memory else k: v / GIB if k in memory else v for k, v in row.items()}
+    result = {
+        k.replace("bytes", "GiB") if k in memory else k: v / GIB if k in memory else v for k, v in row.items()
+    }
     if copy and "splits" in row:
         result["of_copy"] = bandwidth_share(row, copy)
     if "flash_merge_ms" in row:
@@ -205,7 +229,13 @@ def markdown(records: Records, stages: list[tuple[str, str]]) -> str:
     states = []
     for name, about in stages:
         record = records.get(name)
-        states.append([name, about, *((record.status, record.seconds, record.error) if record else ("owed", None, None))])
+        states.append(
+            [
+                name,
+                about,
+                *((record.status, record.seconds, record.error) if record else ("owed", None, None)),
+            ]
+        )
     parts = ["# Measured on a GPU", table(list(facts), [facts.values()]), "## Targets", verdicts, "## Stages"]
     parts.append(table(["stage", "about", "status", "seconds", "error"], states))
     for name, about in stages:
@@ -221,7 +251,9 @@ def markdown(records: Records, stages: list[tuple[str, str]]) -> str:
 
 
 def curves(records: Records) -> dict[str, tuple[list[float], list[float]]]:
-    """Milliseconds per decoded token against the context's length, one request's share of its batch's step."""
+    """Milliseconds per decoded token against the context's length, one request's share of its batch's
+    step.
+    """
     found: dict[str, tuple[list[float], list[float]]] = {}
     for shape in ("7b", "8b"):
         for name in ("stock", "longctx"):

@@ -2,9 +2,11 @@
 
     python benchmarks/gpu/run_all.py --out DIR
 
-Stages are independent: each runs in a process of its own under a time limit and writes DIR/stages/NAME.json as it goes, so a
-failing one does not stop the others. The same command again goes on where it stopped: what is done stays, what failed or was
-cut off is tried again. In the end, or so far: DIR/results.md, results.json and cost.png. No network is needed.
+Stages are independent: each runs in a process of its own under a time limit and writes DIR/stages/NAME.json
+as it goes, so a failing one does not stop the others. The same command again goes on where it stopped: what
+is done stays, what failed or was
+cut off is tried again. In the end, or so far: DIR/results.md, results.json and cost.png. No network is
+    needed.
 """
 
 import contextlib
@@ -39,7 +41,10 @@ LEAST_S = 30  # a stage is not started with less time left
 
 @dataclass(frozen=True)
 class Setting:
-    """quick: tiny shapes. memory: of the card, bytes. cuda, engine_kwargs (of every engine): for runs without a GPU."""
+    """quick: tiny shapes.
+
+    memory: of the card, bytes. cuda, engine_kwargs (of every engine): for runs without a GPU.
+    """
 
     quick: bool
     memory: int
@@ -49,7 +54,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Stage:
-    """function: module:name; `name`_plan beside it says, without a GPU, what it will do. Both are called with `args`."""
+    """function: module:name; `name`_plan beside it says, without a GPU, what it will do.
+
+    Both are called with `args`.
+    """
 
     name: str
     minutes: float
@@ -70,18 +78,44 @@ class Stage:
 
 K = 1024
 STAGES = (
-    Stage("environment", 2, "the machine, and the bandwidth of a copy in its memory", "gpu.kernels:environment"),
+    Stage(
+        "environment", 2, "the machine, and the bandwidth of a copy in its memory", "gpu.kernels:environment"
+    ),
     Stage("tests", 8, "tests of kernels, backends and the trainer, compiled", "gpu.checks:tests"),
     Stage("checks", 4, "kernels at real shapes and lengths against float64", "gpu.checks:checks"),
     Stage("decode", 3, "Λ decode of one layer against FlashAttention", "gpu.kernels:decode"),
-    Stage("prefill", 3, "Λ attention of a prompt's chunk in one layer against FlashAttention", "gpu.kernels:prefill"),
-    Stage("flash-merge", 3, "FlashAttention and an LSE merge in the place of Λ kernels", "gpu.flash_merge:flash_merge"),
+    Stage(
+        "prefill",
+        3,
+        "Λ attention of a prompt's chunk in one layer against FlashAttention",
+        "gpu.kernels:prefill",
+    ),
+    Stage(
+        "flash-merge",
+        3,
+        "FlashAttention and an LSE merge in the place of Λ kernels",
+        "gpu.flash_merge:flash_merge",
+    ),
     Stage("lookup", 3, "looking up a memory in one layer", "gpu.kernels:lookup"),
-    Stage("memory", 4, "queries of a memory layer, its KV on the GPU and in host memory", "gpu.kernels:memory"),
+    Stage(
+        "memory", 4, "queries of a memory layer, its KV on the GPU and in host memory", "gpu.kernels:memory"
+    ),
     Stage("7b-stock", 5, "stock vLLM, Llama-2-7B's shape", "gpu.engines:engine", (0, "stock")),
     Stage("7b-longctx", 6, "LM-Infinite, Llama-2-7B's shape", "gpu.engines:engine", (0, "longctx")),
-    Stage("7b-128k-stock", 4, "stock at 128K, as many layers as fit", "gpu.engines:engine", (0, "stock", 128 * K)),
-    Stage("7b-128k-longctx", 4, "LM-Infinite at 128K, as many layers", "gpu.engines:engine", (0, "longctx", 128 * K)),
+    Stage(
+        "7b-128k-stock",
+        4,
+        "stock at 128K, as many layers as fit",
+        "gpu.engines:engine",
+        (0, "stock", 128 * K),
+    ),
+    Stage(
+        "7b-128k-longctx",
+        4,
+        "LM-Infinite at 128K, as many layers",
+        "gpu.engines:engine",
+        (0, "longctx", 128 * K),
+    ),
     Stage("temp-lora", 5, "streams that learn, 1 to 8 at once, and swaps", "gpu.streams:learning", (8,)),
     Stage("sequential", 3, "the official loop, one stream after another", "gpu.streams:sequential"),
     Stage("trainer-memory", 4, "memory that the trainer adds", "gpu.streams:trainer_memory"),
@@ -91,16 +125,22 @@ STAGES = (
 )
 NAMES = [stage.name for stage in STAGES]
 WANTED = (
-    "They want one NVIDIA GPU of compute capability 9.0 (H100 with 80 GB, or H200), vLLM 0.32.0 for CUDA, this project "
-    "installed beside it, and about half an hour; benchmarks/gpu/README.md says how to bring both to a host without a network."
+    "They want one NVIDIA GPU of compute capability 9.0 (H100 with 80 GB, or H200), vLLM 0.32.0 for CUDA, "
+    "this project "
+    "installed beside it, and about half an hour; benchmarks/gpu/README.md says how to bring both to a host "
+    "without a network."
 )
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="Directory for results; what is in it is not done again.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for results; what is in it is not done again.")
+    ] = None,
     only: Annotated[str, typer.Option(help="Stages to run, separated by commas.")] = ",".join(NAMES),
     again: Annotated[str, typer.Option(help="Stages to do again although they are done.")] = "",
-    minutes: Annotated[float, typer.Option(help="For everything; what does not fit into them is left for the next call.")] = 45,
+    minutes: Annotated[
+        float, typer.Option(help="For everything; what does not fit into them is left for the next call.")
+    ] = 45,
     quick: Annotated[bool, typer.Option(help="Tiny shapes: does everything run?")] = False,
     list_stages: Annotated[bool, typer.Option("--list", help="Name the stages.")] = False,
     dry: Annotated[bool, typer.Option(help="Say what each stage would do, without a GPU.")] = False,
@@ -124,7 +164,9 @@ def main(
     import torch
 
     if not torch.cuda.is_available():
-        console.print("[bold red]no CUDA GPU here.[/] Owed are the stages " + ", ".join(s.name for s in chosen) + ".")
+        console.print(
+            "[bold red]no CUDA GPU here.[/] Owed are the stages " + ", ".join(s.name for s in chosen) + "."
+        )
         console.print(WANTED, soft_wrap=True)
         raise typer.Exit(2)
     if out is None:
@@ -134,7 +176,9 @@ def main(
         setting = Setting(quick, torch.cuda.get_device_properties(0).total_memory)
         raise typer.Exit(work(next(s for s in STAGES if s.name == stage), out, setting))
     if any(record.quick != quick for record in load(out).values()):
-        raise typer.BadParameter(f"{out} has results {'without' if quick else 'of'} --quick; give another --out")
+        raise typer.BadParameter(
+            f"{out} has results {'without' if quick else 'of'} --quick; give another --out"
+        )
     try:
         run(chosen, out, redo, minutes, quick)
     finally:
@@ -167,7 +211,15 @@ def run(chosen: list[Stage], out: Path, again: list[str], minutes: float, quick:
             console.print(f"{stage.name}: no time left; the same command again goes on here")
             continue
         console.print(f"[bold]{stage.name}[/]: {stage.about}; at most {min(60 * stage.minutes, left):.0f} s")
-        command = [sys.executable, __file__, "--out", str(out), "--stage", stage.name, *(["--quick"] if quick else [])]
+        command = [
+            sys.executable,
+            __file__,
+            "--out",
+            str(out),
+            "--stage",
+            stage.name,
+            *(["--quick"] if quick else []),
+        ]
         record = supervise(stage.name, command, out, min(60 * stage.minutes, left), quick)
         console.print(f"  {record.status} after {record.seconds:.0f} s. {record.error or ''}", markup=False)
 
@@ -179,10 +231,17 @@ def supervise(name: str, command: list[str], out: Path, limit_s: float, quick: b
     record = Record(path, quick)
     record.save()
     paths = [str(BENCHMARKS), str(BENCHMARKS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
     start, error = time.monotonic(), None
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
         try:
             if process.wait(limit_s):
                 error = f"ended with code {process.returncode}"
@@ -227,7 +286,13 @@ def summarise(out: Path) -> None:
     (out / "results.md").write_text(markdown(records, [(s.name, s.about) for s in STAGES]))
     write_json(out / "results.json", {n: r.dump() for n, r in records.items()})
     if found := curves(records):
-        plot(out / "cost.png", found, "context (tokens)", "milliseconds per decoded token, batch 1", yscale="log")
+        plot(
+            out / "cost.png",
+            found,
+            "context (tokens)",
+            "milliseconds per decoded token, batch 1",
+            yscale="log",
+        )
     table = Table("target", "wanted", "found", "verdict", "stages")
     for target in targets(records):
         table.add_row(*target.cells)

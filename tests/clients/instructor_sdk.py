@@ -13,7 +13,8 @@ class Opinion(BaseModel):
 
 
 client = instructor.from_openai(
-    openai.OpenAI(base_url=f"{sys.argv[1]}/v1", api_key="none", max_retries=0), mode=instructor.Mode.JSON_SCHEMA
+    openai.OpenAI(base_url=f"{sys.argv[1]}/v1", api_key="none", max_retries=0),
+    mode=instructor.Mode.JSON_SCHEMA,
 )
 opinion = client.chat.completions.create(
     model="booklm",

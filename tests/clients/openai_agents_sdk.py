@@ -3,12 +3,21 @@
 import asyncio
 import sys
 
-from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, OpenAIResponsesModel, Runner, set_tracing_disabled
+from agents import (
+    Agent,
+    ModelSettings,
+    OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
+    Runner,
+    set_tracing_disabled,
+)
 from openai import AsyncOpenAI
 
 set_tracing_disabled(True)
 client = AsyncOpenAI(base_url=f"{sys.argv[1]}/v1", api_key="none", max_retries=0)
-SETTINGS = ModelSettings(temperature=0, max_tokens=4096, store=True, metadata={"a": "b"}, verbosity="low", include_usage=True)
+SETTINGS = ModelSettings(
+    temperature=0, max_tokens=4096, store=True, metadata={"a": "b"}, verbosity="low", include_usage=True
+)
 
 
 async def main() -> None:

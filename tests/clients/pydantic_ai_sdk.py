@@ -8,7 +8,9 @@ from pydantic_ai.models.openai import OpenAIChatModel, OpenAIChatModelSettings, 
 from pydantic_ai.providers.openai import OpenAIProvider
 
 provider = OpenAIProvider(base_url=f"{sys.argv[1]}/v1", api_key="none")
-SETTINGS = OpenAIChatModelSettings(max_tokens=400, temperature=0.0, openai_user="me", openai_service_tier="auto")
+SETTINGS = OpenAIChatModelSettings(
+    max_tokens=400, temperature=0.0, openai_user="me", openai_service_tier="auto"
+)
 
 
 async def main() -> None:

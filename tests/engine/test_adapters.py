@@ -1,4 +1,6 @@
-"""The users' LoRA adapters in engines of ours, beside requests that learn: two pools of places, each its own weights."""
+"""The users' LoRA adapters in engines of ours, beside requests that learn: two pools of places, each its own
+weights.
+"""
 
 import json
 import shutil
@@ -27,7 +29,17 @@ RECIPE = {"rank": 8, "dropout": 0.0, "learning_rate": 2e-3, "block_tokens": 32, 
 STEPPED = {**RECIPE, "window_tokens": 128, "context_tokens": 64, "slots": 2}
 LAMBDA = {"method": "lm_infinite", "n_global": 10, "n_local": 64, "distance_ceiling": 64}
 ADAPTS = {"extra_args": {"longctx": {"temp_lora": True}}}
-ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
+ALL_MODULES = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "embed_tokens",
+    "lm_head",
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +51,30 @@ def adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "c": write_adapter(root / "c", tiny_llama, 13, modules=("q_proj", "down_proj")),
         "whole": write_adapter(root / "whole", tiny_llama, 14, modules=ALL_MODULES),
     }
-    return {name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(paths.items(), 1)}
+    return {
+        name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(paths.items(), 1)
+    }
 
 
 @pytest.fixture(scope="module")
 def bad(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoRARequest]:
     paths = write_bad_adapters(tmp_path_factory.mktemp("bad"), tiny_llama)
-    return {name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(paths.items(), 101)}
+    return {
+        name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(paths.items(), 101)
+    }
 
 
 @pytest.fixture(scope="module")
 def learning(tiny_llama: Path) -> Iterator[LLM]:
     """Two slots, and one place for the users' adapters."""
     with running_here(
-        tiny_llama, {"method": "none"}, STEPPED, enable_lora=True, max_loras=1, max_cpu_loras=2, max_lora_rank=8
+        tiny_llama,
+        {"method": "none"},
+        STEPPED,
+        enable_lora=True,
+        max_loras=1,
+        max_cpu_loras=2,
+        max_lora_rank=8,
     ) as llm:
         yield llm
 
@@ -65,24 +87,45 @@ def sliding(tiny_llama: Path) -> Iterator[LLM]:
         yield llm
 
 
-def write(llm: LLM, requests: list[tuple[list[int], int, LoRARequest | None, dict[str, Any]]]) -> list[RequestOutput]:
+def write(
+    llm: LLM, requests: list[tuple[list[int], int, LoRARequest | None, dict[str, Any]]]
+) -> list[RequestOutput]:
     """All at once: (prompt, tokens to write, adapter, more parameters) of each."""
     params = [
-        SamplingParams(**{"max_tokens": n, "temperature": 0, "logprobs": 0, "ignore_eos": True, "detokenize": False, **more})
+        SamplingParams(
+            **{
+                "max_tokens": n,
+                "temperature": 0,
+                "logprobs": 0,
+                "ignore_eos": True,
+                "detokenize": False,
+                **more,
+            }
+        )
         for _, n, _, more in requests
     ]
     prompts = [tokens_input(p) for p, _, _, _ in requests]
-    return llm.generate(prompts, params, use_tqdm=False, lora_request=[adapter for _, _, adapter, _ in requests])
+    return llm.generate(
+        prompts, params, use_tqdm=False, lora_request=[adapter for _, _, adapter, _ in requests]
+    )
 
 
 def assert_right(model: Path, adapter: LoRARequest | None, output: RequestOutput) -> None:
-    torch.testing.assert_close(logprobs_of(output), logprobs_by_peft(model, adapter, output), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logprobs_of(output), logprobs_by_peft(model, adapter, output), rtol=0, atol=1e-4
+    )
 
 
-def test_adapters_after_all_slots_were_used(learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest]) -> None:
+def test_adapters_after_all_slots_were_used(
+    learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest]
+) -> None:
     """Of today's code: `ValueError: 2 is not in list` in the step, and the engine is gone."""
     generate(learning, [prompt(40, seed) for seed in range(5)], 20, **ADAPTS)
-    requests = [(prompt(20, 1), 20, adapters["a"], {}), (prompt(30, 2), 20, adapters["b"], {}), (prompt(25, 3), 20, None, {})]
+    requests = [
+        (prompt(20, 1), 20, adapters["a"], {}),
+        (prompt(30, 2), 20, adapters["b"], {}),
+        (prompt(25, 3), 20, None, {}),
+    ]
     for (_, _, adapter, _), output in zip(requests, write(learning, requests), strict=True):
         assert_right(tiny_llama, adapter, output)
 
@@ -91,7 +134,12 @@ def test_a_crowd_over_few_places(learning: LLM, tiny_llama: Path, adapters: dict
     """Each writes what it writes alone; those that do not learn also what peft says."""
     names = ["a", None, "b", "learns", "c", "learns", "a", "b", "learns", None]
     requests: list[Any] = [
-        (prompt(20 + 5 * seed, seed), 30, adapters.get(name or ""), ADAPTS if name == "learns" else {"prompt_logprobs": 0})
+        (
+            prompt(20 + 5 * seed, seed),
+            30,
+            adapters.get(name or ""),
+            ADAPTS if name == "learns" else {"prompt_logprobs": 0},
+        )
         for seed, name in enumerate(names)
     ]
     together = write(learning, requests)
@@ -105,7 +153,11 @@ def test_one_that_cannot_be_loaded_is_an_error_of_its_requests(
     learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest], bad: dict[str, LoRARequest]
 ) -> None:
     requests: list[Any] = [(prompt(20, seed), 12, adapter, {}) for seed, adapter in enumerate(bad.values())]
-    good: list[Any] = [(prompt(30, 7), 40, adapters["a"], {}), (prompt(31, 7), 40, None, {}), (prompt(60, 7), 40, None, ADAPTS)]
+    good: list[Any] = [
+        (prompt(30, 7), 40, adapters["a"], {}),
+        (prompt(31, 7), 40, None, {}),
+        (prompt(60, 7), 40, None, ADAPTS),
+    ]
     outputs = write(learning, good + requests)
     for adapter, output in zip(bad.values(), outputs[len(good) :], strict=True):
         (written,) = output.outputs
@@ -123,7 +175,9 @@ def test_one_that_cannot_be_loaded_is_an_error_of_its_requests(
 def test_an_adapter_whose_files_go_while_it_is_used(
     learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest], tmp_path: Path
 ) -> None:
-    """And whose blocks in the prefix cache, should there be any of the step that could not load it, are nobody's."""
+    """And whose blocks in the prefix cache, should there be any of the step that could not load it, are
+    nobody's.
+    """
     path = tmp_path / "gone"
     shutil.copytree(adapters["a"].lora_path, path)
     gone = LoRARequest("gone", 7, str(path))
@@ -139,7 +193,9 @@ def test_an_adapter_whose_files_go_while_it_is_used(
 
 
 @pytest.mark.parametrize("number", [1 << 20, (1 << 20) + 1, 1 << 31, (1 << 61) + 3, (1 << 63) + 1, 1 << 70])
-def test_no_id_names_a_slot(learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest], number: int) -> None:
+def test_no_id_names_a_slot(
+    learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest], number: int
+) -> None:
     adapter = LoRARequest(f"longctx-slot-{number}", number, adapters["b"].lora_path)
     requests: list[Any] = [(prompt(40, 4), 40, None, ADAPTS), (prompt(20, 5), 30, adapter, {})]
     outputs = write(learning, requests)
@@ -149,7 +205,9 @@ def test_no_id_names_a_slot(learning: LLM, tiny_llama: Path, adapters: dict[str,
 
 
 def test_pinned_adapters_are_pinned_among_the_users(learning: LLM, adapters: dict[str, LoRARequest]) -> None:
-    """With one place and that pinned, another adapter is an error of its request, where stock vLLM's engine dies."""
+    """With one place and that pinned, another adapter is an error of its request, where stock vLLM's engine
+    dies.
+    """
     engine = learning.llm_engine
     engine.add_lora(adapters["a"])
     assert engine.pin_lora(1)
@@ -169,11 +227,20 @@ def test_two_adapters_of_one_name(sliding: LLM, tiny_llama: Path, adapters: dict
         assert_right(tiny_llama, adapter, output)
 
 
-def test_beside_requests_without_an_adapter(sliding: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest]) -> None:
-    """Λ attention without Temp-LoRA: in stock vLLM on the CPU, and in today's code, an adapter's output leaks into these."""
+def test_beside_requests_without_an_adapter(
+    sliding: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest]
+) -> None:
+    """Λ attention without Temp-LoRA: in stock vLLM on the CPU, and in today's code, an adapter's output leaks
+    into these.
+    """
     names = [None, "a", None, "b", "b", "whole", None, "c", None, "whole"]
     requests: list[Any] = [
-        (prompt(12 + 3 * seed, seed), 15, adapters.get(name or ""), {"prompt_logprobs": 0} if seed % 2 else {})
+        (
+            prompt(12 + 3 * seed, seed),
+            15,
+            adapters.get(name or ""),
+            {"prompt_logprobs": 0} if seed % 2 else {},
+        )
         for seed, name in enumerate(names)
     ]
     for repetition in range(2):  # the second time from the prefix cache, where prompts are not scored
@@ -183,7 +250,8 @@ def test_beside_requests_without_an_adapter(sliding: LLM, tiny_llama: Path, adap
 
 def test_past_the_window_beside_adapters(sliding: LLM, adapters: dict[str, LoRARequest]) -> None:
     requests: list[Any] = [
-        (prompt(120 + 30 * seed, seed), 20, adapters.get(name or ""), {}) for seed, name in enumerate([None, "a", "whole", "b"])
+        (prompt(120 + 30 * seed, seed), 20, adapters.get(name or ""), {})
+        for seed, name in enumerate([None, "a", "whole", "b"])
     ]
     together = write(sliding, requests)
     for request, output in zip(requests, together, strict=True):
@@ -208,7 +276,9 @@ class Mixes:
 
     def add(self, name: str, case: Case) -> None:
         more = ADAPTS if case.kind == "learns" else {}
-        params = SamplingParams(max_tokens=case.tokens, temperature=0, ignore_eos=True, detokenize=False, **more)
+        params = SamplingParams(
+            max_tokens=case.tokens, temperature=0, ignore_eos=True, detokenize=False, **more
+        )
         text = tokens_input(prompt(case.length))
         self.llm.llm_engine.add_request(name, text, params, lora_request=self.adapters.get(case.kind))
 
@@ -260,19 +330,26 @@ def crowd(learning: LLM, adapters: dict[str, LoRARequest], bad: dict[str, LoRARe
 
 @settings(max_examples=4, derandomize=True, **few)
 @given(mixes)
-def test_each_of_a_mix_writes_what_it_writes_alone(crowd: Mixes, mix: list[tuple[Case, int, int | None]]) -> None:
+def test_each_of_a_mix_writes_what_it_writes_alone(
+    crowd: Mixes, mix: list[tuple[Case, int, int | None]]
+) -> None:
     crowd.check(mix)
 
 
 @pytest.mark.slow
 @settings(max_examples=100, **few)
 @given(mixes)
-def test_each_of_many_mixes_writes_what_it_writes_alone(crowd: Mixes, mix: list[tuple[Case, int, int | None]]) -> None:
+def test_each_of_many_mixes_writes_what_it_writes_alone(
+    crowd: Mixes, mix: list[tuple[Case, int, int | None]]
+) -> None:
     crowd.check(mix)
 
 
 def test_without_enable_lora_adapters_are_refused(tiny_llama: Path, adapters: dict[str, LoRARequest]) -> None:
-    """Before anything is scheduled, as stock vLLM does. Of today's code: loaded, then `All items are pinned` in a step."""
+    """Before anything is scheduled, as stock vLLM does.
+
+    Of today's code: loaded, then `All items are pinned` in a step.
+    """
     with running_here(tiny_llama, {"method": "none"}, STEPPED) as llm:
         for _ in range(2):
             with pytest.raises(VLLMValidationError, match="but LoRA is not enabled!"):
@@ -286,14 +363,31 @@ def test_without_enable_lora_adapters_are_refused(tiny_llama: Path, adapters: di
 
 
 @pytest.mark.slow
-def test_a_server_without_enable_lora_refuses_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stock vLLM's answers: on the route, by a model's name, and where the server is to start with one."""
+def test_a_server_without_enable_lora_refuses_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stock vLLM's answers: on the route, by a model's name, and where the server is to start with
+    one.
+    """
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     path = write_adapter(tmp_path / "adapter", BOOKLM, 1)
     adaptation = json.dumps({"preset": "temp-lora-quality", "adaptation": {"slots": 1}})
-    flags = ["--longctx", adaptation, "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4", "--max-model-len", "4096"]
+    flags = [
+        "--longctx",
+        adaptation,
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-num-seqs",
+        "4",
+        "--max-model-len",
+        "4096",
+    ]
     flags += ["--kv-cache-memory-bytes", "100000000", "--served-model-name", "booklm"]
-    with running_server(BOOKLM, tmp_path / "log", *flags) as address, httpx.Client(base_url=address, timeout=120) as http:
+    with (
+        running_server(BOOKLM, tmp_path / "log", *flags) as address,
+        httpx.Client(base_url=address, timeout=120) as http,
+    ):
         answer = http.post("/v1/load_lora_adapter", json={"lora_name": "mine", "lora_path": str(path)})
         assert answer.status_code == 500 and "LoRA is not enabled. Use --enable-lora" in answer.text
         body = {"prompt": "a b c", "max_tokens": 5, "temperature": 0}

@@ -21,7 +21,11 @@ QUICK = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "5
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [COMMAND, *words, *QUICK], capture_output=True, text=True, timeout=400, env={**os.environ, "COLUMNS": "150"}
+        [COMMAND, *words, *QUICK],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "COLUMNS": "150"},
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -37,10 +41,25 @@ def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_score_is_flat_where_stock_vllm_falls_apart(topics: Path, tmp_path: Path) -> None:
     out, figure = tmp_path / "score.json", tmp_path / "score.png"
-    words = ["--max-tokens", "6000", "--bucket-tokens", "1500", "--baseline", "--json", str(out), "--plot", str(figure)]
+    words = [
+        "--max-tokens",
+        "6000",
+        "--bucket-tokens",
+        "1500",
+        "--baseline",
+        "--json",
+        str(out),
+        "--plot",
+        str(figure),
+    ]
     done = run("score", "--text", str(topics), *words)
     result = json.loads(out.read_text())
-    assert [(b["start"], b["end"]) for b in result["buckets"]] == [(0, 1500), (1500, 3000), (3000, 4500), (4500, 6000)]
+    assert [(b["start"], b["end"]) for b in result["buckets"]] == [
+        (0, 1500),
+        (1500, 3000),
+        (3000, 4500),
+        (4500, 6000),
+    ]
     assert result["tokens"] == 6000 and result["tokens_per_s"] > 0
     assert result["config"]["attention"]["n_local"] == 512
     ours, stock = ([b["nll"] for b in r["buckets"]] for r in (result, result["baseline"]))
@@ -61,8 +80,26 @@ def test_generate_writes_far_past_the_trained_length(topics: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_vllm_bench_throughput_takes_the_flags(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    words = ["--model", BOOKLM, "--plugin", "longctx", "--max-num-seqs", "4", "--kv-cache-memory-bytes", "100000000"]
-    words += ["--dataset-name", "random", "--random-input-len", "1500", "--random-output-len", "20", "--num-prompts", "4"]
+    words = [
+        "--model",
+        BOOKLM,
+        "--plugin",
+        "longctx",
+        "--max-num-seqs",
+        "4",
+        "--kv-cache-memory-bytes",
+        "100000000",
+    ]
+    words += [
+        "--dataset-name",
+        "random",
+        "--random-input-len",
+        "1500",
+        "--random-output-len",
+        "20",
+        "--num-prompts",
+        "4",
+    ]
     command = [COMMAND.parent / "vllm", "bench", "throughput", *words, *QUICK, "--output-json", str(out)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=400, env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
@@ -74,7 +111,9 @@ def test_vllm_bench_throughput_takes_the_flags(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_passkey_knows_nothing_of_a_key_beyond_all_windows(tmp_path: Path) -> None:
-    """booklm retrieves hardly anything, but a key it sees changes what it says, and one that cannot reach it does not."""
+    """booklm retrieves hardly anything, but a key it sees changes what it says, and one that cannot reach it
+    does not.
+    """
     out, figure, window, layers = tmp_path / "passkey.json", tmp_path / "passkey.png", 96, 6
     trials = Task(AutoTokenizer.from_pretrained(BOOKLM)).trials(4000, [Geometry(10, window)], 4, seed=0)
     reach = layers * window  # what a token was told by those before it, it tells on to the next layer
@@ -90,6 +129,8 @@ def test_passkey_knows_nothing_of_a_key_beyond_all_windows(tmp_path: Path) -> No
     assert set(rows) == {(250, "inside"), (250, "outside"), (4000, "inside"), (4000, "outside")}
     assert all(r["trials"] == 4 and 0 <= r["exact"] <= 1 and 0 <= r["choice"] <= 1 for r in rows.values())
     beyond = rows[4000, "outside"]
-    assert beyond["choice"] == pytest.approx(1 / CHOICES) and abs(beyond["gain"]) < 1e-3 and beyond["exact"] == 0
+    assert (
+        beyond["choice"] == pytest.approx(1 / CHOICES) and abs(beyond["gain"]) < 1e-3 and beyond["exact"] == 0
+    )
     assert all(rows[length, "inside"]["gain_error"] > 0.01 for length in (250, 4000))
     assert f"{rows[250, 'inside']['gain']:+.2f}" in done.stdout and figure.stat().st_size > 10_000

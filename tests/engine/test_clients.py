@@ -1,4 +1,6 @@
-"""The clients that people use, each with its ordinary options, against one server (`make clients` installs them)."""
+"""The clients that people use, each with its ordinary options, against one server (`make clients` installs
+them).
+"""
 
 import json
 import os
@@ -14,11 +16,22 @@ from tests.support.engines import CHAT_TEMPLATE
 from vllm_longctx import BOOKLM
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(path for path in (ROOT / "tests" / "clients").iterdir() if path.name.endswith(("_sdk.py", "_sdk.mjs")))
+SCRIPTS = sorted(
+    path for path in (ROOT / "tests" / "clients").iterdir() if path.name.endswith(("_sdk.py", "_sdk.mjs"))
+)
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 MODULES = ROOT / "tests" / "clients" / "node_modules"
 # Requests that do not adapt live within the trained length here, which is a twentieth of what they ask for.
-FLAGS = ["--longctx-preset", "temp-lora-quality", "--max-model-len", "8192", "--max-num-seqs", "4", "--dtype", "float32"]
+FLAGS = [
+    "--longctx-preset",
+    "temp-lora-quality",
+    "--max-model-len",
+    "8192",
+    "--max-num-seqs",
+    "4",
+    "--dtype",
+    "float32",
+]
 FLAGS += ["--enforce-eager", "--kv-cache-memory-bytes", "100000000", "--served-model-name", "booklm"]
 FLAGS += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
 
@@ -29,7 +42,9 @@ pytestmark = pytest.mark.slow
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     directory = tmp_path_factory.mktemp("server")
     (directory / "chat.jinja").write_text(CHAT_TEMPLATE)
-    with running_server(BOOKLM, directory / "log", *FLAGS, "--chat-template", str(directory / "chat.jinja")) as address:
+    with running_server(
+        BOOKLM, directory / "log", *FLAGS, "--chat-template", str(directory / "chat.jinja")
+    ) as address:
         yield address
 
 
@@ -48,6 +63,12 @@ def command(script: Path) -> list[str]:
 def test_a_client_with_its_ordinary_options(script: Path, request: pytest.FixtureRequest) -> None:
     words = command(script)
     address = request.getfixturevalue("address")  # after what may skip
-    offline = {"AGENTS_DISABLE_TRACING": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "AI_SDK_LOG_WARNINGS": "false"}
-    done = subprocess.run([*words, address], capture_output=True, text=True, timeout=300, env={**os.environ, **offline})
+    offline = {
+        "AGENTS_DISABLE_TRACING": "1",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "AI_SDK_LOG_WARNINGS": "false",
+    }
+    done = subprocess.run(
+        [*words, address], capture_output=True, text=True, timeout=300, env={**os.environ, **offline}
+    )
     assert done.returncode == 0, json.dumps(words) + done.stdout[-2000:] + done.stderr[-4000:]

@@ -20,12 +20,23 @@ from vllm_longctx import BOOKLM
 LAMBDA = {"n_global": 10, "n_local": 64, "distance_ceiling": 64}
 MODES: dict[str, dict[str, Any]] = {
     "lambda": {"attention": LAMBDA},
-    "memory": {"attention": {"method": "focused", "mem_layers": [1], "n_local": 64, "last_context_length": 32}},
+    "memory": {
+        "attention": {"method": "focused", "mem_layers": [1], "n_local": 64, "last_context_length": 32}
+    },
     "temp_lora": {
         "attention": {"method": "none"},
-        "adaptation": {"block_tokens": 32, "train_context_tokens": 64, "rank": 4, "learning_rate": 2e-3, "slots": 2},
+        "adaptation": {
+            "block_tokens": 32,
+            "train_context_tokens": 64,
+            "rank": 4,
+            "learning_rate": 2e-3,
+            "slots": 2,
+        },
     },
-    "temp_lora_over_lambda": {"attention": LAMBDA, "adaptation": {"block_tokens": 32, "train_context_tokens": 64, "rank": 4}},
+    "temp_lora_over_lambda": {
+        "attention": LAMBDA,
+        "adaptation": {"block_tokens": 32, "train_context_tokens": 64, "rank": 4},
+    },
 }
 
 
@@ -42,10 +53,15 @@ def llm(mode: str, tiny_llama: Path) -> Iterator[LLM]:
 
 def written(llm: LLM, mode: str) -> list[list[int]]:
     kwargs = {"extra_args": {"longctx": {"temp_lora": True}}} if mode.startswith("temp_lora") else {}
-    return [list(output.outputs[0].token_ids) for output in generate(llm, [prompt(100), prompt(300)], 40, **kwargs)]
+    return [
+        list(output.outputs[0].token_ids)
+        for output in generate(llm, [prompt(100), prompt(300)], 40, **kwargs)
+    ]
 
 
-@pytest.mark.parametrize("level", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize(
+    "level", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2]
+)
 def test_an_engine_that_slept_writes_the_same(llm: LLM, mode: str, level: int) -> None:
     """On the CPU vLLM's workers keep everything while they sleep; on a GPU `enable_sleep_mode` is refused."""
     before = written(llm, mode)
@@ -87,7 +103,9 @@ def streamed(llm: LLM, parts: list[list[int]], max_tokens: int) -> list[int]:
 
     def request(ids: list[int], tokens: int, more: bool) -> EngineCoreRequest:
         params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
-        made = engine.input_processor.process_inputs("parts", tokens_input(ids), params, ("generate",), resumable=more)
+        made = engine.input_processor.process_inputs(
+            "parts", tokens_input(ids), params, ("generate",), resumable=more
+        )
         made.external_req_id = "parts"
         return made
 
@@ -98,7 +116,11 @@ def streamed(llm: LLM, parts: list[list[int]], max_tokens: int) -> list[int]:
         while not ended:
             for output in engine.engine_core.get_output().outputs:
                 tokens += output.new_token_ids
-                ended = ended or output.finish_reason is not None or len(tokens) == (max_tokens if ids is parts[-1] else 1)
+                ended = (
+                    ended
+                    or output.finish_reason is not None
+                    or len(tokens) == (max_tokens if ids is parts[-1] else 1)
+                )
     engine.engine_core.add_request(request([0], 1, more=False))
     engine.engine_core.get_output()
     return tokens
@@ -118,16 +140,36 @@ def test_a_prompt_in_parts_is_read_as_if_it_came_at_once(llm: LLM, mode: str) ->
 def test_a_batch_runs_with_the_checks_and_the_default_of_a_server(tmp_path: Path) -> None:
     longctx = {"preset": "lm-infinite", "serving": {"default_max_tokens": 6}}
     chat = {"model": BOOKLM, "messages": [{"role": "user", "content": "a b c"}], "ignore_eos": True}
-    bodies = [chat, {**chat, "max_tokens": 9}, {**chat, "vllm_xargs": {"longctx": json.dumps({"temp_lora": True})}}]
+    bodies = [
+        chat,
+        {**chat, "max_tokens": 9},
+        {**chat, "vllm_xargs": {"longctx": json.dumps({"temp_lora": True})}},
+    ]
     lines = [
         json.dumps({"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions", "body": body})
         for number, body in enumerate(bodies)
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE)
-    flags = ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "100000000", "--longctx", json.dumps(longctx)]
+    flags = [
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--kv-cache-memory-bytes",
+        "100000000",
+        "--longctx",
+        json.dumps(longctx),
+    ]
     flags += ["--chat-template", str(tmp_path / "chat.jinja"), "-i", str(tmp_path / "in.jsonl")]
-    command = [Path(sys.executable).parent / "vllm", "run-batch", "--model", BOOKLM, *flags, "-o", tmp_path / "out.jsonl"]
+    command = [
+        Path(sys.executable).parent / "vllm",
+        "run-batch",
+        "--model",
+        BOOKLM,
+        *flags,
+        "-o",
+        tmp_path / "out.jsonl",
+    ]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     open_ended, limited, refused = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())

@@ -1,7 +1,9 @@
-"""The engine against the dense float64 reference: every kind of step, over geometries that exercise every path.
+"""The engine against the dense float64 reference: every kind of step, over geometries that exercise every
+path.
 
-Requests of all lengths run together: prompts are cut into chunks of 128 tokens, decodes and chunks share steps, a token
-generated past the window takes the compact table, and the lengths sit on every edge of a window and of a block.
+Requests of all lengths run together: prompts are cut into chunks of 128 tokens, decodes and chunks share
+steps, a token generated past the window takes the compact table, and the lengths sit on every edge of a
+window and of a block.
 """
 
 from collections.abc import Iterator
@@ -31,12 +33,22 @@ class Variant:
 VARIANTS = {
     "lm_infinite": Variant({"n_global": 10, "n_local": 64, "distance_ceiling": 64}, Geometry(10, 64, 64)),
     "compiled": Variant(
-        {"n_global": 10, "n_local": 64, "distance_ceiling": 64}, Geometry(10, 64, 64), {"enforce_eager": False}
+        {"n_global": 10, "n_local": 64, "distance_ceiling": 64},
+        Geometry(10, 64, 64),
+        {"enforce_eager": False},
     ),
-    "ceiling_above_window": Variant({"n_global": 5, "n_local": 50, "distance_ceiling": 100}, Geometry(5, 50, 100)),
-    "ceiling_below_window": Variant({"n_global": 5, "n_local": 64, "distance_ceiling": 20}, Geometry(5, 64, 20)),
-    "streaming": Variant({"method": "streaming", "n_global": 4, "n_local": 60}, Geometry(4, 60, distances="in_cache")),
-    "window_below_a_block": Variant({"n_global": 3, "n_local": 20, "distance_ceiling": 20}, Geometry(3, 20, 20)),
+    "ceiling_above_window": Variant(
+        {"n_global": 5, "n_local": 50, "distance_ceiling": 100}, Geometry(5, 50, 100)
+    ),
+    "ceiling_below_window": Variant(
+        {"n_global": 5, "n_local": 64, "distance_ceiling": 20}, Geometry(5, 64, 20)
+    ),
+    "streaming": Variant(
+        {"method": "streaming", "n_global": 4, "n_local": 60}, Geometry(4, 60, distances="in_cache")
+    ),
+    "window_below_a_block": Variant(
+        {"n_global": 3, "n_local": 20, "distance_ceiling": 20}, Geometry(3, 20, 20)
+    ),
     "no_first_tokens": Variant({"n_global": 0, "n_local": 45}, Geometry(0, 45)),
     "first_tokens_over_blocks": Variant({"n_global": 40, "n_local": 64}, Geometry(40, 64, 128)),
 }
@@ -58,7 +70,9 @@ def reference(tiny_llama: Path) -> ReferenceLlama:
     return ReferenceLlama(tiny_llama)
 
 
-def test_prompts_and_tokens_written_equal_the_reference(llm: LLM, variant: Variant, reference: ReferenceLlama) -> None:
+def test_prompts_and_tokens_written_equal_the_reference(
+    llm: LLM, variant: Variant, reference: ReferenceLlama
+) -> None:
     outputs = generate(llm, [prompt(n) for n in LENGTHS], 40, prompt_logprobs=0)
     worst = 0.0
     for output in outputs:
@@ -67,7 +81,9 @@ def test_prompts_and_tokens_written_equal_the_reference(llm: LLM, variant: Varia
     assert worst <= TOLERANCE
 
 
-def test_a_prefix_hit_over_a_freed_middle_changes_nothing(llm: LLM, variant: Variant, reference: ReferenceLlama) -> None:
+def test_a_prefix_hit_over_a_freed_middle_changes_nothing(
+    llm: LLM, variant: Variant, reference: ReferenceLlama
+) -> None:
     text = prompt(416, seed=1)
     generate(llm, [text], 1)
     for cut in (416, 415, 385, 384, 200):
@@ -78,8 +94,12 @@ def test_a_prefix_hit_over_a_freed_middle_changes_nothing(llm: LLM, variant: Var
             assert output.num_cached_tokens == cut // 32 * 32
 
 
-def test_a_turn_is_written_again_from_the_cache(llm: LLM, reference: ReferenceLlama, variant: Variant) -> None:
-    """Before: once an answer was written, other long texts pushed out the window at its prompt's end first."""
+def test_a_turn_is_written_again_from_the_cache(
+    llm: LLM, reference: ReferenceLlama, variant: Variant
+) -> None:
+    """Before: once an answer was written, other long texts pushed out the window at its prompt's end
+    first.
+    """
     text = prompt(900, seed=8)
     (first,) = generate(llm, [text], 100)
     generate(llm, [prompt(1500, seed=s) for s in range(80, 85)], 20)  # more than the pool holds
@@ -100,7 +120,9 @@ def test_together_is_as_alone(llm: LLM) -> None:
 
 
 def test_a_seed_gives_the_same_tokens_however_its_prompt_is_cut(llm: LLM) -> None:
-    """In the crowd the prompts are cut elsewhere than alone, and chunks share steps with other requests' decodes."""
+    """In the crowd the prompts are cut elsewhere than alone, and chunks share steps with other requests'
+    decodes.
+    """
 
     def sample(prompts: list[list[int]]) -> list[list[int]]:
         return [tokens_of(o) for o in generate(llm, prompts, 20, temperature=1.0, seed=11)]
@@ -110,7 +132,9 @@ def test_a_seed_gives_the_same_tokens_however_its_prompt_is_cut(llm: LLM) -> Non
 
 
 def test_what_others_left_in_a_block_does_not_matter(llm: LLM) -> None:
-    """Before: stock's kernel let NaN in unused slots of a request's last block into its output, and scratch blocks kept it."""
+    """Before: stock's kernel let NaN in unused slots of a request's last block into its output, and scratch
+    blocks kept it.
+    """
     prompts = [prompt(n, seed=6) for n in LENGTHS]
     llm.reset_prefix_cache()
     before = generate(llm, prompts, 40)
@@ -143,7 +167,9 @@ def test_what_others_left_does_not_matter_to_stepped_windows(tiny_llama: Path, k
 
 
 def test_the_reference_tells_wrong_geometries_apart(reference: ReferenceLlama) -> None:
-    """The tolerance means something: one token more or less in the window moves log-probabilities by far more."""
+    """The tolerance means something: one token more or less in the window moves log-probabilities by far
+    more.
+    """
     ids, right = prompt(300), Geometry(10, 64, 64)
     base = reference.token_logprobs(ids, right)
     for wrong in (Geometry(10, 65, 64), Geometry(9, 64, 64), Geometry(10, 64, 63), Geometry(10, 64, None)):

@@ -1,4 +1,6 @@
-"""The programs of examples/ as a user runs them, against two servers, and the dashboard against what these servers export."""
+"""The programs of examples/ as a user runs them, against two servers, and the dashboard against what these
+servers export.
+"""
 
 import contextlib
 import json
@@ -35,14 +37,22 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def book(workplace: Path) -> Path:
     path = workplace / "book.txt"
-    path.write_text("".join(pydoc_data.topics.topics[name] for name in ("exprlists", "typesseq", "formatstrings"))[:9000])
+    path.write_text(
+        "".join(pydoc_data.topics.topics[name] for name in ("exprlists", "typesseq", "formatstrings"))[:9000]
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def address(workplace: Path) -> Iterator[str]:
     """booklm with examples/serve.yaml, in a directory where it may keep adapters."""
-    flags = ["--config", str(EXAMPLES / "serve.yaml"), "--chat-template", str(EXAMPLES / "chat.jinja"), *QUICK]
+    flags = [
+        "--config",
+        str(EXAMPLES / "serve.yaml"),
+        "--chat-template",
+        str(EXAMPLES / "chat.jinja"),
+        *QUICK,
+    ]
     flags += ["--kv-cache-memory-bytes", "100000000"]
     with contextlib.chdir(workplace), running_server(BOOKLM, workplace / "log", *flags) as address:
         yield address

@@ -1,4 +1,6 @@
-"""Focused Transformers in the engine against the dense float64 reference: every lookup, every kind of window and of step."""
+"""Focused Transformers in the engine against the dense float64 reference: every lookup, every kind of window
+and of step.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,7 +36,13 @@ class Variant:
     @property
     def section(self) -> dict[str, Any]:
         windows = {"n_local": self.windows.tokens, "last_context_length": self.windows.last_tokens}
-        return {"method": "focused", "mem_layers": self.mem_layers, "mem_dtype": "float32", **windows, **self.attention}
+        return {
+            "method": "focused",
+            "mem_layers": self.mem_layers,
+            "mem_dtype": "float32",
+            **windows,
+            **self.attention,
+        }
 
     def seen(self, prompt_length: int) -> Layers:
         positionals = self.attention.get("mem_positionals", True)
@@ -46,13 +54,22 @@ VARIANTS = {
     "all": Variant(SteppedWindows(64, 32), [1], engine={"enforce_eager": False}),
     # 66 blocks for more than a dozen requests: they are preempted.
     "windows_across_blocks": Variant(
-        SteppedWindows(50, 20), [0, 2], engine={**UNCACHED, "num_gpu_blocks_override": 66, "max_model_len": 960}
+        SteppedWindows(50, 20),
+        [0, 2],
+        engine={**UNCACHED, "num_gpu_blocks_override": 66, "max_model_len": 960},
     ),
-    "memory_apart": Variant(SteppedWindows(64, 32), [1, 2], {"memory_limit_gib": 0.0026}, {"max_model_len": 2048}),
-    # Not layer 0: there, equal tokens have equal keys in the memory, and it does not matter which of them is taken.
-    "top_k": Variant(SteppedWindows(64, 32), [1, 2], {"lookup": "top_k", "top_k": 5}, {"max_model_len": 2048}),
+    "memory_apart": Variant(
+        SteppedWindows(64, 32), [1, 2], {"memory_limit_gib": 0.0026}, {"max_model_len": 2048}
+    ),
+    # Not layer 0: there, equal tokens have equal keys in the memory, and it does not matter which of them is
+    # taken.
+    "top_k": Variant(
+        SteppedWindows(64, 32), [1, 2], {"lookup": "top_k", "top_k": 5}, {"max_model_len": 2048}
+    ),
     # Fewer blocks than are always read.
-    "blocks": Variant(SteppedWindows(50, 20), [1, 2], {"lookup": "blocks", "top_k": 5}, {**UNCACHED, "max_model_len": 2048}),
+    "blocks": Variant(
+        SteppedWindows(50, 20), [1, 2], {"lookup": "blocks", "top_k": 5}, {**UNCACHED, "max_model_len": 2048}
+    ),
     "no_positions": Variant(SteppedWindows(128, 40), [0, 1, 2], {"mem_positionals": False}),
 }
 
@@ -71,7 +88,9 @@ def test_a_trained_memory_tells_what_no_window_holds() -> None:
 
 
 def test_lm_infinite_with_top_k_equals_the_reference(tiny_llama: Path, reference: ReferenceLlama) -> None:
-    """66 blocks for more than a dozen requests: the preempted compute again, one token at a time, what they wrote."""
+    """66 blocks for more than a dozen requests: the preempted compute again, one token at a time, what they
+    wrote.
+    """
     attention = {"n_global": 5, "n_local": 50, "top_k": 3, "top_k_from_layer": 1, "top_k_insert_at": 40}
     with running_here(tiny_llama, attention, num_gpu_blocks_override=66, max_model_len=800) as llm:
         poison(llm)
@@ -104,14 +123,20 @@ def reference(tiny_llama: Path) -> ReferenceLlama:
     return ReferenceLlama(tiny_llama)
 
 
-def test_prompts_and_tokens_written_equal_the_reference(llm: LLM, variant: Variant, reference: ReferenceLlama) -> None:
+def test_prompts_and_tokens_written_equal_the_reference(
+    llm: LLM, variant: Variant, reference: ReferenceLlama
+) -> None:
     outputs = generate(llm, [prompt(n) for n in LENGTHS], 70, prompt_logprobs=0)
-    differences = [difference(reference, variant, n, output) for n, output in zip(LENGTHS, outputs, strict=True)]
+    differences = [
+        difference(reference, variant, n, output) for n, output in zip(LENGTHS, outputs, strict=True)
+    ]
     assert sum(d is None for d in differences) <= 2
     assert all(d.max() <= TOLERANCE for d in differences if d is not None)
 
 
-def test_a_prefix_hit_ends_where_both_prompts_have_a_window(llm: LLM, variant: Variant, reference: ReferenceLlama) -> None:
+def test_a_prefix_hit_ends_where_both_prompts_have_a_window(
+    llm: LLM, variant: Variant, reference: ReferenceLlama
+) -> None:
     text = prompt(900, seed=1)
     generate(llm, [text], 1)
     windows, hits, differences = variant.windows, set(), []
@@ -131,7 +156,8 @@ def test_a_prefix_hit_ends_where_both_prompts_have_a_window(llm: LLM, variant: V
 def test_short_texts_share_their_beginning(
     llm: LLM, variant: Variant, reference: ReferenceLlama, written: int, more: int
 ) -> None:
-    """Before: nothing was hit in prompts shorter than a whole window and the last one, nor behind what a short one had written.
+    """Before: nothing was hit in prompts shorter than a whole window and the last one, nor behind what a
+    short one had written.
 
     All requests go on until their first windows are memory: those that are hit and those that hit them.
     """
@@ -147,15 +173,20 @@ def test_short_texts_share_their_beginning(
     for output in outputs:
         length = len(output.prompt_token_ids)
         common = min(text, windows.last_start(length) or length - 1)
-        # What was written last in an open window; where that is memory by now, only the prompt, which was read again.
+        # What was written last in an open window; where that is memory by now, only the prompt, which was
+        # read again.
         is_open = min(common, windows.last_tokens if text // window else common) // 32 * 32
         assert output.num_cached_tokens == (common // window * window or is_open)
         seen = difference(reference, variant, length, output)
         assert seen is None or seen.max() <= TOLERANCE
 
 
-def difference(reference: ReferenceLlama, variant: Variant, length: int, output: RequestOutput) -> torch.Tensor | None:
-    """Of the log-probabilities at hand, of a prompt of `length` tokens; None where two keys are equally good."""
+def difference(
+    reference: ReferenceLlama, variant: Variant, length: int, output: RequestOutput
+) -> torch.Tensor | None:
+    """Of the log-probabilities at hand, of a prompt of `length` tokens; None where two keys are equally
+    good.
+    """
     ours = logprobs_of(output)
     expected = reference.token_logprobs(tokens_of(output), variant.seen(length))[-len(ours) :]
     return (ours - expected).abs() if min(reference.margins, default=1.0) >= TIE else None
@@ -170,10 +201,14 @@ def test_together_is_as_alone(llm: LLM) -> None:
 
 
 @pytest.mark.slow
-def test_what_others_left_in_a_block_does_not_matter(llm: LLM, variant: Variant, reference: ReferenceLlama) -> None:
+def test_what_others_left_in_a_block_does_not_matter(
+    llm: LLM, variant: Variant, reference: ReferenceLlama
+) -> None:
     poison(llm)
     outputs = generate(llm, [prompt(n, seed=6) for n in LENGTHS], 40)
-    differences = [difference(reference, variant, n, output) for n, output in zip(LENGTHS, outputs, strict=True)]
+    differences = [
+        difference(reference, variant, n, output) for n, output in zip(LENGTHS, outputs, strict=True)
+    ]
     assert all(d.max() <= TOLERANCE for d in differences if d is not None)
 
 

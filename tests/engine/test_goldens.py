@@ -34,7 +34,9 @@ def test_lm_infinite(name: str, ranks: int, goldens: Path, request: pytest.Fixtu
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_longllama(ranks: int, goldens: Path, request: pytest.FixtureRequest) -> None:
-    """Two requests at once, in chunks that end elsewhere than the windows do; no configuration but the checkpoint's own."""
+    """Two requests at once, in chunks that end elsewhere than the windows do; no configuration but the
+    checkpoint's own.
+    """
     cases = [goldens / "longllama_a", goldens / "longllama_generate"]
     if ranks == 2:
         request.getfixturevalue("two_cores")
@@ -59,11 +61,15 @@ def test_lm_infinite_with_top_k(goldens: Path) -> None:
     lengths, rows = np.load(case / "prefix_lengths.npy").tolist(), np.load(case / "logprobs.npy")
     greedy = np.load(case / "greedy_tokens.npy").flatten().tolist()
     vocab = rows.shape[1]
-    with running_here(goldens / "models" / "llama", official_top_k(p), max_logprobs=vocab, max_model_len=2048) as llm:
+    with running_here(
+        goldens / "models" / "llama", official_top_k(p), max_logprobs=vocab, max_model_len=2048
+    ) as llm:
         outputs = generate(llm, [ids[:n] for n in lengths], 1, logprobs=vocab)
         (written,) = generate(llm, [ids], len(greedy))
     for output, row in zip(outputs, rows, strict=True):
         (first,) = output.outputs[0].logprobs
         assert max(abs(first[token].logprob - row[token]) for token in range(vocab)) <= 1e-3
     assert list(written.outputs[0].token_ids) == greedy
-    assert np.abs(logprobs_of(written).numpy() - np.load(case / "greedy_logprobs.npy").flatten()).max() <= 1e-3
+    assert (
+        np.abs(logprobs_of(written).numpy() - np.load(case / "greedy_logprobs.npy").flatten()).max() <= 1e-3
+    )

@@ -23,7 +23,9 @@ def llm(tiny_llama: Path) -> Iterator[LLM]:
 
 
 def steps(prompt_tokens: int, written: int) -> Iterator[tuple[int, int]]:
-    """(tokens computed before, after) each step of a lone request; the last token written is never computed."""
+    """(tokens computed before, after) each step of a lone request; the last token written is never
+    computed.
+    """
     computed = 0
     while computed < prompt_tokens + written - 1:
         after = min(computed + CHUNK, prompt_tokens) if computed < prompt_tokens else computed + 1
@@ -48,7 +50,13 @@ def test_each_step_of_a_long_request_is_counted(llm: LLM) -> None:
         for before, after in steps(600, 40)
     ]
     expected[-1] = (0, expected[-1][1], 0, expected[-1][3])  # finished: nothing runs, nothing is held
-    assert expected[:5] == [(4, 0, False, 0), (7, 1, True, 128), (7, 5, True, 256), (7, 9, True, 384), (6, 13, True, 472)]
+    assert expected[:5] == [
+        (4, 0, False, 0),
+        (7, 1, True, 128),
+        (7, 5, True, 256),
+        (7, 9, True, 384),
+        (6, 13, True, 472),
+    ]
     assert expected[-1] == (0, 16, 0, 511)
 
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, detokenize=False)

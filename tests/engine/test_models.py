@@ -9,7 +9,13 @@ import torch
 import transformers
 
 from tests.support.engines import generate, logprobs_of, prompt, running_here, tokens_of
-from tests.support.reference_model import Reference, ReferenceBloom, ReferenceGPTJ, ReferenceLlama, ReferenceMpt
+from tests.support.reference_model import (
+    Reference,
+    ReferenceBloom,
+    ReferenceGPTJ,
+    ReferenceLlama,
+    ReferenceMpt,
+)
 from vllm_longctx.geometry import Geometry
 
 LENGTHS = [1, 31, 63, 64, 65, 97, 300]
@@ -43,18 +49,33 @@ class Family:
 
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 GPTJ = {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": TRAINED, "rotary_dim": 16, "vocab_size": 512}
-BLOOM = {"hidden_size": 192, "n_layer": 3, "n_head": 6, "vocab_size": 512, "seq_length": TRAINED}  # 6: not a power of two
+BLOOM = {
+    "hidden_size": 192,
+    "n_layer": 3,
+    "n_head": 6,
+    "vocab_size": 512,
+    "seq_length": TRAINED,
+}  # 6: not a power of two
 MPT = {"d_model": 192, "n_layers": 3, "n_heads": 6, "max_seq_len": TRAINED, "vocab_size": 512}
 FAMILIES = {
     "llama, linear": Family("Llama", rope("linear", factor=4.0), ReferenceLlama),
     "mistral, dynamic NTK": Family(
-        "Mistral", {**rope("dynamic", factor=2.0, max_trained_positions=64), "sliding_window": None}, ReferenceLlama
+        "Mistral",
+        {**rope("dynamic", factor=2.0, max_trained_positions=64), "sliding_window": None},
+        ReferenceLlama,
     ),
     "qwen2, YaRN": Family("Qwen2", rope("yarn", **YARN), ReferenceLlama),
     "qwen2, YaRN, streaming": Family("Qwen2", rope("yarn", **YARN), ReferenceLlama, STREAMING),
-    "qwen3, llama3": Family("Qwen3", rope("llama3", **LLAMA3), ReferenceLlama, engine={"enforce_eager": False}),
+    "qwen3, llama3": Family(
+        "Qwen3", rope("llama3", **LLAMA3), ReferenceLlama, engine={"enforce_eager": False}
+    ),
     "gptj": Family("GPTJ", GPTJ, ReferenceGPTJ),
     "bloom": Family("Bloom", BLOOM, ReferenceBloom),
     "mpt": Family("Mpt", MPT, ReferenceMpt, engine={"enforce_eager": False}),
@@ -70,7 +91,10 @@ def make(family: Family, path: Path) -> Path:
     for name, weight in model.named_parameters():
         if name.endswith("bias"):
             weight.data.normal_(std=0.1)
-        if any(part in name for part in ("q_proj.weight", "k_proj.weight", "query_key_value.weight", "Wqkv.weight")):
+        if any(
+            part in name
+            for part in ("q_proj.weight", "k_proj.weight", "query_key_value.weight", "Wqkv.weight")
+        ):
             weight.data *= 2.5
     model.save_pretrained(path)
     return path
@@ -89,7 +113,9 @@ def test_it_equals_the_reference(name: str, tmp_path: Path) -> None:
         assert (logprobs_of(output) - expected).abs().max() <= 1e-4
 
 
-def test_the_tests_own_references_are_transformers_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tests_own_references_are_transformers_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Inside the trained length, with plain attention, they are what transformers computes."""
     ids = prompt(TRAINED)
     monkeypatch.setattr(ReferenceBloom, "approximate", "tanh")

@@ -1,4 +1,6 @@
-"""bf16 and fp16 err by their own rounding: past the window no more than inside it, where attention is stock vLLM's."""
+"""bf16 and fp16 err by their own rounding: past the window no more than inside it, where attention is stock
+vLLM's.
+"""
 
 from pathlib import Path
 

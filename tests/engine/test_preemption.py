@@ -1,4 +1,6 @@
-"""A pool too small for its requests: vLLM preempts, recomputes, and every log-probability is still the reference's."""
+"""A pool too small for its requests: vLLM preempts, recomputes, and every log-probability is still the
+reference's.
+"""
 
 from pathlib import Path
 
@@ -20,7 +22,9 @@ def test_preempted_requests_are_recomputed_exactly(tiny_llama: Path) -> None:
 
 
 def test_a_request_of_any_length_fits_the_smallest_pool(tiny_llama: Path) -> None:
-    """20,000 tokens read and 300 written on 9 blocks of 32 tokens; a second request of that length waits its turn."""
+    """20,000 tokens read and 300 written on 9 blocks of 32 tokens; a second request of that length waits its
+    turn.
+    """
     attention = {"n_global": 10, "n_local": 64, "distance_ceiling": 64}
     with running_here(tiny_llama, attention, num_gpu_blocks_override=9, max_model_len=1_000_000) as llm:
         outputs = generate(llm, [prompt(20_000, seed=s) for s in (1, 2)], 300)

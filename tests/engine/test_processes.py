@@ -1,4 +1,6 @@
-"""Whoever of an engine's processes dies first, and when: soon all are gone, with their shared memory and their sockets."""
+"""Whoever of an engine's processes dies first, and when: soon all are gone, with their shared memory and
+their sockets.
+"""
 
 import contextlib
 import json
@@ -23,12 +25,22 @@ from server import free_port
 from vllm_longctx import BOOKLM
 
 PATIENCE = 60.0  # seconds; measured on two idle cores: see the changelog
-SERVER = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4", "--kv-cache-memory-bytes", "100000000")
+SERVER = (
+    "--dtype",
+    "float32",
+    "--enforce-eager",
+    "--max-num-seqs",
+    "4",
+    "--kv-cache-memory-bytes",
+    "100000000",
+)
 TEMP_LORA = ("--longctx-preset", "temp-lora-quality")
 
 
 class Family:
-    """A program and all processes below it, which it has had so far, with the shared memory that they have mapped."""
+    """A program and all processes below it, which it has had so far, with the shared memory that they have
+    mapped.
+    """
 
     def __init__(self, command: list[str], temporary: Path, **environment: str):
         self.temporary, self.log = temporary, temporary / "log"
@@ -61,8 +73,16 @@ class Family:
         """None for one that is on its way to what it will be."""
         with contextlib.suppress(psutil.Error):
             words = " ".join(process.cmdline())
-            roles = {"vllm_longctx.trainer.sidecar": "trainer", "VLLM::Worker": "worker", "EngineCore": "engine core"}
-            roles |= {"resource_tracker": "tracker", "VLLM::APIServer": "API server", "Coordinator": "coordinator"}
+            roles = {
+                "vllm_longctx.trainer.sidecar": "trainer",
+                "VLLM::Worker": "worker",
+                "EngineCore": "engine core",
+            }
+            roles |= {
+                "resource_tracker": "tracker",
+                "VLLM::APIServer": "API server",
+                "Coordinator": "coordinator",
+            }
             return next((role for part, role in roles.items() if part in words), None)
         return None
 
@@ -83,7 +103,11 @@ class Family:
         print(f"all gone after {time.monotonic() - began:.1f} s")
         assert not alive, ([(p.pid, p.cmdline()) for p in alive], self.log.read_text()[-3000:])
         assert not [name for name in self.shared_memory if Path(name).exists()]
-        left = [p for p in self.temporary.rglob("*") if p.is_socket() or p.name.startswith(("longctx-", "vllm_dist"))]
+        left = [
+            p
+            for p in self.temporary.rglob("*")
+            if p.is_socket() or p.name.startswith(("longctx-", "vllm_dist"))
+        ]
         assert not left
 
     def end(self) -> None:
@@ -127,7 +151,13 @@ class Server(Family):
 
     def keep_busy(self) -> None:
         """A request that adapts, and is at work when this returns."""
-        body = {"model": BOOKLM, "prompt": [5] * 300, "max_tokens": 100_000, "ignore_eos": True, "stream": True}
+        body = {
+            "model": BOOKLM,
+            "prompt": [5] * 300,
+            "max_tokens": 100_000,
+            "ignore_eos": True,
+            "stream": True,
+        }
         options = {"vllm_xargs": {"longctx": json.dumps({"temp_lora": True})}} if self.find("trainer") else {}
         url, began = f"http://127.0.0.1:{self.port}/v1/completions", threading.Event()
 
@@ -174,7 +204,8 @@ from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
     config = {"longctx": {"preset": sys.argv[1]}}
-    llm = LLM(%r, dtype="float32", enforce_eager=True, max_num_seqs=2, kv_cache_memory_bytes=10**8, additional_config=config)
+    llm = LLM(%r, dtype="float32", enforce_eager=True, max_num_seqs=2,
+        kv_cache_memory_bytes=10**8, additional_config=config)
     extra_args = {"longctx": {"temp_lora": True}} if sys.argv[1].startswith("temp-lora") else None
     llm.generate(["a b c " * 100], SamplingParams(max_tokens=8, extra_args=extra_args), use_tqdm=False)
     print("written", flush=True)
@@ -183,19 +214,30 @@ if __name__ == "__main__":
 
 
 def test_a_program_that_ends_has_no_engine_to_kill(temporary: Path) -> None:
-    command = [sys.executable, "-c", PROGRAM % (BOOKLM, "llm.llm_engine.engine_core.shutdown(60)"), "temp-lora-quality"]
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM % (BOOKLM, "llm.llm_engine.engine_core.shutdown(60)"),
+        "temp-lora-quality",
+    ]
     with family(command, temporary, VLLM_LOGGING_LEVEL="INFO") as program:
         program.wait_for(lambda: "written" in program.log.read_text())
         program.assert_gone()
         assert program.program.returncode == 0
         log = program.log.read_text()
-        assert "EngineCore: exiting busy loop" in log and "force killing" not in log and "sending SIGTERM" not in log
+        assert (
+            "EngineCore: exiting busy loop" in log
+            and "force killing" not in log
+            and "sending SIGTERM" not in log
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("role", ["engine core", "worker", None])
-def test_nothing_is_left_whoever_is_ended_while_serving(role: str | None, number: signal.Signals, temporary: Path) -> None:
+def test_nothing_is_left_whoever_is_ended_while_serving(
+    role: str | None, number: signal.Signals, temporary: Path
+) -> None:
     with server(temporary, *TEMP_LORA) as served:
         served.wait_for(served.answers)
         served.keep_busy()
@@ -217,7 +259,9 @@ def test_nothing_is_left_of_a_start(phase: str, number: signal.Signals, temporar
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["engine core", "worker"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_of_a_start_whose_engine_is_ended(role: str, number: signal.Signals, temporary: Path) -> None:
+def test_nothing_is_left_of_a_start_whose_engine_is_ended(
+    role: str, number: signal.Signals, temporary: Path
+) -> None:
     with server(temporary, "--longctx-preset", "lm-infinite") as served:
         served.wait_for(lambda: served.find(role)).send_signal(number)
         served.assert_gone()
@@ -247,7 +291,10 @@ def test_nothing_is_left_of_several_api_servers(number: signal.Signals, temporar
 
 @pytest.mark.slow
 def test_nothing_is_left_of_a_start_that_fails_half_way(temporary: Path) -> None:
-    impatient = {"preset": "temp-lora-quality", "adaptation": {"trainer": {"start_timeout_s": 0.1, "max_restarts": 0}}}
+    impatient = {
+        "preset": "temp-lora-quality",
+        "adaptation": {"trainer": {"start_timeout_s": 0.1, "max_restarts": 0}},
+    }
     with server(temporary, "--longctx", json.dumps(impatient)) as served:
         while served.program.poll() is None:
             served.alive()

@@ -14,8 +14,12 @@ QUICK = [block for page in PAGES for block in blocks(page) if block.marker == "q
 
 @pytest.mark.parametrize("block", QUICK, ids=str)
 def test_a_quick_block_runs(block: Block, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", block.text] if block.language == "python" else ["bash", "-ec", block.text]
+    command = (
+        [sys.executable, "-c", block.text] if block.language == "python" else ["bash", "-ec", block.text]
+    )
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, env={**os.environ, "PATH": path})
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=400, env={**os.environ, "PATH": path}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.split()) > 10

@@ -1,4 +1,6 @@
-"""Two ranks on the CPU: tensor-parallel ones have heads, pools and scratch blocks of their own, data-parallel ones all."""
+"""Two ranks on the CPU: tensor-parallel ones have heads, pools and scratch blocks of their own, data-parallel
+ones all.
+"""
 
 import json
 import os
@@ -28,14 +30,18 @@ pytestmark = pytest.mark.usefixtures("two_cores")
 
 
 def test_two_ranks_equal_the_reference(tiny_llama: Path, tmp_path: Path) -> None:
-    """Beside them, adapters: one that both ranks load, and one that only one of them finds, which is none for both."""
+    """Beside them, adapters: one that both ranks load, and one that only one of them finds, which is none for
+    both.
+    """
     attention = {"n_global": 10, "n_local": 64, "distance_ceiling": 64}
     path = write_adapter(tmp_path / "adapter", tiny_llama, 1)
     users = {"enable_lora": True, "fully_sharded_loras": True, "max_loras": 2, "max_lora_rank": 8}
     with running(tiny_llama, attention, tensor_parallel_size=2, **users) as llm:
         outputs = generate(llm, [prompt(n, seed=9) for n in (63, 64, 65, 300)], 40, prompt_logprobs=0)
         workers = [
-            p.pid for p in psutil.Process().children(recursive=True) if "Worker" in p.name() or "Worker" in p.cmdline()[0]
+            p.pid
+            for p in psutil.Process().children(recursive=True)
+            if "Worker" in p.name() or "Worker" in p.cmdline()[0]
         ]
         assert len(workers) == 2
         seen_by_one = [f"/proc/self/task/{worker}/root{path}" for worker in workers]
@@ -49,22 +55,34 @@ def test_two_ranks_equal_the_reference(tiny_llama: Path, tmp_path: Path) -> None
         expected = reference.token_logprobs(tokens_of(output), Geometry(10, 64, 64))
         assert (logprobs_of(output) - expected[-len(logprobs_of(output)) :]).abs().max() <= 1e-4
     for output in (adapted[0], again[0]):
-        torch.testing.assert_close(logprobs_of(output), logprobs_by_peft(tiny_llama, adapters[0], output), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            logprobs_of(output), logprobs_by_peft(tiny_llama, adapters[0], output), rtol=0, atol=1e-4
+        )
     assert [output.outputs[0].finish_reason for output in adapted] == ["length", "error", "error", "length"]
 
 
 def _ranks_that_leave_a_core_to_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waiting ranks spin: on two cores of two, one each, a trainer gets too little of either to end within minutes."""
+    """Waiting ranks spin: on two cores of two, one each, a trainer gets too little of either to end within
+    minutes.
+    """
     last = max(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{last}|{last}")
 
 
 @pytest.mark.slow
-def test_requests_that_adapt_on_two_ranks_equal_the_replay(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_adapt_on_two_ranks_equal_the_replay(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each rank takes its shard of a slot: more requests than slots, so that slots change hands on both."""
     _ranks_that_leave_a_core_to_trainers(monkeypatch)
-    cases = [(50, 120, {}), (200, 60, {"update_mode": "parallel"}), (90, 80, {"kv_policy": "recompute", "rank": 4})]
-    with running(tiny_llama, {"method": "none"}, adaptation={**STEPPED, "slots": 2}, tensor_parallel_size=2) as llm:
+    cases = [
+        (50, 120, {}),
+        (200, 60, {"update_mode": "parallel"}),
+        (90, 80, {"kv_policy": "recompute", "rank": 4}),
+    ]
+    with running(
+        tiny_llama, {"method": "none"}, adaptation={**STEPPED, "slots": 2}, tensor_parallel_size=2
+    ) as llm:
         outputs = written_together(llm, [*cases, (60, 40, None)])
         alone = generate(llm, [prompt(60, 3)], 40)[0]
     for seed, (case, output) in enumerate(zip(cases, outputs, strict=False)):
@@ -73,19 +91,41 @@ def test_requests_that_adapt_on_two_ranks_equal_the_replay(tiny_llama: Path, mon
 
 
 @pytest.mark.slow
-def test_a_data_parallel_server_writes_the_same_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_parallel_server_writes_the_same_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Requests that adapt, too: each engine has a trainer of its own."""
     _ranks_that_leave_a_core_to_trainers(monkeypatch)
     prompt = AutoTokenizer.from_pretrained(BOOKLM)(pydoc_data.topics.topics["exprlists"])["input_ids"][:200]
     adaptation = {"slots": 1, "block_tokens": 64, "learning_rate": 1e-3}
     longctx = json.dumps({"attention": {"n_global": 4, "n_local": 64}, "adaptation": adaptation})
     flags = ["--longctx", longctx, "--data-parallel-size", "2", "--max-num-seqs", "4"]
-    flags += ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", "100000000"]
-    body = {"prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    with running_server(BOOKLM, tmp_path / "log", *flags) as address, httpx.Client(base_url=address, timeout=120) as http:
+    flags += [
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-num-batched-tokens",
+        "64",
+        "--kv-cache-memory-bytes",
+        "100000000",
+    ]
+    body = {
+        "prompt": prompt,
+        "max_tokens": 40,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    with (
+        running_server(BOOKLM, tmp_path / "log", *flags) as address,
+        httpx.Client(base_url=address, timeout=120) as http,
+    ):
 
         def written_by_both(body: dict[str, Any]) -> list[list[int]]:
-            answers = [http.post("/v1/completions", json=body, headers={"X-data-parallel-rank": rank}) for rank in "01"]
+            answers = [
+                http.post("/v1/completions", json=body, headers={"X-data-parallel-rank": rank})
+                for rank in "01"
+            ]
             return [answer.json()["choices"][0]["token_ids"] for answer in answers]
 
         written = written_by_both(body)
@@ -97,7 +137,10 @@ def test_a_data_parallel_server_writes_the_same_on_every_rank(tmp_path: Path, mo
         exported = http.get("/metrics").text
 
     def counted(name: str) -> list[float]:
-        return [float(value) for _, value in sorted(re.findall(rf'vllm:{name}_total\{{engine="(\d)",.*\}} (\S+)', exported))]
+        return [
+            float(value)
+            for _, value in sorted(re.findall(rf'vllm:{name}_total\{{engine="(\d)",.*\}} (\S+)', exported))
+        ]
 
     assert written[0] == written[1] and refused == [400] * 4
     assert adapted[0] == adapted[1] != written[0]

@@ -23,14 +23,21 @@ def test_the_recipe_works(tmp_path: Path) -> None:
     python = recipe.text.split()[0]
     if shutil.which(python) is None:
         pytest.skip(f"there is no {python}")
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in filter(None, files.split("\0")):
         if (ROOT / name).is_file():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / name)
     fresh = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
-        ["bash", "-ec", recipe.text + WORKS], cwd=tmp_path, env=fresh, capture_output=True, text=True, timeout=3000
+        ["bash", "-ec", recipe.text + WORKS],
+        cwd=tmp_path,
+        env=fresh,
+        capture_output=True,
+        text=True,
+        timeout=3000,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "0.32.0" in done.stdout and "missing" not in done.stdout

@@ -1,4 +1,6 @@
-"""`save_as`, offline, with vLLM's real engine and a real trainer: answered when the adapter is on disk, or with the reason."""
+"""`save_as`, offline, with vLLM's real engine and a real trainer: answered when the adapter is on disk, or
+with the reason.
+"""
 
 import json
 import pydoc_data.topics
@@ -22,9 +24,19 @@ from vllm_longctx import BOOKLM
 
 BLOCK = 32
 RECIPE = {"rank": 4, "dropout": 0.0, "learning_rate": 1e-3, "epochs": 1, "warmup_blocks": 0}
-SIZES = {"block_tokens": BLOCK, "train_context_tokens": 32, "window_tokens": 128, "context_tokens": 64, "slots": 2}
+SIZES = {
+    "block_tokens": BLOCK,
+    "train_context_tokens": 32,
+    "window_tokens": 128,
+    "context_tokens": 64,
+    "slots": 2,
+}
 PROMPT = AutoTokenizer.from_pretrained(BOOKLM)(pydoc_data.topics.topics["exprlists"])["input_ids"][:40]
-SAVED, FAILED, SAVING = "vllm:longctx_adapters_saved", "vllm:longctx_save_failures", "vllm:longctx_num_requests_saving"
+SAVED, FAILED, SAVING = (
+    "vllm:longctx_adapters_saved",
+    "vllm:longctx_save_failures",
+    "vllm:longctx_num_requests_saving",
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +78,9 @@ def test_what_is_saved_can_be_started_from_at_once(llm: LLM, adapters: Path) -> 
 def test_one_name_for_many_is_the_last_ones(llm: LLM, adapters: Path) -> None:
     write(llm, 5, save_as="shared")
     prompts = [{"prompt_token_ids": PROMPT}] * 4
-    mixed = [params(5 + n, save_as="shared") if n % 2 else params(5 + n, start_from="shared") for n in range(4)]
+    mixed = [
+        params(5 + n, save_as="shared") if n % 2 else params(5 + n, start_from="shared") for n in range(4)
+    ]
     outputs = llm.generate(prompts, mixed, use_tqdm=False)
     assert [len(o.outputs[0].token_ids) for o in outputs] == [5, 6, 7, 8]
     assert position(adapters / "shared") in (46, 48)
@@ -75,7 +89,9 @@ def test_one_name_for_many_is_the_last_ones(llm: LLM, adapters: Path) -> None:
 def test_without_training_it_is_saved_as_it_was_made(llm: LLM, adapters: Path) -> None:
     output = write(llm, 50, save_as="untrained", epochs=0)
     assert (adapters / "untrained" / "adapter_model.safetensors").is_file()
-    assert write(llm, 50, start_from="untrained", epochs=0).outputs[0].token_ids == output.outputs[0].token_ids
+    assert (
+        write(llm, 50, start_from="untrained", epochs=0).outputs[0].token_ids == output.outputs[0].token_ids
+    )
 
 
 def test_a_stop_string_waits_too(llm: LLM, adapters: Path) -> None:
@@ -114,8 +130,12 @@ def test_what_cannot_be_saved_is_answered_with_its_tokens(llm: LLM, adapters: Pa
     assert write(llm, 30, save_as="lost").outputs[0].stop_reason is None
 
 
-@pytest.mark.parametrize("tokens", [10, 2 * BLOCK + 1 - len(PROMPT)], ids=["over the save", "over the last block"])
-def test_a_trainer_that_is_killed_behind_the_last_token_costs_no_adapter(llm: LLM, adapters: Path, tokens: int) -> None:
+@pytest.mark.parametrize(
+    "tokens", [10, 2 * BLOCK + 1 - len(PROMPT)], ids=["over the save", "over the last block"]
+)
+def test_a_trainer_that_is_killed_behind_the_last_token_costs_no_adapter(
+    llm: LLM, adapters: Path, tokens: int
+) -> None:
     name, trained = f"killed-{tokens}", metric(llm, "vllm:longctx_blocks_trained")
     expected = write(llm, tokens, save_as="expected")
     llm.llm_engine.add_request(name, {"prompt_token_ids": PROMPT}, params(tokens, save_as=name))
@@ -136,7 +156,9 @@ def test_a_trainer_that_is_killed_behind_the_last_token_costs_no_adapter(llm: LL
     sidecar.send_signal(signal.SIGKILL)
     step_until(lambda: not llm.llm_engine.has_unfinished_requests())
     (output,) = (o for o in seen if o.finished)
-    assert output.outputs[0].token_ids == expected.outputs[0].token_ids and output.outputs[0].stop_reason is None
+    assert (
+        output.outputs[0].token_ids == expected.outputs[0].token_ids and output.outputs[0].stop_reason is None
+    )
     assert position(adapters / name) == len(PROMPT) + tokens
     assert metric(llm, "vllm:longctx_blocks_trained") == trained + 2 * blocks
     if blocks == 1:  # else the last one was trained without the optimizer's state, which is lost
@@ -151,10 +173,12 @@ from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
     adaptation = {recipe}
-    llm = LLM({model!r}, dtype="float32", enforce_eager=True, max_model_len=2048, kv_cache_memory_bytes=1 << 28, max_num_seqs=2,
+    llm = LLM({model!r}, dtype="float32", enforce_eager=True, max_model_len=2048,
+        kv_cache_memory_bytes=1 << 28, max_num_seqs=2,
         additional_config={{"longctx": {{"attention": {{"method": "none"}}, "adaptation": adaptation}}}})
     asked = {{"longctx": {{"temp_lora": True, "save_as": "script"}}}}
-    llm.generate({{"prompt_token_ids": list(range(100, 140))}}, SamplingParams(max_tokens=60, extra_args=asked))
+    params = SamplingParams(max_tokens=60, extra_args=asked)
+    llm.generate({{"prompt_token_ids": list(range(100, 140))}}, params)
 """
 
 

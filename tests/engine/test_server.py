@@ -52,7 +52,14 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     directory = tmp_path_factory.mktemp("server")
     (directory / "serve.yaml").write_text(CONFIG)
     (directory / "chat.jinja").write_text(CHAT_TEMPLATE)
-    flags = ["--plugin", "longctx", "--config", str(directory / "serve.yaml"), "--chat-template", str(directory / "chat.jinja")]
+    flags = [
+        "--plugin",
+        "longctx",
+        "--config",
+        str(directory / "serve.yaml"),
+        "--chat-template",
+        str(directory / "chat.jinja"),
+    ]
     with running_server(BOOKLM, directory / "log", *flags) as address:
         yield address
 
@@ -88,7 +95,11 @@ def test_a_completion_past_the_trained_length_equals_the_reference(
     client: OpenAI, ids: list[int], reference: ReferenceLlama
 ) -> None:
     answer = client.completions.create(**GREEDY, prompt=ids[:700], max_tokens=12, extra_body=EXACT)
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (700, 12, 712)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (
+        700,
+        12,
+        712,
+    )
     assert answer.choices[0].finish_reason == "length"
     assert margin(reference, ids[:700], answer.choices[0].token_ids) < 1e-3
 
@@ -109,12 +120,22 @@ def test_a_streamed_completion_longer_than_the_trained_length_equals_the_referen
 
 
 def test_a_chat_is_the_completion_of_its_tokens(client: OpenAI, text: str) -> None:
-    request = {**GREEDY, "messages": [{"role": "user", "content": text}], "max_tokens": 20, "extra_body": EXACT}
+    request = {
+        **GREEDY,
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": 20,
+        "extra_body": EXACT,
+    }
     answer = client.chat.completions.create(**request)
     written = answer.choices[0].message.content
     assert answer.usage.prompt_tokens == len(answer.prompt_token_ids) > 8 * 512
-    completion = client.completions.create(**GREEDY, prompt=answer.prompt_token_ids, max_tokens=20, extra_body=EXACT)
-    assert (completion.choices[0].token_ids, completion.choices[0].text) == (answer.choices[0].token_ids, written)
+    completion = client.completions.create(
+        **GREEDY, prompt=answer.prompt_token_ids, max_tokens=20, extra_body=EXACT
+    )
+    assert (completion.choices[0].token_ids, completion.choices[0].text) == (
+        answer.choices[0].token_ids,
+        written,
+    )
     chunks = list(client.chat.completions.create(**request, stream=True))
     assert "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices) == written
 
@@ -123,7 +144,9 @@ def test_an_open_ended_chat_ends_at_the_default_which_is_no_cap(client: OpenAI) 
     request = {**GREEDY, "messages": [{"role": "user", "content": "x"}], "extra_body": {"ignore_eos": True}}
     assert client.chat.completions.create(**request).usage.completion_tokens == DEFAULT_MAX_TOKENS
     more = DEFAULT_MAX_TOKENS + 10
-    assert client.chat.completions.create(**request, max_completion_tokens=more).usage.completion_tokens == more
+    assert (
+        client.chat.completions.create(**request, max_completion_tokens=more).usage.completion_tokens == more
+    )
     assert client.chat.completions.create(**request, max_tokens=more).usage.completion_tokens == more
     answer = client.responses.create(**GREEDY, input="x", extra_body={"ignore_eos": True})
     assert answer.usage.output_tokens == DEFAULT_MAX_TOKENS
@@ -142,13 +165,21 @@ def test_several_choices_and_their_log_probabilities(client: OpenAI, ids: list[i
     assert answer.usage.completion_tokens == 15
     for choice in answer.choices:
         assert all(len(position) >= 2 for position in choice.logprobs.top_logprobs)
-        again = client.completions.create(**request, prompt=prompt + choice.token_ids, max_tokens=1, echo=True).choices[0]
-        assert choice.logprobs.token_logprobs == pytest.approx(again.logprobs.token_logprobs[700:705], abs=1e-3)
+        again = client.completions.create(
+            **request, prompt=prompt + choice.token_ids, max_tokens=1, echo=True
+        ).choices[0]
+        assert choice.logprobs.token_logprobs == pytest.approx(
+            again.logprobs.token_logprobs[700:705], abs=1e-3
+        )
 
 
 def test_log_probabilities_of_a_chat(client: OpenAI, text: str) -> None:
     answer = client.chat.completions.create(
-        **GREEDY, messages=[{"role": "user", "content": text[:4000]}], max_tokens=4, logprobs=True, top_logprobs=3
+        **GREEDY,
+        messages=[{"role": "user", "content": text[:4000]}],
+        max_tokens=4,
+        logprobs=True,
+        top_logprobs=3,
     )
     content = answer.choices[0].logprobs.content
     assert len(content) == 4 and all(len(position.top_logprobs) == 3 for position in content)
@@ -177,7 +208,9 @@ def test_a_later_request_finds_the_prefix_of_an_earlier_one(client: OpenAI, ids:
 
 def test_blocks_of_a_client_that_leaves_come_back(address: str, client: OpenAI) -> None:
     wait_until(lambda: metrics(address)["num_requests_running"] == 0)
-    stream = client.completions.create(**GREEDY, prompt=[5] * 800, max_tokens=15_000, stream=True, extra_body=EXACT)
+    stream = client.completions.create(
+        **GREEDY, prompt=[5] * 800, max_tokens=15_000, stream=True, extra_body=EXACT
+    )
     next(iter(stream))
     assert metrics(address)["num_requests_running"] == 1 and metrics(address)["kv_cache_usage_perc"] > 0
     stream.close()
@@ -205,7 +238,10 @@ ODD: dict[str, Any] = {
     "prompt_logprobs": [10**6, 10**30],
     "truncate_prompt_tokens": [-5, LIMIT + 1, 10**30],
     "stream_interval": [0, 10**30],
-    "repetition_detection": [{"max_pattern_size": 10**30, "min_count": 2}, {"max_pattern_size": 2**40, "min_count": 2}],
+    "repetition_detection": [
+        {"max_pattern_size": 10**30, "min_count": 2},
+        {"max_pattern_size": 2**40, "min_count": 2},
+    ],
     "structured_outputs": [{"regex": "("}, {"json": "{"}],
     "vllm_xargs": [{"longctx": "{}"}, {"a": 10**30}, {"a": float("nan")}],
     "request_id": ["\ud800"],
@@ -246,8 +282,15 @@ def test_no_request_harms_the_engine(address: str, path: str) -> None:
         assert not wrong, "\n".join(map(str, wrong))
         assert status({})[0] == status({"stream": True})[0] == 200
         for body in ("", "{", "[]", "null", "[" * 100_000):
-            assert http.post(address + path, content=body, headers={"Content-Type": "application/json"}).status_code == 400
-    wait_until(lambda: metrics(address)["num_requests_running"] == metrics(address)["num_requests_waiting"] == 0)
+            assert (
+                http.post(
+                    address + path, content=body, headers={"Content-Type": "application/json"}
+                ).status_code
+                == 400
+            )
+    wait_until(
+        lambda: metrics(address)["num_requests_running"] == metrics(address)["num_requests_waiting"] == 0
+    )
 
 
 def test_a_limit_that_does_not_fit_ends_with_length(client: OpenAI) -> None:
@@ -267,7 +310,9 @@ def test_the_client_reads_a_bad_option_of_ours(client: OpenAI) -> None:
             lambda **kwargs: client.chat.completions.create(**GREEDY, messages=TALK["messages"], **kwargs),
             lambda **kwargs: client.responses.create(**GREEDY, input="x", **kwargs),
         ):
-            with pytest.raises(openai.BadRequestError, match="this engine has no options per request") as error:
+            with pytest.raises(
+                openai.BadRequestError, match="this engine has no options per request"
+            ) as error:
                 create(stream=stream, extra_body={"vllm_xargs": {"longctx": "{}"}})
             assert error.value.param == "vllm_xargs.longctx"
 
@@ -276,13 +321,27 @@ def test_the_client_reads_a_bad_option_of_ours(client: OpenAI) -> None:
 def test_fields_that_vllm_ignores_are_counted(address: str, path: str) -> None:
     body = {"/tokenize": {"prompt": "x"}, "/detokenize": {"tokens": [5]}}.get(path, ROUTES.get(path))
     for _ in range(2):
-        assert httpx.post(address + path, json={"model": "booklm", **body, "mdel": 1}, timeout=60).status_code == 200
+        assert (
+            httpx.post(address + path, json={"model": "booklm", **body, "mdel": 1}, timeout=60).status_code
+            == 200
+        )
     sample = f'vllm:longctx_ignored_fields_total{{field="mdel",route="{path}"}} 2.0'
     assert sample in httpx.get(f"{address}/metrics").text.splitlines()
 
 
 def test_vllms_own_load_generator_runs(address: str, tmp_path: Path) -> None:
-    words = ["--base-url", address, "--model", "booklm", "--tokenizer", BOOKLM, "--num-prompts", "6", "--max-concurrency", "4"]
+    words = [
+        "--base-url",
+        address,
+        "--model",
+        "booklm",
+        "--tokenizer",
+        BOOKLM,
+        "--num-prompts",
+        "6",
+        "--max-concurrency",
+        "4",
+    ]
     words += ["--dataset-name", "random", "--random-input-len", "1500", "--random-output-len", "20"]
     words += ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "result.json"]
     command = [Path(sys.executable).parent / "vllm", "bench", "serve", *words]

@@ -1,4 +1,6 @@
-"""Temp-LoRA through the engine, against the independent replay of `temp_lora_replay`: greedy, float32, no dropout."""
+"""Temp-LoRA through the engine, against the independent replay of `temp_lora_replay`: greedy, float32, no
+dropout.
+"""
 
 import signal
 import time
@@ -20,7 +22,8 @@ from tests.support.temp_lora_replay import Lambda, Options, replay
 
 SLOTS = 4
 
-# (prompt tokens, tokens written, options): prompts inside and past the window, blocks on and off KV blocks and chunk ends.
+# (prompt tokens, tokens written, options): prompts inside and past the window, blocks on and off KV blocks
+# and chunk ends.
 STEPPED_CASES: list[tuple[int, int, dict[str, Any]]] = [
     (50, 120, {}),
     (300, 60, {}),
@@ -62,7 +65,9 @@ def test_a_crowd_writes_what_the_replay_writes(stepped: LLM, tiny_llama: Path) -
     for seed, (case, output) in enumerate(zip(STEPPED_CASES, outputs, strict=False)):
         assert_equal(output, replayed(tiny_llama, seed, case, STEPPED))
     plain = {"epochs": 0, "kv_policy": "reuse"}  # no adapter, all inside the window: the model as it is
-    for seed, (case, output) in enumerate(zip(others, outputs[len(STEPPED_CASES) :], strict=True), len(STEPPED_CASES)):
+    for seed, (case, output) in enumerate(
+        zip(others, outputs[len(STEPPED_CASES) :], strict=True), len(STEPPED_CASES)
+    ):
         expected = replayed(tiny_llama, seed, (case[0], case[1], plain), STEPPED)
         assert list(output.outputs[0].token_ids) == expected.tokens
     alone = generate(stepped, [prompt(50, 0)], 120, **asked({}))[0]
@@ -78,7 +83,9 @@ def test_blocks_and_slots_come_back(stepped: LLM) -> None:
 
 
 def test_no_kv_of_an_adapter_is_ever_shared(stepped: LLM) -> None:
-    """The same prompt again, adapting and not, finds nothing of what an adapter computed in the prefix cache."""
+    """The same prompt again, adapting and not, finds nothing of what an adapter computed in the prefix
+    cache.
+    """
     first = generate(stepped, [prompt(96, 5)], 20)[0]
     generate(stepped, [prompt(96, 5)], 40, **asked({}))
     again = generate(stepped, [prompt(96, 5)], 20)[0]
@@ -88,7 +95,14 @@ def test_no_kv_of_an_adapter_is_ever_shared(stepped: LLM) -> None:
 
 
 def test_seeds_penalties_and_samples_do_not_depend_on_the_crowd(stepped: LLM) -> None:
-    kwargs = {"temperature": 1.0, "seed": 11, "repetition_penalty": 1.2, "presence_penalty": 0.3, "n": 2, **asked({})}
+    kwargs = {
+        "temperature": 1.0,
+        "seed": 11,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "n": 2,
+        **asked({}),
+    }
     alone = generate(stepped, [prompt(70, 3)], 110, **kwargs)[0]
     crowd = generate(stepped, [prompt(70, 3), prompt(150, 4), prompt(20, 5)], 110, **kwargs)[0]
     assert [list(o.token_ids) for o in alone.outputs] == [list(o.token_ids) for o in crowd.outputs]
@@ -98,7 +112,9 @@ def test_seeds_penalties_and_samples_do_not_depend_on_the_crowd(stepped: LLM) ->
 
 def test_an_adapter_is_saved_and_gone_on_with(stepped: LLM, tiny_llama: Path, adapters: Path) -> None:
     output = generate(stepped, [prompt(100, 8)], 60, **asked({"save_as": "book"}))[0]
-    expected = replay(tiny_llama, prompt(100, 8), 60, Options(**{k: v for k, v in STEPPED.items() if k != "dropout"}))
+    expected = replay(
+        tiny_llama, prompt(100, 8), 60, Options(**{k: v for k, v in STEPPED.items() if k != "dropout"})
+    )
     assert list(output.outputs[0].token_ids) == expected.tokens
     saved = load_file(adapters / "book" / "adapter_model.safetensors")
     for module, (a, b) in expected.adapter.items():
@@ -112,11 +128,17 @@ def test_an_adapter_is_saved_and_gone_on_with(stepped: LLM, tiny_llama: Path, ad
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 9}, r"longctx.rank = 9 is beyond this server's limit; give at most 8 \(adaptation.max_rank\)"),
+        (
+            {"rank": 9},
+            r"longctx.rank = 9 is beyond this server's limit; give at most 8 \(adaptation.max_rank\)",
+        ),
         ({"epochs": 99}, r"longctx.epochs = 99 is beyond this server's limit"),
         ({"block_tokens": 4}, r"longctx.block_tokens = 4 .* at least 16 \(adaptation.min_block_tokens\)"),
         ({"context_tokens": 120}, r"adaptation.context_tokens = 120 leaves no room .* give at most 95"),
-        ({"train_context_tokens": 100}, r"train_context_tokens \+ .* = 133, but the model was trained on 128 tokens"),
+        (
+            {"train_context_tokens": 100},
+            r"train_context_tokens \+ .* = 133, but the model was trained on 128 tokens",
+        ),
         ({"kv_policy": "keep"}, r"kv_policy = 'keep', but attention.method none takes reuse or recompute"),
         ({"save_as": "../book"}, r"longctx.save_as = '../book'"),
         ({"start_from": "nobody"}, r"start_from = 'nobody': there is no such adapter"),
@@ -133,7 +155,9 @@ def test_what_does_not_adapt_ends_where_the_model_was_trained_to_end(stepped: LL
     for limit in (28, 29, 40):
         written = generate(stepped, [prompt(100)], limit)[0].outputs[0]
         assert len(written.token_ids) == 28 and written.finish_reason == "length"
-    with pytest.raises(ValueError, match=r"maximum context length is 128 tokens.* this request does not adapt"):
+    with pytest.raises(
+        ValueError, match=r"maximum context length is 128 tokens.* this request does not adapt"
+    ):
         generate(stepped, [prompt(128)], 1)
 
 
@@ -146,7 +170,9 @@ def steps_until(llm: LLM, done: Callable[[], bool], seconds: float = 60) -> list
 
 
 def add(llm: LLM, name: str, length: int, tokens: int, **options: Any) -> None:
-    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, **asked(options))
+    params = SamplingParams(
+        max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, **asked(options)
+    )
     llm.llm_engine.add_request(name, tokens_input(prompt(length, 1)), params)
 
 
@@ -163,7 +189,9 @@ def test_a_trainer_that_dies_or_hangs_costs_no_token(stepped: LLM, fault: signal
     seen += steps_until(stepped, lambda: False, 120)
     finished = [o for o in seen if o.finished]
     assert len(finished) == SLOTS + 1
-    assert all(len(o.outputs[0].token_ids) == 150 and o.outputs[0].finish_reason == "length" for o in finished)
+    assert all(
+        len(o.outputs[0].token_ids) == 150 and o.outputs[0].finish_reason == "length" for o in finished
+    )
     assert metric(stepped, "vllm:longctx_trainer_restarts") == restarts + 1
     assert metric(stepped, "vllm:longctx_adapter_slots_in_use") == 0
     assert metric(stepped, "vllm:kv_cache_usage_perc") == 0
@@ -193,8 +221,12 @@ def test_a_recipe_that_diverges_never_reaches_a_slot(stepped: LLM) -> None:
     assert logprobs_of(output).isfinite().all()
 
 
-def test_over_lambda_attention_in_a_full_pool_and_shut_down_while_held_and_saving(tiny_llama: Path, tmp_path: Path) -> None:
-    """24 blocks, of which a request may hold 8: those that do not adapt are preempted, those that adapt are not."""
+def test_over_lambda_attention_in_a_full_pool_and_shut_down_while_held_and_saving(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """24 blocks, of which a request may hold 8: those that do not adapt are preempted, those that adapt are
+    not.
+    """
     attention = {"method": "lm_infinite", "n_global": 10, "n_local": 64, "distance_ceiling": 64}
     of_others = sidecars()
     adaptation = {**RECIPE, "slots": 2, "adapters_root": str(tmp_path / "adapters")}
@@ -203,7 +235,9 @@ def test_over_lambda_attention_in_a_full_pool_and_shut_down_while_held_and_savin
         outputs = written_together(llm, [*others, *KEEP_CASES])
         assert metric(llm, "vllm:num_preemptions") > 0
         base = {**RECIPE, "kv_policy": "keep", "attention": Lambda(10, 64, 64)}
-        for seed, (case, output) in enumerate(zip(KEEP_CASES, outputs[len(others) :], strict=True), len(others)):
+        for seed, (case, output) in enumerate(
+            zip(KEEP_CASES, outputs[len(others) :], strict=True), len(others)
+        ):
             assert_equal(output, replayed(tiny_llama, seed, case, base))
         for seed, output in enumerate(outputs[: len(others)]):
             assert tokens_of(generate(llm, [prompt(10, seed)], 200)[0]) == tokens_of(output)

@@ -1,4 +1,6 @@
-"""Temp-LoRA over HTTP, through the `openai` client: one server for all tests, which has a static LoRA, too."""
+"""Temp-LoRA over HTTP, through the `openai` client: one server for all tests, which has a static LoRA,
+too.
+"""
 
 import json
 import pydoc_data.topics
@@ -23,7 +25,13 @@ from vllm_longctx import BOOKLM
 
 TRAINED = 512
 RANK, BLOCK = 4, 64
-SIZES = {"rank": RANK, "block_tokens": BLOCK, "train_context_tokens": 64, "window_tokens": 256, "context_tokens": 128}
+SIZES = {
+    "rank": RANK,
+    "block_tokens": BLOCK,
+    "train_context_tokens": 64,
+    "window_tokens": 256,
+    "context_tokens": 128,
+}
 RECIPE = {"learning_rate": 1e-3, "epochs": 1}
 SLOTS = 2
 FLAGS = [
@@ -48,8 +56,12 @@ HELD, IN_USE = "longctx_num_requests_held", "longctx_adapter_slots_in_use"
 def static_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("static")
     torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(BOOKLM, dtype=torch.float32), config).save_pretrained(path)
+    config = LoraConfig(
+        r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(BOOKLM, dtype=torch.float32), config).save_pretrained(
+        path
+    )
     return path
 
 
@@ -64,7 +76,13 @@ def address(tmp_path_factory: pytest.TempPathFactory, static_lora: Path, adapter
     (directory / "chat.jinja").write_text(CHAT_TEMPLATE)
     adaptation = {**SIZES, **RECIPE, "dropout": 0.0, "slots": SLOTS, "adapters_root": str(adapters)}
     flags = ["--longctx", json.dumps({"preset": "temp-lora-quality", "adaptation": adaptation}), *FLAGS]
-    flags += ["--chat-template", str(directory / "chat.jinja"), "--enable-lora", "--lora-modules", f"static={static_lora}"]
+    flags += [
+        "--chat-template",
+        str(directory / "chat.jinja"),
+        "--enable-lora",
+        "--lora-modules",
+        f"static={static_lora}",
+    ]
     with running_server(BOOKLM, directory / "log", *flags) as address:
         yield address
 
@@ -91,25 +109,35 @@ def adapting(**options: Any) -> dict[str, Any]:
 
 
 def wait_until_idle(address: str) -> None:
-    wait_until(lambda: metrics(address)["num_requests_running"] == metrics(address)["num_requests_waiting"] == 0)
+    wait_until(
+        lambda: metrics(address)["num_requests_running"] == metrics(address)["num_requests_waiting"] == 0
+    )
     assert metrics(address)[IN_USE] == metrics(address)["kv_cache_usage_perc"] == 0
 
 
 def test_a_long_completion_equals_the_replay(client: OpenAI, address: str, ids: list[int]) -> None:
     trained = metrics(address)["longctx_blocks_trained_total"]
-    answer = client.completions.create(**GREEDY, prompt=ids[:600], max_tokens=100, logprobs=2, extra_body=adapting())
+    answer = client.completions.create(
+        **GREEDY, prompt=ids[:600], max_tokens=100, logprobs=2, extra_body=adapting()
+    )
     expected = replay(BOOKLM, ids[:600], 100, Options(**SIZES, **RECIPE))
     (choice,) = answer.choices
     assert min(expected.margins) > 1e-4
     assert (choice.token_ids, choice.finish_reason) == (expected.tokens, "length")
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (600, 100, 700)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (
+        600,
+        100,
+        700,
+    )
     assert choice.logprobs.token_logprobs == pytest.approx(expected.logprobs, abs=1e-3)
     assert all(len(position) >= 2 for position in choice.logprobs.top_logprobs)
     assert len(expected.losses) == (700 - 1) // BLOCK  # no one needs what the last of them learned
     assert metrics(address)["longctx_blocks_trained_total"] - trained >= len(expected.losses) - 1
 
 
-def test_streams_and_chats_beside_requests_that_do_not_adapt(client: OpenAI, address: str, text: str, ids: list[int]) -> None:
+def test_streams_and_chats_beside_requests_that_do_not_adapt(
+    client: OpenAI, address: str, text: str, ids: list[int]
+) -> None:
     """More that adapt than there are slots; each says what it says alone."""
 
     def streamed(extra_body: dict[str, Any]) -> tuple[str, int, int]:
@@ -124,13 +152,21 @@ def test_streams_and_chats_beside_requests_that_do_not_adapt(client: OpenAI, add
             )
         )
         written = "".join(choice.text for chunk in chunks for choice in chunk.choices)
-        assert [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason] == ["length"]
+        assert [
+            choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason
+        ] == ["length"]
         return written, chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens
 
-    chat: dict[str, Any] = {**GREEDY, "messages": [{"role": "user", "content": text[:2500]}], "max_tokens": 70}
+    chat: dict[str, Any] = {
+        **GREEDY,
+        "messages": [{"role": "user", "content": text[:2500]}],
+        "max_tokens": 70,
+    }
 
     def chatted() -> str:
-        chunks = client.chat.completions.create(**chat, stream=True, extra_body=adapting(update_mode="parallel"))
+        chunks = client.chat.completions.create(
+            **chat, stream=True, extra_body=adapting(update_mode="parallel")
+        )
         return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
 
     def plain() -> str:
@@ -140,7 +176,11 @@ def test_streams_and_chats_beside_requests_that_do_not_adapt(client: OpenAI, add
     with ThreadPoolExecutor(6) as pool:
         streams = [pool.submit(streamed, adapting()) for _ in range(2)]
         chats, plains = [pool.submit(chatted) for _ in range(2)], [pool.submit(plain) for _ in range(2)]
-    whole = client.completions.create(**GREEDY, prompt=ids[:530], max_tokens=80, extra_body=adapting()).choices[0].text
+    whole = (
+        client.completions.create(**GREEDY, prompt=ids[:530], max_tokens=80, extra_body=adapting())
+        .choices[0]
+        .text
+    )
     assert [s.result() for s in streams] == [(whole, 530, 80)] * 2
     answer = client.chat.completions.create(**chat, extra_body=adapting(update_mode="parallel"))
     assert answer.usage.prompt_tokens > TRAINED and answer.usage.completion_tokens == 70
@@ -150,7 +190,13 @@ def test_streams_and_chats_beside_requests_that_do_not_adapt(client: OpenAI, add
 
 
 def test_samples_have_adapters_of_their_own_and_seeds_repeat(client: OpenAI, ids: list[int]) -> None:
-    request = {"model": "booklm", "temperature": 1, "prompt": ids[:200], "max_tokens": 150, "extra_body": adapting()}
+    request = {
+        "model": "booklm",
+        "temperature": 1,
+        "prompt": ids[:200],
+        "max_tokens": 150,
+        "extra_body": adapting(),
+    }
     both = client.completions.create(**request, n=2, seed=5)
     assert sorted(choice.index for choice in both.choices) == [0, 1]
     assert both.usage.completion_tokens == 300
@@ -180,7 +226,12 @@ STRUCTURED: list[dict[str, Any]] = [
             "type": "json_schema",
             "json_schema": {
                 "name": "answers",
-                "schema": {"type": "array", "items": {"enum": ["yes", "no"]}, "minItems": ITEMS, "maxItems": ITEMS},
+                "schema": {
+                    "type": "array",
+                    "items": {"enum": ["yes", "no"]},
+                    "minItems": ITEMS,
+                    "maxItems": ITEMS,
+                },
             },
         }
     },
@@ -189,9 +240,18 @@ STRUCTURED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("form", STRUCTURED)
-def test_a_structured_output_spans_blocks(client: OpenAI, address: str, ids: list[int], form: dict[str, Any]) -> None:
+def test_a_structured_output_spans_blocks(
+    client: OpenAI, address: str, ids: list[int], form: dict[str, Any]
+) -> None:
     body = {**adapting(block_tokens=16, train_on_prompt=False), **form, "ignore_eos": False}
-    request = {"model": "booklm", "temperature": 1, "seed": 3, "prompt": ids[:520], "max_tokens": 300, "extra_body": body}
+    request = {
+        "model": "booklm",
+        "temperature": 1,
+        "seed": 3,
+        "prompt": ids[:520],
+        "max_tokens": 300,
+        "extra_body": body,
+    }
     trained = metrics(address)["longctx_blocks_trained_total"]
     answer = client.completions.create(**request)
     (choice,) = answer.choices
@@ -212,7 +272,10 @@ BAD: list[tuple[Any, str]] = [
     ('{"temp_lora": true, "blocks": 3}', r"unknown key 'blocks'; did you mean 'block_tokens'\?"),
     ('{"temp_lora": true, "rank": 5}', r"longctx.rank = 5 is beyond this server's limit; give at most 4"),
     ('{"temp_lora": true, "save_as": "../x"}', r"longctx.save_as = '../x'"),
-    ('{"temp_lora": true, "start_from": "nobody"}', r"longctx.start_from = 'nobody': there is no such adapter"),
+    (
+        '{"temp_lora": true, "start_from": "nobody"}',
+        r"longctx.start_from = 'nobody': there is no such adapter",
+    ),
     ('{"temp_lora": true', r"longctx: not valid JSON"),
     ("[]", r"longctx"),
     ({"temp_lora": True}, r"vllm_xargs.longctx = {'temp_lora': True}: give a JSON string"),
@@ -239,34 +302,59 @@ def test_a_bad_option_is_a_400_that_names_it(client: OpenAI, stream: bool) -> No
 
 
 def test_what_does_not_adapt_ends_at_the_trained_length(client: OpenAI, ids: list[int]) -> None:
-    message = r"maximum context length is 512 tokens.* contains 600 input tokens, .* does not adapt.*temp_lora"
+    message = (
+        r"maximum context length is 512 tokens.* contains 600 input tokens, .* does not adapt.*temp_lora"
+    )
     with pytest.raises(openai.BadRequestError, match=message) as error:
         client.completions.create(**GREEDY, prompt=ids[:600], max_tokens=5)
     assert error.value.param == "input_tokens"
-    fixed = client.completions.create(**GREEDY, prompt=ids[:400], max_tokens=256, extra_body={"ignore_eos": True})
+    fixed = client.completions.create(
+        **GREEDY, prompt=ids[:400], max_tokens=256, extra_body={"ignore_eos": True}
+    )
     assert (fixed.usage.completion_tokens, fixed.choices[0].finish_reason) == (TRAINED - 400, "length")
     open_ended = client.completions.create(**GREEDY, prompt=ids[:500], extra_body={"ignore_eos": True})
-    assert (open_ended.usage.completion_tokens, open_ended.choices[0].finish_reason) == (TRAINED - 500, "length")
+    assert (open_ended.usage.completion_tokens, open_ended.choices[0].finish_reason) == (
+        TRAINED - 500,
+        "length",
+    )
 
 
-def test_a_static_lora_goes_beside_requests_that_adapt_but_not_with_one(client: OpenAI, ids: list[int]) -> None:
+def test_a_static_lora_goes_beside_requests_that_adapt_but_not_with_one(
+    client: OpenAI, ids: list[int]
+) -> None:
     static = {**GREEDY, "model": "static", "prompt": ids[:100], "max_tokens": 30}
     plain = {**static, "model": "booklm"}
-    with pytest.raises(openai.BadRequestError, match=r"longctx.temp_lora beside the adapter 'static'") as error:
+    with pytest.raises(
+        openai.BadRequestError, match=r"longctx.temp_lora beside the adapter 'static'"
+    ) as error:
         client.completions.create(**static, extra_body=adapting())
     assert error.value.param == "vllm_xargs.longctx"
-    alone = [client.completions.create(**r, extra_body={"ignore_eos": True}).choices[0].text for r in (static, plain)]
+    alone = [
+        client.completions.create(**r, extra_body={"ignore_eos": True}).choices[0].text
+        for r in (static, plain)
+    ]
     with ThreadPoolExecutor(4) as pool:
-        adapts = [pool.submit(client.completions.create, **GREEDY, prompt=ids[:600], max_tokens=40, extra_body=adapting())]
-        others = [pool.submit(client.completions.create, **r, extra_body={"ignore_eos": True}) for r in (static, plain)]
+        adapts = [
+            pool.submit(
+                client.completions.create, **GREEDY, prompt=ids[:600], max_tokens=40, extra_body=adapting()
+            )
+        ]
+        others = [
+            pool.submit(client.completions.create, **r, extra_body={"ignore_eos": True})
+            for r in (static, plain)
+        ]
     assert adapts[0].result().usage.completion_tokens == 40
     assert [o.result().choices[0].text for o in others] == alone
     assert alone[0] != alone[1]
 
 
-def test_a_client_that_leaves_while_it_is_held_gives_everything_back(client: OpenAI, address: str, ids: list[int]) -> None:
+def test_a_client_that_leaves_while_it_is_held_gives_everything_back(
+    client: OpenAI, address: str, ids: list[int]
+) -> None:
     wait_until_idle(address)
-    stream = client.completions.create(**GREEDY, prompt=ids[:100], max_tokens=2000, stream=True, extra_body=adapting())
+    stream = client.completions.create(
+        **GREEDY, prompt=ids[:100], max_tokens=2000, stream=True, extra_body=adapting()
+    )
     next(iter(stream))
     (sidecar,) = sidecars()
     sidecar.suspend()
@@ -283,7 +371,9 @@ def test_a_client_that_leaves_while_it_is_held_gives_everything_back(client: Ope
     assert after.usage.completion_tokens == 5
 
 
-def test_what_was_learned_is_kept_and_gone_on_with(client: OpenAI, address: str, ids: list[int], adapters: Path) -> None:
+def test_what_was_learned_is_kept_and_gone_on_with(
+    client: OpenAI, address: str, ids: list[int], adapters: Path
+) -> None:
     client.completions.create(**GREEDY, prompt=ids[:600], max_tokens=40, extra_body=adapting(save_as="day-1"))
     assert json.loads((adapters / "day-1" / "longctx.json").read_text())["position"] == 640
     request = {**GREEDY, "prompt": ids[640:720], "max_tokens": 100}
@@ -295,19 +385,32 @@ def test_what_was_learned_is_kept_and_gone_on_with(client: OpenAI, address: str,
     wait_until_idle(address)
 
 
-def test_a_stream_ends_when_the_adapter_is_saved(client: OpenAI, ids: list[int], adapters: Path, text: str) -> None:
+def test_a_stream_ends_when_the_adapter_is_saved(
+    client: OpenAI, ids: list[int], adapters: Path, text: str
+) -> None:
     completion: dict[str, Any] = {**GREEDY, "prompt": ids[:100], "max_tokens": 40, "stream": True}
     full = client.completions.create(**{**completion, "stream": False}, extra_body=adapting()).choices[0].text
-    chat: dict[str, Any] = {**GREEDY, "messages": [{"role": "user", "content": text[:300]}], "max_tokens": 20, "stream": True}
+    chat: dict[str, Any] = {
+        **GREEDY,
+        "messages": [{"role": "user", "content": text[:300]}],
+        "max_tokens": 20,
+        "stream": True,
+    }
     for number, stop in enumerate([None, full[-9:-4]] * 3):
         name = f"streamed-{number}"
         chunks = list(client.completions.create(**completion, stop=stop, extra_body=adapting(save_as=name)))
-        ends = [(c.finish_reason, c.stop_reason) for chunk in chunks for c in chunk.choices if c.finish_reason]
+        ends = [
+            (c.finish_reason, c.stop_reason) for chunk in chunks for c in chunk.choices if c.finish_reason
+        ]
         assert ends == ([("length", None)] if stop is None else [("stop", stop)])
         written = "".join(c.text for chunk in chunks for c in chunk.choices)
         assert written == (full if stop is None else full[: full.index(stop)])
         assert (adapters / name / "longctx.json").is_file()
-        chunks = list(client.chat.completions.create(**chat, extra_body=adapting(start_from=name, save_as=f"{name}-chat")))
+        chunks = list(
+            client.chat.completions.create(
+                **chat, extra_body=adapting(start_from=name, save_as=f"{name}-chat")
+            )
+        )
         assert [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason] == ["length"]
         assert (adapters / f"{name}-chat" / "longctx.json").is_file()
 
@@ -315,10 +418,13 @@ def test_a_stream_ends_when_the_adapter_is_saved(client: OpenAI, ids: list[int],
 ENDS = ("response.completed", "response.incomplete")
 
 
-def test_what_is_not_saved_is_told_on_every_route(client: OpenAI, address: str, text: str, adapters: Path) -> None:
+def test_what_is_not_saved_is_told_on_every_route(
+    client: OpenAI, address: str, text: str, adapters: Path
+) -> None:
     (adapters / "taken").mkdir()
     error = (
-        "longctx: adapter 'taken' was not saved: ValueError: 'taken' exists in adapters_root and was not saved by longctx; "
+        "longctx: adapter 'taken' was not saved: ValueError: 'taken' exists in adapters_root and was not "
+        "saved by longctx; "
         "choose another name"
     )
     body, failed = adapting(save_as="taken"), metrics(address)["longctx_save_failures_total"]
@@ -333,10 +439,20 @@ def test_what_is_not_saved_is_told_on_every_route(client: OpenAI, address: str, 
     for answer in (client.completions.create(**completion), client.chat.completions.create(**chat)):
         assert [(c.finish_reason, c.stop_reason) for c in answer.choices] == [("length", error)]
         assert answer.kv_transfer_params == told and answer.usage.completion_tokens == 5
-    for stream in (client.completions.create(**completion, stream=True), client.chat.completions.create(**chat, stream=True)):
-        ends = [(c.finish_reason, c.stop_reason) for chunk in stream for c in chunk.choices if c.finish_reason]
+    for stream in (
+        client.completions.create(**completion, stream=True),
+        client.chat.completions.create(**chat, stream=True),
+    ):
+        ends = [
+            (c.finish_reason, c.stop_reason) for chunk in stream for c in chunk.choices if c.finish_reason
+        ]
         assert ends == [("length", error)]
-    response: dict[str, Any] = {**GREEDY, "input": text[:200], "max_output_tokens": 16, "extra_body": dict(body)}
+    response: dict[str, Any] = {
+        **GREEDY,
+        "input": text[:200],
+        "max_output_tokens": 16,
+        "extra_body": dict(body),
+    }
     response["extra_body"].pop("return_token_ids")
     answer = client.responses.create(**response)
     assert answer.kv_transfer_params == told and answer.usage.output_tokens == 16
@@ -364,5 +480,10 @@ def test_metrics_are_exported(address: str) -> None:
         "versions_behind",
     ):
         assert found[f"longctx_{name}"] == 0
-    for name in ("swap_time_seconds_count", "hold_time_seconds_sum", "adapted_tokens_total", "idle_steps_total"):
+    for name in (
+        "swap_time_seconds_count",
+        "hold_time_seconds_sum",
+        "adapted_tokens_total",
+        "idle_steps_total",
+    ):
         assert found[f"longctx_{name}"] > 0

@@ -41,26 +41,45 @@ def refused(*args: Any, **kwargs: Any) -> str:
     return str(error.value)
 
 
-def test_overrides_reach_the_trainer_and_its_check_leaves_nothing_behind(tiny_llama: Path, tmp_path: Path) -> None:
+def test_overrides_reach_the_trainer_and_its_check_leaves_nothing_behind(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     """YaRN by --hf-overrides learns what a checkpoint with YaRN in its config learns."""
     overrides = {"rope_parameters": YARN, "rms_norm_eps": 1e-4}
     length, tokens = 90, 70
     with running_here(tiny_llama, NONE, ADAPTATION, hf_overrides=overrides) as llm:
         engine = llm.llm_engine.engine_core.engine_core
         assert len(engine.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block) == 0
-        for name in ("num_preemptions", "prefix_cache_queries", "longctx_adapted_tokens", "generation_tokens"):
+        for name in (
+            "num_preemptions",
+            "prefix_cache_queries",
+            "longctx_adapted_tokens",
+            "generation_tokens",
+        ):
             assert metric(llm, f"vllm:{name}") == 0
         params = SamplingParams(
-            max_tokens=tokens, temperature=0, logprobs=0, prompt_logprobs=0, ignore_eos=True, detokenize=False, **asked({})
+            max_tokens=tokens,
+            temperature=0,
+            logprobs=0,
+            prompt_logprobs=0,
+            ignore_eos=True,
+            detokenize=False,
+            **asked({}),
         )
         output = llm.generate([{"prompt_token_ids": prompt(length)}], params, use_tqdm=False)[0]
         assert metric(llm, "vllm:longctx_blocks_trained") > 2
         assert metric(llm, "vllm:longctx_train_failures") == 0
-    assert_equal(output, replay(copied(tiny_llama, tmp_path / "yarn", **overrides), prompt(length), tokens, OPTIONS))
+    assert_equal(
+        output, replay(copied(tiny_llama, tmp_path / "yarn", **overrides), prompt(length), tokens, OPTIONS)
+    )
 
 
-def test_a_revision_reaches_the_trainer(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a model that is known by its name, in a cache with two of them, read by an engine in processes of its own."""
+def test_a_revision_reaches_the_trainer(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that is known by its name, in a cache with two of them, read by an engine in processes of
+    its own.
+    """
     repository = tmp_path / "hub/models--org--model"
     other = AutoModelForCausalLM.from_pretrained(tiny_llama)
     for parameter in other.model.layers[1].parameters():
@@ -89,12 +108,18 @@ def test_another_checkpoint_in_the_trainer_refuses_to_start(
     other.save_pretrained(tmp_path)
     monkeypatch.setattr(base_model, "weight_files", lambda vllm_config: [str(tmp_path / "model.safetensors")])
     message = refused(tiny_llama, NONE, ADAPTATION)
-    assert "the trainer has another model than the engine: log-probabilities of the same text differ by " in message
+    assert (
+        "the trainer has another model than the engine: log-probabilities of the same text differ by "
+        in message
+    )
     assert "with no unusual settings; see whether the checkpoint was changed" in message
 
 
 def test_what_only_one_of_them_computes_refuses_to_start_in_another_process(tiny_llama: Path) -> None:
-    """vLLM's Llama scales its logits by this entry of a config, transformers' does not know it. The reason reaches the user."""
+    """vLLM's Llama scales its logits by this entry of a config, transformers' does not know it.
+
+    The reason reaches the user.
+    """
     began = sidecars()
     message = r"has another model .* with hf_overrides = \{'logit_scale': 0.5\}; leave out"
     with (

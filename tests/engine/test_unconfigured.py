@@ -1,4 +1,6 @@
-"""Without a longctx configuration the plugin changes nothing: vLLM with it and without it agree bit for bit."""
+"""Without a longctx configuration the plugin changes nothing: vLLM with it and without it agree bit for
+bit.
+"""
 
 import json
 import subprocess
@@ -25,7 +27,12 @@ def run(model: Path, tmp_path: Path, plugins: str) -> list:
     program.write_text(PROGRAM)
     command = [sys.executable, str(program), str(Path(__file__).parents[2]), str(model)]
     done = subprocess.run(
-        command, env={**os.environ, "VLLM_PLUGINS": plugins}, capture_output=True, text=True, timeout=300, check=True
+        command,
+        env={**os.environ, "VLLM_PLUGINS": plugins},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
     )
     (line,) = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
     return json.loads(line.removeprefix("RESULT "))

@@ -1,4 +1,7 @@
-"""Fixtures for tests without an engine. They import vLLM themselves: xdist reads this file where no test runs, too."""
+"""Fixtures for tests without an engine.
+
+They import vLLM themselves: xdist reads this file where no test runs, too.
+"""
 
 import importlib
 import sys
@@ -23,7 +26,13 @@ def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     path = tmp_path_factory.mktemp("model")
-    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     config = LlamaConfig(**sizes, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.12)
     torch.manual_seed(5)
     LlamaForCausalLM(config).save_pretrained(path)

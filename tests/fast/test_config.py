@@ -43,32 +43,77 @@ def test_method_none_changes_nothing() -> None:
     ("value", "message"),
     [
         ({"atention": {}}, r"longctx: unknown key 'atention'; did you mean 'attention'\?"),
-        ({"attention": {"n_globl": 1}}, r"longctx.attention: unknown key 'n_globl'; did you mean 'n_global'\?"),
+        (
+            {"attention": {"n_globl": 1}},
+            r"longctx.attention: unknown key 'n_globl'; did you mean 'n_global'\?",
+        ),
         ({"attention": {"zzz": 1}}, r"longctx.attention: unknown key 'zzz'; known keys: method, n_global"),
         ({"preset": "lm-infinit"}, r"longctx: unknown preset 'lm-infinit'; presets: lm-infinite, streaming"),
-        ({"attention": {"method": "magic"}}, r"longctx.attention.method = 'magic': Input should be 'lm_infinite'"),
-        ({"attention": {"n_local": 0}}, r"longctx.attention.n_local = 0: Input should be greater than or equal to 1"),
-        ({"attention": {"n_local": "4096"}}, r"longctx.attention.n_local = '4096': Input should be a valid integer"),
+        (
+            {"attention": {"method": "magic"}},
+            r"longctx.attention.method = 'magic': Input should be 'lm_infinite'",
+        ),
+        (
+            {"attention": {"n_local": 0}},
+            r"longctx.attention.n_local = 0: Input should be greater than or equal to 1",
+        ),
+        (
+            {"attention": {"n_local": "4096"}},
+            r"longctx.attention.n_local = '4096': Input should be a valid integer",
+        ),
         ({"attention": {"n_global": -1}}, r"longctx.attention.n_global = -1: Input should be greater"),
-        ({"attention": {"n_global": 9, "n_local": 8}}, r"n_global = 9 is more than n_local = 8; lower n_global"),
-        ({"attention": {"method": "focused", "n_global": 4}}, r"n_global has no effect with method focused; leave it out"),
-        ({"attention": {"mem_layers": [1]}}, r"mem_layers has no effect with method lm_infinite; leave it out"),
+        (
+            {"attention": {"n_global": 9, "n_local": 8}},
+            r"n_global = 9 is more than n_local = 8; lower n_global",
+        ),
+        (
+            {"attention": {"method": "focused", "n_global": 4}},
+            r"n_global has no effect with method focused; leave it out",
+        ),
+        (
+            {"attention": {"mem_layers": [1]}},
+            r"mem_layers has no effect with method lm_infinite; leave it out",
+        ),
         ({"attention": {"method": "focused", "lookup": "top_k"}}, r"lookup = 'top_k' needs top_k; give both"),
-        ({"attention": {"method": "focused", "top_k": 8}}, r"top_k = 8 needs lookup top_k or blocks; give both"),
-        ({"attention": {"method": "focused", "top_k": 0}}, r"longctx.attention.top_k = 0: Input should be greater"),
-        ({"attention": {"method": "focused"}, "adaptation": {}}, r"adaptation does not go with attention.method focused"),
+        (
+            {"attention": {"method": "focused", "top_k": 8}},
+            r"top_k = 8 needs lookup top_k or blocks; give both",
+        ),
+        (
+            {"attention": {"method": "focused", "top_k": 0}},
+            r"longctx.attention.top_k = 0: Input should be greater",
+        ),
+        (
+            {"attention": {"method": "focused"}, "adaptation": {}},
+            r"adaptation does not go with attention.method focused",
+        ),
         ({"adaptation": {"rnk": 8}}, r"longctx.adaptation: unknown key 'rnk'; did you mean 'rank'\?"),
         ({"adaptation": {"rank": 0}}, r"longctx.adaptation.rank = 0: Input should be greater"),
         (
             {"adaptation": {"trainer": {"threads": "2"}}},
             r"longctx.adaptation.trainer.threads = '2': Input should be",
         ),
-        ({"attention": {"method": "streaming", "distances": "relative"}}, r"for relative distances use lm_infinite"),
-        ({"attention": {"method": "streaming", "distance_ceiling": 5}}, r"distance_ceiling = 5 has no effect"),
-        ({"attention": {"method": "none", "n_local": 5}}, r"method none takes no other keys, but n_local was given"),
+        (
+            {"attention": {"method": "streaming", "distances": "relative"}},
+            r"for relative distances use lm_infinite",
+        ),
+        (
+            {"attention": {"method": "streaming", "distance_ceiling": 5}},
+            r"distance_ceiling = 5 has no effect",
+        ),
+        (
+            {"attention": {"method": "none", "n_local": 5}},
+            r"method none takes no other keys, but n_local was given",
+        ),
         ({"attention": 5}, r"longctx.attention = 5"),
-        ({"serving": {"default_max_tokens": 0}}, r"longctx.serving.default_max_tokens = 0: Input should be greater"),
-        ({"serving": {}, "attention": {"method": "none"}}, r"longctx: serving has no effect with attention.method none"),
+        (
+            {"serving": {"default_max_tokens": 0}},
+            r"longctx.serving.default_max_tokens = 0: Input should be greater",
+        ),
+        (
+            {"serving": {}, "attention": {"method": "none"}},
+            r"longctx: serving has no effect with attention.method none",
+        ),
         ([], r"longctx: expected a mapping such as \{'preset': 'lm-infinite'\}, got \[\]"),
         ("{", r"longctx: not valid JSON .* at character 1\): \{"),
     ],
@@ -81,9 +126,18 @@ def test_a_mistake_is_named_with_its_remedy(value: object, message: str) -> None
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        ({"n_local": 8192}, r"attention.n_local = 8192, but the model was trained on 4096 tokens; lower it, or set"),
-        ({"distance_ceiling": 5000}, r"attention.distance_ceiling = 5000, but the model was trained on 4096 tokens"),
-        ({"method": "streaming", "n_local": 4096}, r"n_global \+ attention.n_local = 4100, but the model was trained"),
+        (
+            {"n_local": 8192},
+            r"attention.n_local = 8192, but the model was trained on 4096 tokens; lower it, or set",
+        ),
+        (
+            {"distance_ceiling": 5000},
+            r"attention.distance_ceiling = 5000, but the model was trained on 4096 tokens",
+        ),
+        (
+            {"method": "streaming", "n_local": 4096},
+            r"n_global \+ attention.n_local = 4100, but the model was trained",
+        ),
         ({"n_global": 5000}, r"attention.n_global = 5000 is more than attention.n_local = 4096"),
     ],
 )
@@ -106,7 +160,9 @@ def test_stepped_windows_are_whole_blocks_where_prefixes_are_cached(
     trained: int, given: int | None, caches_prefixes: bool, n_local: int
 ) -> None:
     attention = {"method": "focused", "mem_layers": [1]} | ({} if given is None else {"n_local": given})
-    config = LongContextConfig.parse({"attention": attention}).for_model(trained, KV_BLOCK, NUM_LAYERS, {}, caches_prefixes)
+    config = LongContextConfig.parse({"attention": attention}).for_model(
+        trained, KV_BLOCK, NUM_LAYERS, {}, caches_prefixes
+    )
     assert config.attention.n_local == n_local
 
 
@@ -114,7 +170,8 @@ def test_stepped_windows_are_whole_blocks_where_prefixes_are_cached(
 def test_a_stepped_window_that_would_never_be_hit_is_refused(n_local: int, near: str) -> None:
     value = {"attention": {"method": "focused", "mem_layers": [1], "n_local": n_local}}
     with pytest.raises(
-        LongContextError, match=rf"n_local = {n_local} is no multiple of block_size = 32, .*; give {near}, or turn"
+        LongContextError,
+        match=rf"n_local = {n_local} is no multiple of block_size = 32, .*; give {near}, or turn",
     ):
         LongContextConfig.parse(value).for_model(TRAINED, KV_BLOCK, NUM_LAYERS, {})
 
@@ -129,7 +186,10 @@ def adaptation(value: dict) -> Adaptation:
 
 
 def test_temp_lora_takes_its_sizes_from_the_window() -> None:
-    quality, economic = adaptation({"preset": "temp-lora-quality"}), adaptation({"preset": "temp-lora-economic"})
+    quality, economic = (
+        adaptation({"preset": "temp-lora-quality"}),
+        adaptation({"preset": "temp-lora-economic"}),
+    )
     assert (quality.block_tokens, quality.context_tokens, quality.window_tokens, quality.kv_policy) == (
         1024,
         2048,
@@ -150,17 +210,41 @@ def test_temp_lora_takes_its_sizes_from_the_window() -> None:
             {"window_tokens": 8192},
             r"adaptation.window_tokens = 8192, but the model was trained on 4096 tokens; lower it",
         ),
-        ("none", {"context_tokens": 4090}, r"context_tokens = 4090 leaves no room in adaptation.window_tokens = 4096"),
-        ("none", {"kv_policy": "keep"}, r"kv_policy = 'keep', but attention.method none takes reuse or recompute"),
-        ("lm_infinite", {"kv_policy": "reuse"}, r"Λ attention \(attention.method lm_infinite or streaming\) goes with keep"),
-        ("lm_infinite", {"context_tokens": 64}, r"context_tokens has no effect beside attention.method lm_infinite"),
+        (
+            "none",
+            {"context_tokens": 4090},
+            r"context_tokens = 4090 leaves no room in adaptation.window_tokens = 4096",
+        ),
+        (
+            "none",
+            {"kv_policy": "keep"},
+            r"kv_policy = 'keep', but attention.method none takes reuse or recompute",
+        ),
+        (
+            "lm_infinite",
+            {"kv_policy": "reuse"},
+            r"Λ attention \(attention.method lm_infinite or streaming\) goes with keep",
+        ),
+        (
+            "lm_infinite",
+            {"context_tokens": 64},
+            r"context_tokens has no effect beside attention.method lm_infinite",
+        ),
         (
             "none",
             {"block_tokens": 4096},
             r"train_context_tokens \+ adaptation.block_tokens \+ 1 = 4097, but",
         ),
-        ("none", {"rank": 64, "max_rank": 8}, r"adaptation.rank = 64 is above adaptation.max_rank = 8; raise max_rank"),
-        ("none", {"keep_first": 40}, r"adaptation.keep_first = 40 is more than a KV block of 32 tokens; lower it"),
+        (
+            "none",
+            {"rank": 64, "max_rank": 8},
+            r"adaptation.rank = 64 is above adaptation.max_rank = 8; raise max_rank",
+        ),
+        (
+            "none",
+            {"keep_first": 40},
+            r"adaptation.keep_first = 40 is more than a KV block of 32 tokens; lower it",
+        ),
     ],
 )
 def test_sizes_that_do_not_go_together_are_named(attention: str, section: dict, message: str) -> None:
@@ -170,8 +254,16 @@ def test_sizes_that_do_not_go_together_are_named(attention: str, section: dict, 
 
 def test_requests_adapt_when_they_ask_or_when_all_do() -> None:
     asks, silent, declines = RequestOptions(temp_lora=True), RequestOptions(), RequestOptions(temp_lora=False)
-    opt_in, everyone = (adaptation({"preset": "temp-lora-quality", "adaptation": {"requests": r}}) for r in ("opt_in", "all"))
-    adapting = [s.for_request(o, TRAINED, KV_BLOCK) is not None for s in (opt_in, everyone) for o in (asks, silent, declines)]
+    opt_in, everyone = (
+        adaptation({"preset": "temp-lora-quality", "adaptation": {"requests": r}}) for r in ("opt_in", "all")
+    )
+    adapting = [
+        s.for_request(o, TRAINED, KV_BLOCK) is not None
+        for s in (opt_in, everyone)
+        for o in (asks, silent, declines)
+    ]
     assert adapting == [True, False, False, True, True, False]
-    with pytest.raises(LongContextError, match="rank has no effect without temp_lora; set temp_lora true, or leave it out"):
+    with pytest.raises(
+        LongContextError, match="rank has no effect without temp_lora; set temp_lora true, or leave it out"
+    ):
         opt_in.for_request(RequestOptions(rank=8), TRAINED, KV_BLOCK)

@@ -40,7 +40,9 @@ def seen(geometry: Geometry, i: int, length: int, start: int | None = None) -> l
 
 
 @given(geometries, positions)
-def test_a_sliding_window_sees_the_first_and_the_last_tokens_at_capped_distances(geometry: Geometry, i: int) -> None:
+def test_a_sliding_window_sees_the_first_and_the_last_tokens_at_capped_distances(
+    geometry: Geometry, i: int
+) -> None:
     start = 0 if geometry.n_local is None else max(i - geometry.n_local + 1, 0)
     assert seen(geometry, i, 64) == [pair(geometry, i, j, start) for j in range(64)]
 
@@ -89,7 +91,9 @@ def test_stepped_windows(prompt_length: int, total: int, expected: list[int]) ->
     assert sorted(set(starts)) == expected
     ends = [windows.end(i, prompt_length) for i in range(total)]
     following = dict(itertools.pairwise(expected))
-    assert all(end == following.get(start, end) > i for i, (start, end) in enumerate(zip(starts, ends, strict=True)))
+    assert all(
+        end == following.get(start, end) > i for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+    )
 
 
 def test_memory_looks_as_if_first_in_the_window() -> None:

@@ -1,4 +1,6 @@
-"""The scheduler's counts, vLLM's loggers with ours in front, and what `doctor` makes of a server's /metrics."""
+"""The scheduler's counts, vLLM's loggers with ours in front, and what `doctor` makes of a server's
+/metrics.
+"""
 
 from typing import Any
 
@@ -35,7 +37,9 @@ def config() -> VllmConfig:
 
 
 def exported_by(config: VllmConfig, steps: list[StepStats]) -> str:
-    """/metrics after these steps of engine 1 of two, with the logger that would fail on our part of the statistics."""
+    """/metrics after these steps of engine 1 of two, with the logger that would fail on our part of the
+    statistics.
+    """
     manager = StatLoggerManager(config, [0, 1], custom_stat_loggers=[LoggingStatLogger])
     manager.log_engine_initialized()
     for step in steps:
@@ -51,7 +55,9 @@ def exported_by(config: VllmConfig, steps: list[StepStats]) -> str:
 
 @pytest.fixture
 def exported(config: VllmConfig) -> str:
-    return exported_by(config, [StepStats(7, 5, 100, 2, 0.25), StepStats(8, 1, 2, 2, 0.5), StepStats(0, 0, 0, 0, None)])
+    return exported_by(
+        config, [StepStats(7, 5, 100, 2, 0.25), StepStats(8, 1, 2, 2, 0.5), StepStats(0, 0, 0, 0, None)]
+    )
 
 
 @pytest.fixture
@@ -112,7 +118,10 @@ def test_each_engine_has_its_own_sums_and_last_values(exported: str) -> None:
         for engine in (0, 1)
     }
     for engine in (0, 1):
-        labels = f'distances="in_cache",engine="{engine}",method="streaming",n_global="4",n_local="508",trained_length="512"'
+        labels = (
+            f'distances="in_cache",engine="{engine}",method="streaming",n_global="4",n_local="508",'
+            'trained_length="512"'
+        )
         expected[f'vllm:longctx_config_info{{distance_ceiling="None",{labels}}}'] = "1.0"
     assert samples(exported) == expected
 
@@ -144,19 +153,28 @@ def test_what_adapts_is_counted_beside_it(adapting: str) -> None:
     }
     found = samples(adapting)
     for name, value in expected.items():
-        assert float(found[f'vllm:longctx_{name}{{engine="1",model_name="books"}}']) == pytest.approx(value), name
+        assert float(found[f'vllm:longctx_{name}{{engine="1",model_name="books"}}']) == pytest.approx(
+            value
+        ), name
         assert float(found[f'vllm:longctx_{name}{{engine="0",model_name="books"}}']) == 0, name
     for bound, count in {"0.25": 1, "0.5": 1, "1.0": 2, "2.5": 3}.items():
-        assert f'vllm:longctx_train_time_seconds_bucket{{engine="1",le="{bound}",model_name="books"}} {count}.0\n' in adapting
+        assert (
+            f'vllm:longctx_train_time_seconds_bucket{{engine="1",le="{bound}",model_name="books"}} '
+            f"{count}.0\n" in adapting
+        )
 
 
 def test_memory_of_its_own_is_shown(exported: str) -> None:
     attention = {"method": "focused", "mem_layers": [3], "memory_limit_gib": 0.5}
     text = exported_by(
-        create({"longctx": {"attention": attention}}), [StepStats(memory_usage=0.5), StepStats(memory_usage=0.25)]
+        create({"longctx": {"attention": attention}}),
+        [StepStats(memory_usage=0.5), StepStats(memory_usage=0.25)],
     )
     found = samples(text)
-    assert [found[f'vllm:longctx_memory_usage_perc{{engine="{e}",model_name="books"}}'] for e in (0, 1)] == ["0.0", "0.25"]
+    assert [found[f'vllm:longctx_memory_usage_perc{{engine="{e}",model_name="books"}}'] for e in (0, 1)] == [
+        "0.0",
+        "0.25",
+    ]
     rows = {label: values for label, *values in shown("http://host:1", text)}
     assert rows["memory of memory layers used"] == ["0.0%", "25.0%"]
     assert "memory_usage" not in exported
@@ -174,7 +192,9 @@ def test_the_scheduler_is_ours_or_refused(config: VllmConfig) -> None:
     assert config.scheduler_config.scheduler_cls == "vllm_longctx.scheduling.scheduler.LongContextScheduler"
     assert config.scheduler_config.get_scheduler_cls().__name__ == "LongContextScheduler"
     assert create({}).scheduler_config.scheduler_cls is None
-    with pytest.raises(LongContextError, match=r"scheduler_cls = 'my.Scheduler', but .* leave scheduler_cls out"):
+    with pytest.raises(
+        LongContextError, match=r"scheduler_cls = 'my.Scheduler', but .* leave scheduler_cls out"
+    ):
         create(STREAMING, scheduler_cls="my.Scheduler")
 
 
@@ -241,12 +261,16 @@ def test_doctor_shows_what_adapts(adapting: str, exported: str) -> None:
 
 def test_doctor_says_what_is_not_there(exported: str) -> None:
     stock = "\n".join(line for line in exported.splitlines() if "longctx" not in line) + "\n"
-    with pytest.raises(ValueError, match=r"http://host:1 serves books without longctx; start it with `vllm serve books --pl"):
+    with pytest.raises(
+        ValueError, match=r"http://host:1 serves books without longctx; start it with `vllm serve books --pl"
+    ):
         state_table("http://host:1", stock)
     for text in ("<html>hello</html>", "", "python_info 1.0\n"):
         with pytest.raises(ValueError, match=r"it is no vLLM server, or runs with --disable-log-stats"):
             state_table("http://host:1", text)
-    with pytest.raises(OSError, match=r"cannot read http://127.0.0.1:1/metrics: .*refused.*; is a server up at this address"):
+    with pytest.raises(
+        OSError, match=r"cannot read http://127.0.0.1:1/metrics: .*refused.*; is a server up at this address"
+    ):
         live_state("http://127.0.0.1:1/")
     with pytest.raises(OSError, match=r"cannot read localhost:1/metrics: .*unknown url type"):
         live_state("localhost:1/metrics")

@@ -21,7 +21,8 @@ from vllm_longctx import processes
 from vllm_longctx.processes import SOCKETS, WatchedMain
 from vllm_longctx.seams import SEAMS
 
-# A process that notes SIGTERM and goes on, as vLLM's engine core does while it starts, with a process of its own below it.
+# A process that notes SIGTERM and goes on, as vLLM's engine core does while it starts, with a process of its
+# own below it.
 GUARDED = """
 import os, signal, subprocess, sys, time
 from vllm_longctx import processes
@@ -54,7 +55,10 @@ def test_a_guarded_process_ends_with_all_below_it(victim: str) -> None:
         assert parent.stdout is not None
         family = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
         assert len(family) == 2 and not any(map(is_gone, family))
-        os.kill(parent.pid if victim == "parent" else family[0].pid, signal.SIGKILL if victim == "parent" else signal.SIGTERM)
+        os.kill(
+            parent.pid if victim == "parent" else family[0].pid,
+            signal.SIGKILL if victim == "parent" else signal.SIGTERM,
+        )
         assert parent.stdout.readline() == "noted\n"  # first it is asked
         deadline = time.monotonic() + 60
         while not all(map(is_gone, family)) and time.monotonic() < deadline:
@@ -103,7 +107,9 @@ def test_the_directory_of_another_engine_is_not_shared_and_goes_with_its_process
     assert not of_another.exists()
 
 
-def test_a_path_too_long_for_sockets_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_too_long_for_sockets_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = tmp_path / ("x" * 70)
     base.mkdir()
     monkeypatch.setenv(SOCKETS, str(base))
@@ -142,5 +148,7 @@ def test_what_processes_run_travels_by_its_name_and_is_replaced_once() -> None:
     processes.end_together()
     assert [getattr(*processes._find(path)) for path in processes.TARGETS] == targets
     assert pickle.loads(pickle.dumps(targets[0])).path == targets[0].path
-    assert all(seam.present() for seam in SEAMS if seam.where == "processes.py")  # also where they are replaced
+    assert all(
+        seam.present() for seam in SEAMS if seam.where == "processes.py"
+    )  # also where they are replaced
     assert processes._Watchdog.current is None  # nothing watches over the process that starts the others

@@ -57,7 +57,9 @@ def test_the_reference_is_longllama(goldens: Path) -> None:
     assert np.abs(ours.numpy() - np.load(case / "logprobs.npy").flatten()).max() < 5e-5
 
 
-@pytest.mark.parametrize("row", [2, 5])  # 143 tokens: one query, of the last layers, has just enough keys between
+@pytest.mark.parametrize(
+    "row", [2, 5]
+)  # 143 tokens: one query, of the last layers, has just enough keys between
 def test_the_reference_is_lm_infinite_with_top_k(goldens: Path, row: int) -> None:
     case = goldens / "lminf_topk"
     p = json.loads((case / "case.json").read_text())

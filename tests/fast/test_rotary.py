@@ -57,7 +57,13 @@ DYNAMIC = {**DEFAULT, "rope_type": "dynamic"}
 
 
 @pytest.mark.parametrize(
-    "parameters", [DEFAULT, *SCALED, {**DYNAMIC, "factor": 4.0, "max_trained_positions": 256}, {**DYNAMIC, "alpha": 1000.0}]
+    "parameters",
+    [
+        DEFAULT,
+        *SCALED,
+        {**DYNAMIC, "factor": 4.0, "max_trained_positions": 256},
+        {**DYNAMIC, "alpha": 1000.0},
+    ],
 )
 def test_rotations_are_those_of_vllm(parameters: dict) -> None:
     with set_current_vllm_config(VllmConfig()):
@@ -77,7 +83,9 @@ def test_turning_does_not_repeat_the_attention_factor() -> None:
 
 
 def test_an_unknown_scaling_is_named() -> None:
-    with pytest.raises(ValueError, match="rope_type is 'longrope'; longctx knows default, llama3, linear, dynamic, yarn"):
+    with pytest.raises(
+        ValueError, match="rope_type is 'longrope'; longctx knows default, llama3, linear, dynamic, yarn"
+    ):
         inverse_frequencies(64, {"rope_type": "longrope"})
 
 

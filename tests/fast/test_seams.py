@@ -1,4 +1,6 @@
-"""Diffs in patches/ apply to the installed vLLM and leave Python behind; private seams of vLLM have one and are looked for."""
+"""Diffs in patches/ apply to the installed vLLM and leave Python behind; private seams of vLLM have one and
+are looked for.
+"""
 
 import ast
 import re
@@ -32,7 +34,9 @@ def patched(patches: list[Path], directory: Path) -> list[str]:
     return files
 
 
-@pytest.mark.parametrize("patches", [*([p] for p in PATCHES), PATCHES], ids=[*(p.stem for p in PATCHES), "all"])
+@pytest.mark.parametrize(
+    "patches", [*([p] for p in PATCHES), PATCHES], ids=[*(p.stem for p in PATCHES), "all"]
+)
 def test_they_apply(patches: list[Path], tmp_path: Path) -> None:
     files = patched(patches, tmp_path)
     for file in files:
@@ -46,7 +50,9 @@ def test_they_apply(patches: list[Path], tmp_path: Path) -> None:
 
 
 def test_each_has_its_row() -> None:
-    rows = re.findall(r"^\| \[(\d+)\]\((\S+)\) \|", (PATCHES[0].parent / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| \[(\d+)\]\((\S+)\) \|", (PATCHES[0].parent / "README.md").read_text(), re.MULTILINE
+    )
     assert rows == [(p.name[:4], p.name) for p in PATCHES]
 
 
@@ -67,7 +73,10 @@ class Other:
     [
         ("0011-scheduler-hooks-of-plugins.diff", "vllm.v1.core.sched.scheduler.Scheduler._free_request"),
         ("0011-scheduler-hooks-of-plugins.diff", "vllm.v1.core.sched.scheduler.Scheduler.__init__"),
-        ("0012-roll-back-of-a-request.diff", "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager"),
+        (
+            "0012-roll-back-of-a-request.diff",
+            "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager",
+        ),
         ("0013-plugin-data-of-a-step.diff", "vllm.v1.core.sched.output.SchedulerOutput"),
         ("0014-model-runner-of-plugins.diff", "vllm.v1.worker.cpu_model_runner.CPUModelRunner"),
         ("0015-adapters-from-memory.diff", "vllm.lora.model_manager.LoRAModelManager"),
@@ -79,7 +88,10 @@ class Other:
             "0026-files-of-a-checkpoint.diff",
             "vllm.model_executor.model_loader.default_loader.DefaultModelLoader._prepare_weights",
         ),
-        ("0017-slots-written-by-builders.diff", "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl"),
+        (
+            "0017-slots-written-by-builders.diff",
+            "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
+        ),
     ],
 )
 def test_a_seam_that_changed_is_missing(patch: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +117,9 @@ def test_patched_lora_operators_skip_tokens_without_an_adapter(tmp_path: Path) -
     starts = lengths.cumsum(0) - lengths
     meta = (starts, lengths, indices, len(indices), int(lengths.max()), len(tokens))
     before = torch.randn(len(tokens), 8)
-    product = torch.stack([torch.zeros(3) if i < 0 else weights[i, 0] @ row for i, row in zip(tokens, x, strict=True)])
+    product = torch.stack(
+        [torch.zeros(3) if i < 0 else weights[i, 0] @ row for i, row in zip(tokens, x, strict=True)]
+    )
     added = before.clone()
     added[:, 4:7] += product
     for name, given in (("sgmv_expand_slice", meta), ("bgmv_expand_slice", (tokens,))):

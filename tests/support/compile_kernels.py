@@ -1,11 +1,14 @@
-"""Compiles the Triton kernels for an H100 on a machine without a GPU, down to machine code; prints what each one takes.
+"""Compiles the Triton kernels for an H100 on a machine without a GPU, down to machine code; prints what each
+one takes.
 
-    python tests/support/compile_kernels.py [case ...]       every case by default; exits with 1 where one does not compile
+    python tests/support/compile_kernels.py [case ...]       every case by default; exits with 1 where one
+    does not compile
 
-The interpreter runs kernels as numpy and accepts what the compiler refuses (types that do not agree, shapes that are no power
-of two) and what the chip refuses (too much shared memory). So for every kernel, add cases to CASES: functions that call the
-kernel's public launcher on `meta` tensors of real shapes. Inside `compiling()` a launch compiles exactly the specialisation
-that the launch would have run, and runs nothing. Kernels must have been imported without TRITON_INTERPRET.
+The interpreter runs kernels as numpy and accepts what the compiler refuses (types that do not agree, shapes
+that are no power of two) and what the chip refuses (too much shared memory). So for every kernel, add cases
+to CASES: functions that call the kernel's public launcher on `meta` tensors of real shapes. Inside
+`compiling()` a launch compiles exactly the specialisation that the launch would have run, and runs nothing.
+Kernels must have been imported without TRITON_INTERPRET.
 """
 
 import contextlib
@@ -49,7 +52,10 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers: per thread. spilled: bytes of local memory per thread. shared: bytes per program. tensor_cores: PTX's name."""
+    """registers: per thread.
+
+    spilled: bytes of local memory per thread. shared: bytes per program. tensor_cores: PTX's name.
+    """
 
     kernel: str
     registers: int
@@ -65,20 +71,28 @@ def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
     compiled: list[Compiled] = []
 
     def run(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
-        given = dict(zip(self.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in self.arg_names}
+        given = dict(zip(self.arg_names, args, strict=False)) | {
+            k: v for k, v in kwargs.items() if k in self.arg_names
+        }
         options = {k: v for k, v in kwargs.items() if k not in self.arg_names}
         signature, constants, attributes = {}, {}, {}
         for number, parameter in enumerate(self.params):
             value = given.get(parameter.name, parameter.default)
             specialised = not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
+            if (
+                parameter.is_constexpr
+                or value is None
+                or (specialised and isinstance(value, int) and value == 1)
+            ):
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
                 continue
             signature[parameter.name] = _type(value)
             if specialised and (isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)):
                 attributes[(number,)] = [["tt.divisibility", 16]]
         source = ASTSource(self, signature, constants, attributes)
-        compiled.append(_resources(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)))
+        compiled.append(
+            _resources(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options))
+        )
 
     with mock.patch.object(JITFunction, "run", run):
         yield compiled
@@ -98,11 +112,17 @@ def _resources(kernel: object) -> Compiled:
         file.write(kernel.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = (
+        int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+    )
     instruction = re.search(r"\b(wgmma|mma)\.", kernel.asm["ptx"])
     m = kernel.metadata
-    return Compiled(m.name, registers, stack + local, m.shared, m.num_warps, instruction[1] if instruction else "-")
+    return Compiled(
+        m.name, registers, stack + local, m.shared, m.num_warps, instruction[1] if instruction else "-"
+    )
 
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -137,7 +157,11 @@ def launch_lambda(
     query = meta(queries, heads, head_size, dtype=dtype)
     angles = [(meta(n, rotary_dim // 2, dtype=torch.float32),) * 2 for n in (queries, geometry.n_global)]
     lse = meta(queries, heads, dtype=torch.float32) if with_lse else None
-    common = (*cache.split(head_size, dim=-1), meta(rows, 1 << 15, dtype=torch.int32), meta(rows, dtype=torch.int32))
+    common = (
+        *cache.split(head_size, dim=-1),
+        meta(rows, 1 << 15, dtype=torch.int32),
+        meta(rows, dtype=torch.int32),
+    )
     if which == "decode":
         splits = decode_splits(view, rows, kv_heads, H100_SMS, 1 << 20)
         workspace = decode_workspace(rows, heads, head_size, splits, torch.device("meta"))
@@ -163,7 +187,11 @@ CASES: dict[str, Callable[[], None]] = {
         ("8B bfloat16, float8 cache", (BF16, 32, 8, 128), {"cache_dtype": F8}),
         ("8B bfloat16, log-sum-exps", (BF16, 32, 8, 128), {"with_lse": True}),
         ("8B float32", (F32, 32, 8, 128), {}),
-        ("GPT-J bfloat16, partial and interleaved", (BF16, 16, 16, 256), {"rotary_dim": 64, "is_neox": False}),
+        (
+            "GPT-J bfloat16, partial and interleaved",
+            (BF16, 16, 16, 256),
+            {"rotary_dim": 64, "is_neox": False},
+        ),
         ("MPT float16, ALiBi", (F16, 32, 32, 128), {"alibi": True}),
         ("MPT bfloat16, ALiBi in the cache", (BF16, 32, 32, 128), {"alibi": True, "geometry": IN_CACHE}),
         ("Gemma bfloat16, head 256, soft cap", (BF16, 16, 8, 256), {"soft_cap": 50.0}),
@@ -186,7 +214,9 @@ def launch_lookup(
     block_size: int = 32,
     share: float | None = None,
 ) -> None:
-    """A memory layer's lookup in a million keys and its window: 16 rows that decode, or one that reads `tokens` tokens."""
+    """A memory layer's lookup in a million keys and its window: 16 rows that decode, or one that reads
+    `tokens` tokens.
+    """
     rows = 16 if tokens == 1 else 1
     cache = meta(100, kv_heads, block_size, 2 * head_size, dtype=dtype).transpose(1, 2)
     caches, table = cache.split(head_size, dim=-1), meta(rows, (1 << 20) // block_size, dtype=torch.int32)
@@ -195,7 +225,9 @@ def launch_lookup(
     flat = query.flatten(0, 1)
     branch = [x.flatten(0, 1) for x in attend_best(query, memories, 64, 1.0, share)]
     starts = meta(rows + 1, dtype=torch.int32)
-    stepped_attention(flat, *caches, table, lens, lens, starts, tokens, 1.0, torch.empty_like(flat), (branch[0], branch[1]))
+    stepped_attention(
+        flat, *caches, table, lens, lens, starts, tokens, 1.0, torch.empty_like(flat), (branch[0], branch[1])
+    )
 
 
 CASES |= {
@@ -217,11 +249,16 @@ CASES |= {
 }
 
 
-def launch_stepped(dtype: torch.dtype, heads: int, kv_heads: int, head_size: int, tokens: int, block_size: int = 32) -> None:
+def launch_stepped(
+    dtype: torch.dtype, heads: int, kv_heads: int, head_size: int, tokens: int, block_size: int = 32
+) -> None:
     """Stepped windows alone: 16 rows of which each reads `tokens` tokens."""
     rows = 16
     cache = meta(100, kv_heads, block_size, 2 * head_size, dtype=dtype).transpose(1, 2)
-    table, query = meta(rows, (1 << 20) // block_size, dtype=torch.int32), meta(rows * tokens, heads, head_size, dtype=dtype)
+    table, query = (
+        meta(rows, (1 << 20) // block_size, dtype=torch.int32),
+        meta(rows * tokens, heads, head_size, dtype=dtype),
+    )
     starts, lens, begins = (meta(n, dtype=torch.int32) for n in (rows, rows, rows + 1))
     caches = cache.split(head_size, dim=-1)
     stepped_attention(query, *caches, table, starts, lens, begins, tokens, 1.0, torch.empty_like(query))
@@ -253,8 +290,10 @@ def main(names: list[str]) -> int:
         for k in kernels:
             failed += k.shared > H100_SHARED
             print(
-                f"{name}: {k.kernel}: {k.registers} registers, {k.spilled} bytes spilled, {k.shared / 1024:.0f} KiB shared,"
-                f" {k.warps} warps, {k.tensor_cores}" + (" TOO MUCH SHARED MEMORY" if k.shared > H100_SHARED else ""),
+                f"{name}: {k.kernel}: {k.registers} registers, {k.spilled} bytes spilled, "
+                f"{k.shared / 1024:.0f} KiB shared,"
+                f" {k.warps} warps, {k.tensor_cores}"
+                + (" TOO MUCH SHARED MEMORY" if k.shared > H100_SHARED else ""),
                 flush=True,
             )
     return int(failed > 0)

@@ -1,4 +1,7 @@
-"""The machine's cores. Engines bind their threads to all that they see, so processes of pytest-xdist have one each."""
+"""The machine's cores.
+
+Engines bind their threads to all that they see, so processes of pytest-xdist have one each.
+"""
 
 import os
 

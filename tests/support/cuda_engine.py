@@ -1,4 +1,5 @@
-"""vLLM's engine core around Model Runner V2, on CPU tensors: scheduler, runner, model and sampler are all vLLM's own.
+"""vLLM's engine core around Model Runner V2, on CPU tensors: scheduler, runner, model and sampler are all
+vLLM's own.
 
 What a GPU alone can do is replaced by the fixtures of tests/fast/cuda/conftest.py.
 """
@@ -49,7 +50,11 @@ def text(length: int) -> list[int]:
 
 def to_cpu(config: VllmConfig) -> VllmConfig:
     """As for CUDA, but models are loaded to the CPU."""
-    config.device_config.device, config.load_config.device, config.load_config.load_format = CPU, "cpu", "auto"
+    config.device_config.device, config.load_config.device, config.load_config.load_format = (
+        CPU,
+        "cpu",
+        "auto",
+    )
     return config
 
 
@@ -62,7 +67,10 @@ def made_layers(model: nn.Module, config: VllmConfig) -> tuple[list[LayerSite], 
 
 
 def places(firsts: list[int], ends: list[int], tables: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Of a step's tokens, first .. end - 1 of each request: positions [tokens], and slots by the tables [groups, tokens]."""
+    """Of a step's tokens, first ..
+
+    end - 1 of each request: positions [tokens], and slots by the tables [groups, tokens].
+    """
     positions = torch.cat([torch.arange(first, end) for first, end in zip(firsts, ends, strict=True)])
     row = torch.repeat_interleave(torch.arange(len(ends)), torch.tensor(ends) - torch.tensor(firsts))
     slots = [t[row, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE for t in tables]
@@ -94,8 +102,9 @@ def metadata_of(
 class Core:
     """What vLLM's engine core does in a step (v1/engine/core.py).
 
-    steps_ahead: 1 as `step_with_batch_queue`, which looks at a step's outputs once the next one is scheduled and sent off; 0 as
-    `step`. What is sent ahead is computed as late as can be, from a copy, as by a worker in a process of its own.
+    steps_ahead: 1 as `step_with_batch_queue`, which looks at a step's outputs once the next one is scheduled
+    and sent off; 0 as `step`. What is sent ahead is computed as late as can be, from a copy, as by a worker
+    in a process of its own.
     """
 
     def __init__(self, scheduler: Any, steps_ahead: int):
@@ -109,12 +118,16 @@ class Core:
         self.under_way: deque[SchedulerOutput] = deque()
         self.sent: deque[SchedulerOutput] = deque()
 
-    def add(self, name: str, prompt: list[int], extra_args: dict[str, Any] | None = None, **params: Any) -> Request:
+    def add(
+        self, name: str, prompt: list[int], extra_args: dict[str, Any] | None = None, **params: Any
+    ) -> Request:
         request = self.make(name, prompt, extra_args, **params)
         self.scheduler.add_request(request)
         return request
 
-    def make(self, name: str, prompt: list[int], extra_args: dict[str, Any] | None = None, **params: Any) -> Request:
+    def make(
+        self, name: str, prompt: list[int], extra_args: dict[str, Any] | None = None, **params: Any
+    ) -> Request:
         params = {"temperature": 0, "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 0, **params}
         sampling = SamplingParams(**params, extra_args=extra_args)
         hasher = get_request_block_hasher(self.scheduler.block_size, sha256)
@@ -139,7 +152,12 @@ class Core:
         for outputs in self.scheduler.update_from_output(output, done).values():
             for one in outputs.outputs:
                 self.outputs[one.request_id].append(one)
-        self.in_vain |= {n for step in self.under_way for n in step.num_scheduled_tokens if n not in self.scheduler.requests}
+        self.in_vain |= {
+            n
+            for step in self.under_way
+            for n in step.num_scheduled_tokens
+            if n not in self.scheduler.requests
+        }
 
     def compute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """What a worker does in a step."""
@@ -186,13 +204,17 @@ class Engine(Core):
             layers = config.compilation_config.static_forward_context.values()
             supported = get_supported_kv_cache_layouts(layer.get_attn_backend() for layer in layers)
             resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
-            kv = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, specs), available_memory=1 << 30)
+            kv = get_kv_cache_config_from_groups(
+                config, get_kv_cache_groups(config, specs), available_memory=1 << 30
+            )
             config.cache_config.num_gpu_blocks = kv.num_blocks
             self.runner.initialize_kv_cache(kv)
             self.runner.bind_kv_cache()
         for layer in layers:
             layer.kv_cache.fill_(torch.nan)
-        super().__init__(schedulers[steps_ahead](config, kv, MagicMock(), BLOCK_SIZE, log_stats=True), steps_ahead)
+        super().__init__(
+            schedulers[steps_ahead](config, kv, MagicMock(), BLOCK_SIZE, log_stats=True), steps_ahead
+        )
         self.reference = ReferenceLlama(model)
 
     def compute(self, output: SchedulerOutput) -> ModelRunnerOutput:
@@ -216,7 +238,9 @@ class Engine(Core):
         return tensors.logprobs[:, 0].double()
 
     def check(self, name: str, seen: Layers) -> None:
-        """The request's tokens are the likeliest ones, and its log-probabilities those of the dense reference."""
+        """The request's tokens are the likeliest ones, and its log-probabilities those of the dense
+        reference.
+        """
         request = self.requests[name]
         tokens, prompt = list(request.all_token_ids), request.num_prompt_tokens
         expected = self.reference.logprobs(tokens[:-1], seen)
@@ -229,4 +253,7 @@ class Engine(Core):
     def is_empty(self) -> bool:
         """Whether nothing of any request is left."""
         pool = self.managers[0].block_pool
-        return not self.runner.req_states.req_id_to_index and pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+        return (
+            not self.runner.req_states.req_id_to_index
+            and pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+        )

@@ -9,7 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "benchmarks/**/*.md", "patches/*.md", "vllm_longctx/**/*.md")
+    for pattern in (
+        "*.md",
+        "docs/**/*.md",
+        "examples/*.md",
+        "benchmarks/**/*.md",
+        "patches/*.md",
+        "vllm_longctx/**/*.md",
+    )
     for path in ROOT.glob(pattern)
 )
 FENCE = re.compile(r"(?:^<!-- (\w+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -20,7 +27,10 @@ INLINE = re.compile(rf"`((?:{COMMANDS}) [^`]+)`")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. marker: of the comment `<!-- marker -->` in front of it; quick ones are run for real."""
+    """A fenced block.
+
+    marker: of the comment `<!-- marker -->` in front of it; quick ones are run for real.
+    """
 
     page: Path
     language: str
@@ -37,7 +47,9 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def commands(block: str) -> Iterator[list[str]]:
-    """The words of each command of a shell block; variables before a command and an `&` behind it are left out."""
+    """The words of each command of a shell block; variables before a command and an `&` behind it are left
+    out.
+    """
     line = ""
     for part in block.splitlines():
         line += part.removesuffix("\\") + ("" if part.endswith("\\") else "\n")
@@ -71,5 +83,7 @@ def links(page: Path) -> Iterator[tuple[str, str]]:
 def anchors(page: Path) -> set[str]:
     """Of its headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
-    words = (re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)) for heading in headings)
+    words = (
+        re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)) for heading in headings
+    )
     return {word.strip().lower().replace(" ", "-") for word in words}

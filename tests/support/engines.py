@@ -23,7 +23,10 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %
 
 @contextmanager
 def running(
-    model: str | Path, attention: dict[str, Any] | None, adaptation: dict[str, Any] | None = None, **kwargs: Any
+    model: str | Path,
+    attention: dict[str, Any] | None,
+    adaptation: dict[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Iterator[LLM]:
     """An engine with these sections of the configuration, or stock vLLM without `attention`."""
     settings: dict[str, Any] = {
@@ -39,7 +42,11 @@ def running(
         **kwargs,
     }
     if attention is not None:
-        config = {"attention": attention} if adaptation is None else {"attention": attention, "adaptation": adaptation}
+        config = (
+            {"attention": attention}
+            if adaptation is None
+            else {"attention": attention, "adaptation": adaptation}
+        )
         settings["additional_config"] = {"longctx": config}
     llm = LLM(str(model), **settings)
     try:
@@ -50,7 +57,10 @@ def running(
 
 @contextmanager
 def running_here(*args: Any, **kwargs: Any) -> Iterator[LLM]:
-    """As `running`, but all in this process: for tests of numbers, not of processes. Starts in a third of the time."""
+    """As `running`, but all in this process: for tests of numbers, not of processes.
+
+    Starts in a third of the time.
+    """
     cores = os.sched_getaffinity(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -67,14 +77,18 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def generate(llm: LLM, prompts: list[list[int]], max_tokens: int, **kwargs: Any) -> list[RequestOutput]:
-    """Greedy by default; prompts are token ids. Log-probabilities of the tokens written come with the output."""
+    """Greedy by default; prompts are token ids.
+
+    Log-probabilities of the tokens written come with the output.
+    """
     kwargs = {"temperature": 0, "logprobs": 0, "ignore_eos": True, "detokenize": False, **kwargs}
     params = SamplingParams(max_tokens=max_tokens, **kwargs)
     return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
 
 def poison(llm: LLM, **params: Any) -> None:
-    """NaN wherever a request that overflows can leave it: in all blocks of an idle engine, and in what is made of them.
+    """NaN wherever a request that overflows can leave it: in all blocks of an idle engine, and in what is
+    made of them.
 
     params: Of that request.
     """

@@ -43,7 +43,13 @@ def write_adapter(
         tensors[f"base_model.model.{name}.lora_{kind}B{suffix}"] = b
     path.mkdir(parents=True)
     save_file(tensors, path / "adapter_model.safetensors")
-    given = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(modules), "task_type": "CAUSAL_LM"}
+    given = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": list(modules),
+        "task_type": "CAUSAL_LM",
+    }
     (path / "adapter_config.json").write_text(json.dumps({**given, **config}))
     return path
 
@@ -61,7 +67,10 @@ def write_bad_adapters(root: Path, model: Path) -> dict[str, Path]:
         "missing": root / "missing",
     }
     (bad["no_tensors"] / "adapter_model.safetensors").unlink()
-    save_file({"base_model.model.other.lora_A.weight": torch.zeros(4, 8)}, bad["unknown_module"] / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.other.lora_A.weight": torch.zeros(4, 8)},
+        bad["unknown_module"] / "adapter_model.safetensors",
+    )
     (bad["not_json"] / "adapter_config.json").write_text("{")
     return bad
 

@@ -56,21 +56,30 @@ def with_top_k(geometry: Geometry, prompt_length: int, layers: range, top_k: int
     def seen(layer: int, positions: Tensor) -> tuple[list[Branch], bool]:
         by_position = branches(geometry, positions, positions)
         if layer in layers:
-            by_position.append(middle_branch(geometry, positions, positions, top_k, insert_at, prompt_length - 1))
+            by_position.append(
+                middle_branch(geometry, positions, positions, top_k, insert_at, prompt_length - 1)
+            )
         return by_position, True
 
     return seen
 
 
 def official_top_k(case: Mapping[str, Any]) -> dict[str, Any]:
-    """`attention` for what the case.json of a golden says of the official LM-Infinite code with its top-k branch."""
+    """`attention` for what the case.json of a golden says of the official LM-Infinite code with its top-k
+    branch.
+    """
     names = {"n_global": "global_branch", "n_local": "local_branch", "distance_ceiling": "limit_distance"}
-    names |= {"top_k": "top_k_attention"} | {name: name for name in ("top_k_insert_at", "top_k_from_layer", "top_k_to_layer")}
+    names |= {"top_k": "top_k_attention"} | {
+        name: name for name in ("top_k_insert_at", "top_k_from_layer", "top_k_to_layer")
+    }
     return {ours: case[theirs] for ours, theirs in names.items()}
 
 
 class Reference:
-    """A checkpoint directory of Hugging Face's. A family says how to embed, what a layer does, and what comes last."""
+    """A checkpoint directory of Hugging Face's.
+
+    A family says how to embed, what a layer does, and what comes last.
+    """
 
     rotary: Rotary | None = None
     slopes: Tensor | None = None
@@ -97,14 +106,18 @@ class Reference:
         return self.logprobs(ids, seen)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
 
     def attend(self, seen: list[Branch], rotary: Rotary | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """In pieces of the text, each beside the keys that any of its queries sees; [tokens, heads * head_dim]."""
+        """In pieces of the text, each beside the keys that any of its queries sees; [tokens, heads *
+        head_dim].
+        """
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         pieces = []
         for rows in torch.arange(len(q)).split(PIECE):
             keys = torch.cat([branch.visible[rows] for branch in seen]).any(0).nonzero().squeeze(1)
             of_piece = [Branch(b.visible[rows][:, keys], b.distance[rows][:, keys], b.best) for b in seen]
             scale = self.head_dim**-0.5
-            pieces.append(attention(q[rows], k[keys], v[keys], of_piece, scale, rotary, self.slopes, self.margins))
+            pieces.append(
+                attention(q[rows], k[keys], v[keys], of_piece, scale, rotary, self.slopes, self.margins)
+            )
         return torch.cat(pieces).flatten(1)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
@@ -123,7 +136,10 @@ class ReferenceLlama(Reference):
         c = self.config
         self.layers = c["num_hidden_layers"]
         self.head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-        parameters = c.get("rope_parameters") or {"rope_type": "default", "rope_theta": c.get("rope_theta", 10000.0)}
+        parameters = c.get("rope_parameters") or {
+            "rope_type": "default",
+            "rope_theta": c.get("rope_theta", 10000.0),
+        }
         frequencies = inverse_frequencies(self.head_dim, parameters, c["max_position_embeddings"])
         self.rotary = Rotary(self.head_dim, self.head_dim, True, frequencies, attention_factor(parameters))
 
@@ -131,7 +147,11 @@ class ReferenceLlama(Reference):
         return self.weights["model.embed_tokens.weight"][ids]
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"]) * self.weights[f"{name}.weight"]
+        return (
+            x
+            * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
+            * self.weights[f"{name}.weight"]
+        )
 
     def layer(self, x: Tensor, number: int, attend: Attend) -> Tensor:
         name = f"model.layers.{number}"
@@ -139,7 +159,10 @@ class ReferenceLlama(Reference):
         q, k, v = (self.linear(y, f"{name}.self_attn.{p}_proj") for p in "qkv")
         if f"{name}.self_attn.q_norm.weight" in self.weights:
             heads = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k))
-            q, k = (self.norm(t, f"{name}.self_attn.{p}_norm").flatten(1) for t, p in zip(heads, "qk", strict=True))
+            q, k = (
+                self.norm(t, f"{name}.self_attn.{p}_norm").flatten(1)
+                for t, p in zip(heads, "qk", strict=True)
+            )
         x = x + self.linear(attend(q, k, v), f"{name}.self_attn.o_proj")
         y = self.norm(x, f"{name}.post_attention_layernorm")
         gated = silu(self.linear(y, f"{name}.mlp.gate_proj")) * self.linear(y, f"{name}.mlp.up_proj")
@@ -147,7 +170,8 @@ class ReferenceLlama(Reference):
 
     def head(self, x: Tensor) -> Tensor:
         return self.linear(
-            self.norm(x, "model.norm"), "model.embed_tokens" if self.config["tie_word_embeddings"] else "lm_head"
+            self.norm(x, "model.norm"),
+            "model.embed_tokens" if self.config["tie_word_embeddings"] else "lm_head",
         )
 
 
@@ -183,13 +207,19 @@ class ReferenceBloom(Reference):
         self.head_dim, self.slopes = c["hidden_size"] // heads, alibi_slopes(heads)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self.norm(self.weights["transformer.word_embeddings.weight"][ids], "transformer.word_embeddings_layernorm")
+        return self.norm(
+            self.weights["transformer.word_embeddings.weight"][ids], "transformer.word_embeddings_layernorm"
+        )
 
     def layer(self, x: Tensor, number: int, attend: Attend) -> Tensor:
         name = f"transformer.h.{number}"
         y = self.norm(x, f"{name}.input_layernorm")
-        per_head = self.linear(y, f"{name}.self_attention.query_key_value").unflatten(-1, (-1, 3, self.head_dim))
-        x = x + self.linear(attend(*(per_head[:, :, part].flatten(1) for part in range(3))), f"{name}.self_attention.dense")
+        per_head = self.linear(y, f"{name}.self_attention.query_key_value").unflatten(
+            -1, (-1, 3, self.head_dim)
+        )
+        x = x + self.linear(
+            attend(*(per_head[:, :, part].flatten(1) for part in range(3))), f"{name}.self_attention.dense"
+        )
         y = self.norm(x, f"{name}.post_attention_layernorm")
         inner = gelu(self.linear(y, f"{name}.mlp.dense_h_to_4h"), approximate=self.approximate)
         return x + self.linear(inner, f"{name}.mlp.dense_4h_to_h")

@@ -28,7 +28,11 @@ class Steps(Core):
     """scheduled: of each step, the tokens of each request."""
 
     def __init__(
-        self, section: dict[str, Any] | None = None, steps_ahead: int = 0, num_blocks: int = NUM_BLOCKS, **engine: Any
+        self,
+        section: dict[str, Any] | None = None,
+        steps_ahead: int = 0,
+        num_blocks: int = NUM_BLOCKS,
+        **engine: Any,
     ):
         kv_cache.register()
         settings = {
@@ -49,16 +53,25 @@ class Steps(Core):
             specs = [LambdaSpec.from_attention_spec(FULL, active.geometry)]
             if active.mode.top_k:
                 specs.append(MiddleSpec.of(FULL))
-        pool = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate(specs)])
+        pool = KVCacheConfig(
+            num_blocks, [], [KVCacheGroupSpec([f"layer{i}"], spec) for i, spec in enumerate(specs)]
+        )
         scheduler = classes[steps_ahead](config, pool, MagicMock(), BS, hash_block_size=BS, log_stats=True)
         super().__init__(scheduler, steps_ahead)
         self.scheduled: list[dict[str, int]] = []
 
     def ask(
-        self, name: str, length: int, max_tokens: int = 500, priority: int = 0, options: dict[str, Any] | None = None
+        self,
+        name: str,
+        length: int,
+        max_tokens: int = 500,
+        priority: int = 0,
+        options: dict[str, Any] | None = None,
     ) -> Request:
         given = None if options is None else {"longctx": options}
-        request = self.make(name, [5] * length, given, max_tokens=max_tokens, logprobs=None, prompt_logprobs=None)
+        request = self.make(
+            name, [5] * length, given, max_tokens=max_tokens, logprobs=None, prompt_logprobs=None
+        )
         request.priority = priority
         self.scheduler.add_request(request)
         return request
@@ -69,7 +82,9 @@ class Steps(Core):
         tokens = []
         for name in names:
             request = self.requests[name]
-            read = request.num_computed_tokens - request.num_in_flight_tokens + output.num_scheduled_tokens[name]
+            read = (
+                request.num_computed_tokens - request.num_in_flight_tokens + output.num_scheduled_tokens[name]
+            )
             tokens.append([7] if read >= request.num_prompt_tokens else [])
         return ModelRunnerOutput(names, {name: row for row, name in enumerate(names)}, tokens)
 

@@ -1,6 +1,7 @@
 """vLLM's own server application, over HTTP, whose engine core alone is a stand-in.
 
-Routes, handlers, tokenizer, checks at the engine's door and output processing are real. It starts in a second.
+Routes, handlers, tokenizer, checks at the engine's door and output processing are real. It starts in a
+second.
 """
 
 import asyncio
@@ -57,9 +58,9 @@ GENERATING = list(ROUTES)[:4]
 class Core:
     """Writes tokens that depend on all that the request says, so that equal answers come of equal requests.
 
-    reads: set while prompts may be read; a request waits for it before its first token. fails_after, dies_after: tokens after
-    which a request ends with an error, or the engine dies. requests: all that were taken. aborted: their ids. unfinished: how
-    many the front end holds.
+    reads: set while prompts may be read; a request waits for it before its first token. fails_after,
+    dies_after: tokens after which a request ends with an error, or the engine dies. requests: all that were
+    taken. aborted: their ids. unfinished: how many the front end holds.
     """
 
     unfinished: Callable[[], int]
@@ -99,7 +100,11 @@ class Core:
     async def _write(self, request: EngineCoreRequest) -> None:
         params = request.sampling_params
         assert params is not None and params.max_tokens is not None
-        said = {**msgspec.structs.asdict(params), "prompt": request.prompt_token_ids, "priority": request.priority}
+        said = {
+            **msgspec.structs.asdict(params),
+            "prompt": request.prompt_token_ids,
+            "priority": request.priority,
+        }
         del said["output_kind"]  # a stream says the same
         digest = hashlib.sha256(repr(sorted(said.items(), key=lambda item: item[0])).encode()).digest()
         while not self.reads.is_set():
@@ -114,7 +119,9 @@ class Core:
             if i == self.fails_after:
                 self._put(request, [], FinishReason.ERROR)
                 return
-            self._put(request, [100 + digest[i % 32]], FinishReason.LENGTH if i + 1 == params.max_tokens else None)
+            self._put(
+                request, [100 + digest[i % 32]], FinishReason.LENGTH if i + 1 == params.max_tokens else None
+            )
             await asyncio.sleep(0)
 
     def _put(self, request: EngineCoreRequest, ids: list[int], reason: FinishReason | None) -> None:
@@ -133,8 +140,20 @@ class Core:
 def served(*flags: str, max_model_len: int = 512) -> Iterator[tuple[str, Core]]:
     """The address of a server of booklm with these flags of `vllm serve`, and its engine core."""
     core = Core()
-    words = ["--model", BOOKLM, "--served-model-name", "booklm", "--chat-template", TEMPLATE, "--dtype", "float32", *flags]
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args([*words, "--max-model-len", str(max_model_len)])
+    words = [
+        "--model",
+        BOOKLM,
+        "--served-model-name",
+        "booklm",
+        "--chat-template",
+        TEMPLATE,
+        "--dtype",
+        "float32",
+        *flags,
+    ]
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(
+        [*words, "--max-model-len", str(max_model_len)]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
         patch.setattr(EngineCoreClient, "make_async_mp_client", lambda **_: core)
@@ -174,10 +193,14 @@ def socket_server(app: Any, first: Any = None) -> Iterator[str]:
 
 def post(address: str, path: str, body: dict[str, Any]) -> httpx.Response:
     content = json.dumps(body)  # not httpx's, which refuses NaN
-    return httpx.post(address + path, content=content, headers={"Content-Type": "application/json"}, timeout=60)
+    return httpx.post(
+        address + path, content=content, headers={"Content-Type": "application/json"}, timeout=60
+    )
 
 
 def without_chance(text: str) -> str:
-    """An answer without what vLLM draws or takes from a clock, and without the configuration's fingerprint."""
+    """An answer without what vLLM draws or takes from a clock, and without the configuration's
+    fingerprint.
+    """
     text = re.sub(r'"(id|item_id|system_fingerprint)": ?"[^"]*"', r'"\1":""', text)
     return re.sub(r'"(created|created_at)": ?[\d.]+', r'"\1":0', text)

@@ -5,7 +5,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from vllm_longctx.temp_lora import shared_weights as shared
 
@@ -18,7 +25,13 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "rope_theta": 5e5,
+}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
     "llama3": LlamaConfig(**SIZES, rope_parameters={**LLAMA3, "original_max_position_embeddings": 64}),

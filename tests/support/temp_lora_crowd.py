@@ -1,8 +1,9 @@
 """Requests that learn, over Temp-LoRA's schedulers, with a worker and a trainer that compute digests.
 
-The worker is late: it computes what the scheduler sent just before the outputs are looked at. KV is a digest of a token and of
-the weights, in the physical place that the scheduler named; the next token is a digest of all KV of the pass. So whoever is
-computed with another version, in another pass, or over KV that is not its own, says another text.
+The worker is late: it computes what the scheduler sent just before the outputs are looked at. KV is a digest
+of a token and of the weights, in the physical place that the scheduler named; the next token is a digest of
+all KV of the pass. So whoever is computed with another version, in another pass, or over KV that is not its
+own, says another text.
 """
 
 import random
@@ -74,13 +75,19 @@ class Banks:
 
 
 class Trainer:
-    """Answers after some polls; what it makes of a text depends on nothing else, but for what it is given in `faults`.
+    """Answers after some polls; what it makes of a text depends on nothing else, but for what it is given in
+    `faults`.
 
-    faults: by the number of a poll, Restarted or Dead: then it forgets all it was sent and has made, as a process that ends.
-    unsaved: names that cannot be saved.
+    faults: by the number of a poll, Restarted or Dead: then it forgets all it was sent and has made, as a
+    process that ends. unsaved: names that cannot be saved.
     """
 
-    def __init__(self, rng: random.Random, faults: Mapping[int, Restarted | Dead], unsaved: frozenset[str] = frozenset()):
+    def __init__(
+        self,
+        rng: random.Random,
+        faults: Mapping[int, Restarted | Dead],
+        unsaved: frozenset[str] = frozenset(),
+    ):
         self.rng, self.faults, self.unsaved, self.polls, self.dead = rng, faults, unsaved, 0, False
         self.slots = Banks()
         self.jobs: deque[tuple[int, Any]] = deque()
@@ -111,7 +118,9 @@ class Trainer:
             self.jobs.clear()
             self.made.clear()
             self.dead = isinstance(fault, Dead)
-            self.reports = [fault if self.dead else Restarted(self.unanswered[0] if self.unanswered else None)]
+            self.reports = [
+                fault if self.dead else Restarted(self.unanswered[0] if self.unanswered else None)
+            ]
             self.unanswered.clear()
         reports, self.reports = self.reports, []
         while self.jobs and self.jobs[0][0] <= self.polls:
@@ -137,7 +146,11 @@ class Trainer:
             case Train() | Save() if job.owner not in self.made:
                 reason = "it has no adapter"
                 failed = isinstance(job, Train)
-                return [Failed(job.owner, job.version, reason) if failed else SaveFailed(job.owner, job.name, reason)]
+                return [
+                    Failed(job.owner, job.version, reason)
+                    if failed
+                    else SaveFailed(job.owner, job.name, reason)
+                ]
             case Train():
                 if digest(job.tokens) % 7 == 0:
                     return [Failed(job.owner, job.version, "it so happens")]
@@ -159,7 +172,9 @@ class Trainer:
 
 
 class Crowd(Core):
-    """Requests as `seed` has them, of which two at once may adapt. timing: when the trainer answers, and who leaves when.
+    """Requests as `seed` has them, of which two at once may adapt.
+
+    timing: when the trainer answers, and who leaves when.
 
     scored: by request and position, what was computed there first.
     """
@@ -208,7 +223,15 @@ class Crowd(Core):
             stop = [STOP] if rng.random() < 0.5 else None
             prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 100))]
             new = rng.choice([1, 2, rng.randrange(1, 60)])
-            self.add(f"{number}", prompt, adapts, max_tokens=new, stop_token_ids=stop, logprobs=None, prompt_logprobs=None)
+            self.add(
+                f"{number}",
+                prompt,
+                adapts,
+                max_tokens=new,
+                stop_token_ids=stop,
+                logprobs=None,
+                prompt_logprobs=None,
+            )
 
     def compute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         step, firsts = StepInfo.of(output), {}
@@ -220,7 +243,9 @@ class Crowd(Core):
             if name in step.slots:
                 self.slots[name] = step.slots[name].slot
         cached = output.scheduled_cached_reqs
-        for name, first, blocks in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
+        for name, first, blocks in zip(
+            cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
+        ):
             known = [] if name in cached.resumed_req_ids else self.tables[name]
             self.tables[name], firsts[name] = [*known, *(blocks[0] if blocks else [])], first
         for use in step.slots.values():

@@ -43,7 +43,9 @@ def replayed(model: Path, seed: int, case: tuple[int, int, dict[str, Any]], base
 
 
 def assert_equal(output: RequestOutput, expected: Replay) -> None:
-    """Every log-probability, and every token up to the first that the replay itself nearly decides otherwise."""
+    """Every log-probability, and every token up to the first that the replay itself nearly decides
+    otherwise.
+    """
     want = torch.tensor(expected.prompt_logprobs + expected.logprobs, dtype=torch.float64)
     assert min(expected.margins) > 1e-4
     assert list(output.outputs[0].token_ids) == expected.tokens

@@ -2,9 +2,10 @@
 
 It uses Hugging Face transformers, peft and torch, and nothing of vllm_longctx.
 
-Two copies of the model stand side by side: one learns, the other reads and writes with the version of the adapter that each
-position is due. A pass is one KV cache, filled in the order of the text and never touched again, so an entry keeps what the
-version that computed it wrote. Everything in float32, the dense attention of `keep` in float64, dropout 0.
+Two copies of the model stand side by side: one learns, the other reads and writes with the version of the
+adapter that each position is due. A pass is one KV cache, filled in the order of the text and never touched
+again, so an entry keeps what the version that computed it wrote. Everything in float32, the dense attention
+of `keep` in float64, dropout 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,8 +36,8 @@ class Lambda:
 class Options:
     """The keys of `adaptation` and of requests, by the same names; lengths in tokens.
 
-    window_tokens is of no use under `keep`, which needs `attention` instead. kv_block: new passes start at a multiple of it.
-    start_from: a PEFT directory with the adapter of version 0.
+    window_tokens is of no use under `keep`, which needs `attention` instead. kv_block: new passes start at a
+    multiple of it. start_from: a PEFT directory with the adapter of version 0.
     """
 
     block_tokens: int
@@ -65,11 +66,12 @@ class Options:
 class Replay:
     """What one request gives.
 
-    tokens, logprobs, margins: of each generated token; margins are log-probabilities of the best token less the next best.
-    prompt_logprobs: of each token of the prompt after the first, under the pass that first computed it.
-    versions: of the adapter that first computed each position, the prompt's included; the last token is never computed.
-    losses: of each block that was completed, one for each epoch.  passes: (position at which it began, its start s).
-    adapter: the last version by module of the base model: (A [rank, in], B [out, rank] times alpha / rank).
+    tokens, logprobs, margins: of each generated token; margins are log-probabilities of the best token less
+    the next best. prompt_logprobs: of each token of the prompt after the first, under the pass that first
+    computed it. versions: of the adapter that first computed each position, the prompt's included; the last
+    token is never computed. losses: of each block that was completed, one for each epoch.  passes: (position
+    at which it began, its start s). adapter: the last version by module of the base model: (A [rank, in], B
+    [out, rank] times alpha / rank).
     """
 
     tokens: list[int]
@@ -89,7 +91,9 @@ def replay(
     options: Options,
     forced_output: Sequence[int] | None = None,
 ) -> Replay:
-    """Reads the prompt and writes `max_tokens` tokens, whatever they are: no token ends the text. With 0 it scores the prompt.
+    """Reads the prompt and writes `max_tokens` tokens, whatever they are: no token ends the text.
+
+    With 0 it scores the prompt.
 
     forced_output: tokens to go on with instead of the likeliest ones.
     """
@@ -127,7 +131,14 @@ def replay(
     while learner.trained < learner.completed:
         learner.train_next()
     return Replay(
-        text[prompt:], rows[prompt - 1 :], margins, rows[: prompt - 1], versions, learner.losses, passes, learner.adapter()
+        text[prompt:],
+        rows[prompt - 1 :],
+        margins,
+        rows[: prompt - 1],
+        versions,
+        learner.losses,
+        passes,
+        learner.adapter(),
     )
 
 
@@ -207,11 +218,16 @@ class Learner:
         modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in self.weights}
         find = {name: p.detach() for name, p in self.weights.items()}
         path = "base_model.model.{}.lora_{}.default.weight".format
-        return {module: (find[path(module, "A")], find[path(module, "B")] * scaling) for module in sorted(modules)}
+        return {
+            module: (find[path(module, "A")], find[path(module, "B")] * scaling) for module in sorted(modules)
+        }
 
 
 class Reader:
-    """Computes the text under any version of the adapter. One KV cache is one pass; distances count from its own start."""
+    """Computes the text under any version of the adapter.
+
+    One KV cache is one pass; distances count from its own start.
+    """
 
     def __init__(self, model_dir: str | Path, options: Options):
         assert (options.kv_policy == "keep") == (options.attention is not None)
@@ -236,18 +252,25 @@ class Reader:
         # At position 0 RoPE turns nothing: `dense_lambda_attention` does it by distance.
         positions = torch.zeros(1, len(tokens), dtype=torch.int64) if self.rotates_itself else None
         output = self.model(
-            input_ids=torch.tensor([tokens]), position_ids=positions, past_key_values=self.cache, use_cache=True
+            input_ids=torch.tensor([tokens]),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
         )
         return output.logits[0].double().log_softmax(-1)
 
 
 def with_adapter(model_dir: str | Path, options: Options, attention: Lambda | None = None) -> PeftModel:
-    """The model in float32 with an adapter for every linear layer but lm_head, as `adapter_seed` begins it."""
+    """The model in float32 with an adapter for every linear layer but lm_head, as `adapter_seed` begins
+    it.
+    """
     implementation = "sdpa"
     if attention is not None:
         implementation = "dense_lambda"
         AttentionInterface.register(implementation, dense_lambda_attention(attention))
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=implementation)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, attn_implementation=implementation
+    )
     if attention is not None:
         for layer in model.model.layers:
             layer.self_attn.inv_freq = model.model.rotary_emb.inv_freq.double()
@@ -270,13 +293,15 @@ def adapter_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
 
 
 def dense_lambda_attention(shape: Lambda) -> Callable[..., tuple[Tensor, None]]:
-    """Attention of transformers, query by query: which keys it sees, how far each is, one softmax; in float64.
+    """Attention of transformers, query by query: which keys it sees, how far each is, one softmax; in
+    float64.
 
     The cache holds every key of the text, none of them rotated.
     """
 
     def attend(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_):
-        # query [1, heads, T, head_dim]; key and value [1, kv_heads, S, head_dim], of which the last T are the queries' own.
+        # query [1, heads, T, head_dim]; key and value [1, kv_heads, S, head_dim], of which the last T are the
+        # queries' own.
         query, key, value = (x[0].double() for x in (query, key, value))
         groups = len(query) // len(key)
         key, value = (x.repeat_interleave(groups, 0) for x in (key, value))

@@ -29,14 +29,26 @@ from vllm_longctx.rotary import Rotary, inverse_frequencies
 from vllm_longctx.settings import active_settings
 
 BLOCK_SIZE, SCALE, WINDOWS = 16, 0.25, SteppedWindows(tokens=12, last_tokens=11)
-FOCUSED = {"method": "focused", "n_local": 12, "last_context_length": 11, "mem_layers": [1], "mem_dtype": "float32"}
-LOOKUPS: list[dict[str, Any]] = [{"mem_positionals": False}, {"lookup": "top_k", "top_k": 3}, {"lookup": "blocks", "top_k": 3}]
+FOCUSED = {
+    "method": "focused",
+    "n_local": 12,
+    "last_context_length": 11,
+    "mem_layers": [1],
+    "mem_dtype": "float32",
+}
+LOOKUPS: list[dict[str, Any]] = [
+    {"mem_positionals": False},
+    {"lookup": "top_k", "top_k": 3},
+    {"lookup": "blocks", "top_k": 3},
+]
 
 
 def configure(model: Path, attention: dict[str, Any], **kwargs: Any) -> VllmConfig:
     attention = {**FOCUSED, **attention}
     caching = attention["n_local"] % BLOCK_SIZE == 0
-    return create(model, {"longctx": {"attention": attention}}, max_num_seqs=4, enable_prefix_caching=caching, **kwargs)
+    return create(
+        model, {"longctx": {"attention": attention}}, max_num_seqs=4, enable_prefix_caching=caching, **kwargs
+    )
 
 
 class SelfAttention(nn.Module):
@@ -45,11 +57,16 @@ class SelfAttention(nn.Module):
     def __init__(self, config: VllmConfig, prefix: str):
         super().__init__()
         model = config.model_config
-        self.heads = model.get_num_attention_heads(config.parallel_config), model.get_num_kv_heads(config.parallel_config)
+        self.heads = (
+            model.get_num_attention_heads(config.parallel_config),
+            model.get_num_kv_heads(config.parallel_config),
+        )
         self.head_size = model.get_head_size()
         self.rotary_emb = get_rope(self.head_size, 512, True, model.hf_config.rope_parameters, torch.float32)
         heads, kv_heads = self.heads
-        self.attn = Attention(heads, self.head_size, SCALE, kv_heads, cache_config=config.cache_config, prefix=f"{prefix}.attn")
+        self.attn = Attention(
+            heads, self.head_size, SCALE, kv_heads, cache_config=config.cache_config, prefix=f"{prefix}.attn"
+        )
 
     def forward(self, positions: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = self.rotary_emb(positions, q.flatten(1), k.flatten(1))
@@ -59,10 +76,13 @@ class SelfAttention(nn.Module):
 class Engine:
     """Two layers and the parts of vLLM around them; what the device alone can do is done here by hand.
 
-    texts: by request and layer, un-rotated queries, keys and values [tokens, heads, head_size]. prompts: their lengths.
+    texts: by request and layer, un-rotated queries, keys and values [tokens, heads, head_size]. prompts:
+        their lengths.
     """
 
-    def __init__(self, config: VllmConfig, monkeypatch: pytest.MonkeyPatch, prompts: dict[str, int], length: int):
+    def __init__(
+        self, config: VllmConfig, monkeypatch: pytest.MonkeyPatch, prompts: dict[str, int], length: int
+    ):
         self.config, self.prompts, self.computed = config, prompts, dict.fromkeys(prompts, 0)
         self.open = dict.fromkeys(prompts, 0)
         with set_current_vllm_config(config):
@@ -71,7 +91,8 @@ class Engine:
         heads, kv_heads = self.layers[0].heads
         d = self.layers[0].head_size
         self.texts = {
-            name: [[torch.randn(length, n, d) for n in (heads, kv_heads, kv_heads)] for _ in self.layers] for name in prompts
+            name: [[torch.randn(length, n, d) for n in (heads, kv_heads, kv_heads)] for _ in self.layers]
+            for name in prompts
         }
         specs = attn_utils.get_kv_cache_spec(config)
         assert [type(spec) for spec in specs.values()] == [WindowSpec, MemorySpec]
@@ -79,7 +100,9 @@ class Engine:
         resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
         groups = get_kv_cache_groups(config, specs)
         self.kv_cache_config = get_kv_cache_config_from_groups(config, groups, available_memory=1 << 24)
-        self.attn_groups, self.support, sizes = attn_utils.init_attn_backend(self.kv_cache_config, config, torch.device("cpu"))
+        self.attn_groups, self.support, sizes = attn_utils.init_attn_backend(
+            self.kv_cache_config, config, torch.device("cpu")
+        )
         by_group = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
         self.memory_group = [isinstance(spec, MemorySpec) for spec in by_group].index(True)
         context = config.compilation_config.static_forward_context
@@ -148,17 +171,24 @@ class Engine:
         tables, slots = self.runner.prepare_attn(batch)
         metadata = metadata_of(self.attn_groups, self.kv_cache_config, first, ends, tables, slots)
         seen = self.runner.model_state.prepare_inputs(batch, None)["positions"]
-        assert torch.equal(positions, torch.cat([torch.arange(f, e) for f, e in zip(first, ends, strict=True)]))
+        assert torch.equal(
+            positions, torch.cat([torch.arange(f, e) for f, e in zip(first, ends, strict=True)])
+        )
         by_layer = attn_utils.build_slot_mappings_by_layer(slots, self.kv_cache_config)
         outputs = []
         with set_forward_context(metadata, self.config, num_tokens=count, slot_mapping=by_layer):
             for number, layer in enumerate(self.layers):
-                parts = [[t[f:e] for t in self.texts[n][number]] for n, f, e in zip(names, first, ends, strict=True)]
+                parts = [
+                    [t[f:e] for t in self.texts[n][number]]
+                    for n, f, e in zip(names, first, ends, strict=True)
+                ]
                 outputs.append(layer(seen, *(torch.cat(x) for x in zip(*parts, strict=True))).split(lens))
         return {name: [x[i] for x in outputs] for i, name in enumerate(names)}
 
     def expected(self, name: str, new: int, layer: int, best: int | None) -> tuple[Tensor, float]:
-        """The dense float64 reference for the last `new` tokens computed, and the smallest margin of a choice of keys."""
+        """The dense float64 reference for the last `new` tokens computed, and the smallest margin of a choice
+        of keys.
+        """
         end = self.computed[name]
         q, k, v = (t[:end] for t in self.texts[name][layer])
         queries, keys = torch.arange(end - new, end), torch.arange(end)
@@ -169,5 +199,9 @@ class Engine:
         margins: list[float] = []
         rotary = None
         if layer == 0 or active_settings(self.config).memory.has_positions:
-            rotary = Rotary(q.shape[2], q.shape[2], True, inverse_frequencies(q.shape[2], {"rope_theta": 10000.0}))
-        return reference.attention(q[-new:], k, v, sees, SCALE, rotary, margins=margins), min(margins, default=1.0)
+            rotary = Rotary(
+                q.shape[2], q.shape[2], True, inverse_frequencies(q.shape[2], {"rope_theta": 10000.0})
+            )
+        return reference.attention(q[-new:], k, v, sees, SCALE, rotary, margins=margins), min(
+            margins, default=1.0
+        )

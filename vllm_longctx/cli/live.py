@@ -18,7 +18,9 @@ ROWS: dict[str, Callable[[dict[str, float]], str]] = {
     "KV blocks of requests past their window": lambda m: f"{m['longctx_live_kv_blocks']:,.0f}",
     "KV blocks freed so far": lambda m: f"{m['longctx_freed_kv_blocks_total']:,.0f}",
     "tokens past the trained length so far": lambda m: f"{m['longctx_tokens_past_trained_total']:,.0f}",
-    "tokens read and written so far": lambda m: f"{m['prompt_tokens_total'] + m['generation_tokens_total']:,.0f}",
+    "tokens read and written so far": lambda m: (
+        f"{m['prompt_tokens_total'] + m['generation_tokens_total']:,.0f}"
+    ),
     "selection time per step": lambda m: _mean(m, "selection_time_seconds", _milliseconds, "no step yet"),
 }
 # Where memory layers have blocks of their own.
@@ -40,7 +42,9 @@ ADAPTATION_ROWS: dict[str, Callable[[dict[str, float]], str]] = {
     "time per swap": lambda m: _mean(m, "swap_time_seconds", _milliseconds, "no swap yet"),
     "time per hold": lambda m: _mean(m, "hold_time_seconds", _milliseconds, "no hold yet"),
     "training time per block": lambda m: _mean(m, "train_time_seconds", _milliseconds, "no block yet"),
-    "loss per token before training": lambda m: _mean(m, "block_loss_before", "{:.3f}".format, "no block yet"),
+    "loss per token before training": lambda m: _mean(
+        m, "block_loss_before", "{:.3f}".format, "no block yet"
+    ),
     "loss per token after training": lambda m: _mean(m, "block_loss_after", "{:.3f}".format, "no block yet"),
 }
 
@@ -55,7 +59,9 @@ def live_state(url: str) -> Table:
         with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
             text = answer.read().decode()
     except (OSError, ValueError, HTTPException) as e:
-        raise OSError(f"cannot read {url}/metrics: {e}; is a server up at this address (http://HOST:PORT)?") from None
+        raise OSError(
+            f"cannot read {url}/metrics: {e}; is a server up at this address (http://HOST:PORT)?"
+        ) from None
     return state_table(url, text)
 
 
@@ -65,7 +71,9 @@ def state_table(url: str, text: str) -> Table:
         samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
     except ValueError:
         samples = []
-    engines: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(lambda: math.nan))  # nan: not exported
+    engines: dict[str, dict[str, float]] = defaultdict(
+        lambda: defaultdict(lambda: math.nan)
+    )  # nan: not exported
     info: dict[str, dict[str, str]] = {}
     for sample in samples:
         engine, name = sample.labels.get("engine"), sample.name.removeprefix("vllm:")
@@ -77,9 +85,13 @@ def state_table(url: str, text: str) -> Table:
             engines[engine][name] = sample.value
             model = sample.labels["model_name"]
     if not engines:
-        raise ValueError(f"{url}/metrics has no metrics of vLLM's: it is no vLLM server, or runs with --disable-log-stats")
+        raise ValueError(
+            f"{url}/metrics has no metrics of vLLM's: it is no vLLM server, or runs with --disable-log-stats"
+        )
     if not info:
-        raise ValueError(f"{url} serves {model} without longctx; start it with `vllm serve {model} --plugin longctx`")
+        raise ValueError(
+            f"{url} serves {model} without longctx; start it with `vllm serve {model} --plugin longctx`"
+        )
     order = sorted(engines, key=int)
     table = Table("", *(f"engine {e}" for e in order), title=f"{model} at {url}")
     for key in (k for k in info[order[0]] if k != "engine"):

@@ -5,9 +5,13 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Option(help="Model directory or name; `booklm` is the small one that ships with longctx.")]
+Model = Annotated[
+    str, typer.Option(help="Model directory or name; `booklm` is the small one that ships with longctx.")
+]
 Longctx = Annotated[str | None, typer.Option(help="Configuration as JSON.")]
-Preset = Annotated[str | None, typer.Option(help="lm-infinite (the default), streaming, temp-lora-quality or -economic.")]
+Preset = Annotated[
+    str | None, typer.Option(help="lm-infinite (the default), streaming, temp-lora-quality or -economic.")
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 BatchedTokens = Annotated[int, typer.Option(help="Tokens computed in one step (a chunk of a long prompt).")]
 EnforceEager = Annotated[bool, typer.Option(help="Skip compilation: starts sooner, runs slower.")]

@@ -1,18 +1,21 @@
-"""`vllm-longctx passkey`: can a model still tell a number that it has read, and how far back? Through the real engine.
+"""`vllm-longctx passkey`: can a model still tell a number that it has read, and how far back?
 
-The task of Landmark Attention (arXiv 2305.16300), worded as in LM-Infinite's code (arXiv 2308.16137): a five-digit pass key
-stands somewhere in a text of filler sentences, and the text ends by asking for it.
+Through the real engine.
 
-Λ attention sees first tokens and window only. So every length is tried with the key *inside* the window of all methods that
-are compared, and *outside* the window and the first tokens of all of them. Stepped windows count as the prompt's last one,
-what stands before it being what a Focused Transformer needs its memory for. Scores:
+The task of Landmark Attention (arXiv 2305.16300), worded as in LM-Infinite's code (arXiv 2308.16137): a
+five-digit pass key stands somewhere in a text of filler sentences, and the text ends by asking for it.
 
-- exact: the share of trials in which the first number that greedy decoding writes is the key. Models that were not taught
-  to follow instructions fail at this for other reasons than their memory.
-- choice: ten random keys, the right one among them, are scored as the answer: log-probability after the text, less that
-  after a text of the same length without a key (some numbers are likely anyway). The share in which the right one's score
-  is highest; keys that tie share the point, so that chance is 10 %. It is about what the model knows, not about what it
-  would write, and means the same for every model.
+Λ attention sees first tokens and window only. So every length is tried with the key *inside* the window of
+all methods that are compared, and *outside* the window and the first tokens of all of them. Stepped windows
+count as the prompt's last one, what stands before it being what a Focused Transformer needs its memory for.
+Scores:
+
+- exact: the share of trials in which the first number that greedy decoding writes is the key. Models that
+  were not taught to follow instructions fail at this for other reasons than their memory.
+- choice: ten random keys, the right one among them, are scored as the answer: log-probability after the text,
+  less that after a text of the same length without a key (some numbers are likely anyway). The share in which
+  the right one's score is highest; keys that tie share the point, so that chance is 10 %. It is about what
+  the model knows, not about what it would write, and means the same for every model.
 - gain: the score of the right key less the mean of the nine others, in nats; 0 where nothing is remembered.
 """
 
@@ -93,7 +96,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """Means over the trials of one length and place. gain_error: standard error of the gain's mean, in nats."""
+    """Means over the trials of one length and place.
+
+    gain_error: standard error of the gain's mean, in nats.
+    """
 
     length: int
     place: str
@@ -121,11 +127,15 @@ class Task:
         """Tokens of `text` as it follows `before`: where the space goes is the tokenizer's affair."""
         head, both = self.tokens(before), self.tokens(f"{before} {text}")
         if both[: len(head)] != head:
-            raise ValueError(f"this tokenizer's tokens run across the end of {before!r}: passkey has no prompt for it")
+            raise ValueError(
+                f"this tokenizer's tokens run across the end of {before!r}: passkey has no prompt for it"
+            )
         return both[len(head) :]
 
     def trials(self, length: int, geometries: Sequence["Geometry"], count: int, seed: int) -> list[Trial]:
-        """`count` trials of `length` tokens for each place that the length has. Raises ValueError if it is too short.
+        """`count` trials of `length` tokens for each place that the length has.
+
+        Raises ValueError if it is too short.
 
         Whole repetitions of the filler stand before the key, so that prompts share long prefixes.
         """
@@ -137,7 +147,9 @@ class Task:
                 sentence = self.after(FILLER, KEY.format(key=keys[0]))
                 filler = length - len(self.head) - len(sentence) - len(self.question)
                 if filler < 0:
-                    raise ValueError(f"length {length} is too short: the task alone takes {length - filler} tokens")
+                    raise ValueError(
+                        f"length {length} is too short: the task alone takes {length - filler} tokens"
+                    )
                 befores = [
                     before
                     for before in range(0, filler + 1, len(self.unit))
@@ -147,12 +159,20 @@ class Task:
                     break
                 before = rng.choice(befores)
                 start = len(self.head) + before
-                prompt = [*self.head, *cycle(self.unit, before), *sentence, *cycle(self.unit, filler - before), *self.question]
+                prompt = [
+                    *self.head,
+                    *cycle(self.unit, before),
+                    *sentence,
+                    *cycle(self.unit, filler - before),
+                    *self.question,
+                ]
                 keyless = [*self.head, *cycle(self.unit, filler + len(sentence)), *self.question]
                 choices = {key: self.after(QUESTION, key) for key in keys}
                 result.append(Trial(place, keys[0], prompt, keyless, start, start + len(sentence), choices))
         if not result:
-            raise ValueError(f"length {length} has no place for a key inside or outside of all windows; give a longer one")
+            raise ValueError(
+                f"length {length} has no place for a key inside or outside of all windows; give a longer one"
+            )
         return result
 
 
@@ -172,19 +192,27 @@ def place_of(key_start: int, key_tokens: int, length: int, geometries: Sequence[
 
 
 def ask(trial: Trial) -> Job[Outcome]:
-    """The requests of one trial, and its outcome. Each prompt is computed once; the answers find it in the prefix cache."""
+    """The requests of one trial, and its outcome.
+
+    Each prompt is computed once; the answers find it in the prefix cache.
+    """
     from vllm import SamplingParams
 
     greedy, one = (SamplingParams(max_tokens=n, temperature=0) for n in (ANSWER_TOKENS, 1))
     written, _ = yield [(trial.prompt, greedy), (trial.keyless, one)]
-    wanted: dict[tuple[int, ...], set[int]] = defaultdict(set)  # tokens to score after each beginning of an answer
+    wanted: dict[tuple[int, ...], set[int]] = defaultdict(
+        set
+    )  # tokens to score after each beginning of an answer
     for tokens in trial.choices.values():
         for k, token in enumerate(tokens):
             wanted[tuple(tokens[:k])].add(token)
     logprobs = []
     for prompt in (trial.prompt, trial.keyless):
         outputs = yield [
-            ([*prompt, *begun], SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=list(ids), detokenize=False))
+            (
+                [*prompt, *begun],
+                SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=list(ids), detokenize=False),
+            )
             for begun, ids in wanted.items()
         ]
         scored = {begun: first_logprobs(output) for begun, output in zip(wanted, outputs, strict=True)}
@@ -204,7 +232,9 @@ def first_logprobs(output: "RequestOutput") -> "dict[int, Logprob]":
 
 
 def outcome(key: str, written: str, logprobs: dict[str, float], keyless: dict[str, float]) -> Outcome:
-    """Scores from what was written and from the keys' log-probabilities after the text with the key and without it."""
+    """Scores from what was written and from the keys' log-probabilities after the text with the key and
+    without it.
+    """
     scores = {k: logprobs[k] - keyless[k] for k in logprobs}
     best = [k for k, score in scores.items() if score > max(scores.values()) - TIE]
     return Outcome(
@@ -246,10 +276,14 @@ def passkey(
     preset: Preset = None,
     baseline: Annotated[bool, typer.Option(help="Ask stock vLLM too.")] = False,
     methods: Annotated[str | None, typer.Option(help=f"Compare some of {','.join(METHODS)} instead.")] = None,
-    stock_tokens: Annotated[int | None, typer.Option(help="Longest prompt for stock vLLM, which is quadratic.", min=1)] = None,
+    stock_tokens: Annotated[
+        int | None, typer.Option(help="Longest prompt for stock vLLM, which is quadratic.", min=1)
+    ] = None,
     seed: int = 0,
     json_out: JsonOut = None,
-    plot_out: Annotated[Path | None, typer.Option("--plot", help="Draw the share of right choices against length.")] = None,
+    plot_out: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the share of right choices against length.")
+    ] = None,
     dtype: Dtype = "auto",
     max_num_batched_tokens: BatchedTokens = 2048,
     enforce_eager: EnforceEager = False,
@@ -262,23 +296,47 @@ def passkey(
         task = Task(tokenizer_of(model))
         everything = [trial for size in sizes for trial in task.trials(size, geometries, trials, seed)]
         limits = {name: stock_tokens if config is None else None for name, config in configs.items()}
-        asked = {name: [t for t in everything if limit is None or len(t.prompt) <= limit] for name, limit in limits.items()}
+        asked = {
+            name: [t for t in everything if limit is None or len(t.prompt) <= limit]
+            for name, limit in limits.items()
+        }
         for name, some in asked.items():
             if not some:
-                raise ValueError(f"--stock-tokens {stock_tokens} leaves no length of {lengths} for {name}; raise it")
-        kwargs = {"dtype": dtype, "max_num_batched_tokens": max_num_batched_tokens, "enforce_eager": enforce_eager}
-        result = {name: evaluate(model, name, config, asked[name], **kwargs) for name, config in configs.items()}
+                raise ValueError(
+                    f"--stock-tokens {stock_tokens} leaves no length of {lengths} for {name}; raise it"
+                )
+        kwargs = {
+            "dtype": dtype,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "enforce_eager": enforce_eager,
+        }
+        result = {
+            name: evaluate(model, name, config, asked[name], **kwargs) for name, config in configs.items()
+        }
     print_table({name: found for name, (found, _) in result.items()})
-    parts = {name: {"rows": [asdict(r) for r in found], "config": config} for name, (found, config) in result.items()}
-    write_json(json_out, {"model": model, "trials": trials, "seed": seed, "choices": CHOICES, "methods": parts})
+    parts = {
+        name: {"rows": [asdict(r) for r in found], "config": config}
+        for name, (found, config) in result.items()
+    }
+    write_json(
+        json_out, {"model": model, "trials": trials, "seed": seed, "choices": CHOICES, "methods": parts}
+    )
     if plot_out is not None:
-        plot(plot_out, curves({name: found for name, (found, _) in result.items()}), "length (tokens)", "right choices (%)")
+        plot(
+            plot_out,
+            curves({name: found for name, (found, _) in result.items()}),
+            "length (tokens)",
+            "right choices (%)",
+        )
 
 
 def chosen_methods(
     methods: str | None, longctx: str | None, preset: str | None, baseline: bool
 ) -> dict[str, dict[str, Any] | None]:
-    """`additional_config["longctx"]` by name, None for stock vLLM. Raises ValueError for flags that do not go together."""
+    """`additional_config["longctx"]` by name, None for stock vLLM.
+
+    Raises ValueError for flags that do not go together.
+    """
     if methods is None:
         ours: dict[str, dict[str, Any] | None] = {"longctx": longctx_config(longctx, preset)["longctx"]}
         return {**ours, "stock vLLM": None} if baseline else ours
@@ -304,7 +362,9 @@ def windows(model: str, configs: Sequence[dict[str, Any] | None]) -> list["Geome
     result = []
     for config in configs:
         additional_config = STOCK if config is None else {"longctx": config}
-        vllm_config = EngineArgs(model=model_path(model), additional_config=dict(additional_config)).create_engine_config()
+        vllm_config = EngineArgs(
+            model=model_path(model), additional_config=dict(additional_config)
+        ).create_engine_config()
         active = active_settings(vllm_config)
         if active.mode.extends:
             is_memory = Role.MEMORY in active.mode.layers
@@ -327,7 +387,9 @@ def evaluate(
 
 def print_table(result: dict[str, list[Row]]) -> None:
     """A row per length and place, a column per method."""
-    table = Table("length", "key", *result, title=f"Right choices of {CHOICES} keys, gain in nats, exact answers")
+    table = Table(
+        "length", "key", *result, title=f"Right choices of {CHOICES} keys, gain in nats, exact answers"
+    )
     columns = [{(r.length, r.place): r for r in found} for found in result.values()]
     for length, place in sorted({key for column in columns for key in column}):
         cells = [cell(column.get((length, place))) for column in columns]
@@ -335,7 +397,8 @@ def print_table(result: dict[str, list[Row]]) -> None:
     output = tables()
     output.print(table)
     output.print(
-        "inside, outside: whether the key is in the window of every method, or in none's window and first tokens. "
+        "inside, outside: whether the key is in the window of every method, or in none's window and first "
+        "tokens. "
         f"Chance is {1 / CHOICES:.0%} right choices and a gain of 0.",
         highlight=False,
     )

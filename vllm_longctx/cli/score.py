@@ -1,6 +1,7 @@
 """`vllm-longctx score`: teacher-forced log-probabilities of a text, by position, through the real engine.
 
-With a configuration that adapts, the text is scored twice in one engine: learning nothing, then with Temp-LoRA.
+With a configuration that adapts, the text is scored twice in one engine: learning nothing, then with
+    Temp-LoRA.
 """
 
 import math
@@ -55,7 +56,11 @@ class Score:
         return self.means(bucket_edges(len(self.nll) + 1, bucket_tokens))
 
     def means(self, edges: list[int]) -> list[Bucket]:
-        return [Bucket(a, b, sum(part) / len(part)) for a, b in pairwise(edges) if (part := self.nll[max(a, 1) - 1 : b - 1])]
+        return [
+            Bucket(a, b, sum(part) / len(part))
+            for a, b in pairwise(edges)
+            if (part := self.nll[max(a, 1) - 1 : b - 1])
+        ]
 
 
 def bucket_edges(tokens: int, bucket_tokens: int | None) -> list[int]:
@@ -106,7 +111,9 @@ def scoring_params(options: dict[str, Any] | None = None, max_tokens: int = 1) -
     )
 
 
-def score_tokens(model: str, tokens: list[int], additional_config: dict[str, Any], label: str, **engine_kwargs: Any) -> Score:
+def score_tokens(
+    model: str, tokens: list[int], additional_config: dict[str, Any], label: str, **engine_kwargs: Any
+) -> Score:
     """Log-probabilities of `tokens` from a fresh engine, in one pass over them."""
     with running_engine(model, additional_config, len(tokens) + 2, **engine_kwargs) as (engine, meter):
         return score_in(engine, meter, tokens, label)
@@ -139,7 +146,8 @@ def score_in(
     start, output = time.perf_counter(), None
     meter.reset()
     with counting() as progress:
-        # With an adapter the steps are as long as its blocks allow, and tokens of a new pass are computed again.
+        # With an adapter the steps are as long as its blocks allow, and tokens of a new pass are computed
+        # again.
         task = progress.add_task(label, total=len(tokens) if options is None else None)
         while engine.has_unfinished_requests():
             output = next(step(engine), output)
@@ -163,7 +171,9 @@ def score_baseline(model: str, tokens: list[int], **engine_kwargs: Any) -> Score
 def score(
     text: Annotated[Path, typer.Option(help="Text file to score.")],
     model: Model = "booklm",
-    max_tokens: Annotated[int | None, typer.Option(help="Score only the first tokens of the text.", min=2)] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Score only the first tokens of the text.", min=2)
+    ] = None,
     longctx: Longctx = None,
     preset: Preset = None,
     baseline: Annotated[bool, typer.Option(help="Score with stock vLLM too.")] = False,
@@ -178,7 +188,11 @@ def score(
     with errors_for_users():
         additional_config = longctx_config(longctx, preset)
         tokens = tokenize(model, read_text(text), max_tokens)
-        kwargs = {"dtype": dtype, "max_num_batched_tokens": max_num_batched_tokens, "enforce_eager": enforce_eager}
+        kwargs = {
+            "dtype": dtype,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "enforce_eager": enforce_eager,
+        }
         if adapts(additional_config):
             with running_engine(model, additional_config, len(tokens) + 2, **kwargs) as (engine, meter):
                 base = score_in(engine, meter, tokens, "base", options=BASE)
@@ -200,11 +214,19 @@ def score(
         result["baseline"] = as_json(scores["stock vLLM"], bucket_tokens)
     write_json(json_out, result)
     if plot_out is not None:
-        plot(plot_out, {name: curve(s, bucket_tokens) for name, s in scores.items()}, "position", "NLL (nats per token)")
+        plot(
+            plot_out,
+            {name: curve(s, bucket_tokens) for name, s in scores.items()},
+            "position",
+            "NLL (nats per token)",
+        )
 
 
 def tokenize(model: str, text: str, max_tokens: int | None) -> list[int]:
-    """Token ids with the tokenizer's own first token, at most `max_tokens`. Raises ValueError for fewer than two."""
+    """Token ids with the tokenizer's own first token, at most `max_tokens`.
+
+    Raises ValueError for fewer than two.
+    """
     tokens = tokenizer_of(model)(text)["input_ids"][:max_tokens]
     if len(tokens) < 2:
         raise ValueError(f"the text has {len(tokens)} tokens; at least 2 are needed")
@@ -228,7 +250,9 @@ def as_json(score: Score, bucket_tokens: int | None) -> dict[str, Any]:
 def segment_table(parts: list[Segment]) -> Table:
     table = Table("positions", "base", "Temp-LoRA", "change", title="perplexity")
     for p in parts:
-        table.add_row(f"{p.start:,} – {p.end:,}", f"{p.ppl_base:.2f}", f"{p.ppl:.2f}", f"{p.ppl / p.ppl_base - 1:+.1%}")
+        table.add_row(
+            f"{p.start:,} – {p.end:,}", f"{p.ppl_base:.2f}", f"{p.ppl:.2f}", f"{p.ppl / p.ppl_base - 1:+.1%}"
+        )
     return table
 
 

@@ -1,4 +1,6 @@
-"""`vllm-longctx train-focused`: give a Llama-style model memory layers, by CrossBatch training on a directory of texts."""
+"""`vllm-longctx train-focused`: give a Llama-style model memory layers, by CrossBatch training on a directory
+of texts.
+"""
 
 import json
 from collections.abc import Sequence
@@ -19,32 +21,64 @@ VALIDATION_BATCHES = 2
 
 
 def train_focused(
-    texts: Annotated[list[Path], typer.Option(help="Directory with a document per .txt file; may be given several times.")],
+    texts: Annotated[
+        list[Path], typer.Option(help="Directory with a document per .txt file; may be given several times.")
+    ],
     out: Annotated[Path, typer.Option(help="Directory for the LongLLaMA checkpoint and the loss curves.")],
     mem_layers: Annotated[str, typer.Option(help="Numbers of the layers with memory, from 0, such as 2,4.")],
-    model: Annotated[str, typer.Option(help="Directory of a Llama, Mistral or LongLLaMA checkpoint, or `booklm`.")] = "booklm",
-    validation: Annotated[Path | None, typer.Option(help="Directory of texts to measure the loss on.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Directory of a Llama, Mistral or LongLLaMA checkpoint, or `booklm`.")
+    ] = "booklm",
+    validation: Annotated[
+        Path | None, typer.Option(help="Directory of texts to measure the loss on.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.", min=1)] = 1000,
     batch: Annotated[int, typer.Option(help="Documents in a batch.", min=1)] = 16,
-    schedule: Annotated[str, typer.Option(help="The paper's d over training, equal shares of the steps.")] = "1,2,4,8",
-    context_tokens: Annotated[int | None, typer.Option(help="Of a context; by default the trained length.", min=2)] = None,
+    schedule: Annotated[
+        str, typer.Option(help="The paper's d over training, equal shares of the steps.")
+    ] = "1,2,4,8",
+    context_tokens: Annotated[
+        int | None, typer.Option(help="Of a context; by default the trained length.", min=2)
+    ] = None,
     contexts: Annotated[int, typer.Option(help="Consecutive contexts of each document in a batch.")] = 2,
     mem_positionals: Annotated[bool, typer.Option(help="Rotate queries and keys in memory layers.")] = True,
     mem_dtype: Annotated[str, typer.Option(help="Of memory keys and values, for the engine.")] = "bfloat16",
-    last_context_length: Annotated[int | None, typer.Option(help="For the engine; default: half a context.", min=1)] = None,
-    learning_rate: Annotated[float, typer.Option(help="Peak, of a linear warm-up and a cosine to a tenth.")] = 3e-4,
+    last_context_length: Annotated[
+        int | None, typer.Option(help="For the engine; default: half a context.", min=1)
+    ] = None,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak, of a linear warm-up and a cosine to a tenth.")
+    ] = 3e-4,
     dtype: Annotated[str, typer.Option(help="Of the weights as written: float32 or bfloat16.")] = "float32",
-    bf16: Annotated[bool, typer.Option("--bf16", help="Multiply in bfloat16, for CPUs with AVX512-BF16 or AMX.")] = False,
-    save_every: Annotated[int, typer.Option(help="Steps between states that --resume can go on from.", min=1)] = 100,
-    resume: Annotated[bool, typer.Option(help="Go on after a kill: same words as before, and --resume.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Of the CPU; no more than there are free cores.", min=1)] = None,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Multiply in bfloat16, for CPUs with AVX512-BF16 or AMX.")
+    ] = False,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between states that --resume can go on from.", min=1)
+    ] = 100,
+    resume: Annotated[
+        bool, typer.Option(help="Go on after a kill: same words as before, and --resume.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(help="Of the CPU; no more than there are free cores.", min=1)
+    ] = None,
     seed: int = 0,
 ) -> None:
-    """CrossBatch training: memory layers that can tell a document's past from others', in a LongLLaMA checkpoint."""
+    """CrossBatch training: memory layers that can tell a document's past from others', in a LongLLaMA
+    checkpoint.
+    """
     import torch
 
     from vllm_longctx.training.data import Documents
-    from vllm_longctx.training.trainer import DTYPES, LOSSES_NAME, STATE_NAME, Recipe, Trainer, load_llama, save_longllama
+    from vllm_longctx.training.trainer import (
+        DTYPES,
+        LOSSES_NAME,
+        STATE_NAME,
+        Recipe,
+        Trainer,
+        load_llama,
+        save_longllama,
+    )
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -55,7 +89,9 @@ def train_focused(
         if resume and not state.is_file():
             raise ValueError(f"--resume: there is no {state}; a training that is finished has none")
         if not resume and out.is_dir() and any(out.iterdir()):
-            raise ValueError(f"--out {out} is not empty: give a new directory, or --resume to go on with a training there")
+            raise ValueError(
+                f"--out {out} is not empty: give a new directory, or --resume to go on with a training there"
+            )
         llama = load_llama(model_path(model))
         tokens = context_tokens or llama.config.max_position_embeddings
         recipe = Recipe(
@@ -74,9 +110,13 @@ def train_focused(
         tokenizer = tokenizer_of(model)
         with console.status("tokenizing"):
             documents = Documents.read(texts, tokenizer, contexts * tokens)
-            held_out = None if validation is None else Documents.read([validation], tokenizer, contexts * tokens)
+            held_out = (
+                None if validation is None else Documents.read([validation], tokenizer, contexts * tokens)
+            )
         if len(documents.names) < batch:
-            raise ValueError(f"--texts has {len(documents.names)} documents, fewer than --batch {batch}; lower it")
+            raise ValueError(
+                f"--texts has {len(documents.names)} documents, fewer than --batch {batch}; lower it"
+            )
         about = {"model": str(Path(model_path(model)).resolve()), "texts": documents.fingerprint()}
         out.mkdir(parents=True, exist_ok=True)
         if resume:
@@ -87,7 +127,9 @@ def train_focused(
         with (out / LOSSES_NAME).open("a") as losses, counting() as progress:
             task = progress.add_task("training", total=steps, completed=trainer.step)
             while trainer.step < steps:
-                row: dict[str, Any] = trainer.train(*documents.batch(seed, trainer.step, batch, contexts, tokens))
+                row: dict[str, Any] = trainer.train(
+                    *documents.batch(seed, trainer.step, batch, contexts, tokens)
+                )
                 saves = trainer.step % save_every == 0
                 if held_out is not None and (saves or trainer.step == steps):
                     row["validation"] = validate(trainer, held_out, int(row["d"]))
@@ -98,7 +140,15 @@ def train_focused(
                     trainer.save_state(state, **about)
                 label = f"d {row['d']} loss {row['first']:.3f}, with memory {row['memory']:.3f}"
                 progress.update(task, completed=trainer.step, description=label)
-        save_longllama(llama, tokenizer, recipe, out, last_context_length or max(tokens // 2, 1), mem_dtype, DTYPES[dtype])
+        save_longllama(
+            llama,
+            tokenizer,
+            recipe,
+            out,
+            last_context_length or max(tokens // 2, 1),
+            mem_dtype,
+            DTYPES[dtype],
+        )
     draw(out / "losses.png", rows)
     sync(out)  # before what could make it again is removed
     state.unlink(missing_ok=True)
@@ -117,12 +167,16 @@ def validate(trainer: "Trainer", held_out: "Documents", documents: int) -> dict[
     """Mean losses on the same pieces every time, with the step's d as far as there are documents for it."""
     recipe = trainer.recipe
     rows = min(len(held_out.names), recipe.rows)
-    batches = [held_out.batch(0, k, rows, recipe.contexts, recipe.context_tokens) for k in range(VALIDATION_BATCHES)]
+    batches = [
+        held_out.batch(0, k, rows, recipe.contexts, recipe.context_tokens) for k in range(VALIDATION_BATCHES)
+    ]
     return trainer.validate(batches, min(documents, rows))
 
 
 def rows_until(step: int, path: Path) -> list[dict[str, Any]]:
-    """The losses that an interrupted training has written up to the step that it goes on from; the file keeps no others."""
+    """The losses that an interrupted training has written up to the step that it goes on from; the file keeps
+    no others.
+    """
     lines = path.read_text().splitlines(keepends=True)[:step] if path.is_file() else []
     temporary = path.with_suffix(".new")
     temporary.write_text("".join(lines))
@@ -131,10 +185,14 @@ def rows_until(step: int, path: Path) -> list[dict[str, Any]]:
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Losses against steps: first contexts and those with memory, trained and held out; a line where d changes."""
+    """Losses against steps: first contexts and those with memory, trained and held out; a line where d
+    changes.
+    """
     held_out = [row for row in rows if "validation" in row]
     with figure(path, xlabel="step", ylabel="loss (nats per token)") as axes:
-        for colour, (kind, label) in zip(("C0", "C1"), (("first", "no memory"), ("memory", "with memory")), strict=True):
+        for colour, (kind, label) in zip(
+            ("C0", "C1"), (("first", "no memory"), ("memory", "with memory")), strict=True
+        ):
             axes.plot([r["step"] for r in rows], [r[kind] for r in rows], colour, lw=0.8, label=label)
             if held_out:
                 marks = [r["step"] for r in held_out], [r["validation"][kind] for r in held_out]
@@ -142,4 +200,11 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         for before, row in zip([None, *rows], rows, strict=False):
             if before is None or before["d"] != row["d"]:
                 axes.axvline(row["step"], color="grey", lw=0.8, ls=":")
-                axes.text(row["step"], 1.0, f" d={row['d']}", transform=axes.get_xaxis_transform(), va="top", fontsize=8)
+                axes.text(
+                    row["step"],
+                    1.0,
+                    f" d={row['d']}",
+                    transform=axes.get_xaxis_transform(),
+                    va="top",
+                    fontsize=8,
+                )

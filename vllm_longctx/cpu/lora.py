@@ -11,7 +11,8 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from vllm_longctx.engine.lora import SlotLoRAManager
 
-# Which rows have which adapter: (index in the layers, rows), or where every adapter has one row, both as tensors.
+# Which rows have which adapter: (index in the layers, rows), or where every adapter has one row, both as
+# tensors.
 Rows = list[tuple[int | Tensor, slice | Tensor]]
 
 
@@ -21,12 +22,16 @@ def rows_by_adapter(indices: Tensor) -> Rows:
     ends = list(accumulate(lengths))
     found = [(index, end - n, end) for index, n, end in zip(runs, lengths, ends, strict=True) if index >= 0]
     if len(found) > 1 and all(end - begin == 1 for _, begin, end in found):
-        return [(torch.tensor([index for index, _, _ in found]), torch.tensor([begin for _, begin, _ in found]))]
+        return [
+            (torch.tensor([index for index, _, _ in found]), torch.tensor([begin for _, begin, _ in found]))
+        ]
     return [(index, slice(begin, end)) for index, begin, end in found]
 
 
 def times(x: Tensor, weights: Tensor, index: int | Tensor) -> Tensor:
-    """x [rows, in] W^T [rows, out], with weights [adapters, 1, out, in]; index: of all rows, or int64 [rows]."""
+    """x [rows, in] W^T [rows, out], with weights [adapters, 1, out, in]; index: of all rows, or int64
+    [rows].
+    """
     if isinstance(index, int):
         return x.to(weights.dtype) @ weights[index, 0].T
     return torch.bmm(weights[index, 0], x.unsqueeze(-1).to(weights.dtype)).squeeze(-1)
@@ -44,19 +49,26 @@ def add(y: Tensor, rows: slice | Tensor, added: Tensor) -> None:
 class SegmentedPunica(PunicaWrapperCPU):
     """vLLM's, with work per run of rows that share an adapter, and none for rows without one.
 
-    The stock operators gather an adapter's weights for every token, and take index -1, no adapter, to be the last one: its
-    output leaks into requests that have none (vLLM pull requests 48421, 49656).
+    The stock operators gather an adapter's weights for every token, and take index -1, no adapter, to be the
+    last one: its output leaks into requests that have none (vLLM pull requests 48421, 49656).
     """
 
     by_token: Rows
     by_sample: Rows
-    scored: Tensor | None  # hidden states [tokens, hidden] while prompts are scored: logits are then of rows of these
+    scored: (
+        Tensor | None
+    )  # hidden states [tokens, hidden] while prompts are scored: logits are then of rows of these
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         super().update_metadata(*args, **kwargs)
-        self.by_token, self.by_sample = rows_by_adapter(self.token_lora_indices), rows_by_adapter(self.sampler_indices)
+        self.by_token, self.by_sample = (
+            rows_by_adapter(self.token_lora_indices),
+            rows_by_adapter(self.sampler_indices),
+        )
 
-    def add_shrink(self, y: Any, x: Tensor, lora_a_stacked: tuple[Tensor, ...], scale: float, **kwargs: Any) -> None:
+    def add_shrink(
+        self, y: Any, x: Tensor, lora_a_stacked: tuple[Tensor, ...], scale: float, **kwargs: Any
+    ) -> None:
         """y [T, rank] += scale * x [T, in] A^T per run and slice; A [loras, 1, rank, in]."""
         x = x.view(-1, x.shape[-1])
         for part, a in zip(y, lora_a_stacked, strict=True):
@@ -73,7 +85,9 @@ class SegmentedPunica(PunicaWrapperCPU):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """y [T, out] += x [T, rank] B^T per run and slice, from column `offset_start` on; B [loras, 1, out, rank]."""
+        """y [T, out] += x [T, rank] B^T per run and slice, from column `offset_start` on; B [loras, 1, out,
+        rank].
+        """
         assert add_inputs
         y, offset = y.view(-1, y.shape[-1]), offset_start
         for part, b, size in zip(x, lora_b_stacked, output_slices, strict=True):
@@ -91,28 +105,44 @@ class SegmentedPunica(PunicaWrapperCPU):
         output_slices: tuple[int, ...],
         **kwargs: Any,
     ) -> None:
-        """y [T, out] += scale * x [T, in] A^T B^T per run and slice; A [loras, 1, rank, in], B [loras, 1, out, rank]."""
+        """y [T, out] += scale * x [T, in] A^T B^T per run and slice; A [loras, 1, rank, in], B [loras, 1,
+        out, rank].
+        """
         y, x, offset = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), 0
         for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
             for index, rows in self.by_token:
                 add(y[:, offset:], rows, times(times(x[rows], a, index), b, index)[:, :size] * scale)
             offset += size
 
-    def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any) -> None:
-        """y [T, hidden] += x [T, rank] B^T per run; x: the tokens' rows of A, of any adapter for a token without one."""
+    def add_lora_embedding(
+        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
+    ) -> None:
+        """y [T, hidden] += x [T, rank] B^T per run; x: the tokens' rows of A, of any adapter for a token
+        without one.
+        """
         self.add_expand(y, (x,), (lora_b_stacked,), (lora_b_stacked.shape[-2],), add_inputs=add_inputs)
 
     def add_lora_logits(
-        self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **kwargs: Any
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Tensor,
+        lora_b_stacked: Tensor,
+        scale: float,
+        **kwargs: Any,
     ) -> None:
-        """y [rows, vocab] += scale * x [rows, hidden] A^T B^T per run: a row for each token sampled, or scored."""
+        """y [rows, vocab] += scale * x [rows, hidden] A^T B^T per run: a row for each token sampled, or
+        scored.
+        """
         rows_of = self.by_sample
         if self.scored is not None:
             first = (x.data_ptr() - self.scored.data_ptr()) // (self.scored.stride(0) * self.scored.itemsize)
             rows_of = rows_by_adapter(self.token_lora_indices[first : first + len(x)])
         size = min(y.shape[-1], lora_b_stacked.shape[-2])
         for index, rows in rows_of:
-            add(y, rows, times(times(x[rows], lora_a_stacked, index), lora_b_stacked, index)[:, :size] * scale)
+            add(
+                y, rows, times(times(x[rows], lora_a_stacked, index), lora_b_stacked, index)[:, :size] * scale
+            )
 
 
 class SegmentedLoRAManager(SlotLoRAManager):
@@ -120,7 +150,9 @@ class SegmentedLoRAManager(SlotLoRAManager):
         wrapped = super().create_lora_manager(model, vllm_config)
         for wrapper in self.wrappers():
             assert type(wrapper) is PunicaWrapperCPU
-            wrapper.__class__ = SegmentedPunica  # vLLM names its class in the code, and layers hold the object
+            wrapper.__class__ = (
+                SegmentedPunica  # vLLM names its class in the code, and layers hold the object
+            )
             assert isinstance(wrapper, SegmentedPunica)
             wrapper.by_token, wrapper.by_sample, wrapper.scored = [], [], None
         return wrapped

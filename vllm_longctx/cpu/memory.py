@@ -1,10 +1,10 @@
 """Memory layers of Focused Transformers (arXiv 2307.03170) in vLLM's CPU engine.
 
-All positions are counted from the query's window (`memory_runner`). Keys of the window are rotated by their places in it, and
-so are its queries. Keys before the window are stored unrotated (position 0), so that they appear at its start. So a memory
-layer that attends to all is plain attention over all blocks, in vLLM's own kernel; all that is left to do is to turn back the
-keys of a window that ends. Queries that look up the best keys use that kernel for the window, and `kernels.retrieval` for the
-memory.
+All positions are counted from the query's window (`memory_runner`). Keys of the window are rotated by their
+places in it, and so are its queries. Keys before the window are stored unrotated (position 0), so that they
+appear at its start. So a memory layer that attends to all is plain attention over all blocks, in vLLM's own
+kernel; all that is left to do is to turn back the keys of a window that ends. Queries that look up the best
+keys use that kernel for the window, and `kernels.retrieval` for the memory.
 """
 
 from dataclasses import dataclass, fields
@@ -36,7 +36,9 @@ from vllm_longctx.settings import Lookup, active_settings
 
 @dataclass(frozen=True)
 class Lookups:
-    """A request's queries whose memory is larger than top_k. tokens: of the step. start: of their window; end: behind it.
+    """A request's queries whose memory is larger than top_k.
+
+    tokens: of the step. start: of their window; end: behind it.
 
     block_table int64: the request's blocks up to `end`.
     """
@@ -69,7 +71,13 @@ class MemoryBackend(CPUAttentionBackend):
 class MemoryMetadataBuilder(CPUAttentionMetadataBuilder):
     rows: StepRows
 
-    def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.lookup = active_settings(vllm_config).memory.lookup
 
@@ -97,7 +105,10 @@ class MemoryMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 class MemoryImpl(TakenOver, CPUAttentionBackendImpl):
-    """A stock CPU attention layer taken over after the weights are loaded. lookup: None where queries see all."""
+    """A stock CPU attention layer taken over after the weights are loaded.
+
+    lookup: None where queries see all.
+    """
 
     lookup: Lookup | None
     pages: Pages
@@ -132,7 +143,9 @@ class MemoryImpl(TakenOver, CPUAttentionBackendImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """As `CPUAttentionBackendImpl.forward`; keys and values of the step are in the cache already."""
-        super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+        )
         if isinstance(attn_metadata, MemoryMetadata) and self.lookup is not None:
             for lookups in attn_metadata.lookups:
                 output[lookups.tokens] = self._look_up(query[lookups.tokens], lookups, self.lookup)
@@ -148,17 +161,23 @@ class MemoryImpl(TakenOver, CPUAttentionBackendImpl):
         cache, block_size = self.pages.cache, self.pages.cache.shape[2]
         blocks = covering(lookups.block_table, lookups.start, lookups.end, block_size)
         skip, length = lookups.start % block_size, lookups.end - lookups.start
-        keys, values = (x[skip : skip + length].transpose(0, 1)[None] for x in unpack(cache[blocks], self.pages.places))
+        keys, values = (
+            x[skip : skip + length].transpose(0, 1)[None] for x in unpack(cache[blocks], self.pages.places)
+        )
         places = torch.arange(length)
         mask = additive(places[None] <= places[length - len(query) :, None])
         attended, lse = attend(query.transpose(0, 1)[None], keys, values, mask, self.scale)
         return attended[0].transpose(0, 1), lse[0].transpose(0, 1)
 
 
-def close_window(cache: Tensor, window: ClosedWindow, rotary: Rotary | None, mem_dtype: torch.dtype, isa: str) -> None:
-    """Turn a closed window's keys back to no rotation at all, and round keys and values to mem_dtype, in place.
+def close_window(
+    cache: Tensor, window: ClosedWindow, rotary: Rotary | None, mem_dtype: torch.dtype, isa: str
+) -> None:
+    """Turn a closed window's keys back to no rotation at all, and round keys and values to mem_dtype, in
+    place.
 
-    cache [blocks, kv_heads, block_size, 2 * head_size]: of one layer. rotary: None for a layer without positions.
+    cache [blocks, kv_heads, block_size, 2 * head_size]: of one layer. rotary: None for a layer without
+    positions.
     """
     block_size, head_size = cache.shape[2], cache.shape[3] // 2
     if rotary is None and mem_dtype == cache.dtype:
@@ -168,7 +187,9 @@ def close_window(cache: Tensor, window: ClosedWindow, rotary: Rotary | None, mem
     places = packed_order(block_size, head_size, cache.dtype, isa)
     keys, values = (x[skip : skip + length] for x in unpack(cache[window.blocks], places))
     if rotary is not None:
-        keys = rotary.turn(keys, torch.arange(window.origin - window.start, window.origin - window.end, -1)[:, None])
+        keys = rotary.turn(
+            keys, torch.arange(window.origin - window.start, window.origin - window.end, -1)[:, None]
+        )
     keys, values = (x.to(mem_dtype).to(cache.dtype).contiguous() for x in (keys, values))
     entries = torch.arange(skip, skip + length)
     slots = window.blocks[entries // block_size].long() * block_size + entries % block_size

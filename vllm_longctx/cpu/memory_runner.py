@@ -1,4 +1,6 @@
-"""Stepped windows of a memory engine: positions counted from each request's window, and windows that become memory."""
+"""Stepped windows of a memory engine: positions counted from each request's window, and windows that become
+memory.
+"""
 
 from typing import Any
 
@@ -26,7 +28,9 @@ class MemoryRunner(LongContextRunner):
     def bind_kv_cache(self) -> None:
         self.memory_sites = [site for site in self.sites if site.role == Role.MEMORY]
         groups = self.kv_cache_config.kv_cache_groups
-        self.memory_group = next(n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MemorySpec))
+        self.memory_group = next(
+            n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MemorySpec)
+        )
         self.memory_isa = self.isa(self.memory_group)
         self.mem_dtype = getattr(torch, self.memory_sites[0].settings.memory.dtype)
         for site in self.memory_sites:
@@ -43,7 +47,9 @@ class MemoryRunner(LongContextRunner):
         prepared = super()._prepare_inputs(scheduler_output, *args, **kwargs)
         request_ids, windows = self.input_batch.req_ids, self.step.windows
         starts = torch.tensor([windows[request_id].start for request_id in request_ids])
-        lengths = torch.tensor([scheduler_output.num_scheduled_tokens[request_id] for request_id in request_ids])
+        lengths = torch.tensor(
+            [scheduler_output.num_scheduled_tokens[request_id] for request_id in request_ids]
+        )
         # Slots are computed; what still reads positions is the model.
         self.positions[: scheduler_output.total_num_scheduled_tokens] -= starts.repeat_interleave(lengths)
         self.rows.windows = tuple(WindowRow(row, start) for row, start in enumerate(starts.tolist()) if start)

@@ -1,4 +1,6 @@
-"""Passes of requests that adapt, in stepped windows: the first tokens of a pass are the text's first again."""
+"""Passes of requests that adapt, in stepped windows: the first tokens of a pass are the text's first
+again.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,9 @@ class PassesRunner(LongContextRunner):
         with self._first_tokens_before_windows():
             prepared = super()._prepare_inputs(scheduler_output, *args, **kwargs)
         rows = self.input_batch.req_id_to_index
-        self.rows.windows = tuple(WindowRow(rows[request_id], p.first) for request_id, p in self.step.passes.items())
+        self.rows.windows = tuple(
+            WindowRow(rows[request_id], p.first) for request_id, p in self.step.passes.items()
+        )
         return prepared
 
     @contextmanager

@@ -7,7 +7,10 @@ from vllm_longctx.engine.rows import StepTimes
 
 @dataclass(frozen=True)
 class WindowRow:
-    """row: of the step's batch. first: where its window starts; of a pass, the first position that it computed."""
+    """row: of the step's batch.
+
+    first: where its window starts; of a pass, the first position that it computed.
+    """
 
     row: int
     first: int

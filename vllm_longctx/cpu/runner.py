@@ -53,8 +53,12 @@ class LongContextRunner(Adapts, CPUModelRunner):
         return result
 
     def _computed_before(self, num_scheduled_tokens: dict[str, int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of prompt log-probabilities that this step computes again: where they stand, and copies of them."""
-        for request_id in self.step.passes.keys() & self.num_prompt_logprobs.keys() & num_scheduled_tokens.keys():
+        """Rows of prompt log-probabilities that this step computes again: where they stand, and copies of
+        them.
+        """
+        for request_id in (
+            self.step.passes.keys() & self.num_prompt_logprobs.keys() & num_scheduled_tokens.keys()
+        ):
             state = self.requests[request_id]
             tensors, begin = state.in_progress_prompt_logprobs_cpu, state.num_computed_tokens
             if tensors is not None:
@@ -64,23 +68,32 @@ class LongContextRunner(Adapts, CPUModelRunner):
 
 
 def clear_last_blocks(runner: CPUModelRunner, scheduler_output: SchedulerOutput) -> None:
-    """Clear the last of the blocks that each request gets in this step: all others are written to their end in it.
+    """Clear the last of the blocks that each request gets in this step: all others are written to their end
+    in it.
 
-    vLLM's CPU kernel multiplies unused slots by a weight of zero, and NaN or infinity that a request before has left there
-    would become this one's output. vLLM's own clearing (`new_block_ids_to_zero`) is of all new blocks, and on the CPU of full
-    attention only.
+    vLLM's CPU kernel multiplies unused slots by a weight of zero, and NaN or infinity that a request before
+    has left there would become this one's output. vLLM's own clearing (`new_block_ids_to_zero`) is of all new
+    blocks, and on the CPU of full attention only.
     """
-    given = [(request.block_ids, request.num_computed_tokens) for request in scheduler_output.scheduled_new_reqs]
+    given = [
+        (request.block_ids, request.num_computed_tokens) for request in scheduler_output.scheduled_new_reqs
+    ]
     cached = scheduler_output.scheduled_cached_reqs
-    for name, block_ids, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+    for name, block_ids, computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
         if block_ids is not None:
-            given.append((block_ids, computed if name in cached.resumed_req_ids else 0))  # else it is no whole table
+            given.append(
+                (block_ids, computed if name in cached.resumed_req_ids else 0)
+            )  # else it is no whole table
     layers = runner.compilation_config.static_forward_context
     for number, group in enumerate(runner.kv_cache_config.kv_cache_groups):
         tables = [(block_ids[number], computed) for block_ids, computed in given]
         # A prompt that comes in parts has a whole table whose last block may hold what is computed already.
         block_size = group.kv_cache_spec.block_size
-        last = [table[-1] for table, computed in tables if table and (len(table) - 1) * block_size >= computed]
+        last = [
+            table[-1] for table, computed in tables if table and (len(table) - 1) * block_size >= computed
+        ]
         if last:
             for name in group.layer_names:
                 layers[name].kv_cache.index_fill_(0, torch.tensor(last), 0)
@@ -90,8 +103,9 @@ def clear_last_blocks(runner: CPUModelRunner, scheduler_output: SchedulerOutput)
 def seeds_of_finished_prompts(runner: CPUModelRunner) -> Iterator[None]:
     """Hide the generators of seeded requests whose prompt is not read to its end while tokens are sampled.
 
-    vLLM samples a token for them too, discards it, and rewinds the generator by its offset; CPU generators have none, and the
-    engine dies. Long prompts always come in chunks, so here every seeded one would. Hidden, nothing is drawn at all.
+    vLLM samples a token for them too, discards it, and rewinds the generator by its offset; CPU generators
+    have none, and the engine dies. Long prompts always come in chunks, so here every seeded one would.
+    Hidden, nothing is drawn at all.
     """
     generators = runner.input_batch.generators
     unfinished = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0].tolist()

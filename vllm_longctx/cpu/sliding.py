@@ -1,8 +1,8 @@
 """Λ attention in vLLM's CPU engine: a metadata builder and an implementation around the stock CPU kernel.
 
-A step's queries go one of two ways, decided once per step for all layers. Decodes, and those of prompts still inside the
-window, take one call of vLLM's own kernel over compact tables (`kernels.tables`, `kernels.scratch`). Prompts past it take
-`kernels.tiles`.
+A step's queries go one of two ways, decided once per step for all layers. Decodes, and those of prompts still
+inside the window, take one call of vLLM's own kernel over compact tables (`kernels.tables`,
+`kernels.scratch`). Prompts past it take `kernels.tiles`.
 """
 
 import functools
@@ -48,7 +48,10 @@ class KernelPart:
 
 @dataclass(frozen=True)
 class ChunkPart:
-    """A request's queries past its window. context_blocks cover the window before, from `context_skip` tokens into them on."""
+    """A request's queries past its window.
+
+    context_blocks cover the window before, from `context_skip` tokens into them on.
+    """
 
     tokens: slice
     plan: ChunkPlan
@@ -83,7 +86,13 @@ class LambdaBackend(CPUAttentionBackend):
 class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
     rows: StepRows
 
-    def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.geometry = active_settings(vllm_config).geometry
         self._last_tables: KernelTables | None = None
@@ -103,7 +112,9 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         blocks = layout.first_block + layout.num_blocks
         for number, cache in enumerate(caches):
             if cache.storage_offset() != caches[0].storage_offset() + number * blocks * cache.stride(0):
-                raise RuntimeError("layers of a KV cache group do not stand one behind the other; vLLM's layout changed")
+                raise RuntimeError(
+                    "layers of a KV cache group do not stand one behind the other; vLLM's layout changed"
+                )
         whole = extend(caches[0], len(caches) * blocks)
         n_global = self.geometry.n_global
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -139,7 +150,9 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
     def _kernel_part_beside_tiles(
         self, tiled: NDArray[np.bool_], starts: Tensor, table: Tensor, seq_lens: Tensor, query_lens: Tensor
     ) -> KernelPart | None:
-        """The other requests, and of the tiled ones the queries that are still inside the window; None if there are none."""
+        """The other requests, and of the tiled ones the queries that are still inside the window; None if
+        there are none.
+        """
         assert self.geometry.n_local is not None
         context = seq_lens - query_lens
         inside = torch.minimum((self.geometry.n_local - context).clamp_min(0), query_lens)
@@ -149,7 +162,9 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
             return None
         lens = lens[rows]
         own_starts = torch.cat((starts.new_zeros(1), lens.cumsum(0, dtype=torch.int32)))
-        tokens = torch.repeat_interleave(starts[rows] - own_starts[:-1], lens) + torch.arange(int(own_starts[-1]))
+        tokens = torch.repeat_interleave(starts[rows] - own_starts[:-1], lens) + torch.arange(
+            int(own_starts[-1])
+        )
         return self._kernel_part(tokens, own_starts, table[rows], context[rows] + lens, lens)
 
     def _kernel_part(
@@ -157,7 +172,9 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> KernelPart:
         tables = self._last_tables and next_tables(self._last_tables, table, seq_lens, query_lens)
         if tables is None:
-            tables = kernel_tables(self.geometry, self.block_size, self.scratch.layout, table, seq_lens, query_lens)
+            tables = kernel_tables(
+                self.geometry, self.block_size, self.scratch.layout, table, seq_lens, query_lens
+            )
         self._last_tables = tables
         if tables.moves is not None:
             self.scratch.fill(tables.moves)
@@ -195,7 +212,9 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
-    """A stock CPU attention layer taken over after the weights are loaded. The metadata builder sets what is known later.
+    """A stock CPU attention layer taken over after the weights are loaded.
+
+    The metadata builder sets what is known later.
 
     places: `packed_order`. kernel_cache: Keys and values as the kernel takes them, scratch blocks included.
     """
@@ -212,7 +231,9 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
         if geometry.n_local is None:
             raise RuntimeError(f"{site.name}: a sliding layer needs a window")
         made = cls.of(site.layer.impl, geometry=geometry, rotary=site.rotary, **own)
-        made.sliding_window = geometry.n_global + geometry.n_local  # what a compact table shows; the builder reads it too
+        made.sliding_window = (
+            geometry.n_global + geometry.n_local
+        )  # what a compact table shows; the builder reads it too
         return made
 
     def forward(
@@ -239,7 +260,9 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
                 query[rows],
                 key[rows],
                 value[rows],
-                context=self._read(kv_cache, chunk.context_blocks, chunk.context_skip, chunk.plan.n_local - 1),
+                context=self._read(
+                    kv_cache, chunk.context_blocks, chunk.context_skip, chunk.plan.n_local - 1
+                ),
                 first=self._read(kv_cache, chunk.first_blocks, 0, self.geometry.n_global),
                 rotary=self.rotary,
                 scale=self.scale,
@@ -248,7 +271,9 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
         return output
 
     def _further(self, query: Tensor, kv_cache: Tensor, chunk: ChunkPart) -> tuple[Tensor, Tensor] | None:
-        """Scores [T, heads, k] and values [T, heads, k, d] of keys beside those of Λ attention; here there are none."""
+        """Scores [T, heads, k] and values [T, heads, k, d] of keys beside those of Λ attention; here there
+        are none.
+        """
         return None
 
     def _kernel(self, part: KernelPart, query: Tensor, output: Tensor) -> None:
@@ -281,7 +306,11 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
         return keys[skip : skip + length], values[skip : skip + length]
 
 
-def scratch_layout(vllm_config: VllmConfig, impl: LambdaImpl, block_size: int, num_blocks: int) -> ScratchLayout:
+def scratch_layout(
+    vllm_config: VllmConfig, impl: LambdaImpl, block_size: int, num_blocks: int
+) -> ScratchLayout:
     max_num_seqs, mode = vllm_config.scheduler_config.max_num_seqs, active_settings(vllm_config).mode
     alibi = impl.alibi_slopes is not None
-    return ScratchLayout.plan(impl.geometry, block_size, num_blocks, max_num_seqs, alibi=alibi, top_k=mode.top_k)
+    return ScratchLayout.plan(
+        impl.geometry, block_size, num_blocks, max_num_seqs, alibi=alibi, top_k=mode.top_k
+    )

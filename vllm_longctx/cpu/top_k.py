@@ -1,7 +1,7 @@
 """LM-Infinite's top-k branch (arXiv 2308.16137, its official code) in vLLM's CPU engine.
 
-Layers with the branch keep all their KV, and what has left the window of a request that writes is un-rotated in place
-(`top_k_runner`). To the best of these keys a query attends beside Λ attention, in one softmax.
+Layers with the branch keep all their KV, and what has left the window of a request that writes is un-rotated
+in place (`top_k_runner`). To the best of these keys a query attends beside Λ attention, in one softmax.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,10 @@ from vllm_longctx.settings import TopK
 
 @dataclass(frozen=True)
 class TopKChunkPart(ChunkPart):
-    """middle: Of the request whose blocks are block_table, int64: its un-rotated tokens begin .. end - 1; None if unseen."""
+    """middle: Of the request whose blocks are block_table, int64: its un-rotated tokens begin ..
+
+    end - 1; None if unseen.
+    """
 
     middle: tuple[int, int] | None
     block_table: Tensor

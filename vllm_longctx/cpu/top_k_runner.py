@@ -1,4 +1,6 @@
-"""LM-Infinite's top-k branch: its keys are what the window has left behind when a request writes, un-rotated."""
+"""LM-Infinite's top-k branch: its keys are what the window has left behind when a request writes,
+un-rotated.
+"""
 
 from typing import Any
 
@@ -23,12 +25,16 @@ class TopKRunner(LongContextRunner):
     def bind_kv_cache(self) -> None:
         self.kept_sites = [site for site in self.sites if site.role == Role.KEPT]
         groups = self.kv_cache_config.kv_cache_groups
-        self.kept_group = next(n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MiddleSpec))
+        self.kept_group = next(
+            n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MiddleSpec)
+        )
         self.kept_isa = self.isa(self.kept_group)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, *args, **kwargs)
-        positions = self.input_batch.num_computed_tokens_cpu  # of the first query of each row, and of a writing one's only
+        positions = (
+            self.input_batch.num_computed_tokens_cpu
+        )  # of the first query of each row, and of a writing one's only
         writing = [
             row
             for row, request_id in enumerate(self.input_batch.req_ids)
@@ -40,9 +46,14 @@ class TopKRunner(LongContextRunner):
         return prepared
 
     def _unrotate_middle(self, row: int, position: int) -> None:
-        """Un-rotate what has left the window since the step before: at the prompt's last token all, then one token a step."""
+        """Un-rotate what has left the window since the step before: at the prompt's last token all, then one
+        token a step.
+        """
         first = self.kept_sites[0]
-        geometry, table = first.settings.geometry, self.input_batch.block_table[self.kept_group].get_cpu_tensor()
+        geometry, table = (
+            first.settings.geometry,
+            self.input_batch.block_table[self.kept_group].get_cpu_tensor(),
+        )
         end = int(geometry.window_start(torch.tensor(position)))
         is_first = position == self.requests[self.input_batch.req_ids[row]].num_prompt_tokens - 1
         start = geometry.n_global if is_first else max(end - 1, geometry.n_global)

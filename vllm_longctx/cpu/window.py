@@ -1,7 +1,9 @@
-"""Stepped windows in vLLM's CPU engine: the stock kernel over a table that begins where a request's pass begins.
+"""Stepped windows in vLLM's CPU engine: the stock kernel over a table that begins where a request's pass
+begins.
 
-Keys are rotated by their positions in the text and RoPE is relative, so a pass needs no new positions: its entries of the KV
-cache are counted from its first computed token on, tables and slots are shifted, and the stock kernel runs as ever.
+Keys are rotated by their positions in the text and RoPE is relative, so a pass needs no new positions: its
+entries of the KV cache are counted from its first computed token on, tables and slots are shifted, and the
+stock kernel runs as ever.
 """
 
 from copy import copy
@@ -44,7 +46,9 @@ class WindowMetadataBuilder(CPUAttentionMetadataBuilder):
         return super().build(common_prefix_len, m, fast_build)
 
 
-def shifted(m: CommonAttentionMetadata, windows: tuple[WindowRow, ...], block_size: int) -> CommonAttentionMetadata:
+def shifted(
+    m: CommonAttentionMetadata, windows: tuple[WindowRow, ...], block_size: int
+) -> CommonAttentionMetadata:
     """Tables, sequence lengths and slots of the rows in `windows`, counted from their first position.
 
     Slots are changed in place: the same tensor says where the step's keys and values are written.

@@ -1,8 +1,8 @@
 """vLLM's CPU worker for an engine with a long-context configuration.
 
-It takes over the attention layers once the weights are loaded, instead of overriding vLLM's backend registry: the registry
-is process-wide and cached, so a second engine in the process would inherit the override, and a layer would not know the
-rotary module that rotated its queries.
+It takes over the attention layers once the weights are loaded, instead of overriding vLLM's backend registry:
+the registry is process-wide and cached, so a second engine in the process would inherit the override, and a
+layer would not know the rotary module that rotated its queries.
 """
 
 from copy import copy
@@ -52,12 +52,16 @@ class LongContextWorker(LongContextWorkerBase, CPUWorker):
 
     def report_step(self) -> StepReport:
         runner = self.model_runner
-        return StepReport(runner.rows.take_selection_seconds(), runner.take_swap_seconds(), runner.take_failed_adapters())
+        return StepReport(
+            runner.rows.take_selection_seconds(), runner.take_swap_seconds(), runner.take_failed_adapters()
+        )
 
     def with_scratch_room(self, kv_cache_config: KVCacheConfig) -> KVCacheConfig:
-        """The same pool, with room for scratch blocks behind each layer's blocks; the scheduler never hears of them.
+        """The same pool, with room for scratch blocks behind each layer's blocks; the scheduler never hears
+        of them.
 
-        In engines whose layers are all in one group; in others the groups' scratch blocks would be the same memory.
+        In engines whose layers are all in one group; in others the groups' scratch blocks would be the same
+        memory.
         """
         if not kv_cache_config.kv_cache_tensors or self.settings.mode.layers.keys() != {Role.SLIDING}:
             return kv_cache_config

@@ -22,7 +22,9 @@ def trainer_bytes(vllm_config: VllmConfig, device: torch.device) -> int:
     if settings.trainer.address is not None or torch.device(settings.trainer.device) != device:
         return 0
     shares = vllm_config.instance_id in shared.shared_by_engine
-    weights = 0 if shares else weight_bytes(model.model, model_dtype(model), base_model.resolved_config(model))
+    weights = (
+        0 if shares else weight_bytes(model.model, model_dtype(model), base_model.resolved_config(model))
+    )
     return weights + Shape.of(model.hf_text_config, model_dtype(model)).training_bytes(settings)
 
 
@@ -63,6 +65,8 @@ def why_not_shared(vllm_config: VllmConfig, device: torch.device) -> str | None:
             parallel.distributed_executor_backend != "uni"
         ),
         f"the engine's are quantized ({model.quantization})": model.quantization is not None,
-        "the engine's are in memory that can be put to sleep (enable_sleep_mode)": bool(model.enable_cumem_allocator),
+        "the engine's are in memory that can be put to sleep (enable_sleep_mode)": bool(
+            model.enable_cumem_allocator
+        ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

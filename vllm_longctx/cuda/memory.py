@@ -1,9 +1,10 @@
 """Memory layers of Focused Transformers (arXiv 2307.03170) in vLLM's GPU engine.
 
-As on the CPU (`vllm_longctx.cpu.memory`) all positions are counted from the query's window, and keys before it are
-stored unrotated. So a memory layer that attends to all is plain attention: `sliding` with a geometry that sees
-everything. Where queries look up the best keys, `kernels.lookup` attends to these and `window` to the keys since
-the window's start.
+As on the CPU (`vllm_longctx.cpu.memory`) all positions are counted from the query's window, and keys before
+it are
+stored unrotated. So a memory layer that attends to all is plain attention: `sliding` with a geometry that
+sees everything. Where queries look up the best keys, `kernels.lookup` attends to these and `window` to the
+keys since the window's start.
 """
 
 from collections.abc import Iterable
@@ -30,7 +31,10 @@ from vllm_longctx.settings import Lookup, Settings
 
 @dataclass(frozen=True)
 class LookupPart:
-    """Rows with equally many queries, the step's tokens `tokens`. ends int32 [rows]: of their memories; longest: of these."""
+    """Rows with equally many queries, the step's tokens `tokens`.
+
+    ends int32 [rows]: of their memories; longest: of these.
+    """
 
     tokens: slice
     block_table: Tensor
@@ -95,7 +99,10 @@ class LookupMetadataBuilder(WindowMetadataBuilder):
 
 
 class LookupImpl(WindowImpl):
-    """A layer of `sliding` taken over after the weights are loaded. summaries: Of its blocks, with a lookup by blocks."""
+    """A layer of `sliding` taken over after the weights are loaded.
+
+    summaries: Of its blocks, with a lookup by blocks.
+    """
 
     lookup: Lookup
     summaries: Summaries | None
@@ -106,19 +113,36 @@ class LookupImpl(WindowImpl):
             self.summaries = Summaries.like(self._caches(kv_cache)[0])
 
     def warm_up(self, kv_cache: Tensor, block_table: Tensor) -> None:
-        """Compile what lookups need before a request waits for it. block_table [rows, columns]: vLLM's own, by its strides."""
+        """Compile what lookups need before a request waits for it.
+
+        block_table [rows, columns]: vLLM's own, by its strides.
+        """
         key_cache, value_cache = self._caches(kv_cache)
         for length in (1, 16 // (self.num_heads // self.num_kv_heads) + 1):  # tiles of queries have two sizes
             zeros, ones = (torch.full((2,), n, dtype=torch.int32, device=kv_cache.device) for n in (0, 1))
-            memories = Memories(key_cache, value_cache, block_table[:1], zeros[:1], ones[:1], 1, self.summaries)
-            query = torch.zeros(length, self.num_heads, self.head_size, dtype=key_cache.dtype, device=kv_cache.device)
+            memories = Memories(
+                key_cache, value_cache, block_table[:1], zeros[:1], ones[:1], 1, self.summaries
+            )
+            query = torch.zeros(
+                length, self.num_heads, self.head_size, dtype=key_cache.dtype, device=kv_cache.device
+            )
             best = attend_best(query[None], memories, self.lookup.top_k, self.scale, self.lookup.share)
             ends = ones * length
             starts = torch.stack((zeros[0], ends[0]))
             branch = best[0][0], best[1][0]
             out = torch.empty_like(query)
             stepped_attention(
-                query, key_cache, value_cache, block_table[:1], zeros, ends[:1], starts, length, self.scale, out, branch
+                query,
+                key_cache,
+                value_cache,
+                block_table[:1],
+                zeros,
+                ends[:1],
+                starts,
+                length,
+                self.scale,
+                out,
+                branch,
             )
 
     def summarise(self, kv_cache: Tensor, window: ClosedWindow) -> None:
@@ -127,8 +151,12 @@ class LookupImpl(WindowImpl):
             return
         key_cache, _ = self._caches(kv_cache)
         block_size = key_cache.shape[1]
-        numbers = torch.arange(window.start // block_size, -(-window.end // block_size), device=key_cache.device)
-        self.summaries.summarise(key_cache, window.blocks.long(), (window.end - numbers * block_size).clamp_max(block_size))
+        numbers = torch.arange(
+            window.start // block_size, -(-window.end // block_size), device=key_cache.device
+        )
+        self.summaries.summarise(
+            key_cache, window.blocks.long(), (window.end - numbers * block_size).clamp_max(block_size)
+        )
 
     def _memory_branch(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: WindowMetadata
@@ -136,7 +164,10 @@ class LookupImpl(WindowImpl):
         assert isinstance(metadata, LookupMetadata)
         if not metadata.lookups:
             return None
-        branch = torch.empty(query.shape, device=query.device), torch.empty(query.shape[:2], device=query.device)
+        branch = (
+            torch.empty(query.shape, device=query.device),
+            torch.empty(query.shape[:2], device=query.device),
+        )
         branch[0].zero_()
         branch[1].fill_(-torch.inf)
         for part in metadata.lookups:
@@ -157,10 +188,14 @@ class LookupImpl(WindowImpl):
         return branch
 
 
-def close_window(kv_cache: Tensor, window: ClosedWindow, rotary: Rotary | None, mem_dtype: torch.dtype) -> None:
-    """Turn a closed window's keys back to no rotation at all, and round keys and values to mem_dtype, in place.
+def close_window(
+    kv_cache: Tensor, window: ClosedWindow, rotary: Rotary | None, mem_dtype: torch.dtype
+) -> None:
+    """Turn a closed window's keys back to no rotation at all, and round keys and values to mem_dtype, in
+    place.
 
-    kv_cache [blocks, kv_heads, block_size, 2 * head_size]: of one layer. rotary: None for a layer without positions.
+    kv_cache [blocks, kv_heads, block_size, 2 * head_size]: of one layer. rotary: None for a layer without
+    positions.
     """
     if rotary is None and mem_dtype == kv_cache.dtype:
         return
@@ -171,16 +206,21 @@ def close_window(kv_cache: Tensor, window: ClosedWindow, rotary: Rotary | None, 
     by_token = kv_cache.transpose(1, 2)
     keys, values = by_token[blocks, offsets].split(head_size, -1)
     if rotary is not None:
-        by = torch.arange(window.origin - window.start, window.origin - window.end, -1, device=kv_cache.device)
+        by = torch.arange(
+            window.origin - window.start, window.origin - window.end, -1, device=kv_cache.device
+        )
         keys = rotary.turn(keys, by[:, None])
     by_token[blocks, offsets] = torch.cat((keys, values), -1).to(mem_dtype).to(kv_cache.dtype)
 
 
-def pool_beside_lookups(available: int, lookup: Lookup | None, element_size: int, specs: Iterable[KVCacheSpec] = ()) -> int:
-    """What is left for the KV cache of `available` bytes: lookups need workspaces, and summaries a byte per key element.
+def pool_beside_lookups(
+    available: int, lookup: Lookup | None, element_size: int, specs: Iterable[KVCacheSpec] = ()
+) -> int:
+    """What is left for the KV cache of `available` bytes: lookups need workspaces, and summaries a byte per
+    key element.
 
-    specs: of all layers. The summaries of a memory apart are here too, though its KV is not; without such, they grow with the
-    pool.
+    specs: of all layers. The summaries of a memory apart are here too, though its KV is not; without such,
+    they grow with the pool.
     """
     if lookup is None:
         return available

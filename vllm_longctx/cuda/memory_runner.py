@@ -1,7 +1,8 @@
-"""Stepped windows of a memory engine: positions counted from each request's window, and windows that become memory.
+"""Stepped windows of a memory engine: positions counted from each request's window, and windows that become
+memory.
 
-For vLLM's Model Runner V2. What it computes from a request's true positions (slots, the sampler's random numbers) stays. The
-model alone is given others, in a buffer of its own that CUDA graphs may hold.
+For vLLM's Model Runner V2. What it computes from a request's true positions (slots, the sampler's random
+numbers) stays. The model alone is given others, in a buffer of its own that CUDA graphs may hold.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,10 @@ FIRST = RequestWindow(0)  # of requests that vLLM makes up to warm its kernels
 
 
 class WindowedModelState(DefaultModelState):
-    """vLLM's, whose model is given positions counted from windows. Takes over a DefaultModelState (`MemoryRunner`)."""
+    """vLLM's, whose model is given positions counted from windows.
+
+    Takes over a DefaultModelState (`MemoryRunner`).
+    """
 
     window_positions: Tensor
 
@@ -57,15 +61,23 @@ class MemoryRunner(LongContextRunner, GPUModelRunner):
         stock: object = self.model_state
         if type(stock) is not DefaultModelState or stock.rope_state is not None:
             raise RuntimeError(f"longctx cannot count the positions of {type(stock).__name__} from windows")
-        stock.__class__ = WindowedModelState  # vLLM makes it while the model is loaded, of a class that it names
+        stock.__class__ = (
+            WindowedModelState  # vLLM makes it while the model is loaded, of a class that it names
+        )
         self.model_state.window_positions = torch.zeros_like(self.input_buffers.positions)
 
     def bind_kv_cache(self) -> None:
         self.memory_sites = [site for site in self.sites if site.role == Role.MEMORY]
         groups = self.kv_cache_config.kv_cache_groups
-        self.memory_group = next(n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MemorySpec))
+        self.memory_group = next(
+            n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MemorySpec)
+        )
         self.mem_dtype = getattr(torch, self.memory_sites[0].settings.memory.dtype)
-        looking = [(impl, site.layer.kv_cache) for site in self.memory_sites if isinstance(impl := site.layer.impl, LookupImpl)]
+        looking = [
+            (impl, site.layer.kv_cache)
+            for site in self.memory_sites
+            if isinstance(impl := site.layer.impl, LookupImpl)
+        ]
         for impl, kv_cache in looking:
             impl.bind_kv_cache(kv_cache)
         for impl, kv_cache in looking[:1]:

@@ -1,8 +1,9 @@
 """Passes of requests that adapt, in vLLM's Model Runner V2.
 
-Positions and slots stay those of the text: the attention kernel takes where each request's keys begin. A pass that begins
-makes known tokens count as not computed; the runner then reads them as the rest of a prompt, whatever part of them it wrote
-itself, and samples no token before the last of them, so that penalties, seeds and grammars see nothing of it.
+Positions and slots stay those of the text: the attention kernel takes where each request's keys begin. A pass
+that begins makes known tokens count as not computed; the runner then reads them as the rest of a prompt,
+whatever part of them it wrote itself, and samples no token before the last of them, so that penalties, seeds
+and grammars see nothing of it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -54,7 +55,11 @@ class FirstPassWins(PromptLogprobsWorker):
         return found
 
     def compute_prompt_logprobs(
-        self, logits_fn: Callable[[Tensor], Tensor], hidden_states: Tensor, input_batch: InputBatch, *args: Any
+        self,
+        logits_fn: Callable[[Tensor], Tensor],
+        hidden_states: Tensor,
+        input_batch: InputBatch,
+        *args: Any,
     ) -> dict[str, LogprobsTensors]:
         again, in_progress = self._again(input_batch), self.in_progress_prompt_logprobs
         first_pass = {name: sum(len(part.logprobs) for part in in_progress.get(name, ())) for name in again}
@@ -69,15 +74,23 @@ class FirstPassWins(PromptLogprobsWorker):
         return finished
 
     def compute_prompt_token_id_logprobs(
-        self, logits_fn: Callable[[Tensor], Tensor], hidden_states: Tensor, input_batch: InputBatch, prompt_lens: Any
+        self,
+        logits_fn: Callable[[Tensor], Tensor],
+        hidden_states: Tensor,
+        input_batch: InputBatch,
+        prompt_lens: Any,
     ) -> dict[str, Tensor]:
         kept = []
         for name, (begin, count) in self._again(input_batch).items():
             asked = self.token_id_scores.get(name)
             if asked is not None and asked.scores is not None:
                 known = slice(max(begin - asked.start, 0), max(begin + count - asked.start, 0))
-                kept.append((asked.scores[known], asked.scores[known].masked_fill(asked.pad[known], -torch.inf)))
-        finished = super().compute_prompt_token_id_logprobs(logits_fn, hidden_states, input_batch, prompt_lens)
+                kept.append(
+                    (asked.scores[known], asked.scores[known].masked_fill(asked.pad[known], -torch.inf))
+                )
+        finished = super().compute_prompt_token_id_logprobs(
+            logits_fn, hidden_states, input_batch, prompt_lens
+        )
         for place, scores in kept:
             place.copy_(scores)
         return finished
@@ -115,11 +128,14 @@ class PassesRunner(LongContextRunner, GPUModelRunner):
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         begins = self._begin_passes(scheduler_output.scheduled_cached_reqs)
         super().add_requests(scheduler_output)
-        if begins and not scheduler_output.scheduled_new_reqs:  # for these vLLM has done it, and once a step is enough
+        if (
+            begins and not scheduler_output.scheduled_new_reqs
+        ):  # for these vLLM has done it, and once a step is enough
             self.req_states.apply_staged_writes()
 
     def _begin_passes(self, cached: CachedRequestData) -> bool:
-        """vLLM sends preempted requests to this runner as new ones: those that resume without that begin a pass.
+        """vLLM sends preempted requests to this runner as new ones: those that resume without that begin a
+        pass.
 
         Their new_block_ids are whole tables. Host and device learn what `update_requests` does not tell them.
         """
@@ -144,7 +160,9 @@ class PassesRunner(LongContextRunner, GPUModelRunner):
         return batch
 
     def _put_first_tokens(self, batch: InputBatch, row: int, p: Pass) -> None:
-        """At the step's positions right before a pass's window; the text itself, which targets are taken from, stays."""
+        """At the step's positions right before a pass's window; the text itself, which targets are taken
+        from, stays.
+        """
         begin, at = int(batch.num_computed_tokens_np[row]), int(batch.query_start_loc_np[row])
         count = min(p.start - begin, int(batch.num_scheduled_tokens[row]))
         if count > 0:

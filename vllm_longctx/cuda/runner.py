@@ -12,7 +12,10 @@ from vllm_longctx.modes import BASE_RUNNER, Mode, load
 
 
 class LongContextRunner(Adapts):
-    """Mixed into a model runner of vLLM's, before it. Methods of vLLM's that are overridden: see `vllm_longctx.seams`."""
+    """Mixed into a model runner of vLLM's, before it.
+
+    Methods of vLLM's that are overridden: see `vllm_longctx.seams`.
+    """
 
     sites: Sequence[LayerSite]
     rows: StepRows

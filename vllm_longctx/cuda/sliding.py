@@ -1,9 +1,9 @@
 """Λ attention in vLLM's GPU engine: a backend, a metadata builder and an implementation around `kernels`.
 
-vLLM makes the layers with this backend (its place `CUSTOM`), and `make_layer` tells each layer its view once the weights are
-loaded. Everything a step needs stays on the device: the kernels read vLLM's own block tables and lengths, and the builder adds
-one thing, by how much each query is turned towards the first tokens. A CUDA graph of decodes replays over the same tensors, so
-those are written in place.
+vLLM makes the layers with this backend (its place `CUSTOM`), and `make_layer` tells each layer its view once
+the weights are loaded. Everything a step needs stays on the device: the kernels read vLLM's own block tables
+and lengths, and the builder adds one thing, by how much each query is turned towards the first tokens. A CUDA
+graph of decodes replays over the same tensors, so those are written in place.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,9 @@ MIN_FP8_CAPABILITY = DeviceCapability(8, 9)  # float8_e4m3 in Triton
 
 @dataclass(frozen=True)
 class Decodes:
-    """The first rows of a batch, those with one query: row r's is token r. splits: programs that share a row's keys.
+    """The first rows of a batch, those with one query: row r's is token r.
+
+    splits: programs that share a row's keys.
 
     lse: takes the scores' log-sum-exps, float32 [rows, heads], where the layers see further keys.
     """
@@ -130,30 +132,46 @@ class LambdaBackend(AttentionBackend):
         use_mm_prefix: bool,
         device_capability: DeviceCapability,
     ) -> str | None:
-        if kv_cache_dtype is not None and is_quantized_kv_cache(kv_cache_dtype) and device_capability < MIN_FP8_CAPABILITY:
-            return f"kv_cache_dtype {kv_cache_dtype} needs compute capability {MIN_FP8_CAPABILITY.as_version_str()}"
+        if (
+            kv_cache_dtype is not None
+            and is_quantized_kv_cache(kv_cache_dtype)
+            and device_capability < MIN_FP8_CAPABILITY
+        ):
+            needed = MIN_FP8_CAPABILITY.as_version_str()
+            return f"kv_cache_dtype {kv_cache_dtype} needs compute capability {needed}"
         return None
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Any; first those in which a program, which reads one KV head of a block, reads one piece of memory."""
+        """Any; first those in which a program, which reads one KV head of a block, reads one piece of
+        memory.
+        """
         head_major = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC, KVCacheLayout.LHBNC, KVCacheLayout.BHLNC)
         return (*head_major, KVCacheLayout.LBNHC, KVCacheLayout.BLNHC)
 
 
 class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
-    """Nothing here waits for the device: what depends on values is computed there, the rest from shapes and host copies.
+    """Nothing here waits for the device: what depends on values is computed there, the rest from shapes and
+    host copies.
 
     CUDA graphs: of batches of decodes. What they read is vLLM's own persistent input, `turn` and `workspace`.
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
-    def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)  # decodes first
         self.impl: LambdaImpl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
-        self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        self.num_sms = (
+            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        )
         self.max_model_len = vllm_config.model_config.max_model_len
         impl, scheduler = self.impl, vllm_config.scheduler_config
         shares = max(rows * self._splits(rows) for rows in range(1, scheduler.max_num_seqs + 1))
@@ -208,7 +226,11 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
 
 
 class LambdaImpl(AttentionImpl[LambdaMetadata]):
-    """A layer. view, key_turn, rotary: set by `take_over`, before the first forward; rotary is None for a model with ALiBi."""
+    """A layer.
+
+    view, key_turn, rotary: set by `take_over`, before the first forward; rotary is None for a model with
+    ALiBi.
+    """
 
     sinks: None = None
     view: View
@@ -236,7 +258,11 @@ class LambdaImpl(AttentionImpl[LambdaMetadata]):
 
     def take_over(self, geometry: Geometry, rotary: Rotary | None, device: torch.device) -> None:
         self.rotary = rotary
-        slopes = None if self.alibi_slopes is None else torch.tensor(self.alibi_slopes, dtype=torch.float32, device=device)
+        slopes = (
+            None
+            if self.alibi_slopes is None
+            else torch.tensor(self.alibi_slopes, dtype=torch.float32, device=device)
+        )
         rotary_dim, is_neox = (0, True) if rotary is None else (rotary.rotary_dim, rotary.neox)
         self.view = View(geometry, rotary_dim, is_neox, slopes, self.logits_soft_cap)
         by = self.view.key_turn()
@@ -306,10 +332,14 @@ class LambdaImpl(AttentionImpl[LambdaMetadata]):
     ) -> None:
         """As vLLM's FlashAttention backend: slots of -1 are padding."""
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, -1)
-        ops.reshape_and_cache_flash(key, value, keys, values, slot_mapping, self.kv_cache_dtype, layer._k_scale, layer._v_scale)
+        ops.reshape_and_cache_flash(
+            key, value, keys, values, slot_mapping, self.kv_cache_dtype, layer._k_scale, layer._v_scale
+        )
 
     def _caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [blocks, block_size, kv_heads, head_size] of vLLM's [blocks, kv_heads, block_size, 2 * head_size]."""
+        """Keys and values [blocks, block_size, kv_heads, head_size] of vLLM's [blocks, kv_heads, block_size,
+        2 * head_size].
+        """
         if is_quantized_kv_cache(self.kv_cache_dtype):
             kv_cache = kv_cache.view(current_platform.fp8_dtype())
         key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, -1)

@@ -1,8 +1,9 @@
 """LM-Infinite's top-k branch (arXiv 2308.16137, its official code) in vLLM's GPU engine.
 
-Layers with the branch keep all their KV, and what has left the window of a request that writes is un-rotated in place
-(`turn_back`). To the best of these keys a query attends beside Λ attention, joined by their log-sum-exps. Only decodes have the
-branch: the scheduler computes one at a time the tokens that have it (`scheduling.memory.TopKScheduler`).
+Layers with the branch keep all their KV, and what has left the window of a request that writes is un-rotated
+in place (`turn_back`). To the best of these keys a query attends beside Λ attention, joined by their
+log-sum-exps. Only decodes have the branch: the scheduler computes one at a time the tokens that have it
+(`scheduling.memory.TopKScheduler`).
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +20,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_longctx.cuda.kernels.lookup import Memories, attend_best
 from vllm_longctx.cuda.rows import StepRows
-from vllm_longctx.cuda.sliding import Decodes, LambdaBackend, LambdaImpl, LambdaMetadata, LambdaMetadataBuilder
+from vllm_longctx.cuda.sliding import (
+    Decodes,
+    LambdaBackend,
+    LambdaImpl,
+    LambdaMetadata,
+    LambdaMetadataBuilder,
+)
 from vllm_longctx.engine.layers import LayerSite, TakenOver
 from vllm_longctx.engine.lookup import weigh
 from vllm_longctx.rotary import Rotary
@@ -66,7 +73,13 @@ class TopKMetadataBuilder(LambdaMetadataBuilder):
     impl: "TopKImpl"
     rows: StepRows
 
-    def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         rows = vllm_config.scheduler_config.max_num_seqs
         self.geometry = self.impl.view.geometry
@@ -95,7 +108,9 @@ class TopKMetadataBuilder(LambdaMetadataBuilder):
         if not ends.any():
             return None
         cos, sin = rotary.cos_sin(top_k.insert_at - positions[:, None])
-        return Middles(self.begins[: len(ends)], async_tensor_h2d(ends, device=self.device), int(ends.max()), cos, sin)
+        return Middles(
+            self.begins[: len(ends)], async_tensor_h2d(ends, device=self.device), int(ends.max()), cos, sin
+        )
 
 
 class TopKImpl(TakenOver, LambdaImpl):
@@ -104,11 +119,21 @@ class TopKImpl(TakenOver, LambdaImpl):
     top_k: TopK
 
     def warm_up(self, kv_cache: Tensor, block_table: Tensor) -> None:
-        """Compile what lookups need before a request waits. block_table [rows, columns]: by its strides vLLM's own."""
+        """Compile what lookups need before a request waits.
+
+        block_table [rows, columns]: by its strides vLLM's own.
+        """
         key_cache, value_cache = self._caches(kv_cache)
         begins, ends = (torch.full((1,), n, dtype=torch.int32, device=kv_cache.device) for n in (0, 1))
-        query = torch.zeros((1, 1, self.num_heads, self.head_size), dtype=key_cache.dtype, device=kv_cache.device)
-        attend_best(query, Memories(key_cache, value_cache, block_table[:1], begins, ends, 1), self.top_k.k, self.scale)
+        query = torch.zeros(
+            (1, 1, self.num_heads, self.head_size), dtype=key_cache.dtype, device=kv_cache.device
+        )
+        attend_best(
+            query,
+            Memories(key_cache, value_cache, block_table[:1], begins, ends, 1),
+            self.top_k.k,
+            self.scale,
+        )
 
     def forward(
         self,
@@ -123,25 +148,37 @@ class TopKImpl(TakenOver, LambdaImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """As `LambdaImpl.forward`."""
-        super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+        )
         if attn_metadata is not None and attn_metadata.middles is not None:
             assert attn_metadata.decodes is not None
             self._add_middles(query, kv_cache, attn_metadata.decodes, attn_metadata.middles, output)
         return output
 
-    def _add_middles(self, query: Tensor, kv_cache: Tensor, decodes: Decodes, middles: Middles, output: Tensor) -> None:
-        """Turn the output of Λ attention into that of one softmax over its keys and the best ones of the middles."""
+    def _add_middles(
+        self, query: Tensor, kv_cache: Tensor, decodes: Decodes, middles: Middles, output: Tensor
+    ) -> None:
+        """Turn the output of Λ attention into that of one softmax over its keys and the best ones of the
+        middles.
+        """
         assert self.rotary is not None and decodes.lse is not None
         rows = len(decodes.seq_lens)
-        memories = Memories(*self._caches(kv_cache), decodes.block_table, middles.begins, middles.ends, middles.longest)
+        memories = Memories(
+            *self._caches(kv_cache), decodes.block_table, middles.begins, middles.ends, middles.longest
+        )
         turned = self.rotary.rotate(query[:rows], middles.cos, middles.sin)
         found, lse = attend_best(turned[:, None], memories, self.top_k.k, self.scale)
         weights, rest = weigh(decodes.lse, lse.transpose(1, 2))
         output[:rows] = torch.addcmul(found[:, 0] * weights, output[:rows].float(), rest)
 
 
-def turn_back(kv_cache: Tensor, blocks: Tensor, offsets: Tensor, rotary: Rotary, cos: Tensor, sin: Tensor) -> None:
-    """Rotate keys of one layer in place. kv_cache [blocks, kv_heads, block_size, 2 * head_size]; blocks, offsets int64 [n].
+def turn_back(
+    kv_cache: Tensor, blocks: Tensor, offsets: Tensor, rotary: Rotary, cos: Tensor, sin: Tensor
+) -> None:
+    """Rotate keys of one layer in place.
+
+    kv_cache [blocks, kv_heads, block_size, 2 * head_size]; blocks, offsets int64 [n].
 
     cos, sin: of the rotation that undoes the keys' own, [n, 1, rotary_dim / 2].
     """

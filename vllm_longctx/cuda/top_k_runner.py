@@ -1,4 +1,6 @@
-"""LM-Infinite's top-k branch: its keys are what the window has left behind when a request writes, un-rotated."""
+"""LM-Infinite's top-k branch: its keys are what the window has left behind when a request writes,
+un-rotated.
+"""
 
 from typing import Any
 
@@ -27,26 +29,34 @@ class TopKRunner(LongContextRunner, GPUModelRunner):
     def bind_kv_cache(self) -> None:
         self.kept_sites = [site for site in self.sites if site.role == Role.KEPT]
         groups = self.kv_cache_config.kv_cache_groups
-        self.kept_group = next(n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MiddleSpec))
+        self.kept_group = next(
+            n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MiddleSpec)
+        )
         first = self.kept_sites[0].layer
         assert isinstance(first.impl, TopKImpl)
         first.impl.warm_up(first.kv_cache, self.block_tables.input_block_tables[self.kept_group])
 
     def prepare_attn(self, input_batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
         block_tables, slot_mappings = super().prepare_attn(input_batch)
-        positions = input_batch.num_computed_tokens_np.astype(np.int64)  # of the first query of each row, a writing one's only
+        positions = input_batch.num_computed_tokens_np.astype(
+            np.int64
+        )  # of the first query of each row, a writing one's only
         last = self.req_states.prompt_len.np[input_batch.idx_mapping_np] - 1
         geometry = self.kept_sites[0].settings.geometry
         assert geometry.n_local is not None
         ends = np.where(positions >= last, positions + 1 - geometry.n_local, 0)
-        # Since the step before one token has left the window; at the prompt's last, none was turned back before.
+        # Since the step before one token has left the window; at the prompt's last, none was turned back
+        # before.
         starts = np.where(positions == last, geometry.n_global, np.maximum(ends - 1, geometry.n_global))
         self.rows.middle_ends = ends
         self._unrotate_middles(block_tables[self.kept_group], starts, ends)
         return block_tables, slot_mappings
 
     def _unrotate_middles(self, table: Tensor, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
-        """Un-rotate the keys starts .. ends - 1 of each row. A long prompt's middle comes in parts, within bounded memory."""
+        """Un-rotate the keys starts ..
+
+        ends - 1 of each row. A long prompt's middle comes in parts, within bounded memory.
+        """
         impl = self.kept_sites[0].layer.impl
         assert isinstance(impl, TopKImpl) and impl.rotary is not None
         lengths = np.maximum(ends - starts, 0)

@@ -1,7 +1,9 @@
-"""Stepped windows in vLLM's GPU engine: layers whose queries see the keys since their window, or their pass, began.
+"""Stepped windows in vLLM's GPU engine: layers whose queries see the keys since their window, or their pass,
+began.
 
-In a memory engine (`memory`) all positions are counted from the query's window; in passes of Temp-LoRA they are those of the
-text. Either way tables and slots are vLLM's own, and where windows begin comes in one tensor per step.
+In a memory engine (`memory`) all positions are counted from the query's window; in passes of Temp-LoRA they
+are those of the text. Either way tables and slots are vLLM's own, and where windows begin comes in one tensor
+per step.
 """
 
 from dataclasses import dataclass
@@ -54,7 +56,13 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
     rows: StepRows
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
-    def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)  # decodes first
 
@@ -111,5 +119,7 @@ class WindowImpl(TakenOver, LambdaImpl):
     def _memory_branch(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: WindowMetadata
     ) -> tuple[Tensor, Tensor] | None:
-        """What queries see before their window: output [tokens, heads, d], log-sum-exp [tokens, heads]; here nothing."""
+        """What queries see before their window: output [tokens, heads, d], log-sum-exp [tokens, heads]; here
+        nothing.
+        """
         return None

@@ -58,9 +58,14 @@ class LongContextWorker(LongContextWorkerBase, Worker):
         lookup, specs = Lookup(attention.top_k, attention.lookup_share), self.get_kv_cache_spec().values()
         left = pool_beside_lookups(available, lookup, model_dtype(self.model_config).itemsize, specs)
         if left <= 0:
-            remedy = "" if limit is None else f", or lower attention.memory_limit_gib = {limit}, whose summaries are among them"
+            remedy = (
+                ""
+                if limit is None
+                else f", or lower attention.memory_limit_gib = {limit}, whose summaries are among them"
+            )
             raise LongContextError(
-                f"lookups need {(available - left) / 2**30:.2f} GiB of GPU memory, but beside the model there are "
+                f"lookups need {(available - left) / 2**30:.2f} GiB of GPU memory, but beside the model "
+                f"there are "
                 f"{available / 2**30:.2f} GiB for them and the KV cache; raise gpu_memory_utilization{remedy}"
             )
         return left
@@ -69,9 +74,12 @@ class LongContextWorker(LongContextWorkerBase, Worker):
         need = trainer_bytes(self.vllm_config, self.device)
         if need >= available:
             raise LongContextError(
-                f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB on {self.device}, but the engine has no more "
-                f"than {available / 2**30:.2f} GiB there for it and the KV cache; lower adaptation.slots, adaptation.rank or "
-                "adaptation.block_tokens, raise gpu_memory_utilization, or name another GPU in adaptation.trainer.device"
+                f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB on {self.device}, but the "
+                f"engine has no more "
+                f"than {available / 2**30:.2f} GiB there for it and the KV cache; lower adaptation.slots, "
+                f"adaptation.rank or "
+                "adaptation.block_tokens, raise gpu_memory_utilization, or name another GPU in "
+                "adaptation.trainer.device"
             )
         return available - need
 
@@ -84,7 +92,9 @@ class LongContextWorker(LongContextWorkerBase, Worker):
 
     def report_step(self) -> StepReport:
         runner = self.model_runner
-        return StepReport(runner.rows.take_selection_seconds(), runner.take_swap_seconds(), runner.take_failed_adapters())
+        return StepReport(
+            runner.rows.take_selection_seconds(), runner.take_swap_seconds(), runner.take_failed_adapters()
+        )
 
     def shutdown(self) -> None:
         super().shutdown()

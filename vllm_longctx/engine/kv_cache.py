@@ -1,15 +1,18 @@
-"""KV cache of Λ attention, of stepped windows and of memory: which blocks live, which are freed, what prefix caching may reuse.
+"""KV cache of Λ attention, of stepped windows and of memory: which blocks live, which are freed, what prefix
+caching may reuse.
 
-A request keeps the blocks of its first tokens and of its window; the blocks between are freed, their places in the block
-table taken by the null block. A prefix-cache hit therefore needs the first tokens' blocks and one window of blocks at its
-end, with null blocks between, just as vLLM's sliding-window manager does without the first tokens.
+A request keeps the blocks of its first tokens and of its window; the blocks between are freed, their places
+in the block table taken by the null block. A prefix-cache hit therefore needs the first tokens' blocks and
+one window of blocks at its end, with null blocks between, just as vLLM's sliding-window manager does without
+the first tokens.
 
-Under stepped windows (Temp-LoRA without Λ attention) requests that adapt live in passes: a new pass gives all blocks back and
-starts with null blocks up to its window. The KV of a request that adapts is its own: prefix caching never sees it.
+Under stepped windows (Temp-LoRA without Λ attention) requests that adapt live in passes: a new pass gives all
+blocks back and starts with null blocks up to its window. The KV of a request that adapts is its own: prefix
+caching never sees it.
 
-In Focused Transformers memory layers keep all blocks, the others those of the window. How a prompt is cut into windows
-depends on its length near its end only, so a prefix-cache hit ends where a window begins that both requests have, or inside
-of the first window, where nothing depends on windows yet.
+In Focused Transformers memory layers keep all blocks, the others those of the window. How a prompt is cut
+into windows depends on its length near its end only, so a prefix-cache hit ends where a window begins that
+both requests have, or inside of the first window, where nothing depends on windows yet.
 """
 
 import itertools
@@ -21,7 +24,12 @@ from typing import Any
 from vllm.config import CacheConfig, VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashList, BlockHashWithGroupId, KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.kv_cache_utils import (
+    BlockHashList,
+    BlockHashWithGroupId,
+    KVCacheBlock,
+    resolve_block_hashes,
+)
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -41,15 +49,19 @@ OPEN = 1 << 16  # added to a group's id in the prefix cache: its blocks while th
 class LambdaSpec(SlidingWindowSpec):
     """KV of one layer under Λ attention; `sliding_window` is n_local.
 
-    A SlidingWindowSpec, because vLLM caps admission by the real need for these only: as a FullAttentionSpec, a prompt longer
-    than the pool would wait for ever, and `FullAttentionSpec.merge` would absorb Λ layers silently.
+    A SlidingWindowSpec, because vLLM caps admission by the real need for these only: as a FullAttentionSpec,
+    a prompt longer than the pool would wait for ever, and `FullAttentionSpec.merge` would absorb Λ layers
+    silently.
     """
 
     n_global: int
 
     @classmethod
     def from_attention_spec(cls, spec: AttentionSpec, geometry: Geometry) -> "LambdaSpec":
-        """The spec of the same layer under `geometry`. Raises TypeError for a layer that has a window of its own."""
+        """The spec of the same layer under `geometry`.
+
+        Raises TypeError for a layer that has a window of its own.
+        """
         if isinstance(spec, SlidingWindowSpec) or geometry.n_local is None:
             raise TypeError(f"cannot give {spec} the geometry {geometry}")
         common = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
@@ -60,19 +72,24 @@ class LambdaSpec(SlidingWindowSpec):
         return cdiv(self.n_global, self.block_size)
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """Most blocks one request holds at once: first tokens, the last N - 1, tokens in flight, and one ragged block."""
+        """Most blocks one request holds at once: first tokens, the last N - 1, tokens in flight, and one
+        ragged block.
+        """
         return max_blocks_per_request(
             Geometry(self.n_global, self.sliding_window), self.block_size, max_in_flight_tokens, max_model_len
         )
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(
-            isinstance(s, LambdaSpec) and (s.n_global, s.sliding_window) == (self.n_global, self.sliding_window)
+            isinstance(s, LambdaSpec)
+            and (s.n_global, s.sliding_window) == (self.n_global, self.sliding_window)
             for s in kv_cache_specs.values()
         )
 
 
-def max_blocks_per_request(geometry: Geometry, block_size: int, max_in_flight_tokens: int, max_model_len: int) -> int:
+def max_blocks_per_request(
+    geometry: Geometry, block_size: int, max_in_flight_tokens: int, max_model_len: int
+) -> int:
     """Most blocks a request under `geometry` holds at once; arguments but block_size in tokens."""
     assert geometry.n_local is not None
     recent = cdiv(min(geometry.n_local - 1 + max_in_flight_tokens, max_model_len), block_size) + 1
@@ -98,10 +115,12 @@ class PrivateRequests(SingleTypeKVCacheManager):
 
 
 class LambdaManager(PrivateRequests):
-    """Frees the middle of every request in its group, and has the pool hand out these blocks before others that are cached.
+    """Frees the middle of every request in its group, and has the pool hand out these blocks before others
+    that are cached.
 
-    A hit needs a window of blocks at its end. So of what slides out of a window, the last blocks of a prompt and those where a
-    hit ended are worth keeping: who writes a turn of a chat again, or edits it, is hit there.
+    A hit needs a window of blocks at its end. So of what slides out of a window, the last blocks of a prompt
+    and those where a hit ended are worth keeping: who writes a turn of a chat again, or edits it, is hit
+    there.
     """
 
     kv_cache_spec: LambdaSpec
@@ -111,7 +130,8 @@ class LambdaManager(PrivateRequests):
         self._gaps: dict[str, int] = {}  # null blocks in the table of each request that has any
         self._num_freed_blocks = 0
         self._hits: dict[str, int] = {}  # tokens that each running request found in the prefix cache
-        # Free and cached, but not worth keeping; the oldest first. With the hash, since other groups use the same pool.
+        # Free and cached, but not worth keeping; the oldest first. With the hash, since other groups use the
+        # same pool.
         self._middles: dict[int, tuple[KVCacheBlock, BlockHashWithGroupId]] = {}
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
@@ -128,18 +148,26 @@ class LambdaManager(PrivateRequests):
             return
         kept = self._kept_blocks(self._hits.get(request_id, 0), num_prompt_tokens or 0)
         table = self.req_to_blocks[request_id]
-        leaving = [table[b] for b in range(first + gap, min(end, len(table))) if not any(b in blocks for blocks in kept)]
+        leaving = [
+            table[b]
+            for b in range(first + gap, min(end, len(table)))
+            if not any(b in blocks for blocks in kept)
+        ]
         free = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, first, end)
         self._num_freed_blocks += self.block_pool.get_num_free_blocks() - free
         self._gaps[request_id] = end - first
         # Null blocks and those without a hash never match, and the pool hands the latter out first by itself.
-        self._middles |= {b.block_id: (b, b.block_hash) for b in leaving if b.block_hash is not None and b.ref_cnt == 0}
+        self._middles |= {
+            b.block_id: (b, b.block_hash) for b in leaving if b.block_hash is not None and b.ref_cnt == 0
+        }
 
     def _kept_blocks(self, hit: int, prompt: int) -> tuple[range, range]:
-        """Blocks worth keeping once the window has left them: of the window of a hit, and of the prompt's last two.
+        """Blocks worth keeping once the window has left them: of the window of a hit, and of the prompt's
+        last two.
 
-        Two, so that a prompt which differs in its last n_local tokens only is hit where it begins to. hit, prompt: in tokens.
+        Two, so that a prompt which differs in its last n_local tokens only is hit where it begins to. hit,
+            prompt: in tokens.
         """
         spec, bs = self.kv_cache_spec, self.block_size
         return (
@@ -148,7 +176,11 @@ class LambdaManager(PrivateRequests):
         )
 
     def add_local_computed_blocks(
-        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], num_local_computed_tokens: int, *args: Any
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        *args: Any,
     ) -> None:
         super().add_local_computed_blocks(request_id, new_computed_blocks, num_local_computed_tokens, *args)
         self._hits[request_id] = num_local_computed_tokens
@@ -161,7 +193,9 @@ class LambdaManager(PrivateRequests):
         return super().allocate_new_blocks(request_id, num_tokens, *args)
 
     def _bring_to_front(self, num_blocks: int) -> None:
-        """Of the free blocks that the pool would hand out next, put those worth keeping behind middles, as far as these go."""
+        """Of the free blocks that the pool would hand out next, put those worth keeping behind middles, as
+        far as these go.
+        """
         if num_blocks <= 0:
             return
         queue, middles = self.block_pool.free_block_queue, self._middles
@@ -179,7 +213,9 @@ class LambdaManager(PrivateRequests):
         queue.prepend_n(chosen)
 
     def _unseen_blocks(self, computed_tokens: int, num_prompt_tokens: int | None) -> tuple[int, int]:
-        """(first, end): the blocks that the query at position `computed_tokens` and all later ones do not see."""
+        """(first, end): the blocks that the query at position `computed_tokens` and all later ones do not
+        see.
+        """
         return self.kv_cache_spec.first_blocks, _first_window_block(self.kv_cache_spec, computed_tokens)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -195,7 +231,9 @@ class LambdaManager(PrivateRequests):
         return len(self.req_to_blocks[request_id]) - self._gaps.get(request_id, 0)
 
     def take_num_freed_blocks(self) -> int:
-        """Blocks that went back to the pool from running requests since the last call; shared ones go with the last holder."""
+        """Blocks that went back to the pool from running requests since the last call; shared ones go with
+        the last holder.
+        """
         freed, self._num_freed_blocks = self._num_freed_blocks, 0
         return freed
 
@@ -273,7 +311,8 @@ class LambdaManager(PrivateRequests):
             if end * bs % alignment_tokens:
                 end -= 1
                 continue
-            # A window of one token sees no cached block; the last block still tells whether this is the same text.
+            # A window of one token sees no cached block; the last block still tells whether this is the same
+            # text.
             window = range(min(_first_window_block(kv_cache_spec, end * bs), end - 1), end)
             missing = next((b for b in reversed(window) if not is_cached(b)), None)
             if missing is None:
@@ -299,7 +338,10 @@ def full_attention_fields(spec: AttentionSpec) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class SteppedSpec(FullAttentionSpec):
-    """KV of one layer under stepped windows. most_tokens: the longest live context of any request, in tokens."""
+    """KV of one layer under stepped windows.
+
+    most_tokens: the longest live context of any request, in tokens.
+    """
 
     most_tokens: int
 
@@ -356,7 +398,8 @@ class SteppedManager(PrivateRequests, FullAttentionManager):
 
 @dataclass(frozen=True, kw_only=True)
 class WindowSpec(LambdaSpec):
-    """KV of a Focused Transformer's layer without memory: that of the window; `sliding_window` is a whole window's tokens.
+    """KV of a Focused Transformer's layer without memory: that of the window; `sliding_window` is a whole
+    window's tokens.
 
     steps: of a request under way at once, at most; each is one of a single window.
     """
@@ -367,23 +410,36 @@ class WindowSpec(LambdaSpec):
     @classmethod
     def of(cls, spec: AttentionSpec, windows: SteppedWindows, steps: int = 1) -> "WindowSpec":
         common = LambdaSpec.from_attention_spec(spec, Geometry(0, windows.tokens))
-        return cls(**{f.name: getattr(common, f.name) for f in fields(LambdaSpec) if f.init}, windows=windows, steps=steps)
+        return cls(
+            **{f.name: getattr(common, f.name) for f in fields(LambdaSpec) if f.init},
+            windows=windows,
+            steps=steps,
+        )
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """Those of as many windows as steps are under way, since no step goes past a window's end; the first is ragged."""
-        return min(cdiv(self.steps * self.sliding_window, self.block_size) + 1, cdiv(max_model_len, self.block_size))
+        """Those of as many windows as steps are under way, since no step goes past a window's end; the first
+        is ragged.
+        """
+        return min(
+            cdiv(self.steps * self.sliding_window, self.block_size) + 1, cdiv(max_model_len, self.block_size)
+        )
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(isinstance(s, WindowSpec) and s.windows == self.windows for s in kv_cache_specs.values())
 
 
 class WindowManager(LambdaManager):
-    """Frees what stands before the window. Only first windows are shared: where a later hit ends, a window begins, empty."""
+    """Frees what stands before the window.
+
+    Only first windows are shared: where a later hit ends, a window begins, empty.
+    """
 
     kv_cache_spec: WindowSpec
 
     def _kept_blocks(self, hit: int, prompt: int) -> tuple[range, range]:
-        """None: once the first window is memory, a hit inside of it would need its memory as it was before."""
+        """None: once the first window is memory, a hit inside of it would need its memory as it was
+        before.
+        """
         return range(0), range(0)
 
     def _unseen_blocks(self, computed_tokens: int, num_prompt_tokens: int | None) -> tuple[int, int]:
@@ -445,30 +501,53 @@ def blocks_apart(spec: KVCacheSpec) -> int:
 
 
 class MemoryManager(FullAttentionManager):
-    """Publishes closed windows, whose keys are un-rotated, where another prompt would have been cut into the same windows.
+    """Publishes closed windows, whose keys are un-rotated, where another prompt would have been cut into the
+    same windows.
 
-    And the first window, as if it were a group of its own, while it is open: its keys are still rotated by their places, which
-    are the same in every text. Who is hit there gets copies, since either request may go on and close its window in place.
+    And the first window, as if it were a group of its own, while it is open: its keys are still rotated by
+    their places, which are the same in every text. Who is hit there gets copies, since either request may go
+    on and close its window in place.
 
-    With a pool of its own, what finished requests leave there is evicted as vLLM does it, least recently used first.
+    With a pool of its own, what finished requests leave there is evicted as vLLM does it, least recently used
+    first.
     """
 
     kv_cache_spec: MemorySpec
 
-    def __init__(self, kv_cache_spec: MemorySpec, block_pool: BlockPool, enable_caching: bool, *args: Any, **kwargs: Any):
+    def __init__(
+        self,
+        kv_cache_spec: MemorySpec,
+        block_pool: BlockPool,
+        enable_caching: bool,
+        *args: Any,
+        **kwargs: Any,
+    ):
         self.is_apart = kv_cache_spec.memory_blocks is not None
         if kv_cache_spec.memory_blocks is not None:
             block_pool = BlockPool(kv_cache_spec.memory_blocks, enable_caching, block_pool.hash_block_size)
         super().__init__(kv_cache_spec, block_pool, enable_caching, *args, **kwargs)
-        self._open: dict[str, int] = {}  # blocks of each request's open first window that are published, or copies
-        self._to_copy: dict[str, int] = {}  # blocks that a request was hit in there, until it has copies of them
+        self._open: dict[
+            str, int
+        ] = {}  # blocks of each request's open first window that are published, or copies
+        self._to_copy: dict[
+            str, int
+        ] = {}  # blocks that a request was hit in there, until it has copies of them
         self._copies: dict[str, tuple[tuple[int, int], ...]] = {}  # (from, to), for the step to come
 
     def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        **kwargs: Any,
     ) -> int:
-        """Of vLLM's pool: none from a pool apart, or more than any pool has where that one has too few left."""
-        needed = super().get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks, *args, **kwargs)
+        """Of vLLM's pool: none from a pool apart, or more than any pool has where that one has too few
+        left.
+        """
+        needed = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, *args, **kwargs
+        )
         if self._is_in_first_window(len(new_computed_blocks)):
             needed += len(new_computed_blocks)
         if not self.is_apart:
@@ -490,29 +569,40 @@ class MemoryManager(FullAttentionManager):
         if count := self._to_copy.pop(request_id, 0):
             table = self.req_to_blocks[request_id]
             shared, table[:count] = table[:count], self.block_pool.get_new_blocks(count)
-            self._copies[request_id] = tuple((a.block_id, b.block_id) for a, b in zip(shared, table, strict=False))
+            self._copies[request_id] = tuple(
+                (a.block_id, b.block_id) for a, b in zip(shared, table, strict=False)
+            )
             # They may be given away in the same step: copies are made before anything is written in it.
             self.block_pool.free_blocks(reversed(shared))
         return super().allocate_new_blocks(request_id, *args, **kwargs)
 
     def take_copies(self, request_id: str) -> tuple[tuple[int, int], ...]:
-        """Ids of the blocks that are to be copied at the beginning of the request's first step: (from, to)."""
+        """Ids of the blocks that are to be copied at the beginning of the request's first step: (from,
+        to).
+        """
         return self._copies.pop(request_id, ())
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         windows, prompt = self.kv_cache_spec.windows, request.num_prompt_tokens
-        closed = windows.start(max(num_tokens - 1, 0), prompt)  # as far as whole blocks go, which is what vLLM gives here
+        closed = windows.start(
+            max(num_tokens - 1, 0), prompt
+        )  # as far as whole blocks go, which is what vLLM gives here
         if windows.start(request.num_computed_tokens, prompt) == 0:
             self.publish_first_window(request)
         else:
             self._withdraw(request.request_id)
-        # With a short prompt all windows are cut as those of a longer prompt are that begins with the same text.
+        # With a short prompt all windows are cut as those of a longer prompt are that begins with the same
+        # text.
         cut_alike = windows.last_start(prompt) or closed
         super().cache_blocks(request, min(closed, cut_alike), *args, **kwargs)
 
     def publish_first_window(self, request: Request) -> None:
-        """What is computed of it: unlike blocks that are shared, those to be copied must be there before the step."""
-        computed = min(request.num_computed_tokens, len(request.block_hashes) * self.block_size) // self.block_size
+        """What is computed of it: unlike blocks that are shared, those to be copied must be there before the
+        step.
+        """
+        computed = (
+            min(request.num_computed_tokens, len(request.block_hashes) * self.block_size) // self.block_size
+        )
         published = self._open.setdefault(request.request_id, 0)
         blocks = self.req_to_blocks[request.request_id]
         # vLLM's events name groups that it knows.
@@ -556,23 +646,35 @@ class MemoryManager(FullAttentionManager):
 
 
 def _cached_from_the_first(
-    block_hashes: BlockHashList, max_length: int, groups: list[int], block_pool: BlockPool, spec: AttentionSpec
+    block_hashes: BlockHashList,
+    max_length: int,
+    groups: list[int],
+    block_pool: BlockPool,
+    spec: AttentionSpec,
 ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
     """The longest run of cached blocks from the text's beginning, by group, and its length in tokens."""
     hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, spec.block_size)
-    found = (block_pool.get_cached_block(hashes[i], groups) for i in range(min(max_length // spec.block_size, len(hashes))))
+    found = (
+        block_pool.get_cached_block(hashes[i], groups)
+        for i in range(min(max_length // spec.block_size, len(hashes)))
+    )
     blocks = [block for block in itertools.takewhile(bool, found) if block]
     return tuple([b[group] for b in blocks] for group in range(len(groups))), len(blocks) * spec.block_size
 
 
 def _window_starts_before(num_tokens: int, spec: WindowSpec | MemorySpec) -> int:
-    """The last place up to `num_tokens` where a window and a block begin, in a prompt that goes on for long."""
+    """The last place up to `num_tokens` where a window and a block begin, in a prompt that goes on for
+    long.
+    """
     return num_tokens // (common := math.lcm(spec.windows.tokens, spec.block_size)) * common
 
 
 @dataclass(frozen=True, kw_only=True)
 class MiddleSpec(FullAttentionSpec):
-    """KV of a layer with LM-Infinite's top-k branch: all of it. `startup.engine_args` turns prefix caching off."""
+    """KV of a layer with LM-Infinite's top-k branch: all of it.
+
+    `startup.engine_args` turns prefix caching off.
+    """
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> "MiddleSpec":
@@ -593,14 +695,17 @@ def prefix_caching(settings: Settings, cache: CacheConfig) -> str:
     if Role.MEMORY in settings.mode.layers:
         windows = settings.memory.windows
         return (
-            f"{steps} inside of the first window, while that is open; then in steps of {windows.tokens}, up to "
+            f"{steps} inside of the first window, while that is open; then in steps of {windows.tokens}, up "
+            f"to "
             f"{windows.last_tokens} tokens before the end of either prompt"
         )
     return f"{steps}; requests that learn: off" if settings.mode.adapts else steps
 
 
 def layer_spec(kind: str, spec: AttentionSpec, vllm_config: VllmConfig) -> KVCacheSpec:
-    """What the pool keeps of a layer. kind: the name of the spec in `modes.MODES`. spec: what vLLM would keep of it.
+    """What the pool keeps of a layer.
+
+    kind: the name of the spec in `modes.MODES`. spec: what vLLM would keep of it.
 
     Raises TypeError for a layer with a window of its own.
     """
@@ -618,7 +723,9 @@ def layer_spec(kind: str, spec: AttentionSpec, vllm_config: VllmConfig) -> KVCac
 
 
 def memory_blocks(settings: Settings, vllm_config: VllmConfig) -> int | None:
-    """Blocks of the memory layers' own pool on a rank, the null block included; None if memory lives in vLLM's pool."""
+    """Blocks of the memory layers' own pool on a rank, the null block included; None if memory lives in
+    vLLM's pool.
+    """
     if Role.MEMORY not in settings.mode.layers or (limit := settings.memory.limit_gib) is None:
         return None
     return int(limit * 2**30) // (len(settings.memory.layers) * bytes_per_layer_block(vllm_config))
@@ -632,7 +739,10 @@ def bytes_per_layer_block(vllm_config: VllmConfig) -> int:
 
 
 def register() -> None:
-    """Make the specs known to vLLM; also needed where it is only unpickled. Built-in specs must be there first."""
+    """Make the specs known to vLLM; also needed where it is only unpickled.
+
+    Built-in specs must be there first.
+    """
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(LambdaSpec, LambdaManager, uniform_type_base_spec=LambdaSpec)
     KVCacheSpecRegistry.register(SteppedSpec, SteppedManager, uniform_type_base_spec=SteppedSpec)

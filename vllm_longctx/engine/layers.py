@@ -45,9 +45,9 @@ def find_layers(
 ) -> list[LayerSite]:
     """The attention layers of a loaded model, which now has exact rotary angles, if it has RoPE.
 
-    impl: The class of every layer's implementation, as vLLM made it. Must come before the first forward, which compiles the
-    model. Raises RuntimeError for a layer that is not a plain decoder layer with ALiBi slopes or with the model's one rotary
-    module beside it (vLLM's `get_rope` gives all layers the same).
+    impl: The class of every layer's implementation, as vLLM made it. Must come before the first forward,
+    which compiles the model. Raises RuntimeError for a layer that is not a plain decoder layer with ALiBi
+    slopes or with the model's one rotary module beside it (vLLM's `get_rope` gives all layers the same).
     """
     settings = active_settings(vllm_config)
     layers = vllm_config.compilation_config.static_forward_context
@@ -69,7 +69,9 @@ def find_layers(
                 else stock_rotary is None
             )
         ):
-            raise RuntimeError(f"longctx cannot take over {name} ({type(layer).__name__}, {type(stock_rotary).__name__})")
+            raise RuntimeError(
+                f"longctx cannot take over {name} ({type(layer).__name__}, {type(stock_rotary).__name__})"
+            )
 
     rotary = None if stock_rotary is None else exact_rotary(stock_rotary, vllm_config)
     sites = []
@@ -84,12 +86,17 @@ def find_layers(
 
 
 def exact_rotary(stock: RotaryEmbedding, vllm_config: VllmConfig) -> Rotary:
-    """The same rotation with float64 angles, on its device. Raises RuntimeError if it differs from vLLM's own table."""
+    """The same rotation with float64 angles, on its device.
+
+    Raises RuntimeError if it differs from vLLM's own table.
+    """
     parameters = rope_parameters(vllm_config.model_config)
     if parameters is None:
         raise RuntimeError(f"{type(stock).__name__} rotates, but the model's config has no RoPE parameters")
     frequencies = inverse_frequencies(stock.rotary_dim, parameters, stock.max_position_embeddings)
-    rotary = Rotary(stock.head_size, stock.rotary_dim, stock.is_neox_style, frequencies, attention_factor(parameters))
+    rotary = Rotary(
+        stock.head_size, stock.rotary_dim, stock.is_neox_style, frequencies, attention_factor(parameters)
+    )
     positions = torch.arange(min(64, len(stock.cos_sin_cache)))
     ours = torch.cat(rotary.scaled_cos_sin(positions), -1)
     theirs = stock.cos_sin_cache[: len(positions)].float().cpu()
@@ -105,8 +112,8 @@ class TakenOver:
     def of(cls, stock: AttentionImpl[Any], **own: Any) -> Self:
         """The layer that vLLM made, with our class and with attributes of our own.
 
-        vLLM makes the layers of a model before anybody knows which one a layer is, and its constructors convert what they are
-        given; so the attributes are taken as they are.
+        vLLM makes the layers of a model before anybody knows which one a layer is, and its constructors
+        convert what they are given; so the attributes are taken as they are.
         """
         made = cls.__new__(cls)
         vars(made).update(vars(stock), **own)

@@ -1,10 +1,11 @@
-"""The rule of a lookup: which keys of a memory win, how keys are compared, and how they join a layer's other keys.
+"""The rule of a lookup: which keys of a memory win, how keys are compared, and how they join a layer's other
+keys.
 
-Both platforms follow it, each in its own way (`cpu.kernels.retrieval`, `cuda.kernels.lookup`). Every query head
-attends to the k keys with the highest inner products (Memorizing Transformers, arXiv 2203.08913, section 3.1;
-Focused Transformer, arXiv 2307.03170, section 3.1). Of equal products the earlier key wins. To read few blocks,
-each block has a summary: its keys in 7 bits with one step for the block. The bound that it gives says which blocks
-are read.
+Both platforms follow it, each in its own way (`cpu.kernels.retrieval`, `cuda.kernels.lookup`). Every query
+head attends to the k keys with the highest inner products (Memorizing Transformers, arXiv 2203.08913, section
+3.1; Focused Transformer, arXiv 2307.03170, section 3.1). Of equal products the earlier key wins. To read few
+blocks, each block has a summary: its keys in 7 bits with one step for the block. The bound that it gives says
+which blocks are read.
 """
 
 from dataclasses import dataclass
@@ -49,7 +50,9 @@ def weigh(lse: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(scores: Tensor, places: Tensor) -> Tensor:
-    """float32 scores and places below 2^32 as int64 in one order: by score, the higher first, then the earlier place."""
+    """float32 scores and places below 2^32 as int64 in one order: by score, the higher first, then the
+    earlier place.
+    """
     bits = (scores + 0.0).view(torch.int32)  # + 0.0: no -0.0
     return (_ordered_bits(bits).long() << 32) + (LOW - places)
 

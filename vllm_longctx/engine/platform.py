@@ -13,13 +13,15 @@ from vllm_longctx.engine.step import StepInfo, StepReport
 class Platform(Protocol):
     """The workers of `vllm_longctx.cpu` and `vllm_longctx.cuda`.
 
-    All is called in the worker's process, by its one thread, in this order: `new_rows` and `make_layer` once the weights are
-    loaded, before anything is computed or compiled; `bind_kv_cache` once the KV cache is there; then for each step `begin_step`
-    and `report_step`.
+    All is called in the worker's process, by its one thread, in this order: `new_rows` and `make_layer` once
+    the weights are loaded, before anything is computed or compiled; `bind_kv_cache` once the KV cache is
+    there; then for each step `begin_step` and `report_step`.
     """
 
     def new_rows(self) -> StepTimes:
-        """What the runner tells metadata builders of each step: the platform's `StepRows`, one for all layers."""
+        """What the runner tells metadata builders of each step: the platform's `StepRows`, one for all
+        layers.
+        """
         ...
 
     def make_layer(self, site: LayerSite) -> None:
@@ -30,14 +32,17 @@ class Platform(Protocol):
         ...
 
     def bind_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
-        """Take what layers need beside vLLM's KV cache, which is allocated: other caches, summaries, compiled lookups.
+        """Take what layers need beside vLLM's KV cache, which is allocated: other caches, summaries, compiled
+        lookups.
 
         Raises LongContextError where memory for it cannot be had.
         """
         ...
 
     def begin_step(self, scheduler_output: SchedulerOutput, info: StepInfo) -> None:
-        """Before a step's inputs are prepared: what its requests compute with, and what is to be done before they do."""
+        """Before a step's inputs are prepared: what its requests compute with, and what is to be done before
+        they do.
+        """
         ...
 
     def report_step(self) -> StepReport:

@@ -1,6 +1,7 @@
 """The two messages of a step: `StepInfo` from the scheduler to the workers, `StepReport` from a worker back.
 
-Each travels as one attribute of vLLM's own message of that step; nothing else is added to vLLM's objects on the way.
+Each travels as one attribute of vLLM's own message of that step; nothing else is added to vLLM's objects on
+the way.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,8 @@ class RequestWindow:
     """A request's stepped window in a memory engine. Positions in tokens.
 
     start: Where the window of the request's tokens in this step begins.
-    closes: Where the window began that the last step ended, which now becomes memory; None if it is memory already.
+    closes: Where the window began that the last step ended, which now becomes memory; None if it is memory
+        already.
     copies: Ids (from, to) of memory layers' blocks, to be copied before anything is written in the step.
     """
 
@@ -101,8 +103,8 @@ class StepInfo:
 class StepReport:
     """What a worker reports of a step.
 
-    selection_seconds: Spent on attention metadata: tables, scratch blocks, plans, of all KV cache groups together; of the
-        host, where the device computes ahead. None in a step without a forward.
+    selection_seconds: Spent on attention metadata: tables, scratch blocks, plans, of all KV cache groups
+        together; of the host, where the device computes ahead. None in a step without a forward.
     swap_seconds: Of each adapter that was put into the layers.
     failed_adapters: Users' adapters that could not be loaded, by the id that the user gave, with the reason.
     """

@@ -1,4 +1,6 @@
-"""The worker's life on every platform: when layers are made, the KV cache is bound, a step begins and is reported."""
+"""The worker's life on every platform: when layers are made, the KV cache is bound, a step begins and is
+reported.
+"""
 
 from functools import partial
 from typing import Any
@@ -64,7 +66,9 @@ class LongContextWorkerBase(WorkerBase, Platform):
     def make_layers(self, model: nn.Module, rows: StepTimes) -> list[LayerSite]:
         sites = find_layers(model, self.vllm_config, self.stock_impl, self.device)
         backends = {
-            role: engine_backend(self.backend(role), rows, partial(layer_spec, kind, vllm_config=self.vllm_config))
+            role: engine_backend(
+                self.backend(role), rows, partial(layer_spec, kind, vllm_config=self.vllm_config)
+            )
             for role, kind in self.settings.mode.layers.items()
         }
         for site in sites:
@@ -90,7 +94,9 @@ class LongContextWorkerBase(WorkerBase, Platform):
         output = super().sample_tokens(grammar_output)
         if isinstance(output, AsyncModelRunnerOutput):
             return ReportedOutput(output, self.report_step())
-        if isinstance(output, ModelRunnerOutput) and output.req_ids:  # else it may be vLLM's one empty output, which all share
+        if (
+            isinstance(output, ModelRunnerOutput) and output.req_ids
+        ):  # else it may be vLLM's one empty output, which all share
             self.report_step().send_with(output)
         return output
 

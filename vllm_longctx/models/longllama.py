@@ -1,7 +1,7 @@
 """LongLLaMA's checkpoints (github.com/CStanKonrad/long_llama): Llama's weights, and which layers have memory.
 
-The model is vLLM's and transformers' own Llama; the memory is the engine's (`attention/focused`). Nothing of vLLM here:
-training needs it too.
+The model is vLLM's and transformers' own Llama; the memory is the engine's (`attention/focused`). Nothing of
+vLLM here: training needs it too.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ ARCHITECTURE = "LongLlamaForCausalLM"
 class LongLlamaConfig(LlamaConfig):
     """Llama's config and the memory's, in the official code's names and with its defaults.
 
-    max_position_embeddings: tokens of a window, not of the text. last_context_length: a window begins so far before the end
-    of the prompt. mem_layers: numbers of the layers that see all keys before the window. mem_positionals: False for memory
-    layers without any rotation. mem_dtype: of the memory's keys and values.
+    max_position_embeddings: tokens of a window, not of the text. last_context_length: a window begins so far
+    before the end of the prompt. mem_layers: numbers of the layers that see all keys before the window.
+    mem_positionals: False for memory layers without any rotation. mem_dtype: of the memory's keys and values.
     """
 
     model_type = MODEL_TYPE
@@ -51,14 +51,19 @@ def is_checkpoint(model: str, ask_hub: bool) -> bool:
 
 
 def check_weights(model: str, config: PretrainedConfig) -> None:
-    """Raises ValueError where a local checkpoint's safetensors have other layers or shapes than its config says."""
+    """Raises ValueError where a local checkpoint's safetensors have other layers or shapes than its config
+    says.
+    """
     shapes: dict[str, list[int]] = {}
     for path in sorted(Path(model).glob("*.safetensors")):
         with safe_open(path, "pt") as weights:
             shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
     if not shapes:
         return
-    hidden, head = config.hidden_size, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    hidden, head = (
+        config.hidden_size,
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
     expected = {
         "model.embed_tokens.weight": [config.vocab_size, hidden],
         "model.layers.0.self_attn.q_proj.weight": [config.num_attention_heads * head, hidden],
@@ -74,6 +79,7 @@ def check_weights(model: str, config: PretrainedConfig) -> None:
     layers = {int(name.split(".")[2]) for name in shapes if name.startswith("model.layers.")}
     if layers != set(range(config.num_hidden_layers)):
         raise ValueError(
-            f"checkpoint {model}: config.json says num_hidden_layers = {config.num_hidden_layers}, but its weights have layers "
+            f"checkpoint {model}: config.json says num_hidden_layers = {config.num_hidden_layers}, but its "
+            f"weights have layers "
             f"{min(layers)} to {max(layers)}; one of the two files belongs to another model"
         )

@@ -45,16 +45,27 @@ def attention_config(config: MptConfig) -> MptAttentionConfig:
 
 
 class MptAttention(nn.Module):
-    def __init__(self, config: MptConfig, cache: CacheConfig | None, quant: QuantizationConfig | None, prefix: str):
+    def __init__(
+        self, config: MptConfig, cache: CacheConfig | None, quant: QuantizationConfig | None, prefix: str
+    ):
         super().__init__()
         head_size = config.hidden_size // config.n_heads
         attention = attention_config(config)
         self.clip = attention.clip_qkv
         self.Wqkv = QKVParallelLinear(
-            config.hidden_size, head_size, config.n_heads, bias=False, quant_config=quant, prefix=f"{prefix}.Wqkv"
+            config.hidden_size,
+            head_size,
+            config.n_heads,
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.Wqkv",
         )
         self.out_proj = RowParallelLinear(
-            config.hidden_size, config.hidden_size, bias=False, quant_config=quant, prefix=f"{prefix}.out_proj"
+            config.hidden_size,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.out_proj",
         )
         ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         slopes = alibi_slopes(config.n_heads, attention.alibi_bias_max)
@@ -95,7 +106,9 @@ class MptMLP(nn.Module):
 
 
 class MptBlock(nn.Module):
-    def __init__(self, config: MptConfig, cache: CacheConfig | None, quant: QuantizationConfig | None, prefix: str):
+    def __init__(
+        self, config: MptConfig, cache: CacheConfig | None, quant: QuantizationConfig | None, prefix: str
+    ):
         super().__init__()
         self.norm_1 = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon, bias=False)
         self.attn = MptAttention(config, cache, quant, f"{prefix}.attn")
@@ -120,7 +133,9 @@ class MptModel(nn.Module):
         )
         self.norm_f = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon, bias=False)
 
-    def forward(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         for block in self.blocks:
             x = block(x)
@@ -134,7 +149,9 @@ class MptForCausalLM(nn.Module):
         assert isinstance(config, MptConfig)
         check_config(config)
         self.transformer = MptModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "transformer"))
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head"))
+        self.lm_head = ParallelLMHead(
+            config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+        )
         self.lm_head = self.lm_head.tie_weights(self.transformer.wte)
         self.logits_processor = LogitsProcessor(config.vocab_size)
 

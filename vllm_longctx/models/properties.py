@@ -35,12 +35,16 @@ def model_dtype(model_config: ModelConfig) -> torch.dtype:
 
 
 def trained_length(model_config: ModelConfig) -> int:
-    """Tokens the model was trained (or its positions rescaled) for. Raises LongContextError if its config has none."""
+    """Tokens the model was trained (or its positions rescaled) for.
+
+    Raises LongContextError if its config has none.
+    """
     hf_config = model_config.hf_text_config
     length = next((v for key in LENGTH_KEYS if (v := getattr(hf_config, key, None)) is not None), None)
     if length is None:
         raise LongContextError(
-            f"the config of model {model_config.model} does not say the trained length ({', '.join(LENGTH_KEYS)}); "
+            f"the config of model {model_config.model} does not say the trained length "
+            f"({', '.join(LENGTH_KEYS)}); "
             f"""give it, for example --hf-overrides '{{"{LENGTH_KEYS[-1]}": 2048}}'"""
         )
     parameters = rope_parameters(model_config) or {}
@@ -53,9 +57,12 @@ def trained_length(model_config: ModelConfig) -> int:
 
 
 def check_load_format(load: LoadConfig) -> None:
-    """Raises LongContextError where a trainer with a copy of its own cannot load the weights that vLLM loads."""
+    """Raises LongContextError where a trainer with a copy of its own cannot load the weights that vLLM
+    loads.
+    """
     if load.load_format not in LOAD_FORMATS:
         raise LongContextError(
-            f"load_format = {load.load_format!r}: the trainer loads its own copy of the weights, and not in this way; give one "
+            f"load_format = {load.load_format!r}: the trainer loads its own copy of the weights, and not in "
+            f"this way; give one "
             f"of {', '.join(LOAD_FORMATS)}, or leave adaptation out"
         )

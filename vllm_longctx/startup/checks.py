@@ -1,4 +1,6 @@
-"""Models and settings of vLLM's that do not go with longctx: refused before anything is loaded, each with its reason."""
+"""Models and settings of vLLM's that do not go with longctx: refused before anything is loaded, each with its
+reason.
+"""
 
 import vllm.envs as envs
 from vllm.config import ModelConfig, VllmConfig
@@ -23,8 +25,15 @@ ARCHITECTURES = (
     "MPTForCausalLM",
     longllama.ARCHITECTURE,
 )
-# Those whose layers can be given a memory: each has its rotary module beside its attention, and nothing else is positional.
-FOCUSABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", longllama.ARCHITECTURE)
+# Those whose layers can be given a memory: each has its rotary module beside its attention, and nothing else
+# is positional.
+FOCUSABLE = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    longllama.ARCHITECTURE,
+)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -44,14 +53,17 @@ def check_model(model: ModelConfig) -> None:
         "has no attention": model.is_attention_free,
         f"has a sliding window of its own ({sliding_window} tokens); --disable-sliding-window replaces it by "
         "longctx's": sliding_window is not None,
-        "has dual chunk attention of its own": getattr(model.hf_text_config, "dual_chunk_attention_config", None) is not None,
+        "has dual chunk attention of its own": getattr(
+            model.hf_text_config, "dual_chunk_attention_config", None
+        )
+        is not None,
         "has neither one set of RoPE positions nor ALiBi, but learned ones or several sets": (
             parameters is None and not model.uses_alibi
         ),
-        f"has heads of {head_size} elements; {attention} takes {', '.join(map(str, head_sizes))}": head_size not in head_sizes,
-        f"computes in {model.dtype}; {attention} takes {', '.join(map(str, backend.supported_dtypes))}; give --dtype": (
-            model.dtype not in backend.supported_dtypes
-        ),
+        f"has heads of {head_size} elements; {attention} takes {', '.join(map(str, head_sizes))}": head_size
+        not in head_sizes,
+        f"computes in {model.dtype}; {attention} takes {', '.join(map(str, backend.supported_dtypes))}; give "
+        "--dtype": (model.dtype not in backend.supported_dtypes),
         f"has rope_type {scaling!r}, not one of {', '.join(SCALINGS)}": scaling not in SCALINGS,
     }
     for reason, holds in reasons.items():
@@ -69,12 +81,14 @@ def check_settings(vllm_config: VllmConfig) -> None:
     refused = {
         f"kv_cache_dtype = {cache.cache_dtype!r}; {here.kv_remedy}": cache.cache_dtype not in here.kv_dtypes,
         "speculative_config is set; leave it out": vllm_config.speculative_config is not None,
-        f"kv_offloading_size = {cache.kv_offloading_size}; leave it out": cache.kv_offloading_size is not None,
+        f"kv_offloading_size = {cache.kv_offloading_size}; leave it out": cache.kv_offloading_size
+        is not None,
         "kv_transfer_config is set; leave it out": vllm_config.kv_transfer_config is not None,
         f"kv_cache_dtype_skip_layers = {cache.kv_cache_dtype_skip_layers}; leave it out": bool(
             cache.kv_cache_dtype_skip_layers
         ),
-        f"runner = {model.runner_type!r}; leave it out: longctx is for models that write": model.runner_type != "generate",
+        f"runner = {model.runner_type!r}; leave it out: longctx is for models that write": model.runner_type
+        != "generate",
         f"model_impl = {model.model_impl!r}, whose attention longctx does not know; leave it at 'auto'": (
             model.using_transformers_backend()
         ),
@@ -91,7 +105,8 @@ def check_settings(vllm_config: VllmConfig) -> None:
         ),
         "the Model Runner V2 is chosen; set VLLM_USE_V2_MODEL_RUNNER=0": not here.has_runner_v2
         and vllm_config.use_v2_model_runner,
-        f"block_size = {cache.block_size}; give a multiple of {here.block_multiple}": cache.block_size % here.block_multiple
+        f"block_size = {cache.block_size}; give a multiple of {here.block_multiple}": cache.block_size
+        % here.block_multiple
         != 0,
     }
     for setting, holds in refused.items():
@@ -100,52 +115,72 @@ def check_settings(vllm_config: VllmConfig) -> None:
     if cache.cache_dtype in FP8:
         from vllm_longctx.cuda.sliding import MIN_FP8_CAPABILITY
 
-        check_capability(MIN_FP8_CAPABILITY, f"kv_cache_dtype = {cache.cache_dtype!r}", "leave kv_cache_dtype at 'auto'")
+        check_capability(
+            MIN_FP8_CAPABILITY, f"kv_cache_dtype = {cache.cache_dtype!r}", "leave kv_cache_dtype at 'auto'"
+        )
 
 
 def check_settings_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -> None:
-    """Raises LongContextError naming an engine setting that does not go with stepped windows, or a top-k branch, there."""
-    cache, looks_up, limit = vllm_config.cache_config, config.attention.top_k is not None, config.attention.memory_limit_gib
+    """Raises LongContextError naming an engine setting that does not go with stepped windows, or a top-k
+    branch, there.
+    """
+    cache, looks_up, limit = (
+        vllm_config.cache_config,
+        config.attention.top_k is not None,
+        config.attention.memory_limit_gib,
+    )
     asked = "attention.top_k" if config.attention.lookup is None else "attention.lookup"
     refused = {
-        "the Model Runner V1 is chosen; leave VLLM_USE_V2_MODEL_RUNNER out": not vllm_config.use_v2_model_runner,
+        "the Model Runner V1 is chosen; leave VLLM_USE_V2_MODEL_RUNNER "
+        "out": not vllm_config.use_v2_model_runner,
         f"kv_cache_dtype = {cache.cache_dtype!r}; leave it at 'auto'": cache.cache_dtype != "auto",
-        "microbatches are on; leave enable_dbo and ubatch_size out": vllm_config.parallel_config.use_ubatching,
+        "microbatches are on; leave enable_dbo and ubatch_size "
+        "out": vllm_config.parallel_config.use_ubatching,
         f"block_size = {cache.block_size}; with {asked} give a power of two": (
             looks_up and cache.block_size & (cache.block_size - 1) != 0
         ),
-        f"attention.memory_limit_gib = {limit}, where vLLM has no pinned host memory that the GPU can address; leave it out": (
-            limit is not None and not current_platform.is_pin_memory_available()
-        ),
+        f"attention.memory_limit_gib = {limit}, where vLLM has no pinned host memory that the GPU can "
+        "address; leave it out": (limit is not None and not current_platform.is_pin_memory_available()),
     }
     for setting, holds in refused.items():
         if holds:
-            raise LongContextError(f"{config.mode.asked_for} does not run on CUDA with this setting: {setting}")
+            raise LongContextError(
+                f"{config.mode.asked_for} does not run on CUDA with this setting: {setting}"
+            )
 
 
 def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> None:
     """Raises LongContextError for a model or a setting with which Temp-LoRA cannot work."""
-    model, scheduler, parallel = vllm_config.model_config, vllm_config.scheduler_config, vllm_config.parallel_config
+    model, scheduler, parallel = (
+        vllm_config.model_config,
+        vllm_config.scheduler_config,
+        vllm_config.parallel_config,
+    )
     name = f"model {model.model} ({', '.join(model.architectures)})"
     most = scheduler.max_num_seqs
     quantized = getattr(model.hf_config, "quantization_config", None)
     here = platform()
     executor, offload = parallel.distributed_executor_backend, vllm_config.offload_config
     refused = {
-        f"{name} is quantized ({model.quantization or quantized}), and the trainer loads unquantized weights only; give the "
+        f"{name} is quantized ({model.quantization or quantized}), and the trainer loads unquantized weights "
+        f"only; give the "
         "unquantized checkpoint": model.quantization is not None or quantized is not None,
         f"{name} has no LoRA support for its linear layers; Temp-LoRA runs {', '.join(ADAPTABLE)}": (
             not set(model.architectures) & set(ADAPTABLE)
         ),
-        f"adaptation.slots = {adaptation.slots}, but max_num_seqs = {most} requests run at once; lower slots, or raise "
+        f"adaptation.slots = {adaptation.slots}, but max_num_seqs = {most} requests run at once; lower "
+        f"slots, or raise "
         "max_num_seqs": adaptation.slots is not None and adaptation.slots > most,
         f"scheduling_policy = {scheduler.policy!r} may preempt a request that adapts; leave it at 'fcfs'": (
             scheduler.policy != "fcfs"
         ),
-        f"pipeline_parallel_size = {parallel.pipeline_parallel_size}; set it to 1": parallel.pipeline_parallel_size > 1,
-        f"distributed_executor_backend = {executor!r}: the trainer shares memory with workers of its machine, below one "
+        f"pipeline_parallel_size = {parallel.pipeline_parallel_size}; set it to "
+        "1": parallel.pipeline_parallel_size > 1,
+        f"distributed_executor_backend = {executor!r}: the trainer shares memory with workers of its "
+        f"machine, below one "
         "engine; leave it out": executor not in (None, "mp", "uni"),
-        f"nnodes = {parallel.nnodes}: the trainer shares memory with workers of its machine; set it to 1": parallel.nnodes > 1,
+        f"nnodes = {parallel.nnodes}: the trainer shares memory with workers of its machine; set it to "
+        "1": parallel.nnodes > 1,
         "weight_transfer_config is set, but the trainer keeps the weights that it has loaded; leave it out": (
             vllm_config.weight_transfer_config is not None
         ),
@@ -153,29 +188,34 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
         f"{offload.prefetch.offload_group_size}), which the trainer cannot share; leave both out": (
             offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0
         ),
-        f"data_parallel_size = {parallel.data_parallel_size} on CUDA, where all trainers would be on the first GPU; set it to "
+        f"data_parallel_size = {parallel.data_parallel_size} on CUDA, where all trainers would be on the "
+        f"first GPU; set it to "
         "1, and start a server for each GPU": here.trains_beside_engine and parallel.data_parallel_size > 1,
-        "microbatches are on, which go with no LoRA; leave enable_dbo and ubatch_size out": parallel.use_ubatching,
+        "microbatches are on, which go with no LoRA; leave enable_dbo and ubatch_size "
+        "out": parallel.use_ubatching,
     }
     for reason, holds in refused.items():
         if holds:
             raise LongContextError(f"longctx cannot adapt here: {reason}")
-    if adaptation.trainer.address is None and not here.trains_beside_engine:  # else it may share the engine's weights
+    if (
+        adaptation.trainer.address is None and not here.trains_beside_engine
+    ):  # else it may share the engine's weights
         check_load_format(vllm_config.load_config)
     check_trainer(adaptation.trainer)
 
 
 def check_memory(vllm_config: VllmConfig) -> None:
-    """Raises LongContextError for a model or a setting with which a memory, or a top-k branch, cannot work."""
+    """Raises LongContextError for a model or a setting with which a memory, or a top-k branch, cannot
+    work.
+    """
     model = vllm_config.model_config
     name = f"model {model.model} ({', '.join(model.architectures)})"
     refused = {
         f"{name} is none of those whose layers can have a memory: {', '.join(FOCUSABLE)}": (
             not set(model.architectures) & set(FOCUSABLE)
         ),
-        "disable_hybrid_kv_cache_manager is set, and memory layers keep what the others free; leave it out": bool(
-            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
-        ),
+        "disable_hybrid_kv_cache_manager is set, and memory layers keep what the others free; "
+        "leave it out": bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
         f"pipeline_parallel_size = {vllm_config.parallel_config.pipeline_parallel_size}; set it to 1": (
             vllm_config.parallel_config.pipeline_parallel_size > 1
         ),

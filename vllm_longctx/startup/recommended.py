@@ -20,9 +20,11 @@ RECOMMENDABLE = (*Recipe.__struct_fields__, *SIZES)
 
 
 def with_recommended(adaptation: AdaptationSection, args: EngineArgs) -> AdaptationSection:
-    """With the recipe of the checkpoint's RECOMMENDED, where the user says nothing: a small model wants another one.
+    """With the recipe of the checkpoint's RECOMMENDED, where the user says nothing: a small model wants
+    another one.
 
-    Whatever else is in that file, it says nothing of this machine and is ignored, with a warning that names it.
+    Whatever else is in that file, it says nothing of this machine and is ignored, with a warning that names
+    it.
     """
     recommended, ignored = read_recommended(args.model, args.revision)
     limits = {"rank": adaptation.max_rank or MAX_RANK, "epochs": adaptation.max_epochs}
@@ -37,7 +39,10 @@ def with_recommended(adaptation: AdaptationSection, args: EngineArgs) -> Adaptat
 
 
 def read_recommended(model: str, revision: str | None) -> tuple[dict[str, Any], list[str]]:
-    """The valid entries of the recipe that a checkpoint recommends, and what else its file says. model: path or name."""
+    """The valid entries of the recipe that a checkpoint recommends, and what else its file says.
+
+    model: path or name.
+    """
     if is_cloud_storage(model) or (envs.VLLM_USE_MODELSCOPE and not Path(model).is_dir()):
         return {}, []  # vLLM reads single files of neither
     try:
@@ -55,7 +60,9 @@ def read_recommended(model: str, revision: str | None) -> tuple[dict[str, Any], 
         try:
             if name not in RECOMMENDABLE:
                 raise LongContextError
-            recommended[name] = getattr(LongContextConfig.parse({"adaptation": {name: value}}).adaptation, name)
+            recommended[name] = getattr(
+                LongContextConfig.parse({"adaptation": {name: value}}).adaptation, name
+            )
         except LongContextError:
             ignored.append(_short(f"adaptation.{name}", value))
     return recommended, ignored

@@ -12,7 +12,9 @@ from vllm_longctx.settings import TrainerSettings
 
 
 def check_trainer(trainer: TrainerSection) -> None:
-    """Raises LongContextError if the trainer's device, CPUs or attention are not there, or nobody could be at its address."""
+    """Raises LongContextError if the trainer's device, CPUs or attention are not there, or nobody could be at
+    its address.
+    """
     check_cpus(trainer)
     if trainer.address is not None:
         check_address(trainer.address)
@@ -27,12 +29,14 @@ def check_trainer(trainer: TrainerSection) -> None:
     if trainer.attention == "xformers":
         if device.type != "cuda":
             raise LongContextError(
-                f"adaptation.trainer.attention = 'xformers' needs a GPU, but adaptation.trainer.device is {device}; leave "
+                f"adaptation.trainer.attention = 'xformers' needs a GPU, but adaptation.trainer.device is "
+                f"{device}; leave "
                 "attention out, or set device"
             )
         if importlib.util.find_spec("xformers") is None:
             raise LongContextError(
-                "adaptation.trainer.attention = 'xformers', but xformers is not installed here; install it (pip install "
+                "adaptation.trainer.attention = 'xformers', but xformers is not installed here; install it "
+                "(pip install "
                 "xformers), or leave attention out"
             )
 
@@ -43,16 +47,22 @@ def check_cpus(trainer: TrainerSection) -> None:
     there = f"this process may use {', '.join(map(str, allowed))}"
     cpus = allowed if trainer.cpus is None else trainer.cpus
     if not set(cpus) <= set(allowed) or not cpus:
-        raise LongContextError(f"adaptation.trainer.cpus = {cpus}, but {there}; give some of these, or leave cpus out")
+        raise LongContextError(
+            f"adaptation.trainer.cpus = {cpus}, but {there}; give some of these, or leave cpus out"
+        )
     if trainer.threads > len(set(cpus)):
         raise LongContextError(
-            f"adaptation.trainer.threads = {trainer.threads}, but the trainer would have {len(set(cpus))} CPUs ({there}); "
+            f"adaptation.trainer.threads = {trainer.threads}, but the trainer would have {len(set(cpus))} "
+            f"CPUs ({there}); "
             "lower threads, or give it more CPUs"
         )
 
 
 def check_address(address: str) -> None:
-    """Raises LongContextError for an address at which no trainer can be. One may still be about to start there."""
+    """Raises LongContextError for an address at which no trainer can be.
+
+    One may still be about to start there.
+    """
     scheme, _, path = address.partition("://")
     problem = None if scheme in ("ipc", "tcp") else "only a trainer on this machine can be joined"
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
@@ -65,6 +75,7 @@ def check_address(address: str) -> None:
         problem = problem or f"there is no directory {Path(path).parent}"
     if problem is not None:
         raise LongContextError(
-            f"adaptation.trainer.address = {address!r}: {problem}; give what the trainer was started with, as "
+            f"adaptation.trainer.address = {address!r}: {problem}; give what the trainer was started with, "
+            f"as "
             "ipc:///run/user/1000/trainer (at most 107 bytes after ipc://) or tcp://127.0.0.1:5555"
         )

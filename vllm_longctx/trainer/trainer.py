@@ -109,7 +109,8 @@ class Trainer:
             rng = self._get_rng_state()
         layers = self._layers.items()
         pairs = {
-            m: (layer.lora_A[name].get_parameter("weight"), layer.lora_B[name].get_parameter("weight")) for m, layer in layers
+            m: (layer.lora_A[name].get_parameter("weight"), layer.lora_B[name].get_parameter("weight"))
+            for m, layer in layers
         }
         optimizer = torch.optim.AdamW(
             [parameter for pair in pairs.values() for parameter in pair],

@@ -1,4 +1,7 @@
-"""Documents -> batches of their consecutive contexts. A batch is a function of seed and step: there is no state to save."""
+"""Documents -> batches of their consecutive contexts.
+
+A batch is a function of seed and step: there is no state to save.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,7 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts to train on. tokens: of each document, int64 [length]. first: what every text begins with, if anything."""
+    """Texts to train on.
+
+    tokens: of each document, int64 [length]. first: what every text begins with, if anything.
+    """
 
     names: list[str]
     tokens: list[Tensor]
@@ -20,27 +26,38 @@ class Documents:
 
     @classmethod
     def read(cls, directories: Sequence[Path], tokenizer: Any, least_tokens: int) -> "Documents":
-        """Every .txt file of the directories. Raises ValueError where there is none, or one of less than least_tokens + 1."""
+        """Every .txt file of the directories.
+
+        Raises ValueError where there is none, or one of less than least_tokens + 1.
+        """
         paths = [path for directory in directories for path in sorted(directory.glob("*.txt"))]
         if not paths:
-            raise ValueError(f"no .txt file in {', '.join(map(str, directories))}: give a document per .txt file")
+            raise ValueError(
+                f"no .txt file in {', '.join(map(str, directories))}: give a document per .txt file"
+            )
         tokens = []
         for path in paths:
-            ids = tokenizer(path.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False)["input_ids"]
+            ids = tokenizer(path.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False)[
+                "input_ids"
+            ]
             if len(ids) <= least_tokens:
                 raise ValueError(
-                    f"{path} has {len(ids):,} tokens, but a document must fill its contexts, {least_tokens:,} tokens and one "
+                    f"{path} has {len(ids):,} tokens, but a document must fill its contexts, "
+                    f"{least_tokens:,} tokens and one "
                     "more; join short documents, leave it out, or lower --context-tokens"
                 )
             tokens.append(torch.tensor(ids))
         begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         return cls([path.name for path in paths], tokens, [tokenizer.bos_token_id] if begins else [])
 
-    def batch(self, seed: int, step: int, rows: int, contexts: int, context_tokens: int) -> tuple[Tensor, Tensor]:
-        """Inputs and next tokens, int64 [rows, contexts, context_tokens] each: a piece from anywhere of a document per row.
+    def batch(
+        self, seed: int, step: int, rows: int, contexts: int, context_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs and next tokens, int64 [rows, contexts, context_tokens] each: a piece from anywhere of a
+        document per row.
 
-        No two rows are of one document, or a row could find in another's memory what it is to predict. A document is drawn
-        in proportion to its length. Every row begins as the tokenizer begins a text.
+        No two rows are of one document, or a row could find in another's memory what it is to predict. A
+        document is drawn in proportion to its length. Every row begins as the tokenizer begins a text.
         """
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         lengths = torch.tensor([float(len(t)) for t in self.tokens])

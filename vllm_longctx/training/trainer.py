@@ -1,4 +1,7 @@
-"""Continued pre-training with CrossBatch, from a Llama checkpoint to a LongLLaMA one. Source: arXiv 2307.03170, section 3.2."""
+"""Continued pre-training with CrossBatch, from a Llama checkpoint to a LongLLaMA one.
+
+Source: arXiv 2307.03170, section 3.2.
+"""
 
 import json
 import math
@@ -20,7 +23,8 @@ from vllm_longctx.models.longllama import ARCHITECTURE, MODEL_TYPE, LongLlamaCon
 from vllm_longctx.training.crossbatch import MemoryModel, scheduled
 
 FAMILIES = ("llama", "mistral", MODEL_TYPE)  # of which LongLLaMA's checkpoint format can hold the weights
-STATE_NAME = "training.safetensors"  # weights and optimizer's moments in float32; what they belong to is in its metadata
+# weights and optimizer's moments in float32; what they belong to is in its metadata
+STATE_NAME = "training.safetensors"
 LOSSES_NAME = "losses.jsonl"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WARMUP_SHARE, LAST_RATE = 0.05, 0.1  # of the steps; of the learning rate, at the end of its cosine
@@ -31,8 +35,9 @@ BETAS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.95), 0.1, 1.0
 class Recipe:
     """What the result depends on beside model and texts. Lengths in tokens.
 
-    schedule: the paper's d in equal shares of the steps. contexts: of a batch row, the first without memory. bf16: products of
-    matrices in bfloat16 (autocast), fast on a CPU with AVX512-BF16 or AMX and several times slower on others.
+    schedule: the paper's d in equal shares of the steps. contexts: of a batch row, the first without memory.
+    bf16: products of matrices in bfloat16 (autocast), fast on a CPU with AVX512-BF16 or AMX and several times
+    slower on others.
     """
 
     mem_layers: Sequence[int]
@@ -48,12 +53,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.contexts < 2:
-            raise ValueError(f"contexts = {self.contexts}: give at least 2, the first of which is a memory for the second")
+            raise ValueError(
+                f"contexts = {self.contexts}: give at least 2, the first of which is a memory for the second"
+            )
         if not self.schedule or min(self.schedule) < 1:
             raise ValueError(f"schedule of d = {list(self.schedule)}: give numbers from 1 up")
         if max(self.schedule) > self.rows:
             raise ValueError(
-                f"schedule of d = {list(self.schedule)}: a batch of {self.rows} documents has no {max(self.schedule)}"
+                f"schedule of d = {list(self.schedule)}: a batch of {self.rows} documents has no "
+                f"{max(self.schedule)}"
             )
 
     def rate(self, step: int) -> float:
@@ -72,7 +80,10 @@ class Trainer:
         self.memory = MemoryModel(model, recipe.mem_layers, recipe.mem_positionals)
         self._parameters = dict(model.named_parameters())
         groups = [
-            {"params": [p for p in self._parameters.values() if (p.dim() > 1) == matrices], "weight_decay": decay}
+            {
+                "params": [p for p in self._parameters.values() if (p.dim() > 1) == matrices],
+                "weight_decay": decay,
+            }
             for matrices, decay in ((True, WEIGHT_DECAY), (False, 0.0))
         ]
         self._optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=BETAS)
@@ -88,7 +99,10 @@ class Trainer:
         return by_token.sum((0, 2)), (targets != -100).sum((0, 2))
 
     def train(self, inputs: Tensor, targets: Tensor) -> dict[str, float]:
-        """One step, on the mean over all targets. Returns what is to be kept of it; losses are means over a kind of context."""
+        """One step, on the mean over all targets.
+
+        Returns what is to be kept of it; losses are means over a kind of context.
+        """
         recipe = self.recipe
         documents, rate = scheduled(self.step, recipe.steps, recipe.schedule), recipe.rate(self.step)
         for group in self._optimizer.param_groups:
@@ -97,7 +111,8 @@ class Trainer:
         loss = sums.sum() / counts.sum()
         if not torch.isfinite(loss):
             raise ValueError(
-                f"step {self.step + 1}: the loss is {loss.item()}; lower the learning rate = {recipe.learning_rate}"
+                f"step {self.step + 1}: the loss is {loss.item()}; lower the learning rate = "
+                f"{recipe.learning_rate}"
             )
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
@@ -118,12 +133,18 @@ class Trainer:
         for name, p in self._parameters.items():
             tensors |= {f"{key}.{name}": value for key, value in self._optimizer.state.get(p, {}).items()}
         temporary = path.with_suffix(".new")
-        save_file(tensors, temporary, metadata={**about, "step": str(self.step), "recipe": json.dumps(asdict(self.recipe))})
+        save_file(
+            tensors,
+            temporary,
+            metadata={**about, "step": str(self.step), "recipe": json.dumps(asdict(self.recipe))},
+        )
         sync(temporary)
         os.replace(temporary, path)
 
     def load_state(self, path: Path, **about: str) -> None:
-        """Raises ValueError where the state was not made by this recipe and with `about`, naming what differs."""
+        """Raises ValueError where the state was not made by this recipe and with `about`, naming what
+        differs.
+        """
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata())
             self.step = int(metadata.pop("step"))
@@ -131,7 +152,9 @@ class Trainer:
             ours: dict[str, Any] = {**json.loads(json.dumps(asdict(self.recipe))), **about}
             for name, value in ours.items():
                 if theirs.get(name) != value:
-                    raise ValueError(f"{path} was made with {name} = {theirs.get(name)}, not {value}: resume it with that")
+                    raise ValueError(
+                        f"{path} was made with {name} = {theirs.get(name)}, not {value}: resume it with that"
+                    )
             with torch.no_grad():
                 for key, _, name in (key.partition(".") for key in file.keys()):  # noqa: SIM118
                     tensor, p = file.get_tensor(f"{key}.{name}"), self._parameters[name]
@@ -148,11 +171,17 @@ def by_kind(sums: Tensor, counts: Tensor) -> dict[str, float]:
 
 
 def load_llama(path: str | Path) -> LlamaForCausalLM:
-    """A checkpoint directory in float32; its config is a `LongLlamaConfig`. Raises ValueError for another model's."""
+    """A checkpoint directory in float32; its config is a `LongLlamaConfig`.
+
+    Raises ValueError for another model's.
+    """
     settings = json.loads(Path(path, "config.json").read_text())
     family = settings.pop("model_type", None)
     if family not in FAMILIES:
-        raise ValueError(f"{path} has model_type {family!r}; LongLLaMA's checkpoints hold the weights of {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"{path} has model_type {family!r}; LongLLaMA's checkpoints hold the weights of "
+            f"{', '.join(FAMILIES)}"
+        )
     settings.pop("sliding_window", None)  # Mistral's; no window of ours is longer
     return LlamaForCausalLM.from_pretrained(path, config=LongLlamaConfig(**settings), dtype=torch.float32)
 
@@ -169,7 +198,11 @@ def save_longllama(
     """A checkpoint directory in the official code's format. dtype: of the weights as written."""
     path.mkdir(parents=True, exist_ok=True)
     config = LongLlamaConfig(
-        **{k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "dtype")}
+        **{
+            k: v
+            for k, v in model.config.to_dict().items()
+            if k not in ("model_type", "architectures", "dtype")
+        }
         | {
             "mem_layers": sorted(recipe.mem_layers),
             "mem_positionals": recipe.mem_positionals,
@@ -180,7 +213,9 @@ def save_longllama(
         architectures=[ARCHITECTURE],
         dtype=dtype,
     )
-    weights = {name: p.detach().to(dtype).contiguous() for name, p in model.named_parameters()}  # tied ones once
+    weights = {
+        name: p.detach().to(dtype).contiguous() for name, p in model.named_parameters()
+    }  # tied ones once
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(path)
     if tokenizer is not None:

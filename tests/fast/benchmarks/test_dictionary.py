@@ -16,7 +16,11 @@ def test_questions_ask_for_facts_of_their_own_dictionary() -> None:
         assert len(facts) == 40
         for first, second, value in asked[row].view(5, 3).tolist():
             assert facts[first, second] == value and first < 256 <= second < 512 <= value
-    assert (targets[:, 1::3] == asked[:, 2::3]).all() and (targets[:, 0::3] == -100).all() and (targets[:, 2::3] == -100).all()
+    assert (
+        (targets[:, 1::3] == asked[:, 2::3]).all()
+        and (targets[:, 0::3] == -100).all()
+        and (targets[:, 2::3] == -100).all()
+    )
 
 
 def test_lookups_are_learnt_in_a_few_steps(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:

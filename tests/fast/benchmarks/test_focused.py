@@ -13,22 +13,38 @@ from vllm_longctx.cli.passkey import Task, windows
 MEMORY = {"mem_layers": [3], "last_context_length": 100}
 
 
-def parse(methods: str = focused.ALL_WAYS, focused_keys: str = "{}", branch: str = "{}", up_to: str = "") -> focused.Methods:
+def parse(
+    methods: str = focused.ALL_WAYS, focused_keys: str = "{}", branch: str = "{}", up_to: str = ""
+) -> focused.Methods:
     return focused.Methods.parse(methods, 7, focused_keys, branch, up_to, "float32", 1)
 
 
 def test_methods_are_configurations() -> None:
-    ways = parse(focused_keys=json.dumps(MEMORY), branch='{"top_k": 5, "top_k_from_layer": 2}', up_to="plain=100")
+    ways = parse(
+        focused_keys=json.dumps(MEMORY), branch='{"top_k": 5, "top_k_from_layer": 2}', up_to="plain=100"
+    )
     assert list(ways.configs) == list(focused.WAYS)
     assert ways.configs["plain"] is None
-    assert ways.configs["lm-infinite-top-k"]["attention"] == {"method": "lm_infinite", "top_k": 5, "top_k_from_layer": 2}
+    assert ways.configs["lm-infinite-top-k"]["attention"] == {
+        "method": "lm_infinite",
+        "top_k": 5,
+        "top_k_from_layer": 2,
+    }
     assert ways.configs["focused"]["attention"] == {"method": "focused", **MEMORY}
-    assert ways.configs["focused-blocks"]["attention"] == {"method": "focused", **MEMORY, "lookup": "blocks", "top_k": 7}
+    assert ways.configs["focused-blocks"]["attention"] == {
+        "method": "focused",
+        **MEMORY,
+        "lookup": "blocks",
+        "top_k": 7,
+    }
     assert ways.longest([50, 100, 101]) == {name: 100 if name == "plain" else 101 for name in focused.WAYS}
 
 
 def test_words_that_say_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown method 'focussed'; methods: plain, lm-infinite, lm-infinite-top-k, focused,"):
+    with pytest.raises(
+        ValueError,
+        match="unknown method 'focussed'; methods: plain, lm-infinite, lm-infinite-top-k, focused,",
+    ):
         parse("plain,focussed")
     with pytest.raises(ValueError, match=r"--focused \[3\]: give keys of `attention` as JSON"):
         parse(focused_keys="[3]")
@@ -50,7 +66,9 @@ def test_passkey_knows_stepped_windows() -> None:
 
 def test_averages_by_row() -> None:
     rows = focused.averages(
-        [{"d": 1}, {"d": 1}, {"d": 2}], [{"y": 1.0, "z": 0.0}, {"y": 2.0, "z": 4.0}, {"y": 5.0, "z": 6.0}], "y"
+        [{"d": 1}, {"d": 1}, {"d": 2}],
+        [{"y": 1.0, "z": 0.0}, {"y": 2.0, "z": 4.0}, {"y": 5.0, "z": 6.0}],
+        "y",
     )
     assert rows == [
         {"d": 1, "asked": 2, "y": 1.5, "z": 2.0, "error": pytest.approx(1.96 * 0.5)},
@@ -69,7 +87,9 @@ def test_a_documents_neighbours_are_of_other_texts() -> None:
         small, large = (focused.with_distractors(pieces, d, -1) for d in (2, 4))
         assert large[-199:] == small[1:] and small[0] == large[0] == -1 and len(large) == 400
         assert small[100:] == pieces[0]
-    with pytest.raises(ValueError, match="a has 10 documents of 100 tokens and the other texts 20, but 3 and 21 are needed"):
+    with pytest.raises(
+        ValueError, match="a has 10 documents of 100 tokens and the other texts 20, but 3 and 21 are needed"
+    ):
         list(focused.crowds(texts, 22, 100, 3, seed=0))
 
 
@@ -95,10 +115,16 @@ def test_lessons_teach_what_can_be_known() -> None:
     assert focused.share_right([[0.1, 0.2], [0.4, 0.3]], [1, 1]) == 0.5
 
 
-def test_results_are_added_to_the_file_and_only_to_its_like(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_are_added_to_the_file_and_only_to_its_like(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, figure = tmp_path / "out.json", tmp_path / "out.png"
     report = focused.Report("passkey", focused.PASSKEY, {"seed": 0}, out, figure)
-    rows = [{"length": n, "place": place, "asked": 2, "exact": 0.5, "error": 0.1} for n in (8, 16) for place in ("in", "out")]
+    rows = [
+        {"length": n, "place": place, "asked": 2, "exact": 0.5, "error": 0.1}
+        for n in (8, 16)
+        for place in ("in", "out")
+    ]
     report.add("/models/one", "plain", attention={"method": "none"}, rows=rows)
     report.refuse("/models/one", "focused", ValueError("model /models/one cannot"))
 
@@ -109,9 +135,16 @@ def test_results_are_added_to_the_file_and_only_to_its_like(tmp_path: Path, caps
     printed = capsys.readouterr().out
     assert "50 ± 10" in printed and "focused was refused: model one cannot" in printed
     assert "/models" not in out.read_text() and figure.stat().st_size > 10_000
-    with pytest.raises(ValueError, match=r"has settings {'seed': 0}, not {'seed': 1}; give the same, or another file"):
+    with pytest.raises(
+        ValueError, match=r"has settings {'seed': 0}, not {'seed': 1}; give the same, or another file"
+    ):
         focused.Report("passkey", focused.PASSKEY, {"seed": 1}, out, None)
 
 
 def test_bytes_per_token() -> None:
-    assert focused.slope([{"length": 100, "bytes": 1000}, {"length": 200, "bytes": 9}, {"length": 300, "bytes": 1400}]) == 2
+    assert (
+        focused.slope(
+            [{"length": 100, "bytes": 1000}, {"length": 200, "bytes": 9}, {"length": 300, "bytes": 1400}]
+        )
+        == 2
+    )

@@ -1,4 +1,6 @@
-"""The pure parts of benchmarks/temp_lora.py and benchmarks/temp_lora_quality.py, and the official loop on a tiny model."""
+"""The pure parts of benchmarks/temp_lora.py and benchmarks/temp_lora_quality.py, and the official loop on a
+tiny model.
+"""
 
 import math
 from pathlib import Path
@@ -28,7 +30,14 @@ def test_flops_of_the_presets_have_the_papers_sign_and_size() -> None:
 
 
 def test_the_official_loop_writes_whole_blocks_and_leaves_the_model_as_it_was(tiny_llama: Path) -> None:
-    recipe = {"rank": 4, "dropout": 0.0, "block_tokens": 8, "epochs": 2, "learning_rate": 1e-2, "adam_eps": 1e-7}
+    recipe = {
+        "rank": 4,
+        "dropout": 0.0,
+        "block_tokens": 8,
+        "epochs": 2,
+        "learning_rate": 1e-2,
+        "adam_eps": 1e-7,
+    }
     recipe |= {"weight_decay": 0.0, "train_context_tokens": 8, "context_tokens": 16}
     write = temp_lora.official_loop(str(tiny_llama), recipe, threads=1)
     first = write(list(range(3, 20)), 24)
@@ -41,7 +50,13 @@ def test_segments_are_fifths_and_the_control_is_there_only_where_it_was_read() -
     reading = quality.Reading({"a": [math.log(10.0)] * 10}, {"a": base})
     row = quality.as_row(quality.Setting("reuse", 64), "a", reading)
     assert [(s["start"], s["end"]) for s in row["segments"]] == [(1, 3), (3, 5), (5, 7), (7, 9), (9, 11)]
-    assert [round(quality.change(s), 3) for s in row["segments"]] == [-0.5, -0.5, round(10 / math.sqrt(200) - 1, 3), 0, 0]
+    assert [round(quality.change(s), 3) for s in row["segments"]] == [
+        -0.5,
+        -0.5,
+        round(10 / math.sqrt(200) - 1, 3),
+        0,
+        0,
+    ]
     assert row["tokens"] == 11 and row["ppl"] == pytest.approx(10) and "ppl_other" not in row
     with_control = quality.as_row(
         quality.Setting("reuse", 64), "a", quality.Reading(reading.learned, reading.base, reading.base)
@@ -53,6 +68,10 @@ def test_segments_are_fifths_and_the_control_is_there_only_where_it_was_read() -
 def test_settings_are_a_grid_whose_first_is_the_main_one() -> None:
     settings = quality.parse_settings("recompute,keep", "128,64")
     assert [str(s) for s in settings][:2] == ["recompute, Δ = 128", "recompute, Δ = 64"]
-    assert len(settings) == 4 and settings[0].attention["method"] == "none" and settings[2].attention["method"] == "lm_infinite"
+    assert (
+        len(settings) == 4
+        and settings[0].attention["method"] == "none"
+        and settings[2].attention["method"] == "lm_infinite"
+    )
     with pytest.raises(ValueError, match="unknown policy 'reread'"):
         quality.parse_settings("reuse,reread", "64")

@@ -17,8 +17,14 @@ from vllm_longctx.seams import SEAMS
     ("words", "message"),
     [
         (["score", "--text", "nowhere.txt"], "error: [Errno 2] No such file or directory: 'nowhere.txt'"),
-        (["score", "--text", "TEXT", "--preset", "fast"], "error: longctx: unknown preset 'fast'; presets: lm-infinite"),
-        (["score", "--text", "TEXT", "--longctx", '{"attn": 1}'], "longctx: unknown key 'attn'; did you mean 'attention'?"),
+        (
+            ["score", "--text", "TEXT", "--preset", "fast"],
+            "error: longctx: unknown preset 'fast'; presets: lm-infinite",
+        ),
+        (
+            ["score", "--text", "TEXT", "--longctx", '{"attn": 1}'],
+            "longctx: unknown key 'attn'; did you mean 'attention'?",
+        ),
         (["score", "--text", "TEXT", "--longctx", "{"], "error: longctx: not valid JSON"),
         (["score", "--text", "EMPTY"], "holds no text"),
         (["score", "--text", "TEXT", "--max-tokens", "1"], "greater than or equal to 2"),
@@ -26,15 +32,27 @@ from vllm_longctx.seams import SEAMS
         (["passkey", "--lengths", "1k"], "error: --lengths 1k: give numbers of tokens such as 512,1024"),
         (["passkey", "--lengths", "50,900"], "error: length 50 is too short: the task alone takes"),
         (["passkey", "--trials", "0"], "greater than or equal to 1"),
-        (["passkey", "--methods", "plain,fast"], "unknown method 'fast'; methods: lm-infinite, streaming, window, plain"),
-        (["passkey", "--methods", "plain", "--baseline"], "error: --methods names all that is compared; leave out"),
-        (["passkey", "--baseline", "--stock-tokens", "100", "--lengths", "512"], "error: --stock-tokens 100 leaves no length"),
+        (
+            ["passkey", "--methods", "plain,fast"],
+            "unknown method 'fast'; methods: lm-infinite, streaming, window, plain",
+        ),
+        (
+            ["passkey", "--methods", "plain", "--baseline"],
+            "error: --methods names all that is compared; leave out",
+        ),
+        (
+            ["passkey", "--baseline", "--stock-tokens", "100", "--lengths", "512"],
+            "error: --stock-tokens 100 leaves no length",
+        ),
         (
             ["passkey", "--longctx", '{"attention": {"n_local": 513}}'],
             "attention.n_local = 513, but the model",
         ),
         (["generate"], "error: give one of --prompt and --prompt-file"),
-        (["generate", "--prompt", "a", "--prompt-file", "TEXT"], "error: give one of --prompt and --prompt-file"),
+        (
+            ["generate", "--prompt", "a", "--prompt-file", "TEXT"],
+            "error: give one of --prompt and --prompt-file",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], message: str, tmp_path: Path) -> None:
@@ -54,13 +72,20 @@ def test_doctor_finds_every_seam_and_says_what_it_would_set() -> None:
 
 
 @pytest.mark.parametrize("names", ["", "other", "other,another"])
-def test_commands_load_what_vllm_plugins_leaves_out_and_doctor_says_so(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_load_what_vllm_plugins_leaves_out_and_doctor_says_so(
+    names: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", names)
     assert "longctx" not in load_plugins_by_group("vllm.general_plugins")
     code, output = run("doctor", "--model", "booklm")
-    assert code == 1 and f"VLLM_PLUGINS = {names!r} leaves longctx out, and vLLM then ignores its configuration" in output
+    assert (
+        code == 1
+        and f"VLLM_PLUGINS = {names!r} leaves longctx out, and vLLM then ignores its configuration" in output
+    )
     assert "attention.n_local │ 512" in output
-    assert "longctx" in load_plugins_by_group("vllm.general_plugins")  # in what doctor, or any other command, starts, too
+    assert "longctx" in load_plugins_by_group(
+        "vllm.general_plugins"
+    )  # in what doctor, or any other command, starts, too
     assert set(names.split(",")) <= set(os.environ["VLLM_PLUGINS"].split(","))
     assert why_left_out() is None
 

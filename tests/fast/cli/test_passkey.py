@@ -120,9 +120,15 @@ def test_filler_ends_with_a_whole_unit() -> None:
 
 def test_scores() -> None:
     keyless = {"11111": -3.0, "22222": -9.0, "33333": -6.0}
-    after = {"11111": -3.0, "22222": -5.0, "33333": -6.5}  # less likely than another key, but it has gained most
+    after = {
+        "11111": -3.0,
+        "22222": -5.0,
+        "33333": -6.5,
+    }  # less likely than another key, but it has gained most
     assert outcome("22222", " 22222.", after, keyless) == Outcome(exact=True, choice=1.0, gain=4.25)
-    assert outcome("11111", "I know: 2, 11111", after, keyless) == Outcome(exact=False, choice=0.0, gain=-1.75)
+    assert outcome("11111", "I know: 2, 11111", after, keyless) == Outcome(
+        exact=False, choice=0.0, gain=-1.75
+    )
     forgotten = outcome("33333", "", {k: v + 1e-4 * k.count("1") for k, v in keyless.items()}, keyless)
     assert not forgotten.exact and forgotten.choice == pytest.approx(1 / 3) and abs(forgotten.gain) < 1e-3
 
@@ -132,9 +138,26 @@ def test_rows_are_means_by_length_and_place() -> None:
         return Trial(place, "1", [0] * length, [0] * length, 0, 1, {})
 
     trials = [trial("inside", 5), trial("inside", 5), trial("outside", 5), trial("inside", 7)]
-    found = rows(trials, [Outcome(True, 1.0, 4.0), Outcome(False, 0.5, 2.0), Outcome(False, 0.1, 0.0), Outcome(True, 1.0, 1.0)])
-    assert [(r.length, r.place, r.trials) for r in found] == [(5, "inside", 2), (5, "outside", 1), (7, "inside", 1)]
-    assert (found[0].exact, found[0].choice, found[0].gain, found[0].gain_error) == (0.5, 0.75, 3.0, pytest.approx(1.0))
+    found = rows(
+        trials,
+        [
+            Outcome(True, 1.0, 4.0),
+            Outcome(False, 0.5, 2.0),
+            Outcome(False, 0.1, 0.0),
+            Outcome(True, 1.0, 1.0),
+        ],
+    )
+    assert [(r.length, r.place, r.trials) for r in found] == [
+        (5, "inside", 2),
+        (5, "outside", 1),
+        (7, "inside", 1),
+    ]
+    assert (found[0].exact, found[0].choice, found[0].gain, found[0].gain_error) == (
+        0.5,
+        0.75,
+        3.0,
+        pytest.approx(1.0),
+    )
 
 
 def logprob(prompt: tuple[int, ...], token: int) -> float:
@@ -142,7 +165,9 @@ def logprob(prompt: tuple[int, ...], token: int) -> float:
 
 
 class Engine:
-    """Answers every request after a few steps, in an order of its own; remembers how many jobs were running at once."""
+    """Answers every request after a few steps, in an order of its own; remembers how many jobs were running
+    at once.
+    """
 
     def __init__(self) -> None:
         self.waiting: list[tuple[str, list[int], Any]] = []
@@ -185,7 +210,9 @@ def test_keys_are_scored_token_by_token(task: Task) -> None:
     def total(prompt: list[int], tokens: list[int]) -> float:
         return math.fsum(logprob((*prompt, *tokens[:k]), token) for k, token in enumerate(tokens))
 
-    after, keyless = ({key: total(p, t) for key, t in trial.choices.items()} for p in (trial.prompt, trial.keyless))
+    after, keyless = (
+        {key: total(p, t) for key, t in trial.choices.items()} for p in (trial.prompt, trial.keyless)
+    )
     expected = outcome(trial.key, " 12345", after, keyless)
     assert found.exact == expected.exact and found.choice == expected.choice
     assert found.gain == pytest.approx(expected.gain)

@@ -1,4 +1,6 @@
-"""LoRA on the CPU without an engine: vLLM's own layers, their operators per segment, and the two pools of places in them."""
+"""LoRA on the CPU without an engine: vLLM's own layers, their operators per segment, and the two pools of
+places in them.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +61,9 @@ numbers_of_rows = st.lists(st.tuples(st.integers(0, PLACES), st.integers(1, 5)),
 @settings(deadline=None, max_examples=60)
 @given(numbers_of_rows)
 def test_rows_get_their_own_adapters_output_and_others_none(runs: list[tuple[int, int]]) -> None:
-    """Every operator, for any order of prompts and single tokens: stock's give the last place's to rows without an adapter."""
+    """Every operator, for any order of prompts and single tokens: stock's give the last place's to rows
+    without an adapter.
+    """
     tokens = [number for number, length in runs for _ in range(length)]
     samples = [number for number, _ in runs]
     wrapper = punica(tokens, samples)
@@ -93,7 +97,10 @@ def test_rows_get_their_own_adapters_output_and_others_none(runs: list[tuple[int
     scored = before.clone()
     wrapper.add_lora_logits(scored, x[first:], a[0], b[0], 1.0)
     check(
-        scored, base[first:, :OUTPUTS] + added(x[first:], a[0], b[0], tokens[first:]), without[first:], base[first:, :OUTPUTS]
+        scored,
+        base[first:, :OUTPUTS] + added(x[first:], a[0], b[0], tokens[first:]),
+        without[first:],
+        base[first:, :OUTPUTS],
     )
 
 
@@ -102,23 +109,37 @@ def adapters(tiny_llama: Path, tmp_path: Path) -> list[Path]:
     return [write_adapter(tmp_path / str(seed), tiny_llama, seed) for seed in range(4)]
 
 
-@pytest.fixture(params=[{"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": 8}], ids=["lora"])
-def loaded(one_rank: None, no_gpu_memory: None, tiny_llama: Path, request: pytest.FixtureRequest) -> SimpleNamespace:
-    """A model of vLLM's wrapped for LoRA by our runner: two slots behind the places that the user asked for."""
+@pytest.fixture(
+    params=[{"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": 8}], ids=["lora"]
+)
+def loaded(
+    one_rank: None, no_gpu_memory: None, tiny_llama: Path, request: pytest.FixtureRequest
+) -> SimpleNamespace:
+    """A model of vLLM's wrapped for LoRA by our runner: two slots behind the places that the user asked
+    for.
+    """
     section = {"attention": {"method": "none"}, "adaptation": {"rank": 4, "slots": 2, "block_tokens": 16}}
     kwargs = {"dtype": "float32", "max_num_seqs": 8, "enforce_eager": True, **request.param}
     config = create(tiny_llama, {"longctx": section}, **kwargs)
     config = with_slots(config)
     runner = object.__new__(LongContextRunner)
     with set_current_vllm_config(config):
-        model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
+        model = get_model_loader(config.load_config).load_model(
+            vllm_config=config, model_config=config.model_config
+        )
         runner.load_lora_model(model, config, CPU)
     return SimpleNamespace(config=config, model=model, runner=runner, manager=runner.lora_manager)
 
 
 def compute(runner: LongContextRunner, rows: list[Any], step: StepInfo = lora.EMPTY) -> list[int]:
-    """The places that a step's requests compute with, -1: none. rows: their adapters; None: without; an int: with this slot."""
-    new = [SimpleNamespace(req_id=str(row), lora_request=None if isinstance(a, int) else a) for row, a in enumerate(rows)]
+    """The places that a step's requests compute with, -1: none.
+
+    rows: their adapters; None: without; an int: with this slot.
+    """
+    new = [
+        SimpleNamespace(req_id=str(row), lora_request=None if isinstance(a, int) else a)
+        for row, a in enumerate(rows)
+    ]
     output: Any = SimpleNamespace(scheduled_new_reqs=new)
     runner.begin_step(output, step)
     numbers = tuple(0 if one.lora_request is None else one.lora_request.lora_int_id for one in new)
@@ -130,7 +151,9 @@ def compute(runner: LongContextRunner, rows: list[Any], step: StepInfo = lora.EM
 
 def test_a_place_each_for_users_and_slots(loaded: SimpleNamespace, adapters: list[Path]) -> None:
     runner, manager = loaded.runner, loaded.manager
-    a, b, c = (LoRARequest(f"longctx-slot-{n}", n + (1 << 20), str(path)) for n, path in enumerate(adapters[:3]))
+    a, b, c = (
+        LoRARequest(f"longctx-slot-{n}", n + (1 << 20), str(path)) for n, path in enumerate(adapters[:3])
+    )
     uses = {str(row): SlotUse(slot, 7 + slot, Weights()) for row, slot in ((1, 0), (2, 1))}
     step = StepInfo(slots=uses)
     assert compute(runner, [a, 0, 1, None], step) == [0, 1, 2, -1]
@@ -143,12 +166,18 @@ def test_a_place_each_for_users_and_slots(loaded: SimpleNamespace, adapters: lis
     for layer in range(3):
         name = f"model.layers.{layer}.mlp.down_proj"
         module = manager._adapter_manager.modules[name]
-        assert torch.equal(module.lora_b_stacked[0][0, 0, :, :4], weights[f"base_model.model.{name}.lora_B.weight"])
+        assert torch.equal(
+            module.lora_b_stacked[0][0, 0, :, :4], weights[f"base_model.model.{name}.lora_B.weight"]
+        )
         assert not module.lora_b_stacked[0][1:].any()
 
 
-def test_slots_beside_an_adapter_of_all_modules(loaded: SimpleNamespace, tiny_llama: Path, tmp_path: Path) -> None:
-    """Embeddings and output layer are the users' alone; what vLLM's dummy runs leave there is never a slot's."""
+def test_slots_beside_an_adapter_of_all_modules(
+    loaded: SimpleNamespace, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Embeddings and output layer are the users' alone; what vLLM's dummy runs leave there is never a
+    slot's.
+    """
     modules = ("q_proj", "embed_tokens", "lm_head")
     adapter = LoRARequest("whole", 1, str(write_adapter(tmp_path / "whole", tiny_llama, 5, modules=modules)))
     runner, manager = loaded.runner, loaded.manager
@@ -162,8 +191,12 @@ def test_slots_beside_an_adapter_of_all_modules(loaded: SimpleNamespace, tiny_ll
     slots = Slots.create(sizes, 4, 2)
     made = {name: (torch.randn(4, i), torch.randn(o, 4)) for name, (i, o) in sizes.items()}
     slots.write(1, 1, 9, 3, made)
-    step = StepInfo(slots={"1": SlotUse(1, 9, Weights(3, 1))}, slots_memory=SlotsMemory(slots.path, sizes, 4, 2))
-    with runner.maybe_dummy_run_with_lora(loaded.config.lora_config, np.ones(3, int), np.ones(3, int), num_active_loras=3):
+    step = StepInfo(
+        slots={"1": SlotUse(1, 9, Weights(3, 1))}, slots_memory=SlotsMemory(slots.path, sizes, 4, 2)
+    )
+    with runner.maybe_dummy_run_with_lora(
+        loaded.config.lora_config, np.ones(3, int), np.ones(3, int), num_active_loras=3
+    ):
         assert manager._adapter_manager.lora_slots == 3 and manager.list_adapters() == {1, 2, 3}
         for module in manager._adapter_manager.modules.values():
             for buffer in (module.lora_a_stacked, module.lora_b_stacked):
@@ -179,15 +212,21 @@ def test_slots_beside_an_adapter_of_all_modules(loaded: SimpleNamespace, tiny_ll
             for part, a, b in zip(parts, module.lora_a_stacked, module.lora_b_stacked, strict=True):
                 assert torch.equal(a[2, 0, :4], made[part][0]) and torch.equal(b[2, 0, :, :4], made[part][1])
                 assert not a[2, 0, 4:].any() and not b[2, 0, :, 4:].any()
-    slots.clear(1)  # as when its request has ended; with data parallelism vLLM may have a dummy run before the next step
-    with runner.maybe_dummy_run_with_lora(loaded.config.lora_config, np.ones(3, int), np.ones(3, int), num_active_loras=3):
+    slots.clear(
+        1
+    )  # as when its request has ended; with data parallelism vLLM may have a dummy run before the next step
+    with runner.maybe_dummy_run_with_lora(
+        loaded.config.lora_config, np.ones(3, int), np.ones(3, int), num_active_loras=3
+    ):
         assert not manager.in_layers
     for one in (slots, manager.slots):
         one.close()
 
 
 @pytest.mark.parametrize(
-    "loaded", [{"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "lm_head"]}], indirect=True
+    "loaded",
+    [{"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "lm_head"]}],
+    indirect=True,
 )
 def test_the_users_target_modules_are_theirs(loaded: SimpleNamespace, adapters: list[Path]) -> None:
     """As in stock vLLM: a layer of which some part is a target, and no other."""
@@ -198,7 +237,9 @@ def test_the_users_target_modules_are_theirs(loaded: SimpleNamespace, adapters: 
 
 
 @pytest.mark.parametrize("loaded", [{}], indirect=True)
-def test_without_enable_lora_there_is_no_place_for_users(loaded: SimpleNamespace, adapters: list[Path]) -> None:
+def test_without_enable_lora_there_is_no_place_for_users(
+    loaded: SimpleNamespace, adapters: list[Path]
+) -> None:
     request = LoRARequest("a", 1, str(adapters[0]))
     for call in (
         lambda: loaded.runner.add_lora(request),
@@ -274,7 +315,11 @@ def front_end(additional_config: dict[str, Any], **kwargs: Any) -> Callable[...,
     """What `LLM.generate`, AsyncLLM and the server call with every request."""
     processor = InputProcessor(create(additional_config=additional_config, **kwargs))
     return lambda adapter=None, **params: processor.process_inputs(
-        "id", tokens_input([5, 6]), SamplingParams(max_tokens=5, **params), ("generate",), lora_request=adapter
+        "id",
+        tokens_input([5, 6]),
+        SamplingParams(max_tokens=5, **params),
+        ("generate",),
+        lora_request=adapter,
     )
 
 
@@ -314,7 +359,9 @@ def running(*ids: int | None) -> list[Any]:
         (None, [], 5, True),
     ],
 )
-def test_adapters_of_all_that_runs_are_counted(max_loras: int | None, ids: list[Any], candidate: Any, admitted: bool) -> None:
+def test_adapters_of_all_that_runs_are_counted(
+    max_loras: int | None, ids: list[Any], candidate: Any, admitted: bool
+) -> None:
     """Also those of requests that this step does not compute: a later one may have all of them."""
     scheduler: Any = object.__new__(LongContextScheduler)
     scheduler.lora_config = None if max_loras is None else SimpleNamespace(max_loras=max_loras)

@@ -1,4 +1,6 @@
-"""A pass in a batch: tables, lengths and slots are counted from the pass's first position, other rows stay."""
+"""A pass in a batch: tables, lengths and slots are counted from the pass's first position, other rows
+stay.
+"""
 
 from types import SimpleNamespace
 
@@ -11,7 +13,10 @@ BLOCK = 4
 
 
 def test_rows_of_a_pass_are_shifted_and_others_stay() -> None:
-    """Row 0 is 9 tokens long and decodes. Row 1 began its pass at 6 (block 1), is 15 long and computes its last 5."""
+    """Row 0 is 9 tokens long and decodes.
+
+    Row 1 began its pass at 6 (block 1), is 15 long and computes its last 5.
+    """
     slots = torch.tensor([8 * BLOCK + 0, -1, -1, -1, -1, -1])
     m = SimpleNamespace(
         seq_lens=torch.tensor([9, 15], dtype=torch.int32),

@@ -1,7 +1,7 @@
 """What a GPU alone can do is replaced.
 
-That is streams and events, the operator that writes the KV cache, memory that both sides see, LoRA's kernels. vLLM's Triton
-kernels are interpreted, as are ours.
+That is streams and events, the operator that writes the KV cache, memory that both sides see, LoRA's kernels.
+vLLM's Triton kernels are interpreted, as are ours.
 """
 
 import inspect
@@ -53,7 +53,10 @@ def lora_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels over whole engines: the fewer tiles, the sooner they are interpreted. Many are of the tests of each kernel."""
+    """Kernels over whole engines: the fewer tiles, the sooner they are interpreted.
+
+    Many are of the tests of each kernel.
+    """
     for module in (lambda_attention, stepped):
         monkeypatch.setattr(module, "prefill_launch", lambda *args: Launch(128, 128, 4, 1))
     monkeypatch.setattr(lambda_decode, "decode_launch", lambda *args: Launch(16, 128, 4, 1))
@@ -84,16 +87,23 @@ def host(no_gpu_memory: None, one_tile: None, monkeypatch: pytest.MonkeyPatch) -
 def stock_cache_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's CUDA operator, which its CPU builds have not."""
 
-    def reshape_and_cache_flash(key, value, key_cache, value_cache, slots, kv_cache_dtype, k_scale, v_scale) -> None:
+    def reshape_and_cache_flash(
+        key, value, key_cache, value_cache, slots, kv_cache_dtype, k_scale, v_scale
+    ) -> None:
         real = slots >= 0
         if kv_cache_dtype == "fp8":
             key, value = (t.to(torch.float8_e4m3fn).view(torch.uint8) for t in (key, value))
         block, offset = slots[real] // BLOCK_SIZE, slots[real] % BLOCK_SIZE
-        key_cache[block, offset], value_cache[block, offset] = key[: len(slots)][real], value[: len(slots)][real]
+        key_cache[block, offset], value_cache[block, offset] = (
+            key[: len(slots)][real],
+            value[: len(slots)][real],
+        )
 
     monkeypatch.setattr(cuda.ops, "reshape_and_cache_flash", reshape_and_cache_flash)
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    return save(tmp_path, LlamaConfig(**TINY, intermediate_size=64, num_key_value_heads=1), "LlamaForCausalLM")
+    return save(
+        tmp_path, LlamaConfig(**TINY, intermediate_size=64, num_key_value_heads=1), "LlamaForCausalLM"
+    )

@@ -32,7 +32,9 @@ from vllm_longctx.scheduling.memory import AsyncMemoryScheduler, MemoryScheduler
 from vllm_longctx.settings import active_settings
 
 MAX_LEN = 80  # tokens of a request
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted"
+)
 BLOCK_GIB = 2 * 32 * 4 * BLOCK_SIZE / 2**30  # of the tiny model's one memory layer
 
 
@@ -44,7 +46,13 @@ def unmapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def apart(model: Path, attention: dict[str, Any], blocks: int, **kwargs: Any) -> VllmConfig:
-    kwargs = {"block_size": BLOCK_SIZE, "dtype": "float32", "max_num_batched_tokens": 64, "max_model_len": MAX_LEN, **kwargs}
+    kwargs = {
+        "block_size": BLOCK_SIZE,
+        "dtype": "float32",
+        "max_num_batched_tokens": 64,
+        "max_model_len": MAX_LEN,
+        **kwargs,
+    }
     return configure(model, {**attention, "memory_limit_gib": blocks * BLOCK_GIB}, **kwargs)
 
 
@@ -61,8 +69,20 @@ class Apart(WholeEngine):
 
     def __init__(self, model: Path, attention: dict[str, Any], pool: int, blocks: int, steps_ahead: int):
         windows = SteppedWindows(16, 11)
-        section = {"attention": {**FOCUSED, **attention, "n_local": windows.tokens, "memory_limit_gib": blocks * BLOCK_GIB}}
-        sizes = {"num_gpu_blocks_override": pool, "max_num_batched_tokens": 40, "max_model_len": MAX_LEN, "max_num_seqs": 3}
+        section = {
+            "attention": {
+                **FOCUSED,
+                **attention,
+                "n_local": windows.tokens,
+                "memory_limit_gib": blocks * BLOCK_GIB,
+            }
+        }
+        sizes = {
+            "num_gpu_blocks_override": pool,
+            "max_num_batched_tokens": 40,
+            "max_model_len": MAX_LEN,
+            "max_num_seqs": 3,
+        }
         schedulers = MemoryScheduler, AsyncMemoryScheduler
         super().__init__(model, section, MemoryRunner, schedulers, steps_ahead, **sizes)
         layers = self.config.compilation_config.static_forward_context
@@ -78,7 +98,9 @@ class Apart(WholeEngine):
         self.most: dict[str, int] = {}  # blocks of each request in the memory
 
         def seen(prompt: int) -> Any:
-            return focused(windows, prompt, [1], attention.get("mem_positionals", True), attention.get("top_k"))
+            return focused(
+                windows, prompt, [1], attention.get("mem_positionals", True), attention.get("top_k")
+            )
 
         self.sees = seen
 
@@ -88,23 +110,33 @@ class Apart(WholeEngine):
     def check_inputs(self) -> None:
         for name in self.runner.execute_model_state.input_batch.req_ids:
             row = self.runner.req_states.req_id_to_index[name]
-            self.most[name] = max(self.most.get(name, 0), int(self.runner.block_tables.num_blocks.np[self.of_memory, row]))
+            self.most[name] = max(
+                self.most.get(name, 0), int(self.runner.block_tables.num_blocks.np[self.of_memory, row])
+            )
 
     def check_all(self) -> None:
         with set_current_vllm_config(self.config):
             self.run()
         for name, request in self.requests.items():
             self.check(name, self.sees(request.num_prompt_tokens))
-        assert self.is_empty() and all(pool.get_num_free_blocks() == pool.num_gpu_blocks - 1 for pool in self.pools)
+        assert self.is_empty() and all(
+            pool.get_num_free_blocks() == pool.num_gpu_blocks - 1 for pool in self.pools
+        )
 
 
 @interpreted
 @pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread", "unmapped")
-@pytest.mark.parametrize(("attention", "steps_ahead"), [(LOOKUPS[0], 1), (LOOKUPS[2], 0)], ids=["all", "blocks"])
-def test_a_memory_longer_than_the_pool(attention: dict[str, Any], steps_ahead: int, small_llama: Path) -> None:
+@pytest.mark.parametrize(
+    ("attention", "steps_ahead"), [(LOOKUPS[0], 1), (LOOKUPS[2], 0)], ids=["all", "blocks"]
+)
+def test_a_memory_longer_than_the_pool(
+    attention: dict[str, Any], steps_ahead: int, small_llama: Path
+) -> None:
     """With a step ahead and without; behind vLLM's own warm-up."""
     engine = Apart(small_llama, attention, pool=4, blocks=31, steps_ahead=steps_ahead)
-    assert [pool.num_gpu_blocks for pool in engine.pools] == [31 if i == engine.of_memory else 4 for i in range(2)]
+    assert [pool.num_gpu_blocks for pool in engine.pools] == [
+        31 if i == engine.of_memory else 4 for i in range(2)
+    ]
     assert len(engine.cache) == 31 and engine.cache.data_ptr() == engine.memory.pages.data_ptr()
     engine.add("a", text(60), max_tokens=6)
     engine.check_all()
@@ -115,7 +147,10 @@ def test_a_memory_longer_than_the_pool(attention: dict[str, Any], steps_ahead: i
 @interpreted
 @pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread", "unmapped")
 def test_what_does_not_fit_into_the_memory_waits(small_llama: Path) -> None:
-    """Though vLLM's pool has room for both. To warm its kernels, vLLM made up fewer block ids than that has, too."""
+    """Though vLLM's pool has room for both.
+
+    To warm its kernels, vLLM made up fewer block ids than that has, too.
+    """
     engine = Apart(small_llama, LOOKUPS[0], pool=20, blocks=6, steps_ahead=1)
     engine.add("a", text(60), max_tokens=2)
     engine.add("b", text(40), max_tokens=2, prompt_logprobs=None)
@@ -125,10 +160,16 @@ def test_what_does_not_fit_into_the_memory_waits(small_llama: Path) -> None:
 
 @interpreted
 @pytest.mark.usefixtures("gpu", "unmapped")
-def test_blocks_that_vllm_makes_up_to_warm_its_kernels_are_there(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_that_vllm_makes_up_to_warm_its_kernels_are_there(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One for each group behind the null block, however small the memory; more only up to num_blocks."""
     engine = Layers(apart(tiny, {}, blocks=2, max_model_len=16), monkeypatch)
-    (memory,) = [g.kv_cache_spec for g in engine.kv_cache_config.kv_cache_groups if hasattr(g.kv_cache_spec, "memory_blocks")]
+    (memory,) = [
+        g.kv_cache_spec
+        for g in engine.kv_cache_config.kv_cache_groups
+        if hasattr(g.kv_cache_spec, "memory_blocks")
+    ]
     assert memory.memory_blocks == 2
     assert engine.runner.kv_cache_config.num_blocks == len(engine.layers[1].attn.kv_cache) == 3
 
@@ -158,21 +199,29 @@ class Stock:
 
 @interpreted
 @pytest.mark.usefixtures("gpu", "unmapped", "one_thread")
-def test_the_pool_leaves_room_for_the_summaries_of_a_memory_apart(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pool_leaves_room_for_the_summaries_of_a_memory_apart(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Just theirs: its KV is not on the GPU."""
     stock = Stock(apart(tiny, LOOKUPS[2], blocks=31), monkeypatch)
-    (summaries,) = [layer.attn.impl.summaries for layer in stock.engine.layers if hasattr(layer.attn.impl, "lookup")]
+    (summaries,) = [
+        layer.attn.impl.summaries for layer in stock.engine.layers if hasattr(layer.attn.impl, "lookup")
+    ]
     room = summaries.codes.nbytes + summaries.steps.nbytes
     assert len(summaries.codes) == 31
     assert stock.worker.determine_available_memory() == stock.available - 4 * 8 * WORKSPACE - room
     stock.available = 4 * 8 * WORKSPACE + room
-    with pytest.raises(LongContextError, match=r"0.50 GiB .* 0.50 GiB .* raise gpu_memory_utilization, or lower attention"):
+    with pytest.raises(
+        LongContextError, match=r"0.50 GiB .* 0.50 GiB .* raise gpu_memory_utilization, or lower attention"
+    ):
         stock.worker.determine_available_memory()
 
 
 @interpreted
 @pytest.mark.usefixtures("gpu", "unmapped", "one_thread")
-def test_the_worker_moves_memory_before_anything_looks_into_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_worker_moves_memory_before_anything_looks_into_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stock = Stock(apart(tiny, LOOKUPS[2], blocks=31), monkeypatch)
     memory, released = stock.engine.layers[1].attn, []
     memory.kv_cache = torch.zeros(9, *memory.kv_cache.shape[1:])  # in vLLM's pool
@@ -190,7 +239,10 @@ def test_a_memory_that_the_host_has_not_is_refused(tiny: Path, monkeypatch: pyte
     config = apart(tiny, {}, blocks=31)
     check_host_memory(config)
     monkeypatch.setattr(host_memory, "get_cgroup_memory_limit", lambda: 100_000)
-    with pytest.raises(LongContextError, match=r"memory_limit_gib = 0.0001\d+ is to be pinned, but this host has 0.0 GiB free"):
+    with pytest.raises(
+        LongContextError,
+        match=r"memory_limit_gib = 0.0001\d+ is to be pinned, but this host has 0.0 GiB free",
+    ):
         LongContextWorker.init_device(SimpleNamespace(vllm_config=config))
     monkeypatch.setattr(host_memory, "get_cgroup_memory_limit", lambda: 200_000)
     check_host_memory(config)
@@ -204,37 +256,50 @@ def test_a_memory_that_the_host_has_not_is_refused(tiny: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (2, r"cannot be pinned for the GPU \(cudaHostRegister: 2\); this host has .* GiB free; lower it, or leave"),
+        (
+            2,
+            r"cannot be pinned for the GPU \(cudaHostRegister: 2\); this host has .* GiB free; lower it, or "
+            r"leave",
+        ),
         (0, r"cannot be pinned for the GPU \(CUDA does not take registered memory for pinned\)"),
     ],
 )
-def test_memory_that_cannot_be_pinned_is_named(error: int, message: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_cannot_be_pinned_is_named(
+    error: int, message: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Never a view of a copy, which vLLM makes of memory that is not pinned."""
 
     class Code(int):
         value = property(int)
 
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *args: Code(error)))
+    monkeypatch.setattr(
+        torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *args: Code(error))
+    )
     with pytest.raises(LongContextError, match=message):
         Layers(apart(tiny, {}, blocks=31), monkeypatch)
 
 
 @pytest.mark.usefixtures("gpu")
 def test_what_memory_apart_cannot_do_on_cuda_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(LongContextError, match=r"leaves nothing in vLLM's pool; .* the room \(gpu_memory_utilization\)"):
+    with pytest.raises(
+        LongContextError, match=r"leaves nothing in vLLM's pool; .* the room \(gpu_memory_utilization\)"
+    ):
         apart(tiny, {"mem_layers": [0, 1]}, blocks=31)
     with pytest.raises(LongContextError, match=r"holds 16 tokens, but max_model_len = 80; give at least"):
         apart(tiny, {}, blocks=2)
     monkeypatch.setattr(current_platform, "is_pin_memory_available", lambda: False)
     with pytest.raises(
-        LongContextError, match=r"with this setting: attention.memory_limit_gib = .* no pinned host memory .* leave it out"
+        LongContextError,
+        match=r"with this setting: attention.memory_limit_gib = .* no pinned host memory .* leave it out",
     ):
         apart(tiny, {}, blocks=31)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_read_and_write_it_where_it_is() -> None:
-    """Bit for bit as in the GPU's own memory: vLLM's operator that writes, windows that close, summaries, lookups."""
+    """Bit for bit as in the GPU's own memory: vLLM's operator that writes, windows that close, summaries,
+    lookups.
+    """
     torch.manual_seed(0)
     device, block_size, kv_heads, d, length = torch.device("cuda"), 32, 2, 64, 2000
     shape = 80, kv_heads, block_size, 2 * d
@@ -257,7 +322,9 @@ def test_kernels_read_and_write_it_where_it_is() -> None:
         summaries = Summaries.like(keys)
         blocks = table[: -(-length // block_size)].long()
         summaries.summarise(
-            keys, blocks, (length - torch.arange(len(blocks), device=device) * block_size).clamp_max(block_size)
+            keys,
+            blocks,
+            (length - torch.arange(len(blocks), device=device) * block_size).clamp_max(block_size),
         )
         memories = Memories(keys, values, table[None], starts, ends, length, summaries)
         best = [attend_best(query, memories, 16, d**-0.5, share) for share in (None, 0.1)]

@@ -1,4 +1,6 @@
-"""Temp-LoRA in vLLM's GPU engine, without a GPU: arguments, what a worker offers, and slots into vLLM's own LoRA layers."""
+"""Temp-LoRA in vLLM's GPU engine, without a GPU: arguments, what a worker offers, and slots into vLLM's own
+LoRA layers.
+"""
 
 import importlib.util
 import re
@@ -40,7 +42,13 @@ SIZES = {"rank": 4, "slots": 2, "block_tokens": 16}
 
 def adapting(model: Path, trainer: dict[str, Any] | None = None, **kwargs: Any) -> VllmConfig:
     section = {"attention": LAMBDA, "adaptation": {**SIZES, "trainer": trainer or {}}}
-    kwargs = {"dtype": "float32", "block_size": 16, "num_gpu_blocks_override": 20, "max_num_seqs": 4, **kwargs}
+    kwargs = {
+        "dtype": "float32",
+        "block_size": 16,
+        "num_gpu_blocks_override": 20,
+        "max_num_seqs": 4,
+        **kwargs,
+    }
     return create(model, {"longctx": section}, max_num_batched_tokens=64, **kwargs)
 
 
@@ -57,7 +65,9 @@ def test_engine_arguments(gpus: None, tiny_llama: Path, v2: bool, monkeypatch: p
     assert config.parallel_config.worker_cls == "vllm_longctx.cuda.worker.LongContextWorker"
     assert config.scheduler_config.async_scheduling
     assert config.scheduler_config.get_scheduler_cls() is AsyncTempLoraScheduler
-    assert adapting(tiny_llama, async_scheduling=False).scheduler_config.get_scheduler_cls() is TempLoraScheduler
+    assert (
+        adapting(tiny_llama, async_scheduling=False).scheduler_config.get_scheduler_cls() is TempLoraScheduler
+    )
     assert config.lora_config is None
     layers = with_slots(config).lora_config
     assert layers is not None and (layers.max_loras, layers.max_lora_rank) == (2, 8)
@@ -68,7 +78,11 @@ def test_engine_arguments(gpus: None, tiny_llama: Path, v2: bool, monkeypatch: p
 @pytest.mark.parametrize(
     ("trainer", "kwargs", "reason"),
     [
-        ({"device": "cuda:2"}, {}, "adaptation.trainer.device = 'cuda:2', but torch sees 2 GPUs, cuda:0 to cuda:1"),
+        (
+            {"device": "cuda:2"},
+            {},
+            "adaptation.trainer.device = 'cuda:2', but torch sees 2 GPUs, cuda:0 to cuda:1",
+        ),
         ({"attention": "xformers"}, {}, "xformers is not installed here"),
     ],
 )
@@ -76,7 +90,9 @@ def test_what_cannot_adapt_is_refused(
     gpus: None, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, trainer: dict, kwargs: dict, reason: str
 ) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "xformers" else found(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "xformers" else found(name, *rest)
+    )
     with pytest.raises(LongContextError, match=reason):
         adapting(tiny_llama, trainer, **kwargs)
 
@@ -84,7 +100,9 @@ def test_what_cannot_adapt_is_refused(
 def test_one_engine_trains_on_a_gpu(gpus: None, tiny_llama: Path) -> None:
     config = adapting(tiny_llama)
     config.parallel_config.data_parallel_size = 2
-    with pytest.raises(LongContextError, match="data_parallel_size = 2 on CUDA, where all trainers would be on the first GPU"):
+    with pytest.raises(
+        LongContextError, match="data_parallel_size = 2 on CUDA, where all trainers would be on the first GPU"
+    ):
         checks.check_adaptation(active_settings(config).adaptation, config)
 
 
@@ -95,7 +113,9 @@ def test_both_runners_manage_slots(stock: type) -> None:
     assert issubclass(runner, stock) and issubclass(runner, Adapts)
     assert runner.load_lora_model is Adapts.load_lora_model
     others = {"load_lora_model", "add_lora", "remove_lora", "pin_lora", "list_loras", "reload_weights"}
-    added = {name for kind in (Adapts, LongContextRunner) for name in vars(kind) if not name.startswith("__")} - others
+    added = {
+        name for kind in (Adapts, LongContextRunner) for name in vars(kind) if not name.startswith("__")
+    } - others
     assert not added & set(dir(stock)), "only what has to do with adapters is another"
 
 
@@ -117,7 +137,9 @@ def wrapped(one_rank: None, gpus: None, no_gpu_memory: None, lora_on_the_cpu: No
     config = with_slots(to_cpu(adapting(tiny_llama, {"device": "cpu"}, **eager)))
     runner = object.__new__(type("Adapting", (Adapts, GPUModelRunner), {}))
     with set_current_vllm_config(config):
-        model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
+        model = get_model_loader(config.load_config).load_model(
+            vllm_config=config, model_config=config.model_config
+        )
         runner.load_lora_model(model, config, CPU)
     yield SimpleNamespace(config=config, model=model, runner=runner)
     shared.shared_by_engine.clear()
@@ -140,13 +162,18 @@ def test_slots_are_swapped_from_device_memory(wrapped: Any) -> None:
     manager.device_slots = share_weights(wrapped.model, wrapped.config, CPU)
     assert manager.device_slots is not None
     skeleton = shared.skeleton(wrapped.config.model_config.model, "float32", "sdpa")
-    modules = shared.adapted_modules(shared.views(shared.engine_weights(wrapped.model), skeleton), LINEAR_MODULES)
+    modules = shared.adapted_modules(
+        shared.views(shared.engine_weights(wrapped.model), skeleton), LINEAR_MODULES
+    )
     assert len(modules) == 3 * 7
     slots = Slots.create(modules, 4, 2)
     trainer = Slots.open(slots.path, modules, 4, 2, manager.device_slots)
 
     def write(version: int, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        made = {name: (torch.randn(rank, inputs), torch.randn(outputs, rank)) for name, (inputs, outputs) in modules.items()}
+        made = {
+            name: (torch.randn(rank, inputs), torch.randn(outputs, rank))
+            for name, (inputs, outputs) in modules.items()
+        }
         trainer.write(1, version % 2, 7, version, made)
         return made
 
@@ -170,7 +197,11 @@ def test_slots_are_swapped_from_device_memory(wrapped: Any) -> None:
                 assert torch.equal(a[index, 0, :rank], weights[part][0]) and torch.equal(
                     b[index, 0, :, :rank], weights[part][1]
                 )
-                assert not a[index, 0, rank:].any() and not b[index, 0, :, rank:].any() and not a[1 - index].any()
+                assert (
+                    not a[index, 0, rank:].any()
+                    and not b[index, 0, :, rank:].any()
+                    and not a[1 - index].any()
+                )
                 found.add(part)
         assert found == weights.keys()
 
@@ -197,12 +228,17 @@ def test_slots_are_swapped_from_device_memory(wrapped: Any) -> None:
         ({}, None),
         ({"trainer": {"device": "cuda:1"}}, "it trains on cuda:1, and the engine runs on cuda:0"),
         ({"parallel_config.world_size": 2}, "each of 2 workers has a part of them"),
-        ({"parallel_config.distributed_executor_backend": "mp"}, "the engine's worker is a process of its own"),
+        (
+            {"parallel_config.distributed_executor_backend": "mp"},
+            "the engine's worker is a process of its own",
+        ),
         ({"model_config.quantization": "fp8"}, r"the engine's are quantized \(fp8\)"),
         ({"model_config.enable_cumem_allocator": True}, "in memory that can be put to sleep"),
     ],
 )
-def test_why_a_trainer_loads_its_own_copy(gpus: None, tiny_llama: Path, change: dict[str, Any], reason: str | None) -> None:
+def test_why_a_trainer_loads_its_own_copy(
+    gpus: None, tiny_llama: Path, change: dict[str, Any], reason: str | None
+) -> None:
     config = adapting(tiny_llama, change.pop("trainer", None))
     for name, value in change.items():
         part, _, key = name.partition(".")
@@ -211,7 +247,9 @@ def test_why_a_trainer_loads_its_own_copy(gpus: None, tiny_llama: Path, change: 
     assert found is None if reason is None else found is not None and re.search(reason, found)
 
 
-def test_what_the_trainer_needs_is_left_free(gpus: None, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_trainer_needs_is_left_free(
+    gpus: None, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = adapting(tiny_llama)
     here, there = torch.device("cuda:0"), torch.device("cuda:1")
     own_copy = trainer_bytes(config, here)
@@ -230,7 +268,9 @@ def test_what_the_trainer_needs_is_left_free(gpus: None, tiny_llama: Path, monke
     monkeypatch.setattr(Worker, "determine_available_memory", lambda self: available)
     assert worker.determine_available_memory() == 1000
     available = own_copy
-    with pytest.raises(LongContextError, match=r"the trainer needs .* on cuda:0, but the engine has no more than .* lower"):
+    with pytest.raises(
+        LongContextError, match=r"the trainer needs .* on cuda:0, but the engine has no more than .* lower"
+    ):
         worker.determine_available_memory()
     config.cache_config.kv_cache_memory_bytes = 5000
     available = 5000
@@ -239,7 +279,9 @@ def test_what_the_trainer_needs_is_left_free(gpus: None, tiny_llama: Path, monke
 
 @pytest.mark.parametrize("is_async", [False, True])
 def test_swaps_are_reported_with_a_steps_tokens(is_async: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By either model runner: V2 gives its output with the copies still under way, V1 where steps are scheduled ahead."""
+    """By either model runner: V2 gives its output with the copies still under way, V1 where steps are
+    scheduled ahead.
+    """
 
     class UnderWay(AsyncModelRunnerOutput):
         def get_output(self) -> ModelRunnerOutput:
@@ -247,7 +289,10 @@ def test_swaps_are_reported_with_a_steps_tokens(is_async: bool, monkeypatch: pyt
 
     worker = object.__new__(LongContextWorker)
     seconds = [0.25]
-    report = {"take_swap_seconds": lambda: [seconds.pop()], "take_failed_adapters": lambda: {3: "no such file"}}
+    report = {
+        "take_swap_seconds": lambda: [seconds.pop()],
+        "take_failed_adapters": lambda: {3: "no such file"},
+    }
     worker.model_runner = SimpleNamespace(**report, rows=StepTimes())
     given = UnderWay() if is_async else ModelRunnerOutput(["r"], {"r": 0})
     monkeypatch.setattr(Worker, "sample_tokens", lambda self, grammar: given)

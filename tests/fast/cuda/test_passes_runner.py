@@ -1,4 +1,5 @@
-"""Temp-LoRA's passes in vLLM's Model Runner V2: scheduler, runner, model and sampler of vLLM's, on CPU tensors.
+"""Temp-LoRA's passes in vLLM's Model Runner V2: scheduler, runner, model and sampler of vLLM's, on CPU
+tensors.
 
 The trainer makes its weights up. With a step ahead of the outputs, what comes out is the same.
 """
@@ -39,11 +40,16 @@ SIZES = {"block_tokens": 16, "window_tokens": 48, "context_tokens": 20, "keep_fi
 
 
 class Trainer:
-    """Answers at the next poll. weights: of each version, by module of Hugging Face's. jobs: all that it got."""
+    """Answers at the next poll.
+
+    weights: of each version, by module of Hugging Face's. jobs: all that it got.
+    """
 
     def __init__(self, model: Path):
         parts = AutoModelForCausalLM.from_pretrained(model).named_modules()
-        linear = {name: part for name, part in parts if isinstance(part, torch.nn.Linear) and name != "lm_head"}
+        linear = {
+            name: part for name, part in parts if isinstance(part, torch.nn.Linear) and name != "lm_head"
+        }
         self.modules = {name: (part.in_features, part.out_features) for name, part in linear.items()}
         self.slots = Slots.create(self.modules, RANK, 2)
         self.reports: list[Any] = []
@@ -53,7 +59,10 @@ class Trainer:
         generator = torch.Generator().manual_seed(version)
         size = 0.15 if version else 0.0
         return {
-            name: (size * torch.randn(RANK, i, generator=generator), size * torch.randn(o, RANK, generator=generator))
+            name: (
+                size * torch.randn(RANK, i, generator=generator),
+                size * torch.randn(o, RANK, generator=generator),
+            )
             for name, (i, o) in self.modules.items()
         }
 
@@ -83,18 +92,30 @@ class PassesEngine(Engine):
 
     def __init__(self, model: Path, monkeypatch: pytest.MonkeyPatch, steps_ahead: int, **changes: Any):
         self.sizes = {**SIZES, **changes}
-        adaptation = {**self.sizes, "rank": RANK, "slots": 2, "trainer": {"device": "cpu"}, "adapters_root": str(model)}
+        adaptation = {
+            **self.sizes,
+            "rank": RANK,
+            "slots": 2,
+            "trainer": {"device": "cpu"},
+            "adapters_root": str(model),
+        }
         self.trainer = Trainer(model)
         monkeypatch.setattr(scheduler, "limit_reader_sleep", lambda **kwargs: None)
         monkeypatch.setattr(scheduler, "trainer_client", lambda *args: self.trainer)
         section = {"attention": {"method": "none"}, "adaptation": adaptation}
         pool = {"num_gpu_blocks_override": NUM_BLOCKS, "max_num_batched_tokens": MAX_TOKENS}
-        super().__init__(model, section, Runner, [TempLoraScheduler, AsyncTempLoraScheduler], steps_ahead, **pool)
+        super().__init__(
+            model, section, Runner, [TempLoraScheduler, AsyncTempLoraScheduler], steps_ahead, **pool
+        )
         self.manager = self.managers[0]
         self.passes: list[tuple[int, Pass]] = []
 
-    def add(self, name: str, prompt: list[int], adapts: bool, options: dict[str, Any] | None = None, **params: Any) -> Request:
-        return super().add(name, prompt, {"longctx": {"temp_lora": True, **(options or {})}} if adapts else None, **params)
+    def add(
+        self, name: str, prompt: list[int], adapts: bool, options: dict[str, Any] | None = None, **params: Any
+    ) -> Request:
+        return super().add(
+            name, prompt, {"longctx": {"temp_lora": True, **(options or {})}} if adapts else None, **params
+        )
 
     def compute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         cached = output.scheduled_cached_reqs
@@ -132,7 +153,9 @@ class PassesEngine(Engine):
             assert batch.input_ids[begin:end].tolist() == text[first:last]
             assert batch.seq_lens[row] == last
             assert runner.rows.starts[row] == runner.rows.starts_on_host[row] == p.first
-            for metadata in runner.execute_model_state.attn_metadata.values():  # what a CUDA graph of decodes replays over
+            for metadata in (
+                runner.execute_model_state.attn_metadata.values()
+            ):  # what a CUDA graph of decodes replays over
                 assert metadata.starts.data_ptr() == runner.rows.starts.data_ptr()
             table = [block.block_id for block in self.manager.req_to_blocks[name]]
             assert runner.block_tables.input_block_tables[0][row, : len(table)].tolist() == table
@@ -143,7 +166,9 @@ class PassesEngine(Engine):
     def check_states(self) -> None:
         states = self.runner.req_states
         for name, request in self.scheduler.requests.items():
-            if (index := states.req_id_to_index.get(name)) is not None and request.status == RequestStatus.RUNNING:
+            if (
+                index := states.req_id_to_index.get(name)
+            ) is not None and request.status == RequestStatus.RUNNING:
                 assert states.num_computed_tokens.gpu[index] == request.num_computed_tokens
                 assert states.total_len.gpu[index] == request.num_tokens
                 counts = self.runner.sampler.penalties_state.output_bin_counts[index]
@@ -164,13 +189,17 @@ def replayed(engine: PassesEngine, name: str, monkeypatch: pytest.MonkeyPatch) -
 
         def version(self, number: int) -> dict[str, Tensor]:
             pairs = engine.trainer.weights(number).items()
-            return {path(module, side): t for module, pair in pairs for side, t in zip("AB", pair, strict=True)}
+            return {
+                path(module, side): t for module, pair in pairs for side, t in zip("AB", pair, strict=True)
+            }
 
         def adapter(self) -> dict[str, tuple[Tensor, Tensor]]:
             return {}
 
     monkeypatch.setattr(temp_lora_replay, "Learner", Given)
-    return replay(engine.config.model_config.model, request.prompt_token_ids, request.num_output_tokens, options)
+    return replay(
+        engine.config.model_config.model, request.prompt_token_ids, request.num_output_tokens, options
+    )
 
 
 @pytest.fixture
@@ -203,7 +232,9 @@ def test_passes_beside_a_request_that_does_not_adapt(
     engine: PassesEngine,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both in chunks, then one's decodes beside the other's chunks and passes; against Hugging Face's model and peft's."""
+    """Both in chunks, then one's decodes beside the other's chunks and passes; against Hugging Face's model
+    and peft's.
+    """
     prompt = text(56)
     engine.add("adapts", prompt, True, max_tokens=10)
     engine.step()
@@ -219,7 +250,9 @@ def test_passes_beside_a_request_that_does_not_adapt(
     assert engine.prompt_logprobs("adapts").tolist() == pytest.approx(expected.prompt_logprobs, abs=1e-4)
 
     expected_plain = plain_logprobs(engine, list(engine.requests["plain"].all_token_ids))
-    assert [*engine.prompt_logprobs("plain").tolist(), *engine.logprobs("plain")] == pytest.approx(expected_plain, abs=1e-4)
+    assert [*engine.prompt_logprobs("plain").tolist(), *engine.logprobs("plain")] == pytest.approx(
+        expected_plain, abs=1e-4
+    )
     assert engine.is_empty()
 
 
@@ -237,7 +270,9 @@ def test_the_probe_of_a_start_is_the_model_and_leaves_nothing_behind(engine: Pas
     """Longer than a step takes, and as long as a window."""
     engine.requests = engine.scheduler.requests
     tokens = text(engine.sizes["window_tokens"])
-    logprobs = base_model.probe_logprobs(engine.scheduler, SimpleNamespace(execute_model=engine.compute), tokens)
+    logprobs = base_model.probe_logprobs(
+        engine.scheduler, SimpleNamespace(execute_model=engine.compute), tokens
+    )
     assert logprobs == pytest.approx(plain_logprobs(engine, tokens), abs=1e-4)
     assert engine.is_empty() and not engine.scheduler.adapting and not engine.trainer.jobs
     assert len(engine.managers[0].block_pool.cached_block_hash_to_block) == 0
@@ -246,14 +281,18 @@ def test_the_probe_of_a_start_is_the_model_and_leaves_nothing_behind(engine: Pas
 @pytest.mark.parametrize("engine", [(0, {})], indirect=True)
 def test_a_pool_that_holds_no_request_that_adapts_ends_the_start(engine: PassesEngine) -> None:
     engine.scheduler.reserved_blocks = NUM_BLOCKS
-    with pytest.raises(LongContextError, match="the KV cache does not hold a single request that adapts; make it larger"):
+    with pytest.raises(
+        LongContextError, match="the KV cache does not hold a single request that adapts; make it larger"
+    ):
         base_model.probe_logprobs(engine.scheduler, SimpleNamespace(execute_model=engine.compute), text(20))
     assert not engine.scheduler.adapting
 
 
 @pytest.mark.parametrize("engine", [(0, {}), (1, {})], indirect=True)
 def test_a_preempted_pass_is_computed_again(engine: PassesEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of a prompt and of a pass, which the runner gets as a new request: rows of the passes before stay."""
+    """In the middle of a prompt and of a pass, which the runner gets as a new request: rows of the passes
+    before stay.
+    """
     prompt = text(70)
     scored = np.array([[token, -1] for token in prompt[1:]])
     engine.add("adapts", prompt, True, max_tokens=2, prompt_logprob_token_ids=scored)
@@ -276,13 +315,21 @@ def test_a_preempted_pass_is_computed_again(engine: PassesEngine, monkeypatch: p
 
 
 @pytest.mark.parametrize("engine", [(1, {"context_tokens": 8})], indirect=True)
-def test_a_slot_is_not_given_on_before_the_steps_that_read_it(engine: PassesEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client leaves when a step has been sent off that puts a new version into the layers; another waits for the slot."""
+def test_a_slot_is_not_given_on_before_the_steps_that_read_it(
+    engine: PassesEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client leaves when a step has been sent off that puts a new version into the layers; another waits
+    for the slot.
+    """
     prompts = {name: text(20) for name in ("stays", "leaves", "waits")}
     for name, prompt in prompts.items():
         engine.add(name, prompt, True, max_tokens=14, prompt_logprobs=None)
     adapting, holds = engine.scheduler.adapting["leaves"], engine.runner.lora_manager.in_layers
-    while (use := adapting.slot_use) is None or use.weights.bank is None or holds.get(use.slot) == (use.owner, use.weights):
+    while (
+        (use := adapting.slot_use) is None
+        or use.weights.bank is None
+        or holds.get(use.slot) == (use.owner, use.weights)
+    ):
         engine.step()
     assert "leaves" in engine.under_way[-1].num_scheduled_tokens and use.weights.version == 1
     engine.abort("leaves")
@@ -298,8 +345,13 @@ def test_a_slot_is_not_given_on_before_the_steps_that_read_it(engine: PassesEngi
 
 
 @pytest.mark.parametrize("engine", [(1, {})], indirect=True)
-def test_requests_that_stop_while_their_next_step_is_under_way(engine: PassesEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a token that nobody knew when that step was scheduled, by length, after one token. What is saved is what was said."""
+def test_requests_that_stop_while_their_next_step_is_under_way(
+    engine: PassesEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a token that nobody knew when that step was scheduled, by length, after one token.
+
+    What is saved is what was said.
+    """
     prompt = text(28)
     whole = engine.add("whole", prompt, True, max_tokens=9, prompt_logprobs=None)
     one = engine.add("one", prompt, True, max_tokens=1, prompt_logprobs=None)
@@ -309,7 +361,14 @@ def test_requests_that_stop_while_their_next_step_is_under_way(engine: PassesEng
     assert tokens == expected.tokens and list(one.output_token_ids) == tokens[:1]
     last = tokens[5]
     cut = engine.add(
-        "cut", prompt, True, {"save_as": "cut"}, max_tokens=9, ignore_eos=False, stop_token_ids=[last], prompt_logprobs=None
+        "cut",
+        prompt,
+        True,
+        {"save_as": "cut"},
+        max_tokens=9,
+        ignore_eos=False,
+        stop_token_ids=[last],
+        prompt_logprobs=None,
     )
     after = []
     while "cut" in engine.scheduler.requests:
@@ -320,7 +379,9 @@ def test_requests_that_stop_while_their_next_step_is_under_way(engine: PassesEng
     length = tokens.index(last) + 1
     assert list(cut.output_token_ids) == tokens[:length] and cut.status == RequestStatus.FINISHED_STOPPED
     (save,) = [job for job in engine.trainer.jobs if isinstance(job, messages.Save)]
-    trained = [job for job in engine.trainer.jobs if isinstance(job, messages.Train) and job.owner == save.owner]
+    trained = [
+        job for job in engine.trainer.jobs if isinstance(job, messages.Train) and job.owner == save.owner
+    ]
     assert save.position == cut.num_tokens == 28 + length
     assert [job.version for job in trained] == list(range(1, (cut.num_tokens - 1) // 16 + 1))
     assert len(engine.scheduler.free_slots) == 2 and engine.is_empty()
@@ -348,7 +409,10 @@ STEPPED = {"longctx": {"preset": "temp-lora-quality", "adaptation": {"trainer": 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("policy", ["reuse", "recompute"])
 def test_engine_arguments(policy: str) -> None:
-    section = {"preset": "temp-lora-economic", "adaptation": {"trainer": {"device": "cpu"}, "kv_policy": policy}}
+    section = {
+        "preset": "temp-lora-economic",
+        "adaptation": {"trainer": {"device": "cpu"}, "kv_policy": policy},
+    }
     config = create(additional_config={"longctx": section}, max_num_seqs=4)
     assert config.use_v2_model_runner and config.scheduler_config.async_scheduling
     assert config.parallel_config.worker_cls == "vllm_longctx.cuda.worker.LongContextWorker"
@@ -375,7 +439,8 @@ def test_what_passes_cannot_do_is_refused(
 @pytest.mark.parametrize("stock", [GPUModelRunner, GPUModelRunnerV1])
 def test_the_worker_takes_over_runner_v2_only(stock: type, monkeypatch: pytest.MonkeyPatch) -> None:
     config: Any = SimpleNamespace(
-        additional_config={"longctx": {"preset": "temp-lora-economic"}}, use_v2_model_runner=stock is GPUModelRunner
+        additional_config={"longctx": {"preset": "temp-lora-economic"}},
+        use_v2_model_runner=stock is GPUModelRunner,
     )
     mode = LongContextConfig.parse(config.additional_config["longctx"]).mode
     if stock is GPUModelRunner:

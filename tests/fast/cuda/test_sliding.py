@@ -33,7 +33,9 @@ HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, SCALE = 4, 2, 32, 16, 0.25
 MAX_SEQS, MAX_TOKENS, MAX_LEN = 4, 64, 256
 LAMBDA = Geometry(n_global=5, n_local=24, distance_ceiling=30)
 CPU, META = torch.device("cpu"), torch.device("meta")
-DEVICE = torch.device("cuda") if torch.cuda.is_available() else CPU  # kernels are compiled there, interpreted here
+DEVICE = (
+    torch.device("cuda") if torch.cuda.is_available() else CPU
+)  # kernels are compiled there, interpreted here
 
 
 def rotary_of(alibi: bool) -> Rotary | None:
@@ -63,7 +65,9 @@ class Engine:
         self.impl = LambdaImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, slopes, kv_cache_dtype=self.kv_cache_dtype)
         self.impl.take_over(self.geometry, self.rotary, self.device)
         config = SimpleNamespace(
-            compilation_config=SimpleNamespace(static_forward_context={"layer": SimpleNamespace(impl=self.impl)}),
+            compilation_config=SimpleNamespace(
+                static_forward_context={"layer": SimpleNamespace(impl=self.impl)}
+            ),
             scheduler_config=SimpleNamespace(max_num_seqs=MAX_SEQS, max_num_batched_tokens=MAX_TOKENS),
             model_config=SimpleNamespace(max_model_len=MAX_LEN),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
@@ -84,7 +88,9 @@ class Engine:
         self.computed, self.tables = dict.fromkeys(self.texts, 0), {name: [] for name in self.texts}
 
     def metadata(self, lens: list[int], rows: int) -> CommonAttentionMetadata:
-        """Of the persistent inputs, as `build_attn_metadata` makes it: `rows` with padding, those of a CUDA graph."""
+        """Of the persistent inputs, as `build_attn_metadata` makes it: `rows` with padding, those of a CUDA
+        graph.
+        """
         starts = torch.tensor([0, *lens]).cumsum(0).to(torch.int32)
         starts = torch.cat((starts, starts[-1:].expand(rows - len(lens))))
         tokens = rows if rows > len(lens) else int(starts[-1])
@@ -108,10 +114,14 @@ class Engine:
         self.table.zero_()
         return self.builder.build_for_cudagraph_capture(self.metadata([1] * rows, rows))
 
-    def step(self, tokens: dict[str, int], replay: LambdaMetadata | None = None, rows: int = 0) -> dict[str, Tensor]:
-        """Computes so many tokens of each request, decodes first as vLLM orders them; the outputs [tokens, heads, head_size].
+    def step(
+        self, tokens: dict[str, int], replay: LambdaMetadata | None = None, rows: int = 0
+    ) -> dict[str, Tensor]:
+        """Computes so many tokens of each request, decodes first as vLLM orders them; the outputs [tokens,
+        heads, head_size].
 
-        replay: forward with what a graph of `rows` rows captured, while the step's own metadata is built and thrown away.
+        replay: forward with what a graph of `rows` rows captured, while the step's own metadata is built and
+            thrown away.
         """
         names, lens = list(tokens), list(tokens.values())
         slots = []
@@ -135,9 +145,13 @@ class Engine:
         metadata = self.builder.build(0, m)
 
         padded = m.num_actual_tokens
-        q, k, v = (torch.zeros(padded, heads, HEAD_SIZE, device=self.device) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        q, k, v = (
+            torch.zeros(padded, heads, HEAD_SIZE, device=self.device) for heads in (HEADS, KV_HEADS, KV_HEADS)
+        )
         for x, whole in zip((q, k, v), zip(*(self.texts[n] for n in names), strict=True), strict=True):
-            new = [t[self.computed[n] - tokens[n] : self.computed[n]] for t, n in zip(whole, names, strict=True)]
+            new = [
+                t[self.computed[n] - tokens[n] : self.computed[n]] for t, n in zip(whole, names, strict=True)
+            ]
             x[:count] = torch.cat(new).to(self.device)
         if self.rotary is not None:
             flat_q, flat_k = self.rotary(self.positions[:padded], q.flatten(1), k.flatten(1))
@@ -185,7 +199,9 @@ def test_steps_of_two_requests_attend_as_the_reference(geometry: Geometry, alibi
 
     def check(tokens: dict[str, int], **kwargs: Any) -> None:
         for name, output in engine.step(tokens, **kwargs).items():
-            torch.testing.assert_close(output.double(), engine.expected(name, tokens[name]), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                output.double(), engine.expected(name, tokens[name]), atol=1e-5, rtol=1e-5
+            )
 
     check({"a": 48})
     check({"a": 1, "b": 20})
@@ -224,9 +240,13 @@ def test_the_worker_takes_over_once_the_weights_are_there(monkeypatch: pytest.Mo
     assert done == [{"load_dummy_weights": False}, ("model", "rows"), ("sites", "rows")]
 
 
-@pytest.mark.parametrize("geometry", [LAMBDA, Geometry(5, 24, None, "in_cache")], ids=["relative", "in_cache"])
+@pytest.mark.parametrize(
+    "geometry", [LAMBDA, Geometry(5, 24, None, "in_cache")], ids=["relative", "in_cache"]
+)
 @pytest.mark.parametrize("lens", [[1, 1, 1], [1, 1, 9], [7]], ids=["decodes", "mixed", "chunk"])
-def test_nothing_waits_for_the_device(geometry: Geometry, lens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_waits_for_the_device(
+    geometry: Geometry, lens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the meta device, whose tensors have no values to wait for."""
     engine = Engine(geometry, device=META)
     called = []
@@ -239,18 +259,25 @@ def test_nothing_waits_for_the_device(geometry: Geometry, lens: list[int], monke
     assert k is not None
     q, k = q.view(-1, HEADS, HEAD_SIZE), k.view(-1, KV_HEADS, HEAD_SIZE)
     engine.impl.forward(engine.layer, q, k, k, engine.cache, metadata, torch.empty_like(q))
-    assert called == [name for name, used in (("lambda_decode", 1 in lens), ("lambda_attention", max(lens) > 1)) if used]
+    assert called == [
+        name for name, used in (("lambda_decode", 1 in lens), ("lambda_attention", max(lens) > 1)) if used
+    ]
 
 
 def test_a_profiling_run_has_no_metadata() -> None:
     engine = Engine()
     output = torch.full((3, HEADS, HEAD_SIZE), torch.nan, device=DEVICE)
-    assert engine.impl.forward(engine.layer, output, output, output, engine.cache, None, output).count_nonzero() == 0
+    assert (
+        engine.impl.forward(engine.layer, output, output, output, engine.cache, None, output).count_nonzero()
+        == 0
+    )
 
 
 @pytest.mark.parametrize("position", [5, 1_000_003, 2**31 - 64])
 def test_exact_angles_in_one_graph(position: int) -> None:
-    """Without a break, which would be a place where the host waits; at any position the same as in eager mode."""
+    """Without a break, which would be a place where the host waits; at any position the same as in eager
+    mode.
+    """
     rotary = Rotary(32, 16, False, inverse_frequencies(16, {})).to(DEVICE)
     positions = torch.arange(position, position + 3, device=DEVICE)
     query, key = torch.randn(3, 4 * 32, device=DEVICE), torch.randn(3, 2 * 32, device=DEVICE)
@@ -268,8 +295,8 @@ def test_it_declares_cuda_graphs_of_decodes() -> None:
 
 
 SUPPORTED = {
-    "head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 32, "use_mla": False, "has_sink": False,
-    "use_sparse": False, "use_mm_prefix": False, "use_per_head_quant_scales": False, "attn_type": "decoder",
+    "head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 32, "use_mla": False,
+    "has_sink": False, "use_sparse": False, "use_mm_prefix": False, "use_per_head_quant_scales": False, "attn_type": "decoder",
     "device_capability": DeviceCapability(8, 0),
 }  # fmt: skip
 
@@ -281,7 +308,10 @@ SUPPORTED = {
         ({"device_capability": DeviceCapability(9, 0), "kv_cache_dtype": "fp8"}, None),
         ({"head_size": 512}, "head_size not supported"),
         ({"dtype": torch.float64}, "dtype not supported"),
-        ({"device_capability": DeviceCapability(9, 0), "kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype not supported"),
+        (
+            {"device_capability": DeviceCapability(9, 0), "kv_cache_dtype": "fp8_e5m2"},
+            "kv_cache_dtype not supported",
+        ),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8 needs compute capability 8.9"),
         ({"block_size": 24}, "block_size not supported"),
         ({"device_capability": DeviceCapability(7, 5)}, "compute capability not supported"),
@@ -293,7 +323,9 @@ SUPPORTED = {
     ],
 )
 def test_vllm_hears_what_the_backend_cannot_do(change: dict[str, Any], reason: str | None) -> None:
-    assert LambdaBackend.validate_configuration(**{**SUPPORTED, **change}) == ([] if reason is None else [reason])
+    assert LambdaBackend.validate_configuration(**{**SUPPORTED, **change}) == (
+        [] if reason is None else [reason]
+    )
 
 
 @dataclass
@@ -323,15 +355,23 @@ def loaded(one_rank: None, gpu: type, tiny_llama: Path, monkeypatch: pytest.Monk
         enforce_eager=True,
         compilation_config={"mode": 0, "custom_ops": ["none"]},
     )
-    config.device_config.device, config.load_config.device, config.load_config.load_format = CPU, "cpu", "auto"
+    config.device_config.device, config.load_config.device, config.load_config.load_format = (
+        CPU,
+        "cpu",
+        "auto",
+    )
     with set_current_vllm_config(config):
-        model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
+        model = get_model_loader(config.load_config).load_model(
+            vllm_config=config, model_config=config.model_config
+        )
     return Loaded(config, model)
 
 
 @pytest.mark.usefixtures("stock_cache_update", "one_thread")
 def test_a_model_of_vllms_gives_the_references_log_probabilities(loaded: Loaded, tiny_llama: Path) -> None:
-    """Model, weights, KV specs, pool, builders, metadata by vLLM's code (v1/worker/gpu/attn_utils.py): two chunks, a decode."""
+    """Model, weights, KV specs, pool, builders, metadata by vLLM's code (v1/worker/gpu/attn_utils.py): two
+    chunks, a decode.
+    """
     config, layers = loaded.config, loaded.layers
     made_layers(loaded.model, config)
     assert sum(isinstance(module, Rotary) for module in loaded.model.modules()) == 1  # shared by all layers
@@ -339,7 +379,9 @@ def test_a_model_of_vllms_gives_the_references_log_probabilities(loaded: Loaded,
     assert all(isinstance(spec, LambdaSpec) for spec in specs.values())
     supported = get_supported_kv_cache_layouts(layer.get_attn_backend() for layer in layers.values())
     resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
-    kv_cache_config = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, specs), available_memory=1 << 30)
+    kv_cache_config = get_kv_cache_config_from_groups(
+        config, get_kv_cache_groups(config, specs), available_memory=1 << 30
+    )
     attn_groups, support, block_sizes = attn_utils.init_attn_backend(kv_cache_config, config, CPU)
     assert support.min_cg_support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     attn_utils.init_kv_cache(layers, kv_cache_config, CPU, block_sizes, config, attn_groups=attn_groups[0])
@@ -365,13 +407,20 @@ def test_a_model_of_vllms_gives_the_references_log_probabilities(loaded: Loaded,
             positions=positions,
         )
         by_layer = attn_utils.build_slot_mappings_by_layer(slots[None], kv_cache_config)
-        with torch.inference_mode(), set_forward_context(metadata, config, num_tokens=end - first, slot_mapping=by_layer):
+        with (
+            torch.inference_mode(),
+            set_forward_context(metadata, config, num_tokens=end - first, slot_mapping=by_layer),
+        ):
             logits = loaded.model.compute_logits(loaded.model(ids[first:end], positions))
         ours = logits.double().log_softmax(-1)
         torch.testing.assert_close(ours, expected[first:end], atol=1e-4, rtol=0)
 
 
 def test_a_layer_of_another_backend_is_not_taken_over(loaded: Loaded) -> None:
-    next(iter(loaded.layers.values())).impl = SimpleNamespace(attn_type="decoder", sinks=None, alibi_slopes=None)
-    with pytest.raises(RuntimeError, match=r"longctx cannot take over model.layers.0.self_attn.attn \(Attention, RotaryEmb"):
+    next(iter(loaded.layers.values())).impl = SimpleNamespace(
+        attn_type="decoder", sinks=None, alibi_slopes=None
+    )
+    with pytest.raises(
+        RuntimeError, match=r"longctx cannot take over model.layers.0.self_attn.attn \(Attention, RotaryEmb"
+    ):
         made_layers(loaded.model, loaded.config)

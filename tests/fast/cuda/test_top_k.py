@@ -1,4 +1,6 @@
-"""LM-Infinite's top-k branch of the GPU engine in models of vLLM's, run as the Model Runner V2 runs them, but interpreted."""
+"""LM-Infinite's top-k branch of the GPU engine in models of vLLM's, run as the Model Runner V2 runs them, but
+interpreted.
+"""
 
 import json
 from pathlib import Path
@@ -45,7 +47,8 @@ def configure(model: Path, attention: dict[str, Any] = TOP_K, **kwargs: Any) -> 
 
 
 class Engine:
-    """A checkpoint that vLLM has loaded as for CUDA, and the parts of vLLM around it; what only the device can do is done here.
+    """A checkpoint that vLLM has loaded as for CUDA, and the parts of vLLM around it; what only the device
+    can do is done here.
 
     texts: token ids of each request. prompts: how many of them are its prompt.
     """
@@ -71,18 +74,24 @@ class Engine:
             )
         )
         with set_current_vllm_config(config):
-            self.model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
+            self.model = get_model_loader(config.load_config).load_model(
+                vllm_config=config, model_config=config.model_config
+            )
         sites, rows = made_layers(self.model, config)
         self.layers: dict[str, Any] = config.compilation_config.static_forward_context
         specs = attn_utils.get_kv_cache_spec(config)
         top_k_layers = active_settings(config).top_k.layers
-        assert [i for i, spec in enumerate(specs.values()) if isinstance(spec, MiddleSpec)] == list(top_k_layers)
+        assert [i for i, spec in enumerate(specs.values()) if isinstance(spec, MiddleSpec)] == list(
+            top_k_layers
+        )
         assert sum(isinstance(spec, LambdaSpec) for spec in specs.values()) == len(specs) - len(top_k_layers)
         supported = get_supported_kv_cache_layouts(layer.get_attn_backend() for layer in self.layers.values())
         resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
         groups = get_kv_cache_groups(config, specs)
         self.kv_cache_config = get_kv_cache_config_from_groups(config, groups, available_memory=1 << 25)
-        self.attn_groups, self.support, sizes = attn_utils.init_attn_backend(self.kv_cache_config, config, CPU)
+        self.attn_groups, self.support, sizes = attn_utils.init_attn_backend(
+            self.kv_cache_config, config, CPU
+        )
         every = [group for groups in self.attn_groups for group in groups]
         attn_utils.init_kv_cache(self.layers, self.kv_cache_config, CPU, sizes, config, attn_groups=every)
         for layer in self.layers.values():
@@ -94,7 +103,9 @@ class Engine:
 
         self.runner = runner = TopKRunner.__new__(TopKRunner)
         runner.device, runner.attn_groups = CPU, self.attn_groups
-        runner.req_states = SimpleNamespace(prompt_len=SimpleNamespace(np=np.array(list(prompts.values()), dtype=np.int32)))
+        runner.req_states = SimpleNamespace(
+            prompt_len=SimpleNamespace(np=np.array(list(prompts.values()), dtype=np.int32))
+        )
         runner.block_tables = SimpleNamespace(input_block_tables=list(self.tables))
         monkeypatch.setattr(GPUModelRunner, "prepare_attn", lambda self, batch: batch.attn)
         runner.kv_cache_config = self.kv_cache_config
@@ -102,7 +113,9 @@ class Engine:
         runner.bind_kv_cache()
 
     def step(self, tokens: dict[str, int]) -> dict[str, Tensor]:
-        """Computes so many tokens of each request, decodes first as vLLM orders them; log-probabilities behind each."""
+        """Computes so many tokens of each request, decodes first as vLLM orders them; log-probabilities
+        behind each.
+        """
         names, lens = list(tokens), list(tokens.values())
         rows = [list(self.prompts).index(name) for name in names]
         first = [self.computed[n] for n in names]
@@ -112,19 +125,30 @@ class Engine:
         tables = [table[rows] for table in self.tables]
         positions, slots = places(first, ends, tables)
         batch = SimpleNamespace(
-            num_computed_tokens_np=np.array(first, dtype=np.int32), idx_mapping_np=np.array(rows), attn=(tables, slots)
+            num_computed_tokens_np=np.array(first, dtype=np.int32),
+            idx_mapping_np=np.array(rows),
+            attn=(tables, slots),
         )
         tables, slots = self.runner.prepare_attn(batch)
         metadata = metadata_of(self.attn_groups, self.kv_cache_config, first, ends, tables, slots)
-        self.looked_up = {name for name, of_layer in metadata.items() if getattr(of_layer, "middles", None) is not None}
+        self.looked_up = {
+            name for name, of_layer in metadata.items() if getattr(of_layer, "middles", None) is not None
+        }
         by_layer = attn_utils.build_slot_mappings_by_layer(slots, self.kv_cache_config)
-        ids = torch.tensor([i for n, f, e in zip(names, first, ends, strict=True) for i in self.texts[n][f:e]])
-        with torch.inference_mode(), set_forward_context(metadata, self.config, num_tokens=count, slot_mapping=by_layer):
+        ids = torch.tensor(
+            [i for n, f, e in zip(names, first, ends, strict=True) for i in self.texts[n][f:e]]
+        )
+        with (
+            torch.inference_mode(),
+            set_forward_context(metadata, self.config, num_tokens=count, slot_mapping=by_layer),
+        ):
             logits = self.model.compute_logits(self.model(ids, positions))
         return dict(zip(names, logits.double().log_softmax(-1).split(lens), strict=True))
 
     def preempt(self, name: str) -> None:
-        """The request computes again from its first token on, in other blocks; those that it had are anybody's."""
+        """The request computes again from its first token on, in other blocks; those that it had are
+        anybody's.
+        """
         row = list(self.prompts).index(name)
         columns = self.tables.shape[2]
         for table in self.tables:
@@ -134,8 +158,12 @@ class Engine:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
 @pytest.mark.usefixtures("one_rank", "gpu", "no_gpu_memory", "one_tile", "stock_cache_update", "one_thread")
-def test_requests_that_write_see_the_best_keys_of_their_middle(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long and short prompts, chunks beside decodes, middles that are empty, too small, just enough; one is preempted."""
+def test_requests_that_write_see_the_best_keys_of_their_middle(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long and short prompts, chunks beside decodes, middles that are empty, too small, just enough; one is
+    preempted.
+    """
     monkeypatch.setattr(top_k_runner, "WORKSPACE", 4 * 2 * 32 * 7)  # seven keys are turned back at once
     prompts = {"long": 40, "short": 6, "middling": 31}
     texts = {name: torch.randint(3, 512, (length + 12,)).tolist() for name, length in prompts.items()}
@@ -169,9 +197,13 @@ def test_requests_that_write_see_the_best_keys_of_their_middle(tiny_llama: Path,
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
 @pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread")
 def test_the_middle_grows_with_a_step_under_way(small_llama: Path) -> None:
-    """Of requests that write, one of them preempted meanwhile; one ends by a token with its next step computed, one at once."""
+    """Of requests that write, one of them preempted meanwhile; one ends by a token with its next step
+    computed, one at once.
+    """
     pool = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 40, "max_model_len": 80}
-    engine = WholeEngine(small_llama, {"attention": TOP_K}, TopKRunner, [TopKScheduler, AsyncTopKScheduler], 1, **pool)
+    engine = WholeEngine(
+        small_llama, {"attention": TOP_K}, TopKRunner, [TopKScheduler, AsyncTopKScheduler], 1, **pool
+    )
     seen = {}
 
     def add(name: str, prompt: list[int], new: int, **params: Any) -> Request:
@@ -204,13 +236,17 @@ def test_it_is_the_official_code(goldens: Path, monkeypatch: pytest.MonkeyPatch)
     ids, rows = np.load(case / "input_ids.npy").flatten().tolist(), np.load(case / "logprobs.npy")
     length = 160
     expected = torch.from_numpy(rows[np.load(case / "prefix_lengths.npy").tolist().index(length)])
-    engine = Engine(goldens / "models" / "llama", official_top_k(p), {"": ids[:length]}, {"": length}, monkeypatch)
+    engine = Engine(
+        goldens / "models" / "llama", official_top_k(p), {"": ids[:length]}, {"": length}, monkeypatch
+    )
     engine.step({"": length - 1})
     assert (engine.step({"": 1})[""][-1] - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.usefixtures("gpu")
-def test_engine_arguments_of_the_top_k_branch_on_cuda(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_arguments_of_the_top_k_branch_on_cuda(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = configure(tiny_llama)
     assert config.use_v2_model_runner and config.scheduler_config.async_scheduling
     assert config.scheduler_config.get_scheduler_cls() is AsyncTopKScheduler
@@ -231,7 +267,11 @@ def test_engine_arguments_of_the_top_k_branch_on_cuda(tiny_llama: Path, monkeypa
             True,
             "attention.top_k does not run on CUDA with this setting: kv_cache_dtype = 'fp8'; leave",
         ),
-        ({"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}, True, "with this setting: microbatches are on; leave"),
+        (
+            {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"},
+            True,
+            "with this setting: microbatches are on; leave",
+        ),
         ({}, False, "with this setting: the Model Runner V1 is chosen; leave VLLM_USE_V2_MODEL_RUNNER out"),
         ({"block_size": 48}, True, "setting: block_size = 48; with attention.top_k give a power of two"),
     ],

@@ -1,4 +1,6 @@
-"""Memory layers and stepped windows of the GPU engine, run as the Model Runner V2 runs them, but interpreted on CPU tensors."""
+"""Memory layers and stepped windows of the GPU engine, run as the Model Runner V2 runs them, but interpreted
+on CPU tensors.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,11 +33,17 @@ from vllm_longctx.settings import Lookup
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
 @pytest.mark.usefixtures("gpu", "stock_cache_update", "one_thread")
 @pytest.mark.parametrize("attention", LOOKUPS, ids=["all", "top_k", "blocks"])
-def test_windows_become_memory(attention: dict[str, Any], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two prompts of different lengths in chunks, one beside the other's decodes; both write past their last window."""
+def test_windows_become_memory(
+    attention: dict[str, Any], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two prompts of different lengths in chunks, one beside the other's decodes; both write past their last
+    window.
+    """
     config = configure(tiny, attention, block_size=BLOCK_SIZE, dtype="float32", max_num_batched_tokens=64)
     engine = Engine(config, monkeypatch, {"a": 31, "b": 9}, 45)
-    graphs = AttentionCGSupport.NEVER if "lookup" in attention else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    graphs = (
+        AttentionCGSupport.NEVER if "lookup" in attention else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
     assert engine.support.min_cg_support == graphs
     # Windows of a begin at 0, 12, 20, 32; those of b at 0, 12.
     steps = [{"a": 12}, {"b": 9, "a": 8}, *[{"b": 1, "a": n} for n in (11, 1, 1, 1)]]
@@ -47,9 +55,15 @@ def test_windows_become_memory(attention: dict[str, Any], tiny: Path, monkeypatc
                 torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
     assert engine.open == {"a": 32, "b": 12}
     if "lookup" not in attention:  # a CUDA graph of decodes replays over what each step writes in place
-        (builder,) = [group.get_metadata_builder() for n, (group,) in enumerate(engine.attn_groups) if n != engine.memory_group]
+        (builder,) = [
+            group.get_metadata_builder()
+            for n, (group,) in enumerate(engine.attn_groups)
+            if n != engine.memory_group
+        ]
         names = ("block_table_tensor", "seq_lens", "query_start_loc")
-        m: Any = SimpleNamespace(num_reqs=2, num_actual_tokens=2, max_query_len=1, **{n: torch.zeros(3) for n in names})
+        m: Any = SimpleNamespace(
+            num_reqs=2, num_actual_tokens=2, max_query_len=1, **{n: torch.zeros(3) for n in names}
+        )
         assert builder.build(0, m).starts.data_ptr() == engine.runner.rows.starts.data_ptr()
         assert engine.runner.rows.starts.tolist() == [12, 32, 0, 0]
     if attention.get("lookup") != "blocks":
@@ -62,17 +76,23 @@ def test_windows_become_memory(attention: dict[str, Any], tiny: Path, monkeypatc
         anew = Summaries.like(keys)
         anew.summarise(keys, blocks, filled)
         assert anew.steps[blocks].all()
-        assert torch.equal(kept.codes[blocks], anew.codes[blocks]) and torch.equal(kept.steps[blocks], anew.steps[blocks])
+        assert torch.equal(kept.codes[blocks], anew.codes[blocks]) and torch.equal(
+            kept.steps[blocks], anew.steps[blocks]
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
 @pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread")
 def test_windows_end_with_a_step_under_way(small_llama: Path) -> None:
-    """So it is preempted, too; found in the prefix cache by the step behind; a request ends whose next step is computed."""
+    """So it is preempted, too; found in the prefix cache by the step behind; a request ends whose next step
+    is computed.
+    """
     windows, attention = SteppedWindows(16, 11), LOOKUPS[2]
     section = {"attention": {**FOCUSED, "n_local": windows.tokens, **attention}}
     pool = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 40, "max_model_len": 80}
-    engine = WholeEngine(small_llama, section, MemoryRunner, [MemoryScheduler, AsyncMemoryScheduler], 1, **pool)
+    engine = WholeEngine(
+        small_llama, section, MemoryRunner, [MemoryScheduler, AsyncMemoryScheduler], 1, **pool
+    )
     seen = {}
 
     def add(name: str, prompt: list[int], new: int, **params: Any) -> Request:
@@ -93,7 +113,9 @@ def test_windows_end_with_a_step_under_way(small_llama: Path) -> None:
                 ends = add("ends", [*first.prompt_token_ids], 9, stop_token_ids=[stop], prompt_logprobs=None)
     assert engine.stale == {"other", "ends"} and other.num_preemptions
     assert engine.in_vain == {"ends"} and ends.status == RequestStatus.FINISHED_STOPPED
-    assert [engine.outputs[name][0].prefill_stats.num_cached_tokens for name in ("again", "ends")] == [BLOCK_SIZE] * 2
+    assert [engine.outputs[name][0].prefill_stats.num_cached_tokens for name in ("again", "ends")] == [
+        BLOCK_SIZE
+    ] * 2
     for name, layers in seen.items():
         engine.check(name, layers)
     assert engine.is_empty()
@@ -105,7 +127,14 @@ def test_windows_end_with_a_step_under_way(small_llama: Path) -> None:
 def test_a_first_window_is_shared_while_it_is_open(steps_ahead: int, small_llama: Path) -> None:
     """Who is hit in it has copies of the memory layers' blocks: both requests close that window, in place."""
     windows, attention = SteppedWindows(32, 24), LOOKUPS[2]
-    section = {"attention": {**FOCUSED, "n_local": windows.tokens, "last_context_length": windows.last_tokens, **attention}}
+    section = {
+        "attention": {
+            **FOCUSED,
+            "n_local": windows.tokens,
+            "last_context_length": windows.last_tokens,
+            **attention,
+        }
+    }
     sizes = {"num_gpu_blocks_override": 40, "max_num_batched_tokens": 40, "max_model_len": 80}
     schedulers = [MemoryScheduler, AsyncMemoryScheduler]
     engine = WholeEngine(small_llama, section, MemoryRunner, schedulers, steps_ahead, **sizes)
@@ -118,17 +147,23 @@ def test_a_first_window_is_shared_while_it_is_open(steps_ahead: int, small_llama
         engine.add("again", beginning[:20], max_tokens=15, prompt_logprobs=None)
         while engine.scheduler.has_requests() or engine.under_way:
             engine.step()
-    assert [engine.outputs[name][0].prefill_stats.num_cached_tokens for name in ("turn", "again")] == [BLOCK_SIZE] * 2
+    assert [engine.outputs[name][0].prefill_stats.num_cached_tokens for name in ("turn", "again")] == [
+        BLOCK_SIZE
+    ] * 2
     for name, request in engine.requests.items():
         engine.check(name, focused(windows, request.num_prompt_tokens, [1], best=attention["top_k"]))
     assert engine.is_empty()
 
 
-@pytest.mark.parametrize(("mem_dtype", "turned"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize(
+    ("mem_dtype", "turned"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)]
+)
 def test_a_closed_window_is_turned_back_and_rounded(mem_dtype: torch.dtype, turned: bool) -> None:
     """From inside a block on, and nothing else changes; a layer without positions is rounded only."""
     rotary = Rotary(16, 16, True, inverse_frequencies(16, {}))
-    cache = torch.randn(6, 2, BLOCK_SIZE, 32).transpose(1, 2).contiguous().transpose(1, 2)  # heads inside tokens, as vLLM may
+    cache = (
+        torch.randn(6, 2, BLOCK_SIZE, 32).transpose(1, 2).contiguous().transpose(1, 2)
+    )  # heads inside tokens, as vLLM may
     blocks, start, end, origin = torch.tensor([4, 1, 3], dtype=torch.int32), 21, 50, 18
     keys, values = torch.randn(2, end - start, 2, 16)
     flat = torch.arange(start, end) - start // BLOCK_SIZE * BLOCK_SIZE
@@ -138,7 +173,9 @@ def test_a_closed_window_is_turned_back_and_rounded(mem_dtype: torch.dtype, turn
     expected = cache.clone()
     expected[where] = torch.cat((keys, values), -1).to(mem_dtype).float()
     close_window(cache, ClosedWindow(origin, start, end, blocks), rotary if turned else None, mem_dtype)
-    tolerance = 1e-5 if mem_dtype == torch.float32 else 2**-8  # turning back errs by float32's last bits, which may round on
+    tolerance = (
+        1e-5 if mem_dtype == torch.float32 else 2**-8
+    )  # turning back errs by float32's last bits, which may round on
     torch.testing.assert_close(cache, expected, atol=1e-5, rtol=tolerance)
     untouched = torch.ones(6, BLOCK_SIZE, dtype=torch.bool)
     untouched[where[0], where[2]] = False
@@ -177,19 +214,39 @@ def test_vllms_own_warm_up_steps_have_no_windows(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("attention", "kwargs", "v2", "message"),
     [
-        ({}, {"kv_cache_dtype": "fp8"}, True, "not run on CUDA with this setting: kv_cache_dtype = 'fp8'; leave it at 'auto'"),
+        (
+            {},
+            {"kv_cache_dtype": "fp8"},
+            True,
+            "not run on CUDA with this setting: kv_cache_dtype = 'fp8'; leave it at 'auto'",
+        ),
         (
             {},
             {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"},
             True,
             "with this setting: microbatches are on; leave enable_dbo and ubatch_size out",
         ),
-        ({}, {}, False, "with this setting: the Model Runner V1 is chosen; leave VLLM_USE_V2_MODEL_RUNNER out"),
-        (LOOKUPS[1], {"block_size": 48}, True, "setting: block_size = 48; with attention.lookup give a power of two"),
+        (
+            {},
+            {},
+            False,
+            "with this setting: the Model Runner V1 is chosen; leave VLLM_USE_V2_MODEL_RUNNER out",
+        ),
+        (
+            LOOKUPS[1],
+            {"block_size": 48},
+            True,
+            "setting: block_size = 48; with attention.lookup give a power of two",
+        ),
     ],
 )
 def test_what_focused_cannot_do_on_cuda_is_refused(
-    attention: dict[str, Any], kwargs: dict[str, Any], v2: bool, message: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    attention: dict[str, Any],
+    kwargs: dict[str, Any],
+    v2: bool,
+    message: str,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(v2)))
     with pytest.raises(LongContextError, match=message):
@@ -202,4 +259,6 @@ def test_engine_arguments_of_focused_on_cuda(tiny: Path) -> None:
     assert config.use_v2_model_runner and config.scheduler_config.async_scheduling
     assert config.scheduler_config.get_scheduler_cls() is AsyncMemoryScheduler
     config = configure(tiny, LOOKUPS[0], async_scheduling=False)
-    assert config.scheduler_config.get_scheduler_cls() is MemoryScheduler and config.max_concurrent_batches == 1
+    assert (
+        config.scheduler_config.get_scheduler_cls() is MemoryScheduler and config.max_concurrent_batches == 1
+    )

@@ -1,4 +1,6 @@
-"""What README and docs/ tell a reader to do: every command parses, every configuration is valid, every link leads somewhere."""
+"""What README and docs/ tell a reader to do: every command parses, every configuration is valid, every link
+leads somewhere.
+"""
 
 import argparse
 import importlib.util
@@ -57,7 +59,9 @@ def parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namesp
     for one in parsers:
         one.error = complaints.append  # type: ignore[method-assign,assignment]
         subparsers = (a for a in one._actions if isinstance(a, argparse._SubParsersAction))
-        parsers += [choice for action in subparsers for choice in action.choices.values() if choice not in parsers]
+        parsers += [
+            choice for action in subparsers for choice in action.choices.values() if choice not in parsers
+        ]
     found = parser.parse_args(words)
     if complaints:
         raise ValueError(complaints[0])
@@ -69,7 +73,10 @@ def check_vllm(words: list[str], parser: argparse.ArgumentParser) -> None:
 
 
 def parse_click(command: click.Command, words: list[str]) -> dict[str, Any]:
-    """The options as the command would get them. Raises click.ClickException for words that it does not take."""
+    """The options as the command would get them.
+
+    Raises click.ClickException for words that it does not take.
+    """
     if isinstance(command, click.Group):
         name, *words = words
         command = command.commands[name]
@@ -100,7 +107,9 @@ def check_python(words: list[str]) -> None:
     path = ROOT / words[1]
     assert path.is_file(), f"there is no {words[1]}"
     if path.parent.name == "examples":
-        shown = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(
+            [sys.executable, path, "--help"], capture_output=True, text=True, check=True
+        ).stdout
         assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[\w-]+", shown))
     elif path.parents[0].name == "benchmarks" or path.parents[1].name == "benchmarks":
         module = load(path)
@@ -162,7 +171,9 @@ def check(words: list[str], parser: argparse.ArgumentParser) -> None:
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
-def test_commands_parse(block: Block, vllm_parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_parse(
+    block: Block, vllm_parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     for words in commands(block.text):
         check(words, vllm_parser)
@@ -231,9 +242,13 @@ def test_the_configuration_page_is_up_to_date() -> None:
 
 def test_the_picture_is_drawn_by_its_command(tmp_path: Path) -> None:
     load(ROOT / "docs" / "picture.py").main(tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes()[:24] == (ROOT / "docs" / "picture.png").read_bytes()[:24]  # of one size
+    assert (tmp_path / "picture.png").read_bytes()[:24] == (ROOT / "docs" / "picture.png").read_bytes()[
+        :24
+    ]  # of one size
 
 
-@pytest.mark.parametrize("path", [p for p in sorted((ROOT / "examples").iterdir()) if p.suffix != ".md"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [p for p in sorted((ROOT / "examples").iterdir()) if p.suffix != ".md"], ids=lambda p: p.name
+)
 def test_examples_are_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 60

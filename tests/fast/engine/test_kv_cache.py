@@ -45,7 +45,10 @@ def new_request(tokens: list[int]) -> Request:
 
 
 def prefill(manager: KVCacheManager, request: Request, chunk: int = CHUNK) -> tuple[int, int]:
-    """Run a request's prompt in chunks. Returns (tokens hit in the prefix cache, most live blocks at once)."""
+    """Run a request's prompt in chunks.
+
+    Returns (tokens hit in the prefix cache, most live blocks at once).
+    """
     blocks, hit, _ = manager.get_computed_blocks(request)
     peak, computed, adopted = 0, hit, blocks
     while computed < request.num_tokens:
@@ -68,7 +71,9 @@ def write(manager: KVCacheManager, request: Request, tokens: list[int]) -> None:
         request.num_computed_tokens += 1
 
 
-def serve(manager: KVCacheManager, prompt: list[int], answer: int = 0, chunk: int = CHUNK) -> tuple[int, list[int]]:
+def serve(
+    manager: KVCacheManager, prompt: list[int], answer: int = 0, chunk: int = CHUNK
+) -> tuple[int, list[int]]:
     """One request from its beginning to its end. Returns (tokens hit in the prefix cache, its whole text)."""
     request = new_request(prompt)
     hit, _ = prefill(manager, request, chunk)
@@ -102,7 +107,9 @@ def test_live_blocks_stay_under_the_bound_at_any_length(n_global: int, n_local: 
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 9), st.integers(1, 30), st.integers(1, 120), st.integers(1, 120), st.integers(0, 60))
-def test_a_hit_holds_what_its_next_query_sees(n_global: int, n_local: int, common: int, other: int, noise: int) -> None:
+def test_a_hit_holds_what_its_next_query_sees(
+    n_global: int, n_local: int, common: int, other: int, noise: int
+) -> None:
     manager = new_manager(n_global, n_local, 60)
     prefix = list(range(common))
     for tokens in (prefix + [-1] * other, [-2] * noise or [-2]):
@@ -141,7 +148,9 @@ def test_admission_counts_what_a_hit_will_hold_not_its_null_blocks() -> None:
     blocks, _, _ = manager.get_computed_blocks(again)
     (lambda_manager,) = manager.coordinator.single_type_managers
     cap = lambda_manager.max_admission_blocks_per_request
-    needed = lambda_manager.get_num_blocks_to_allocate(again.request_id, 300, blocks.blocks[0], 200, 200, 300, True)
+    needed = lambda_manager.get_num_blocks_to_allocate(
+        again.request_id, 300, blocks.blocks[0], 200, 200, 300, True
+    )
     assert needed == cap - 3
 
 
@@ -171,7 +180,9 @@ def fresh(length: int) -> list[int]:
 
 
 def test_what_others_hit_outlives_a_long_text() -> None:
-    """Before: blocks that slid out of the window of one prompt of 200,000 tokens pushed out everything else that was cached."""
+    """Before: blocks that slid out of the window of one prompt of 200,000 tokens pushed out everything else
+    that was cached.
+    """
     chunk = 512
     manager = new_manager(n_global=2, n_local=64, num_blocks=400, chunk=chunk)
     prefixes = [fresh(60) for _ in range(10)]
@@ -207,7 +218,9 @@ def test_a_turn_can_be_written_again_after_its_answer(others: int) -> None:
 
 @pytest.mark.parametrize("others", [0, 6])
 def test_a_whole_turn_can_be_replaced(others: int) -> None:
-    """A turn longer than the window, read on from where the turn before it had ended: the window there was left as well."""
+    """A turn longer than the window, read on from where the turn before it had ended: the window there was
+    left as well.
+    """
     manager = new_manager(n_global=2, n_local=16, num_blocks=200)
     _, first = serve(manager, fresh(1000), answer=50)
     hit, _ = serve(manager, first + fresh(300), answer=200)
@@ -241,7 +254,11 @@ def test_no_block_is_free_and_held(rng: random.Random, n_global: int, n_local: i
     """Prompts with common prefixes, written on, ended and preempted in any order."""
     manager = new_manager(n_global, n_local, num_blocks)
     (lambda_manager,) = manager.coordinator.single_type_managers
-    pool, texts, running = manager.block_pool, [fresh(rng.randrange(1, 120)) for _ in range(3)], list[Request]()
+    pool, texts, running = (
+        manager.block_pool,
+        [fresh(rng.randrange(1, 120)) for _ in range(3)],
+        list[Request](),
+    )
     for _ in range(80):
         if running and rng.random() < 0.6:
             request = rng.choice(running)
@@ -266,7 +283,9 @@ def test_no_block_is_free_and_held(rng: random.Random, n_global: int, n_local: i
                 if request.num_computed_tokens == request.num_tokens:
                     request.append_output_token_ids(rng.randrange(3))
         free = {block.block_id for block in pool.free_block_queue.get_all_free_blocks()}
-        held = Counter(b.block_id for r in running for b in manager.get_blocks(r.request_id).blocks[0] if not b.is_null)
+        held = Counter(
+            b.block_id for r in running for b in manager.get_blocks(r.request_id).blocks[0] if not b.is_null
+        )
         assert free.isdisjoint(held) and len(free) == pool.get_num_free_blocks()
         assert len(free) + len(held) == num_blocks - 1
         assert all(pool.blocks[b].ref_cnt == held[b] for b in range(1, num_blocks))
@@ -278,11 +297,17 @@ def test_no_block_is_free_and_held(rng: random.Random, n_global: int, n_local: i
 
 def test_a_request_that_does_not_fit_is_not_admitted() -> None:
     manager = new_manager(n_global=2, n_local=8, num_blocks=8)
-    assert manager.allocate_slots(new_request(list(range(500))), CHUNK, full_sequence_must_fit=True) is not None
-    assert manager.allocate_slots(new_request(list(range(500, 999))), CHUNK, full_sequence_must_fit=True) is None
+    assert (
+        manager.allocate_slots(new_request(list(range(500))), CHUNK, full_sequence_must_fit=True) is not None
+    )
+    assert (
+        manager.allocate_slots(new_request(list(range(500, 999))), CHUNK, full_sequence_must_fit=True) is None
+    )
 
 
 def test_a_layer_with_a_window_of_its_own_is_refused() -> None:
-    window = SlidingWindowSpec(block_size=BS, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=8)
+    window = SlidingWindowSpec(
+        block_size=BS, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=8
+    )
     with pytest.raises(TypeError, match="cannot give"):
         LambdaSpec.from_attention_spec(window, Geometry(2, 8, 8))

@@ -13,12 +13,16 @@ from vllm_longctx.engine.waiting import limit_reader_sleep
 
 @pytest.fixture
 def limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = getattr(SpinCondition.wait, "__wrapped__", SpinCondition.wait)  # an engine in this process may have wrapped it
+    stock = getattr(
+        SpinCondition.wait, "__wrapped__", SpinCondition.wait
+    )  # an engine in this process may have wrapped it
     monkeypatch.setattr(SpinCondition, "wait", stock)
     limit_reader_sleep(busy_loop_s=0.0)
 
 
-def test_a_message_arrives_whose_notification_was_dropped(limited: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_arrives_whose_notification_was_dropped(
+    limited: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writer = MessageQueue(n_reader=1, n_local_reader=1)
     reader = MessageQueue.create_from_handle(writer.export_handle(), 0)
     monkeypatch.setattr(writer._spin_condition, "notify", lambda: None)
@@ -38,7 +42,11 @@ def test_a_reader_that_waits_uses_no_processor(limited: None, tmp_path: Path) ->
         while time.monotonic() - begin < 0.2:
             condition.wait()
         assert time.thread_time() - used < 0.1
-        for socket in (condition.local_notify_socket, condition.read_cancel_socket, condition.write_cancel_socket):
+        for socket in (
+            condition.local_notify_socket,
+            condition.read_cancel_socket,
+            condition.write_cancel_socket,
+        ):
             socket.close()
 
 

@@ -8,7 +8,10 @@ from tests.support.cuda_engine import BLOCK_SIZE
 from tests.support.engine_args import create
 
 NUM_BLOCKS = {"stepped": 12, "keep": 10}  # so few that requests which do not adapt are preempted
-SIZES, WINDOW = {"block_tokens": 16, "rank": 4, "slots": 2}, {"window_tokens": 48, "context_tokens": 20, "keep_first": 3}
+SIZES, WINDOW = (
+    {"block_tokens": 16, "rank": 4, "slots": 2},
+    {"window_tokens": 48, "context_tokens": 20, "keep_first": 3},
+)
 SETTINGS = {
     "dtype": "float32",
     "block_size": BLOCK_SIZE,
@@ -28,7 +31,10 @@ def configs(request: pytest.FixtureRequest, gpu: type, small_llama: Path, tmp_pa
     if request.param == "stepped":
         section = {"attention": {"method": "none"}, "adaptation": {**adaptation, **WINDOW}}
     settings = {**SETTINGS, "num_gpu_blocks_override": NUM_BLOCKS[request.param]}
-    made = [create(small_llama, {"longctx": section}, **settings, async_scheduling=ahead) for ahead in (False, True)]
+    made = [
+        create(small_llama, {"longctx": section}, **settings, async_scheduling=ahead)
+        for ahead in (False, True)
+    ]
     for config in made:
         config.cache_config.num_gpu_blocks = NUM_BLOCKS[request.param]
     return made

@@ -15,7 +15,9 @@ def adapting(start_from: str | None = None) -> AdaptingRequest:
     request: Any = SimpleNamespace(request_id="a")
     settings: Any = SimpleNamespace(epochs=1)
     window = Window("reuse", window_tokens=32, context_tokens=8, keep_first=2, kv_block=4)
-    return AdaptingRequest(request, settings, "book", start_from, Blocks(0, 8, "cascaded"), window, 9, owner=1)
+    return AdaptingRequest(
+        request, settings, "book", start_from, Blocks(0, 8, "cascaded"), window, 9, owner=1
+    )
 
 
 def test_what_a_request_waits_for() -> None:

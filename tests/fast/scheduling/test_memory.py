@@ -1,7 +1,9 @@
-"""Windows, memory and prefix hits over vLLM's schedulers, with a worker that computes digests instead of attention.
+"""Windows, memory and prefix hits over vLLM's schedulers, with a worker that computes digests instead of
+attention.
 
-KV of a position is a digest of its token, of where its window began, and of all KV before; memory layers' KV says whether its
-window is open. So whoever is given KV of another text, of another cut into windows, or in another state, is found out.
+KV of a position is a digest of its token, of where its window began, and of all KV before; memory layers' KV
+says whether its window is open. So whoever is given KV of another text, of another cut into windows, or in
+another state, is found out.
 """
 
 import random
@@ -24,7 +26,12 @@ OPEN, MEMORY = "open", "memory"
 
 class Crowd(Steps):
     def __init__(self, seed: int, steps_ahead: int, num_blocks: int):
-        engine = {"enable_prefix_caching": True, "max_num_batched_tokens": 80, "max_num_seqs": 4, "max_model_len": 640}
+        engine = {
+            "enable_prefix_caching": True,
+            "max_num_batched_tokens": 80,
+            "max_num_seqs": 4,
+            "max_model_len": 640,
+        }
         super().__init__(SECTION, steps_ahead, num_blocks, **engine)
         self.rng = random.Random(seed)
         windows = active_settings(self.scheduler.vllm_config).memory.windows
@@ -38,10 +45,15 @@ class Crowd(Steps):
     def compute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         firsts = {}
         for new in output.scheduled_new_reqs:
-            firsts[new.req_id], self.tables[new.req_id] = new.num_computed_tokens, [list(ids) for ids in new.block_ids]
+            firsts[new.req_id], self.tables[new.req_id] = (
+                new.num_computed_tokens,
+                [list(ids) for ids in new.block_ids],
+            )
             self.hits[new.req_id] = new.num_computed_tokens
         cached = output.scheduled_cached_reqs
-        for name, first, blocks in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
+        for name, first, blocks in zip(
+            cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
+        ):
             firsts[name] = first
             if name in cached.resumed_req_ids:
                 self.tables[name] = [[] for _ in self.is_memory]
@@ -49,7 +61,9 @@ class Crowd(Steps):
                 table.extend(ids)
         self._copy(output)
         names = list(output.num_scheduled_tokens)
-        ranges = {name: range(firsts[name], firsts[name] + output.num_scheduled_tokens[name]) for name in names}
+        ranges = {
+            name: range(firsts[name], firsts[name] + output.num_scheduled_tokens[name]) for name in names
+        }
         for name in names:
             self._close(name, StepInfo.of(output).windows[name])
         digests = {name: self._digests(self.requests[name], ranges[name].stop) for name in names}
@@ -66,14 +80,18 @@ class Crowd(Steps):
         """Of what is known of the text before `end`; a step ahead may be of a token that will never come."""
         digests, digest = [], 0
         for position, token in enumerate(request.all_token_ids[:end]):
-            digest = crc32(repr((digest, token, self.windows.start(position, request.num_prompt_tokens))).encode())
+            digest = crc32(
+                repr((digest, token, self.windows.start(position, request.num_prompt_tokens))).encode()
+            )
             digests.append(digest)
         return digests
 
     def _copy(self, output: SchedulerOutput) -> None:
         if copies := copied_blocks(StepInfo.of(output).windows.values()):
             old = dict(self.kv)
-            for group, source, target in ((g, a, b) for g in self._memory_groups() for a, b in zip(*copies, strict=True)):
+            for group, source, target in (
+                (g, a, b) for g in self._memory_groups() for a, b in zip(*copies, strict=True)
+            ):
                 for offset in range(BS):
                     self.kv[group, target * BS + offset] = old.get((group, source * BS + offset))
 
@@ -124,7 +142,9 @@ def test_whoever_is_hit_is_given_what_it_would_have_computed(steps_ahead: int, n
             text = core.rng.choice(texts)
             prompt = text[: core.rng.randint(1, core.rng.choice([len(text), 150]))]
             tail = [core.rng.randrange(40) for _ in range(core.rng.choice([0, 3, 50]))]
-            core.add(f"{number}", prompt + tail, max_tokens=core.rng.choice([1, 20, 150]), prompt_logprobs=None)
+            core.add(
+                f"{number}", prompt + tail, max_tokens=core.rng.choice([1, 20, 150]), prompt_logprobs=None
+            )
             number += 1
         for _ in range(core.rng.randrange(1, 25)):
             core.step()

@@ -1,4 +1,6 @@
-"""Who gets a step's tokens: our schedulers over vLLM's, one step at a time, with a worker that computes nothing."""
+"""Who gets a step's tokens: our schedulers over vLLM's, one step at a time, with a worker that computes
+nothing.
+"""
 
 from collections import deque
 from typing import Any
@@ -40,7 +42,9 @@ AHEAD = pytest.mark.parametrize("steps_ahead", [0, 1])
 
 @KINDS
 @AHEAD
-def test_a_short_request_does_not_wait_for_a_long_prompt(section: dict[str, Any] | None, steps_ahead: int) -> None:
+def test_a_short_request_does_not_wait_for_a_long_prompt(
+    section: dict[str, Any] | None, steps_ahead: int
+) -> None:
     """Before: 196 steps, all of the long prompt's."""
     core = Steps(section, steps_ahead)
     core.ask("long", LONG)
@@ -120,10 +124,14 @@ def test_several_short_requests_come_in_at_once() -> None:
 
 @AHEAD
 def test_who_waits_for_the_trainer_has_no_share(steps_ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests that learn are held until a block is trained, here for ever; up to then they share like any other."""
+    """Requests that learn are held until a block is trained, here for ever; up to then they share like any
+    other.
+    """
     monkeypatch.setattr(temp_lora, "limit_reader_sleep", lambda **kwargs: None)
     monkeypatch.setattr(temp_lora, "trainer_client", lambda *args: MagicMock(poll=lambda: [], slots=None))
-    section = {"adaptation": {"rank": 4, "block_tokens": 200, "min_block_tokens": 16, "train_context_tokens": 0}}
+    section = {
+        "adaptation": {"rank": 4, "block_tokens": 200, "min_block_tokens": 16, "train_context_tokens": 0}
+    }
     core = Steps(section, steps_ahead)
     core.ask("plain", LONG)
     core.ask("learns", LONG, options={"temp_lora": True})
@@ -148,7 +156,9 @@ def test_the_users_own_threshold_stays() -> None:
 
 
 def test_urgent_requests_come_first() -> None:
-    """Under vLLM's priority policy a share is one among equals; whoever is less urgent gets what they leave, but goes on."""
+    """Under vLLM's priority policy a share is one among equals; whoever is less urgent gets what they leave,
+    but goes on.
+    """
     core = Steps(scheduling_policy="priority")
     core.ask("later", LONG, priority=5)
     core.ask("stream", 20, priority=5)
@@ -160,7 +170,9 @@ def test_urgent_requests_come_first() -> None:
 
 
 def test_of_many_long_prompts_those_that_came_first_go_on() -> None:
-    """In equal parts of a step their chunks would be so small that each token costs more; nobody stands still."""
+    """In equal parts of a step their chunks would be so small that each token costs more; nobody stands
+    still.
+    """
     core = Steps(max_num_seqs=32)
     for number in range(20):
         core.ask(f"{number}", LONG)
@@ -193,7 +205,9 @@ def test_shares_are_the_largest_that_fit(demands: list[int], budget: int, least:
 
 
 def test_a_step_ahead_of_the_device_no_block_it_reads_is_freed(gpu: type) -> None:
-    """The async scheduler through a prompt past the window and decodes: at each time two steps are in flight."""
+    """The async scheduler through a prompt past the window and decodes: at each time two steps are in
+    flight.
+    """
     n_local, prompt, new = 64, 500, 40
     attention = {"n_local": n_local, "n_global": 16}
     vllm_config = create(
@@ -206,7 +220,11 @@ def test_a_step_ahead_of_the_device_no_block_it_reads_is_freed(gpu: type) -> Non
     full = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=8, dtype=torch.float32)
     spec = LambdaSpec.from_attention_spec(full, Geometry(16, n_local, n_local))
     scheduler = AsyncLongContextScheduler(
-        vllm_config, KVCacheConfig(20, [], [KVCacheGroupSpec(["layer"], spec)]), MagicMock(), 32, log_stats=True
+        vllm_config,
+        KVCacheConfig(20, [], [KVCacheGroupSpec(["layer"], spec)]),
+        MagicMock(),
+        32,
+        log_stats=True,
     )
     request = Request("r", [1] * prompt, SamplingParams(max_tokens=new, ignore_eos=True), None)
     scheduler.add_request(request)
@@ -224,7 +242,9 @@ def test_a_step_ahead_of_the_device_no_block_it_reads_is_freed(gpu: type) -> Non
         if len(in_flight) == 2 or not step.total_num_scheduled_tokens:
             done, sampled = in_flight.popleft()
             outputs = scheduler.update_from_output(done, ModelRunnerOutput(["r"], {"r": 0}, [sampled]))
-            freed += sum(o.scheduler_stats.kv_connector_stats["longctx"]["freed_blocks"] for o in outputs.values())
+            freed += sum(
+                o.scheduler_stats.kv_connector_stats["longctx"]["freed_blocks"] for o in outputs.values()
+            )
     assert request.num_output_tokens == new
     assert max(held) <= spec.max_admission_blocks_per_request(vllm_config.max_in_flight_tokens, 1 << 20)
     assert held[-1] <= 1 + n_local // 32 + 2

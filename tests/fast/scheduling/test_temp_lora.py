@@ -1,4 +1,6 @@
-"""Temp-LoRA's scheduler over both of vLLM's: with a step ahead of the outputs, every text is what it is without."""
+"""Temp-LoRA's scheduler over both of vLLM's: with a step ahead of the outputs, every text is what it is
+without.
+"""
 
 import pytest
 from vllm.config import VllmConfig
@@ -9,7 +11,9 @@ from tests.support.temp_lora_crowd import STOP, Crowd
 SEEDS = 20
 
 
-def test_a_step_ahead_every_text_is_the_same(configs: list[VllmConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_ahead_every_text_is_the_same(
+    configs: list[VllmConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     compared = stale = 0
     for seed in range(SEEDS):
         crowds = [Crowd(configs[ahead], seed, ahead, monkeypatch) for ahead in (0, 1)]
@@ -21,7 +25,10 @@ def test_a_step_ahead_every_text_is_the_same(configs: list[VllmConfig], monkeypa
             if RequestStatus.FINISHED_ABORTED in (request.status, other.status):
                 continue
             compared += 1
-            assert (other.status, list(other.output_token_ids)) == (request.status, list(request.output_token_ids))
+            assert (other.status, list(other.output_token_ids)) == (
+                request.status,
+                list(request.output_token_ids),
+            )
             assert crowds[0].trainer.saved.get(name) == crowds[1].trainer.saved.get(name)
             length = request.num_tokens - 1  # what a step in vain computes nobody reads
             for crowd in crowds:
@@ -34,7 +41,9 @@ def test_a_step_ahead_every_text_is_the_same(configs: list[VllmConfig], monkeypa
 def test_windows_computed_again_by_force_count_once(
     steps_ahead: int, configs: list[VllmConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever of a step under way was computed when all requests are preempted: the text goes on where it was."""
+    """Whatever of a step under way was computed when all requests are preempted: the text goes on where it
+    was.
+    """
     monkeypatch.setattr(Crowd, "reset_rate", 0.03)
     monkeypatch.setattr(Crowd, "abort_rate", 0.0)
     stale = set()

@@ -1,7 +1,7 @@
 """A request that has something to save is answered once, whatever its trainer does.
 
-With the adapter on disk or with the reason why not; on the CPU, over both of vLLM's schedulers, with the worker and the trainer
-of `tests.support.temp_lora_crowd`.
+With the adapter on disk or with the reason why not; on the CPU, over both of vLLM's schedulers, with the
+worker and the trainer of `tests.support.temp_lora_crowd`.
 """
 
 import random
@@ -31,7 +31,8 @@ pytestmark = pytest.mark.parametrize("steps_ahead", [0, 1])
 
 
 class Savers(Crowd):
-    """All requests adapt and are to be saved; half of them have stop strings, so that an abort may mean that one was found.
+    """All requests adapt and are to be saved; half of them have stop strings, so that an abort may mean that
+    one was found.
 
     at_answer: by request, what was saved under its name when it was answered.
     """
@@ -42,11 +43,19 @@ class Savers(Crowd):
     on_failure = "continue"
 
     def __init__(
-        self, config: VllmConfig, seed: int, steps_ahead: int, monkeypatch: pytest.MonkeyPatch, number: int = 5, **kwargs: Any
+        self,
+        config: VllmConfig,
+        seed: int,
+        steps_ahead: int,
+        monkeypatch: pytest.MonkeyPatch,
+        number: int = 5,
+        **kwargs: Any,
     ):
         vars(self).update(kwargs, number=number)
         super().__init__(config, seed, steps_ahead, monkeypatch)
-        self.scheduler.jobs.settings = self.scheduler.temp_lora.model_copy(update={"on_failure": self.on_failure})
+        self.scheduler.jobs.settings = self.scheduler.temp_lora.model_copy(
+            update={"on_failure": self.on_failure}
+        )
         self.at_answer: dict[str, tuple[int, int] | None] = {}
 
     def make_trainer(self) -> Trainer:
@@ -55,8 +64,17 @@ class Savers(Crowd):
     def add_requests(self, rng: random.Random) -> None:
         for number in range(self.number):
             prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 60))]
-            options = {"update_mode": rng.choice(["cascaded", "parallel"]), "epochs": rng.choice([0, 1, 1, 1])}
-            self.add_saver(f"{number}", prompt, rng.randrange(1, 50), stop=["x"] if rng.random() < 0.5 else None, **options)
+            options = {
+                "update_mode": rng.choice(["cascaded", "parallel"]),
+                "epochs": rng.choice([0, 1, 1, 1]),
+            }
+            self.add_saver(
+                f"{number}",
+                prompt,
+                rng.randrange(1, 50),
+                stop=["x"] if rng.random() < 0.5 else None,
+                **options,
+            )
 
     def add_saver(
         self,
@@ -68,7 +86,12 @@ class Savers(Crowd):
         **options: Any,
     ) -> Request:
         slides = active_settings(self.scheduler.vllm_config).mode.slides
-        asked = {"temp_lora": True, "save_as": f"book-{name}", "kv_policy": "keep" if slides else "reuse", **options}
+        asked = {
+            "temp_lora": True,
+            "save_as": f"book-{name}",
+            "kv_policy": "keep" if slides else "reuse",
+            **options,
+        }
         params = {
             "max_tokens": tokens,
             "stop_token_ids": [] if ignore_stop else [STOP],
@@ -88,7 +111,9 @@ class Savers(Crowd):
         """Of a request that has been answered; checked: the answer, against what is saved."""
         request, outputs = self.requests[name], self.outputs[name]
         *_, last = outputs
-        assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True], "answered once, at the end"
+        assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True], (
+            "answered once, at the end"
+        )
         assert [t for o in outputs for t in o.new_token_ids] == list(request.output_token_ids)
         reason = request.get_finished_reason()
         assert last.finish_reason == (FinishReason.STOP if reason == FinishReason.ABORT else reason)
@@ -115,7 +140,9 @@ class Savers(Crowd):
         return found
 
 
-def test_a_restart_costs_no_save(steps_ahead: int, configs: list[VllmConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_costs_no_save(
+    steps_ahead: int, configs: list[VllmConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Wherever it falls, all is saved, and it is what a trainer saves that never fails."""
     retried = 0
     for seed in range(SEEDS):
@@ -124,7 +151,9 @@ def test_a_restart_costs_no_save(steps_ahead: int, configs: list[VllmConfig], mo
         assert calm.errors() == {} and len(calm.trainer.saved) == 5
         saves = [poll + 1 for poll, job in calm.trainer.sent if isinstance(job, Save)]
         for at in {*saves, *random.Random(seed).sample(range(2, calm.trainer.polls), 3)}:
-            crowd = Savers(configs[steps_ahead], seed, steps_ahead, monkeypatch, abort_rate=0.0, faults={at: Restarted()})
+            crowd = Savers(
+                configs[steps_ahead], seed, steps_ahead, monkeypatch, abort_rate=0.0, faults={at: Restarted()}
+            )
             crowd.run()
             assert crowd.errors() == {}
             assert crowd.trainer.saved == calm.trainer.saved
@@ -151,7 +180,11 @@ class Poisoned(Trainer):
         return super()._do(job)
 
     def dies_over(self, job: Any) -> bool:
-        return VOCABULARY in job.tokens if isinstance(job, Train) else isinstance(job, Save) and job.name == "book-fatal"
+        return (
+            VOCABULARY in job.tokens
+            if isinstance(job, Train)
+            else isinstance(job, Save) and job.name == "book-fatal"
+        )
 
 
 def test_what_ends_the_trainer_is_nobody_elses_loss(
@@ -160,7 +193,9 @@ def test_what_ends_the_trainer_is_nobody_elses_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for seed in range(SEEDS):
-        crowds = [Savers(configs[steps_ahead], seed, steps_ahead, monkeypatch, abort_rate=0.0) for _ in range(2)]
+        crowds = [
+            Savers(configs[steps_ahead], seed, steps_ahead, monkeypatch, abort_rate=0.0) for _ in range(2)
+        ]
         crowds[1].scheduler.jobs.trainer = crowds[1].trainer = Poisoned(crowds[1].timing, {})
         for crowd in crowds:
             crowd.add_saver("bad", [VOCABULARY] * 40, 20)
@@ -186,14 +221,22 @@ def test_faults_at_any_time_are_answered(
             faults |= {at: Restarted(), at + rng.randrange(1, 4): Restarted()}
         if rng.random() < 0.4:
             faults[rng.randrange(1, 150)] = Dead(GONE)
-        settings = {"faults": faults, "unsaved": frozenset(["book-1"]), "on_failure": rng.choice(["continue", "fail"])}
+        settings = {
+            "faults": faults,
+            "unsaved": frozenset(["book-1"]),
+            "on_failure": rng.choice(["continue", "fail"]),
+        }
         crowd = Savers(configs[steps_ahead], seed, steps_ahead, monkeypatch, **settings)
         crowd.run()
         errors += crowd.errors().values()
         saved += len(crowd.trainer.saved)
         assert "book-1" not in crowd.trainer.saved
         stats = crowd.scheduler.step_stats
-        assert not crowd.scheduler.jobs.by_owner and not crowd.scheduler.saves.waiting and stats.saving_requests == 0
+        assert (
+            not crowd.scheduler.jobs.by_owner
+            and not crowd.scheduler.saves.waiting
+            and stats.saving_requests == 0
+        )
     for reason in (GONE, "no space left", "Temp-LoRA: it so happens"):
         assert any(reason in error for error in errors), reason
     assert saved > SEEDS
@@ -207,7 +250,9 @@ def test_a_lost_trainer_is_told_at_every_place_in_a_block(
     told = set()
     for tokens in range(1, 19):
         for at in (2, tokens + 4):
-            crowd = Savers(configs[steps_ahead], 0, steps_ahead, monkeypatch, 0, abort_rate=0.0, faults={at: Dead(GONE)})
+            crowd = Savers(
+                configs[steps_ahead], 0, steps_ahead, monkeypatch, 0, abort_rate=0.0, faults={at: Dead(GONE)}
+            )
             request = crowd.add_saver("late", [1, 2, 3], tokens, ignore_stop=True)
             crowd.run()
             assert request.num_output_tokens == tokens
@@ -221,7 +266,9 @@ def test_a_last_block_that_is_lost_is_told_where_blocks_must_not_be_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for on_failure, error in (("continue", None), ("fail", "block 1 was not trained: it diverged")):
-        crowd = Savers(configs[steps_ahead], 0, steps_ahead, monkeypatch, 0, abort_rate=0.0, on_failure=on_failure)
+        crowd = Savers(
+            configs[steps_ahead], 0, steps_ahead, monkeypatch, 0, abort_rate=0.0, on_failure=on_failure
+        )
         do = crowd.trainer._do
 
         def diverge(job: Any, do: Any = do) -> Any:
@@ -241,8 +288,12 @@ class FrontEnd(Savers):
         self.processor = OutputProcessor(AutoTokenizer.from_pretrained(BOOKLM), log_stats=False)
         self.told: list[RequestOutput] = []
         params = SamplingParams(stop=stop, max_tokens=40, output_kind=RequestOutputKind.FINAL_ONLY)
-        empty = dict.fromkeys(("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank"))
-        request = EngineCoreRequest("late", [1, 2, 3], sampling_params=params, arrival_time=0.0, external_req_id="1", **empty)
+        empty = dict.fromkeys(
+            ("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank")
+        )
+        request = EngineCoreRequest(
+            "late", [1, 2, 3], sampling_params=params, arrival_time=0.0, external_req_id="1", **empty
+        )
         stop_strings.mark_for_save(request, "book-late")
         self.processor.add_request(request, None)
         self.add_saver("late", [1, 2, 3], 40, stop=stop, ignore_stop=True)
@@ -271,12 +322,22 @@ def test_a_stop_string_is_answered_once_the_adapter_is_saved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stop_strings.wait_for_saves()
-    front_ends = [FrontEnd(configs[steps_ahead], 0, steps_ahead, monkeypatch, 0, unsaved=u) for u in ([], [], ["book-late"])]
+    front_ends = [
+        FrontEnd(configs[steps_ahead], 0, steps_ahead, monkeypatch, 0, unsaved=u)
+        for u in ([], [], ["book-late"])
+    ]
     full = front_ends[0].write(None)
     stop = full.text[20:23]
-    for front_end, reason in ((front_ends[1], stop), (front_ends[2], not_saved("book-late", "no space left on device"))):
+    for front_end, reason in (
+        (front_ends[1], stop),
+        (front_ends[2], not_saved("book-late", "no space left on device")),
+    ):
         output = front_end.write([stop])
-        assert (output.text, output.finish_reason, output.stop_reason) == (full.text[: full.text.index(stop)], "stop", reason)
+        assert (output.text, output.finish_reason, output.stop_reason) == (
+            full.text[: full.text.index(stop)],
+            "stop",
+            reason,
+        )
         assert len(output.token_ids) < len(full.token_ids) == 40
         assert (front_end.at_answer["late"] is None) == (front_end is front_ends[2])
 
@@ -314,7 +375,9 @@ def test_a_client_that_leaves_while_it_waits_loses_nothing(ended: Savers) -> Non
 
 
 def test_an_engine_that_ends_answers_at_once(ended: Savers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As vLLM's engine core does when it shuts down, and when it is paused; what still writes is not saved."""
+    """As vLLM's engine core does when it shuts down, and when it is paused; what still writes is not
+    saved.
+    """
     monkeypatch.setattr(ended.trainer, "poll", list)
     writing = ended.add_saver("writing", [1, 2, 3], 90, stop=["x"], ignore_stop=True)
     while writing.num_output_tokens < 5:

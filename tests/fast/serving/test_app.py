@@ -1,6 +1,7 @@
 """What the server refuses with `serving.strict`, against vLLM's own request models.
 
-Also the routes around the checks, without an engine. What it takes, and refuses without: test_app_like_stock.py.
+Also the routes around the checks, without an engine. What it takes, and refuses without:
+    test_app_like_stock.py.
 """
 
 import asyncio
@@ -47,11 +48,19 @@ HUGE = 10**30
         ({"mx_tokens": 5}, "mx_tokens", r"mx_tokens: unknown key; did you mean 'max_tokens'\?"),
         ({"zzz": 5}, "zzz", "zzz: unknown key; leave it out"),
         ({"best_of": 3}, "best_of", "best_of: unknown key"),
-        ({"stream_options": {"include_usge": True}}, "stream_options.include_usge", r"did you mean 'include_usage'\?"),
+        (
+            {"stream_options": {"include_usge": True}},
+            "stream_options.include_usge",
+            r"did you mean 'include_usage'\?",
+        ),
         ({"structured_outputs": {"regx": "a"}}, "structured_outputs.regx", r"did you mean 'regex'\?"),
         ({"max_tokens": HUGE}, "max_tokens", f"max_tokens = {HUGE} does not fit into 64 bits"),
         ({"top_k": -HUGE}, "top_k", "top_k = -1000.* does not fit into 64 bits"),
-        ({"repetition_detection": {"min_count": HUGE}}, "repetition_detection.min_count", "does not fit into 64 bits"),
+        (
+            {"repetition_detection": {"min_count": HUGE}},
+            "repetition_detection.min_count",
+            "does not fit into 64 bits",
+        ),
         ({"temperature": float("nan")}, "temperature", "temperature = nan is not a finite number"),
         ({"logit_bias": {"5": float("inf")}}, "logit_bias.5", "logit_bias.5 = inf is not a finite number"),
         ({"max_tokens": "5"}, "max_tokens", "max_tokens = '5': Input should be a valid integer"),
@@ -72,7 +81,9 @@ def test_a_bad_field_is_named(body: dict[str, Any], field: str, message: str) ->
     assert isinstance(error.value, ValueError)
 
 
-@pytest.mark.parametrize("body", [{"messages": None}, {"top_logprobs": "5"}, {"logprobs": 1}, {"max_completion_tokens": "x"}])
+@pytest.mark.parametrize(
+    "body", [{"messages": None}, {"top_logprobs": "5"}, {"logprobs": 1}, {"max_completion_tokens": "x"}]
+)
 def test_a_bad_field_of_a_chat_is_named(body: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as error:
         check_strictly((ChatCompletionRequest,), {"messages": [], **body})
@@ -80,11 +91,43 @@ def test_a_bad_field_of_a_chat_is_named(body: dict[str, Any]) -> None:
 
 
 GOOD: list[dict[str, Any]] = [
-    {"prompt": "x", "max_tokens": None, "temperature": 0, "top_p": 1, "stop": None, "seed": -(2**63), "stream": False},
-    {"prompt": [5, 6], "stop": ["a"], "logit_bias": {"5": -100}, "stream": True, "stream_options": {"include_usage": True}},
-    {"prompt": ["a", "b"], "stop": "a", "logprobs": 5, "echo": True, "user": "me", "vllm_xargs": {"other": 1}},
-    {"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}},
-    {"prompt": "x", "structured_outputs": {"choice": ["a", "b"]}, "truncate_prompt_tokens": -1, "thinking_token_budget": -1},
+    {
+        "prompt": "x",
+        "max_tokens": None,
+        "temperature": 0,
+        "top_p": 1,
+        "stop": None,
+        "seed": -(2**63),
+        "stream": False,
+    },
+    {
+        "prompt": [5, 6],
+        "stop": ["a"],
+        "logit_bias": {"5": -100},
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    },
+    {
+        "prompt": ["a", "b"],
+        "stop": "a",
+        "logprobs": 5,
+        "echo": True,
+        "user": "me",
+        "vllm_xargs": {"other": 1},
+    },
+    {
+        "prompt": "x",
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "n", "schema": {"type": "object"}},
+        },
+    },
+    {
+        "prompt": "x",
+        "structured_outputs": {"choice": ["a", "b"]},
+        "truncate_prompt_tokens": -1,
+        "thinking_token_budget": -1,
+    },
 ]
 
 
@@ -94,7 +137,12 @@ def test_what_vllm_knows_passes(body: dict[str, Any]) -> None:
     del body["prompt"]
     logprobs = {"logprobs": True, "top_logprobs": 5} if "logprobs" in body else {}
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}]
-    chat = {"messages": [{"role": "user", "content": "x"}], "tools": tools, "tool_choice": "auto", "reasoning_effort": "low"}
+    chat = {
+        "messages": [{"role": "user", "content": "x"}],
+        "tools": tools,
+        "tool_choice": "auto",
+        "reasoning_effort": "low",
+    }
     check_strictly((ChatCompletionRequest,), {**body, **logprobs, **chat})
 
 
@@ -140,14 +188,17 @@ def test_strict_engines_are_strict_offline_too() -> None:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_what_does_not_adapt_ends_at_the_trained_length_offline(strict: bool) -> None:
-    add = front_end({"longctx": {"preset": "temp-lora-quality", "serving": {"strict": strict}}}, max_model_len=4096)
+    add = front_end(
+        {"longctx": {"preset": "temp-lora-quality", "serving": {"strict": strict}}}, max_model_len=4096
+    )
     assert add([5] * 500, max_tokens=None).sampling_params.max_tokens == 12
     assert add([5] * 511, max_tokens=1).sampling_params.max_tokens == 1
     adapts = {"longctx": {"temp_lora": True}}
     assert add([5] * 600, max_tokens=300, extra_args=adapts).sampling_params.max_tokens == 300
     for length in (512, 513):
         with pytest.raises(
-            ValueError, match=f"maximum context length is 512 .* contains {length} input tokens.*extra_args.*temp_lora"
+            ValueError,
+            match=f"maximum context length is 512 .* contains {length} input tokens.*extra_args.*temp_lora",
         ):
             add([5] * length, max_tokens=1)
     if strict:
@@ -173,13 +224,21 @@ class Handler:
     ("additional_config", "unset"),
     [(LM_INFINITE, {"max_tokens": 7}), ({"longctx": {"attention": {"method": "none"}}}, {}), ({}, {})],
 )
-def test_handlers_of_every_server_end_open_ended_requests(additional_config: dict[str, Any], unset: dict[str, int]) -> None:
-    """vLLM's `serve` and `run-batch` make their handlers in one function, which ends by initializing endpoint plugins."""
+def test_handlers_of_every_server_end_open_ended_requests(
+    additional_config: dict[str, Any], unset: dict[str, int]
+) -> None:
+    """vLLM's `serve` and `run-batch` make their handlers in one function, which ends by initializing endpoint
+    plugins.
+    """
     front_end(LM_INFINITE)
     vllm_config = EngineArgs(model=BOOKLM, additional_config=additional_config).create_engine_config()
     state = State()
     state.unset, state.set_by_model = Handler(), Handler(max_tokens=3)
-    asyncio.run(app_state.init_endpoint_plugins_state(SimpleNamespace(vllm_config=vllm_config), state, SimpleNamespace()))
+    asyncio.run(
+        app_state.init_endpoint_plugins_state(
+            SimpleNamespace(vllm_config=vllm_config), state, SimpleNamespace()
+        )
+    )
     assert state.unset.default_sampling_params == unset
     assert state.set_by_model.default_sampling_params == {"max_tokens": 3}
     assert inspect.getsource(app_state.init_app_state).count("init_endpoint_plugins_state") == 1
@@ -216,12 +275,16 @@ FOCUSED = {"method": "focused", "mem_layers": [2]}
         ({"preset": "lm-infinite"}, None),
     ],
 )
-def test_a_prompt_in_parts_is_refused_where_all_of_it_is_needed_at_once(config: dict[str, Any], what: str | None) -> None:
+def test_a_prompt_in_parts_is_refused_where_all_of_it_is_needed_at_once(
+    config: dict[str, Any], what: str | None
+) -> None:
     add = front_end({"longctx": config})
     if what is None:
         assert add([5, 6], resumable=True).resumable
         return
-    with pytest.raises(RequestError, match=f"prompt: its parts come one after the other, but {what} of this engine") as error:
+    with pytest.raises(
+        RequestError, match=f"prompt: its parts come one after the other, but {what} of this engine"
+    ) as error:
         add([5, 6], resumable=True)
     assert error.value.parameter == "prompt"
 
@@ -263,7 +326,10 @@ def http(served: FastAPI, key: str = "key") -> TestClient:
 def test_the_checks_stand_in_front_of_the_routes() -> None:
     served = app(STRICT)
     with http(served) as client:
-        assert client.post("/v1/echo", json={"prompt": "x", "max_tokens": 5}).json() == {"prompt": "x", "max_tokens": 5}
+        assert client.post("/v1/echo", json={"prompt": "x", "max_tokens": 5}).json() == {
+            "prompt": "x",
+            "max_tokens": 5,
+        }
         answer = client.post("/v1/echo", json={"prompt": "x", "max_tokns": 5})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "max_tokns"
         for body in (b"", b"{", b"[]", b"[" * 100_000, b'{"max_tokens": ' + b"9" * 5000 + b"}"):
@@ -313,9 +379,15 @@ def test_unknown_fields_are_found_where_models_are() -> None:
     found = names(ChatCompletionRequest, tools=tools, messages=[{"c": 3}], vllm_xargs={"d": 4}, x={"e": 5})
     assert set(found) == {"tools[].function.a", "tools[].b", "x"}
     content = [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]
-    found = names(AnthropicMessagesRequest, messages=[{"role": "user", "content": content}], thinking={"type": "x", "f": 6})
+    found = names(
+        AnthropicMessagesRequest,
+        messages=[{"role": "user", "content": content}],
+        thinking={"type": "x", "f": 6},
+    )
     assert "thinking.f" in found and set(found) <= {"thinking.f", "messages[].content[].cache_control"}
-    assert names(ChatCompletionRequest, response_format={"type": "text", "g": 7}, tool_choice="auto") == ["response_format.g"]
+    assert names(ChatCompletionRequest, response_format={"type": "text", "g": 7}, tool_choice="auto") == [
+        "response_format.g"
+    ]
 
 
 def test_no_depth_of_a_body_is_too_deep() -> None:

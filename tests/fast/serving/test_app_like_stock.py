@@ -1,4 +1,6 @@
-"""What stock vLLM answers a longctx server answers, too: both in this process, all but the engine core real."""
+"""What stock vLLM answers a longctx server answers, too: both in this process, all but the engine core
+real.
+"""
 
 import json
 import logging
@@ -50,7 +52,26 @@ def verdict(address: str, path: str, body: dict[str, Any]) -> tuple[int, str]:
     return answer.status_code, without_chance(answer.text)
 
 
-NUMBERS: list[Any] = [0, 1, 2, 3, -1, 4.0, 0.7, "0.7", "4", True, None, 509, 512, 513, 2**31, 2**63, -(10**30), 10**30]
+NUMBERS: list[Any] = [
+    0,
+    1,
+    2,
+    3,
+    -1,
+    4.0,
+    0.7,
+    "0.7",
+    "4",
+    True,
+    None,
+    509,
+    512,
+    513,
+    2**31,
+    2**63,
+    -(10**30),
+    10**30,
+]
 NUMBERS += [float("nan"), float("inf"), 1e308, 1e-320]
 OTHERS: list[Any] = [
     "",
@@ -68,11 +89,42 @@ OTHERS: list[Any] = [
     {"5": "x"},
     {"type": "text"},
 ]
-OTHERS += [{"include_usage": True, "include_obfuscation": False}, {"effort": "low"}, [{"type": "function", "name": "f"}]]
+OTHERS += [
+    {"include_usage": True, "include_obfuscation": False},
+    {"effort": "low"},
+    [{"type": "function", "name": "f"}],
+]
 EXTRAS = [
-    *["store", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "verbosity"],
-    *["modalities", "functions", "function_call", "best_of", "context_management", "cache_control", "prediction", "audio"],
-    *["web_search_options", "mx_tokens", "$schema", "ключ", "a b", "inference_geo", "container", "thinking", "conversation"],
+    *[
+        "store",
+        "metadata",
+        "service_tier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "verbosity",
+    ],
+    *[
+        "modalities",
+        "functions",
+        "function_call",
+        "best_of",
+        "context_management",
+        "cache_control",
+        "prediction",
+        "audio",
+    ],
+    *[
+        "web_search_options",
+        "mx_tokens",
+        "$schema",
+        "ключ",
+        "a b",
+        "inference_geo",
+        "container",
+        "thinking",
+        "conversation",
+    ],
 ]
 # Of a random or a lasting effect.
 LEFT_OUT = {"request_id", "background", "store", "previous_response_id", "watermarking", "model"}
@@ -88,7 +140,11 @@ def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return path, {**good, **stream, **odd}
 
 
-few: Any = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+few: Any = {
+    "deadline": None,
+    "derandomize": True,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+}
 
 
 @settings(max_examples=30, **few)
@@ -112,7 +168,9 @@ def test_any_of_many_bodies_gets_stocks_verdict(
 
 @pytest.mark.parametrize("path", GENERATING)
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_clients_send_gets_stocks_answer(stock: tuple[str, Core], ours: tuple[str, Core], path: str, stream: bool) -> None:
+def test_what_clients_send_gets_stocks_answer(
+    stock: tuple[str, Core], ours: tuple[str, Core], path: str, stream: bool
+) -> None:
     for extra in [
         {name: "x" for name in EXTRAS if name != "thinking"},
         {"store": True, "metadata": {"a": "b"}, "user": "me"},
@@ -120,13 +178,18 @@ def test_what_clients_send_gets_stocks_answer(stock: tuple[str, Core], ours: tup
         {"max_tokens": 4.0, "max_output_tokens": 4.0},
         {"max_tokens": TRAINED, "max_output_tokens": TRAINED, "max_completion_tokens": TRAINED},
         {"priority": 5},
-        {"stream_options": {"include_usage": True, "include_obfuscation": False}} if stream else {"stream": None},
+        {"stream_options": {"include_usage": True, "include_obfuscation": False}}
+        if stream
+        else {"stream": None},
         {"vllm_xargs": {"anybody's": "x"}, "context_management": None},
     ]:
         body = {**ROUTES[path][0], "stream": stream, **extra}
         answers = [post(server[0], path, body) for server in (stock, ours)]
         assert answers[0].status_code in (200, 400), answers[0].text
-        assert [a.status_code for a in answers] == [answers[0].status_code] * 2, (extra, [a.text for a in answers])
+        assert [a.status_code for a in answers] == [answers[0].status_code] * 2, (
+            extra,
+            [a.text for a in answers],
+        )
         assert without_chance(answers[0].text) == without_chance(answers[1].text)
 
 
@@ -145,7 +208,9 @@ def test_a_fixed_limit_ends_where_the_model_was_trained_to_end(roomy: tuple[str,
     assert '"length"' in answer.text or '"max_tokens"' in answer.text or '"max_output_tokens"' in answer.text
 
 
-@pytest.mark.parametrize("limit", [{}, {"max_tokens": 1}, {"max_tokens": 3000}, {"echo": True, "max_tokens": 0}, {"n": 2}])
+@pytest.mark.parametrize(
+    "limit", [{}, {"max_tokens": 1}, {"max_tokens": 3000}, {"echo": True, "max_tokens": 0}, {"n": 2}]
+)
 def test_the_edge_of_the_trained_length(roomy: tuple[str, Core], limit: dict[str, Any]) -> None:
     address, core = roomy
     good = {"model": "booklm", **limit}
@@ -157,7 +222,11 @@ def test_the_edge_of_the_trained_length(roomy: tuple[str, Core], limit: dict[str
         for stream in (False, True):
             answer = post(address, "/v1/completions", {**good, "prompt": [5] * length, "stream": stream})
             error = answer.json()["error"]
-            assert (answer.status_code, error["type"], error["param"]) == (400, "BadRequestError", "input_tokens")
+            assert (answer.status_code, error["type"], error["param"]) == (
+                400,
+                "BadRequestError",
+                "input_tokens",
+            )
             assert f"maximum context length is {TRAINED} tokens" in error["message"]
             assert f"contains {length} input tokens" in error["message"] and "temp_lora" in error["message"]
 
@@ -181,17 +250,30 @@ def test_ignored_fields_are_counted_and_said_once(
     ours: tuple[str, Core], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to where pytest listens
-    body = {**TALK, "max_tokens": 1, "unsayable\n": 1, "x" * 500: 2, "stream_options": {"ours": 1}, "stream": True}
+    body = {
+        **TALK,
+        "max_tokens": 1,
+        "unsayable\n": 1,
+        "x" * 500: 2,
+        "stream_options": {"ours": 1},
+        "stream": True,
+    }
     body["tools"] = [{"type": "function", "function": {"name": "f", "parameters": {}, "strikt": True}}]
     body["tool_choice"] = "none"
     with caplog.at_level(logging.INFO, "vllm.longctx"):
         for _ in range(2):
             assert post(ours[0], "/v1/chat/completions", {**body, "yours": "x"}).status_code == 200
-    records = {r for r in caplog.records if "does not know the field" in r.getMessage()}  # SageMaker's package shows each twice
+    records = {
+        r for r in caplog.records if "does not know the field" in r.getMessage()
+    }  # SageMaker's package shows each twice
     said = [record.getMessage() for record in records]
     assert sum("/v1/chat/completions: vLLM does not know the field yours" in line for line in said) == 1
     text = httpx.get(ours[0] + "/metrics").text
-    counted = dict(re.findall(r'vllm:longctx_ignored_fields_total\{field="(.*)",route="/v1/chat/completions"\} (\S+)', text))
+    counted = dict(
+        re.findall(
+            r'vllm:longctx_ignored_fields_total\{field="(.*)",route="/v1/chat/completions"\} (\S+)', text
+        )
+    )
     assert counted["yours"] == counted["stream_options.ours"] == counted["tools[].function.strikt"] == "2.0"
     assert float(counted["other"]) >= 4 and len(counted) < 100
     assert not any("unsayable" in line or "xxxx" in line for line in (text, *said))
@@ -200,10 +282,18 @@ def test_ignored_fields_are_counted_and_said_once(
 OPTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"longctx": {}}, "longctx", "longctx: options of ours stand in vllm_xargs"),
     ({"vllm_xargs": {"longctx": 5}}, "vllm_xargs.longctx", "vllm_xargs.longctx = 5: give a JSON string"),
-    ({"vllm_xargs": {"longctx": None}}, "vllm_xargs.longctx", "vllm_xargs.longctx = None: give a JSON string"),
+    (
+        {"vllm_xargs": {"longctx": None}},
+        "vllm_xargs.longctx",
+        "vllm_xargs.longctx = None: give a JSON string",
+    ),
     ({"vllm_xargs": {"longctx": "{"}}, "vllm_xargs.longctx", "vllm_xargs.longctx: not valid JSON"),
     ({"vllm_xargs": {"longctx": '{"rnk": 4}'}}, "vllm_xargs.longctx", "did you mean 'rank'"),
-    ({"vllm_xargs": {"longctx": '{"temp_lora": true, "rank": 999}'}}, "vllm_xargs.longctx", "vllm_xargs.longctx.rank = 999"),
+    (
+        {"vllm_xargs": {"longctx": '{"temp_lora": true, "rank": 999}'}},
+        "vllm_xargs.longctx",
+        "vllm_xargs.longctx.rank = 999",
+    ),
 ]
 
 
@@ -226,21 +316,28 @@ def test_options_of_ours_are_strict(
 def test_options_of_ours_are_strict_in_sagemakers_route(ours: tuple[str, Core]) -> None:
     for option, _, message in OPTIONS:
         for stream in (False, True):
-            answer = post(ours[0], "/invocations", {**ROUTES["/v1/completions"][0], "stream": stream, **option})
+            answer = post(
+                ours[0], "/invocations", {**ROUTES["/v1/completions"][0], "stream": stream, **option}
+            )
             assert answer.status_code == 400 and message in answer.json()["error"]["message"]
 
 
 def test_where_no_options_are_taken_they_are_refused(ours: tuple[str, Core]) -> None:
     for path in ("/tokenize", "/v1/messages/count_tokens"):
         answer = post(ours[0], path, {**ROUTES[path][0], "vllm_xargs": {"longctx": "{}"}})
-        assert answer.status_code == 400 and "this route takes no vllm_xargs" in answer.json()["error"]["message"]
+        assert (
+            answer.status_code == 400
+            and "this route takes no vllm_xargs" in answer.json()["error"]["message"]
+        )
 
 
 def test_a_beam_search_takes_no_options(ours: tuple[str, Core]) -> None:
     search = {"use_beam_search": True, "n": 2}
     for path in GENERATING[:2]:
         assert post(ours[0], path, {**ROUTES[path][0], **search}).status_code == 200
-        answer = post(ours[0], path, {**ROUTES[path][0], **search, "vllm_xargs": {"longctx": '{"temp_lora": true}'}})
+        answer = post(
+            ours[0], path, {**ROUTES[path][0], **search, "vllm_xargs": {"longctx": '{"temp_lora": true}'}}
+        )
         error = answer.json()["error"]
         assert answer.status_code == 400 and error["param"] == "vllm_xargs.longctx"
         assert "a beam search takes no options of ours" in error["message"]

@@ -1,4 +1,6 @@
-"""With `serving.strict` nothing is silently ignored, converted or shortened; vLLM's own app, all but the engine core real."""
+"""With `serving.strict` nothing is silently ignored, converted or shortened; vLLM's own app, all but the
+engine core real.
+"""
 
 import json
 from collections.abc import Iterator
@@ -46,7 +48,19 @@ BAD: dict[str, Any] = {
     "vllm_xargs": [{"longctx": "{}"}, 5],
 }
 BAD_COMPLETION = {
-    "prompt": [5, None, "", [], [10**30], [-1], [4096], ["a", 5], {"a": 1}, [5] * (LIMIT + 1), "a b " * LIMIT],
+    "prompt": [
+        5,
+        None,
+        "",
+        [],
+        [10**30],
+        [-1],
+        [4096],
+        ["a", 5],
+        {"a": 1},
+        [5] * (LIMIT + 1),
+        "a b " * LIMIT,
+    ],
     "logprobs": [10**6, 10**30, -3, "x", True],
     "best_of": [3],
 }
@@ -63,27 +77,35 @@ BAD_CHAT = {
 def test_bad_input_is_a_400_that_names_the_field(address: str, endpoint: str, stream: bool) -> None:
     chat = endpoint.startswith("chat")
     good = {"model": "booklm", "max_tokens": 1, "stream": stream}
-    good |= {"messages": [{"role": "user", "content": "x"}], "logprobs": True} if chat else {"prompt": [5, 6, 7]}
+    good |= (
+        {"messages": [{"role": "user", "content": "x"}], "logprobs": True} if chat else {"prompt": [5, 6, 7]}
+    )
     url = f"{address}/v1/{endpoint}"
     wrong = []
     with httpx.Client(timeout=60) as http:
         for field, values in {**BAD, **(BAD_CHAT if chat else BAD_COMPLETION)}.items():
             for value in values:
-                body = json.dumps({**good, **({"stream": True} if field.startswith("stream_") else {}), field: value})
+                body = json.dumps(
+                    {**good, **({"stream": True} if field.startswith("stream_") else {}), field: value}
+                )
                 answer = http.post(url, content=body, headers={"Content-Type": "application/json"})
                 if answer.status_code != 400 or field not in answer.text:
                     wrong.append((field, str(value)[:40], answer.status_code, answer.text[:200]))
         assert not wrong, "\n".join(map(str, wrong))
         assert http.post(url, json=good).status_code == 200
         for content in ("", "{", "[]", "null", "[" * 100_000):
-            assert http.post(url, content=content, headers={"Content-Type": "application/json"}).status_code == 400
+            assert (
+                http.post(url, content=content, headers={"Content-Type": "application/json"}).status_code
+                == 400
+            )
 
 
 def test_a_limit_that_does_not_fit_says_what_would(address: str) -> None:
     body = {"model": "booklm", "prompt": [5] * (LIMIT - 50), "max_tokens": 100}
     error = httpx.post(f"{address}/v1/completions", json=body, timeout=60).json()["error"]
     message = (
-        f"max_tokens = 100 does not fit behind the prompt of {LIMIT - 50} tokens: max_model_len is {LIMIT}; ask for at most 50"
+        f"max_tokens = 100 does not fit behind the prompt of {LIMIT - 50} tokens: max_model_len is {LIMIT}; "
+        "ask for at most 50"
     )
     assert error["message"].startswith(message) and error["param"] == "max_tokens"
 
@@ -94,7 +116,10 @@ def test_a_limit_that_does_not_fit_says_what_would(address: str) -> None:
         ("/tokenize", {"model": "booklm", "prompt": "x"}),
         ("/detokenize", {"model": "booklm", "tokens": [5]}),
         ("/v1/responses", {"model": "booklm", "input": "x", "max_output_tokens": 2}),
-        ("/v1/messages", {"model": "booklm", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}),
+        (
+            "/v1/messages",
+            {"model": "booklm", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
+        ),
     ],
 )
 def test_every_route_with_a_known_body_is_checked(address: str, path: str, body: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""Stop strings of requests that are to be saved: the front end's outputs are stock vLLM's, but for when the last one comes."""
+"""Stop strings of requests that are to be saved: the front end's outputs are stock vLLM's, but for when the
+last one comes.
+"""
 
 from typing import Any
 
@@ -64,7 +66,10 @@ class FrontEnd:
         self.aborted += processed.reqs_to_abort
 
     def write(self, last: FinishReason | None = None) -> None:
-        """Up to the token that completes the stop string. last: the engine's reason to end there, if it does."""
+        """Up to the token that completes the stop string.
+
+        last: the engine's reason to end there, if it does.
+        """
         told: list[int] = []
         for token in self.tokenizer(TEXT, add_special_tokens=False)["input_ids"]:
             told.append(token)
@@ -84,7 +89,11 @@ class FrontEnd:
         parts = [o.outputs[0] for o in self.outputs]
         if self.kind != RequestOutputKind.DELTA:
             parts = parts[-1:]
-        return "".join(p.text for p in parts), [t for p in parts for t in p.token_ids], parts[-1].finish_reason
+        return (
+            "".join(p.text for p in parts),
+            [t for p in parts for t in p.token_ids],
+            parts[-1].finish_reason,
+        )
 
     @property
     def stop_reason(self) -> int | str | None:
@@ -105,7 +114,9 @@ def stock(request: pytest.FixtureRequest, tokenizer: Any, kind: RequestOutputKin
 
 
 @pytest.fixture
-def saving(request: pytest.FixtureRequest, tokenizer: Any, kind: RequestOutputKind, stock: FrontEnd) -> FrontEnd:
+def saving(
+    request: pytest.FixtureRequest, tokenizer: Any, kind: RequestOutputKind, stock: FrontEnd
+) -> FrontEnd:
     """That has found its stop string, and the engine has written another token before it heard of it."""
     include = request.node.callspec.params["stock"]
     front_end = FrontEnd(tokenizer, kind, saves=True, include_stop_str_in_output=include)
@@ -129,7 +140,11 @@ def test_an_engine_that_ends_before_it_is_told_makes_no_difference(saving: Front
 
 
 def test_the_answer_has_the_error(saving: FrontEnd, stock: FrontEnd) -> None:
-    saving.hear(finish_reason=FinishReason.STOP, stop_reason=ERROR, kv_transfer_params={"longctx": {"save_error": ERROR}})
+    saving.hear(
+        finish_reason=FinishReason.STOP,
+        stop_reason=ERROR,
+        kv_transfer_params={"longctx": {"save_error": ERROR}},
+    )
     assert saving.ended and saving.result == stock.result and saving.stop_reason == ERROR
     assert saving.outputs[-1].kv_transfer_params == {"longctx": {"save_error": ERROR}}
 
@@ -152,7 +167,11 @@ def test_the_last_token_completes_it(tokenizer: Any, kind: RequestOutputKind, er
     expected = FrontEnd(tokenizer, kind, saves=False)
     expected.write(FinishReason.LENGTH)
     front_end = FrontEnd(tokenizer, kind, saves=True)
-    told = {} if error is None else {"stop_reason": error, "kv_transfer_params": {"longctx": {"save_error": error}}}
+    told = (
+        {}
+        if error is None
+        else {"stop_reason": error, "kv_transfer_params": {"longctx": {"save_error": error}}}
+    )
     hear = front_end.hear
     front_end.hear = lambda *tokens, **kwargs: hear(*tokens, **kwargs, **told)  # type: ignore[method-assign]
     front_end.write(FinishReason.LENGTH)

@@ -1,4 +1,6 @@
-"""How answers leave the server: refusals, headers, keep-alive and failures of streams, with vLLM's own handlers and clients."""
+"""How answers leave the server: refusals, headers, keep-alive and failures of streams, with vLLM's own
+handlers and clients.
+"""
 
 import asyncio
 import json
@@ -50,15 +52,24 @@ BAD: dict[str, list[dict[str, Any]]] = {
     ]
     for path in GENERATING
 }
-LATE: list[dict[str, Any]] = [{"logit_bias": {"99999": 1}}, {"stop_token_ids": [99999]}, {"structured_outputs": {"regex": "("}}]
+LATE: list[dict[str, Any]] = [
+    {"logit_bias": {"99999": 1}},
+    {"stop_token_ids": [99999]},
+    {"structured_outputs": {"regex": "("}},
+]
 for _path in GENERATING[:3]:
     BAD[_path] += LATE
 BAD["/v1/completions"] += [{"prompt": [4096]}, {"prompt": [[5], [4096]]}, {"prompt": [[5]] * 3 + [[5] * 600]}]
 BAD["/v1/completions"] += [{"prompt": [5] * 5000}, {"n": 2, **LATE[0]}]
-BAD["/v1/chat/completions"] += [{"n": 2, **LATE[0]}, {"messages": [{"role": "user", "content": "a b " * 700}]}]
+BAD["/v1/chat/completions"] += [
+    {"n": 2, **LATE[0]},
+    {"messages": [{"role": "user", "content": "a b " * 700}]},
+]
 
 
-BAD["/invocations"] = [bad for bad in BAD["/v1/completions"] if "model" not in bad]  # SageMaker's header names it
+BAD["/invocations"] = [
+    bad for bad in BAD["/v1/completions"] if "model" not in bad
+]  # SageMaker's header names it
 
 
 @pytest.mark.parametrize("path", [*GENERATING, "/invocations"])
@@ -77,7 +88,9 @@ def test_a_stream_is_refused_as_an_answer_at_once_is(server: tuple[str, Core], p
 
 
 @pytest.mark.parametrize("path", GENERATING)
-def test_headers_go_out_and_silence_is_broken_while_a_prompt_is_read(server: tuple[str, Core], path: str) -> None:
+def test_headers_go_out_and_silence_is_broken_while_a_prompt_is_read(
+    server: tuple[str, Core], path: str
+) -> None:
     address, core = server
     body = {**ROUTES[path][0], "stream": True}
     expected = without_chance(post(address, path, body).text)
@@ -111,7 +124,9 @@ def test_clients_read_on_over_signs_of_life(server: tuple[str, Core]) -> None:
     chunks = list(slowly(client.completions.create(model="booklm", prompt="x", max_tokens=3, stream=True)))
     assert chunks[-1].choices[0].finish_reason == "length"
     core.reads.clear()
-    events = list(slowly(client.responses.create(model="booklm", input="x", max_output_tokens=3, stream=True)))
+    events = list(
+        slowly(client.responses.create(model="booklm", input="x", max_output_tokens=3, stream=True))
+    )
     assert (events[0].type, events[-1].type) == ("response.created", "response.completed")
     core.reads.clear()
     messages = anthropic.Anthropic(base_url=address, api_key="none", max_retries=0).messages
@@ -160,7 +175,9 @@ def test_a_request_that_fails_later_ends_its_stream_in_the_routes_own_way(server
 def test_an_engine_that_dies_ends_every_stream_in_the_routes_own_way(path: str) -> None:
     with served("--longctx", json.dumps(CONFIG), max_model_len=4096) as (address, core):
         core.dies_after = 1
-        text = post(address, path, {**ROUTES[path][0], "stream": True}).text  # and not a connection that is cut
+        text = post(
+            address, path, {**ROUTES[path][0], "stream": True}
+        ).text  # and not a connection that is cut
         assert "EngineCore encountered an issue" in text and text.endswith("\n\n")
         assert post(address, path, {**ROUTES[path][0], "stream": True}).status_code == 500
 

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import vllm
-from transformers import AutoConfig, BloomConfig, GPT2Config, GPTJConfig, LlamaConfig, MambaConfig, MistralConfig, MptConfig
+from transformers import (
+    AutoConfig,
+    BloomConfig,
+    GPT2Config,
+    GPTJConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MptConfig,
+)
 from vllm.config import CompilationMode, WeightTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -49,7 +58,9 @@ def test_an_override_function_is_composed() -> None:
     assert config.model_config.hf_config.rms_norm_eps == 1e-3 and config.model_config.max_model_len == 9000
 
 
-@pytest.mark.parametrize("additional_config", [{}, {"other": 1}, {"longctx": {"attention": {"method": "none"}}}])
+@pytest.mark.parametrize(
+    "additional_config", [{}, {"other": 1}, {"longctx": {"attention": {"method": "none"}}}]
+)
 def test_without_a_method_nothing_is_changed(additional_config: dict) -> None:
     config = create(additional_config=additional_config)
     assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
@@ -58,29 +69,49 @@ def test_without_a_method_nothing_is_changed(additional_config: dict) -> None:
 
 
 def test_the_configuration_enters_the_compile_cache_hash() -> None:
-    assert create().compute_hash() != create(additional_config={"longctx": {"preset": "streaming"}}).compute_hash()
+    assert (
+        create().compute_hash()
+        != create(additional_config={"longctx": {"preset": "streaming"}}).compute_hash()
+    )
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"additional_config": {"longctx": {"prest": "x"}}}, r"unknown key 'prest'; did you mean 'preset'"),
-        ({"additional_config": {"longctx": {"attention": {"n_local": 1024}}}}, r"n_local = 1024, but .* 512 tokens"),
-        ({"num_gpu_blocks_override": 20}, r"num_gpu_blocks_override = 20 gives 20 blocks, but one request holds up to"),
-        ({"kv_cache_memory_bytes": 1_000_000}, r"the KV cache of 1000000 bytes .* gives 10 blocks, but one request"),
+        (
+            {"additional_config": {"longctx": {"attention": {"n_local": 1024}}}},
+            r"n_local = 1024, but .* 512 tokens",
+        ),
+        (
+            {"num_gpu_blocks_override": 20},
+            r"num_gpu_blocks_override = 20 gives 20 blocks, but one request holds up to",
+        ),
+        (
+            {"kv_cache_memory_bytes": 1_000_000},
+            r"the KV cache of 1000000 bytes .* gives 10 blocks, but one request",
+        ),
         ({"additional_config": '{"longctx": {}}'}, r"additional_config = '.*' is a string; give a dict"),
-        ({"worker_cls": "my.Worker"}, r"worker_cls = 'my.Worker', but longctx needs its own; leave worker_cls out"),
+        (
+            {"worker_cls": "my.Worker"},
+            r"worker_cls = 'my.Worker', but longctx needs its own; leave worker_cls out",
+        ),
         ({"block_size": 48}, r"block_size = 48; give a multiple of 32"),
         ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype = 'fp8'; leave it at 'auto'"),
         ({"runner": "pooling"}, r"runner = 'pooling'; leave it out: longctx is for models that write"),
         ({"runner": "pooling", "additional_config": QUALITY}, r"runner = 'pooling'; leave it out"),
         ({"convert": "embed"}, r"runner = 'pooling'; leave it out"),
-        ({"model_impl": "transformers"}, r"model_impl = 'transformers', whose attention longctx does not know"),
+        (
+            {"model_impl": "transformers"},
+            r"model_impl = 'transformers', whose attention longctx does not know",
+        ),
         ({"kv_offloading_size": 1.0}, r"kv_offloading_size = 1.0; leave it out"),
         ({"kv_cache_dtype_skip_layers": ["0"]}, r"kv_cache_dtype_skip_layers = \['0'\]; leave it out"),
     ],
 )
-def test_a_setting_that_cannot_work_is_refused(kwargs: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_cannot_work_is_refused(
+    kwargs: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     with pytest.raises(LongContextError, match=message):
         create(**kwargs)
@@ -89,14 +120,18 @@ def test_a_setting_that_cannot_work_is_refused(kwargs: dict, message: str, monke
 def test_a_front_end_that_passes_by_the_checks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     create()  # a program's engine has no front end
-    with pytest.raises(LongContextError, match=r"the Rust front end is chosen, .* unset VLLM_USE_RUST_FRONTEND"):
+    with pytest.raises(
+        LongContextError, match=r"the Rust front end is chosen, .* unset VLLM_USE_RUST_FRONTEND"
+    ):
         create(_api_process_rank=-1, _api_process_count=1)
     create(additional_config={}, _api_process_rank=-1, _api_process_count=1)
 
 
 def test_the_smallest_pool_that_is_accepted() -> None:
     config = {"longctx": {"attention": {"n_local": 64, "n_global": 16}}}
-    create(additional_config=config, num_gpu_blocks_override=9, max_num_batched_tokens=128, max_model_len=100_000)
+    create(
+        additional_config=config, num_gpu_blocks_override=9, max_num_batched_tokens=128, max_model_len=100_000
+    )
     with pytest.raises(LongContextError, match="give at least 9 blocks"):
         create(additional_config=config, num_gpu_blocks_override=8, max_num_batched_tokens=128)
 
@@ -121,8 +156,9 @@ def test_the_smallest_pool_that_is_accepted() -> None:
         ),
         (
             AutoConfig.for_model(
-                "deepseek_v2", **TINY, num_key_value_heads=2, kv_lora_rank=16, q_lora_rank=None, qk_rope_head_dim=16,
-                qk_nope_head_dim=16, v_head_dim=16, intermediate_size=64, moe_intermediate_size=32, first_k_dense_replace=2,
+                "deepseek_v2", **TINY, num_key_value_heads=2, kv_lora_rank=16, q_lora_rank=None,
+                qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, intermediate_size=64, moe_intermediate_size=32,
+                first_k_dense_replace=2,
             ),
             "DeepseekV2ForCausalLM",
             "it has MLA layers",
@@ -141,14 +177,16 @@ def test_the_smallest_pool_that_is_accepted() -> None:
         (
             BloomConfig(hidden_size=64, n_layer=2, n_head=2, vocab_size=64),
             "BloomForCausalLM",
-            r"does not say the trained length \(.*\); give it, for example --hf-overrides '\{\"seq_length\": 2048\}'",
+            r"does not say the trained length \(.*\); give it, for example --hf-overrides "
+            r"'\{\"seq_length\": 2048\}'",
         ),
         (
             LlamaConfig(**{**TINY, "hidden_size": 48}, intermediate_size=64),
             "LlamaForCausalLM",
             "it has heads of 24 elements; vLLM's attention on the CPU takes 32, 64,",
         ),
-        (LlamaConfig(**TINY, intermediate_size=64), "StableLmForCausalLM", "longctx was not tested with model"),
+        (LlamaConfig(**TINY, intermediate_size=64), "StableLmForCausalLM",
+         "longctx was not tested with model"),
     ],
 )  # fmt: skip
 def test_a_model_that_cannot_be_run_is_refused_with_its_reason(
@@ -170,13 +208,27 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 @pytest.mark.parametrize(
     ("config", "architecture", "length"),
     [
-        (LlamaConfig(**TINY, intermediate_size=64, max_position_embeddings=64, rope_parameters=YARN), "LlamaForCausalLM", 256),
-        (GPTJConfig(n_embd=64, n_layer=2, n_head=2, n_positions=96, vocab_size=64, rotary_dim=16), "GPTJForCausalLM", 96),
-        (BloomConfig(hidden_size=64, n_layer=2, n_head=2, vocab_size=64, seq_length=80), "BloomForCausalLM", 80),
+        (
+            LlamaConfig(**TINY, intermediate_size=64, max_position_embeddings=64, rope_parameters=YARN),
+            "LlamaForCausalLM",
+            256,
+        ),
+        (
+            GPTJConfig(n_embd=64, n_layer=2, n_head=2, n_positions=96, vocab_size=64, rotary_dim=16),
+            "GPTJForCausalLM",
+            96,
+        ),
+        (
+            BloomConfig(hidden_size=64, n_layer=2, n_head=2, vocab_size=64, seq_length=80),
+            "BloomForCausalLM",
+            80,
+        ),
         (MptConfig(d_model=64, n_layers=2, n_heads=2, vocab_size=64, max_seq_len=112), "MptForCausalLM", 112),
     ],
 )
-def test_the_trained_length_is_read_from_every_family(config: Any, architecture: str, length: int, tmp_path: Path) -> None:
+def test_the_trained_length_is_read_from_every_family(
+    config: Any, architecture: str, length: int, tmp_path: Path
+) -> None:
     resolved = create(save(tmp_path, config, architecture))
     assert active_settings(resolved).geometry == Geometry(10, length, length)
     assert resolved.model_config.max_model_len == 1 << 20
@@ -200,18 +252,31 @@ def test_workers_have_places_for_slots_behind_the_users_adapters(targets: Any, w
     layers = with_slots(plain).lora_config
     assert layers is not None and plain.lora_config is None
     assert (layers.max_loras, layers.max_lora_rank, layers.target_modules) == (4, 8, list(LINEAR_MODULES))
-    users = {"enable_lora": True, "max_loras": 3, "max_cpu_loras": 9, "max_lora_rank": 64, "lora_target_modules": targets}
+    users = {
+        "enable_lora": True,
+        "max_loras": 3,
+        "max_cpu_loras": 9,
+        "max_lora_rank": 64,
+        "lora_target_modules": targets,
+    }
     both = create(additional_config=QUALITY, max_num_seqs=4, **users)
     assert both.lora_config == create(additional_config={}, **users).lora_config
     layers = with_slots(both).lora_config
     assert isinstance(layers, LoRAConfigWithSlots) and layers.users is both.lora_config
-    assert (layers.max_loras, layers.max_cpu_loras, layers.max_lora_rank, layers.target_modules) == (7, 9, 64, wrapped)
+    assert (layers.max_loras, layers.max_cpu_loras, layers.max_lora_rank, layers.target_modules) == (
+        7,
+        9,
+        64,
+        wrapped,
+    )
     without = create(max_num_seqs=4, **users)
     assert with_slots(without) is without
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("users", [{}, {"enable_lora": True, "max_loras": 2, "max_num_seqs": 16, "hf_overrides": {"a": 1}}])
+@pytest.mark.parametrize(
+    "users", [{}, {"enable_lora": True, "max_loras": 2, "max_num_seqs": 16, "hf_overrides": {"a": 1}}]
+)
 def test_the_same_arguments_make_the_same_engine(preset: str, users: dict[str, Any]) -> None:
     """Of today's code: each time with a preset's slots more, and with what we had set as if the user had."""
     args = EngineArgs(model=str(BOOKLM), additional_config={"longctx": {"preset": preset}}, **users)
@@ -228,13 +293,23 @@ def test_the_same_arguments_make_the_same_engine(preset: str, users: dict[str, A
     create_engine_config = EngineArgs.create_engine_config.__wrapped__
     stock.additional_config = {}
     create_engine_config(stock)
-    of_vllm = {name for name, value in vars(stock).items() if repr(value) != repr(given[name])} - {"additional_config"}
+    of_vllm = {name for name, value in vars(stock).items() if repr(value) != repr(given[name])} - {
+        "additional_config"
+    }
     assert ours == of_vllm
 
 
 def test_arguments_that_are_refused_are_left_as_they_were() -> None:
     args = EngineArgs(model=str(BOOKLM), additional_config=QUALITY, num_gpu_blocks_override=3)
-    ours = ("worker_cls", "scheduler_cls", "hf_overrides", "block_size", "max_model_len", "enable_lora", "additional_config")
+    ours = (
+        "worker_cls",
+        "scheduler_cls",
+        "hf_overrides",
+        "block_size",
+        "max_model_len",
+        "enable_lora",
+        "additional_config",
+    )
     given = copy.deepcopy({name: getattr(args, name) for name in ours})
     with pytest.raises(LongContextError):
         args.create_engine_config()
@@ -251,9 +326,18 @@ def test_what_the_user_says_goes_before_what_a_checkpoint_recommends() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"max_num_seqs": 2, "slots": 3}, "adaptation.slots = 3, but max_num_seqs = 2 requests run at once; lower slots"),
-        ({"scheduling_policy": "priority"}, "scheduling_policy = 'priority' may preempt a request that adapts"),
-        ({"num_gpu_blocks_override": 17}, "17 blocks, but one request holds up to 17 .* give at least 18 blocks"),
+        (
+            {"max_num_seqs": 2, "slots": 3},
+            "adaptation.slots = 3, but max_num_seqs = 2 requests run at once; lower slots",
+        ),
+        (
+            {"scheduling_policy": "priority"},
+            "scheduling_policy = 'priority' may preempt a request that adapts",
+        ),
+        (
+            {"num_gpu_blocks_override": 17},
+            "17 blocks, but one request holds up to 17 .* give at least 18 blocks",
+        ),
         (
             {"distributed_executor_backend": "external_launcher"},
             "distributed_executor_backend = 'external_launcher': the trainer",
@@ -262,7 +346,10 @@ def test_what_the_user_says_goes_before_what_a_checkpoint_recommends() -> None:
             {"weight_transfer_config": WeightTransferConfig(backend="ipc")},
             "weight_transfer_config is set, but the trainer keeps",
         ),
-        ({"cpu_offload_gb": 1}, "weights are offloaded .cpu_offload_gb = 1.0, offload_group_size = 0., which the trainer"),
+        (
+            {"cpu_offload_gb": 1},
+            "weights are offloaded .cpu_offload_gb = 1.0, offload_group_size = 0., which the trainer",
+        ),
     ],
 )
 def test_settings_that_do_not_go_with_temp_lora_are_refused(kwargs: dict[str, Any], message: str) -> None:
@@ -274,14 +361,20 @@ def test_settings_that_do_not_go_with_temp_lora_are_refused(kwargs: dict[str, An
 
 def test_a_model_whose_layers_take_no_lora_is_refused(tmp_path: Path) -> None:
     config = GPTJConfig(n_embd=64, n_layer=2, n_head=2, n_positions=96, vocab_size=64, rotary_dim=16)
-    with pytest.raises(LongContextError, match="has no LoRA support for its linear layers; Temp-LoRA runs LlamaForCausalLM"):
+    with pytest.raises(
+        LongContextError, match="has no LoRA support for its linear layers; Temp-LoRA runs LlamaForCausalLM"
+    ):
         create(save(tmp_path, config, "GPTJForCausalLM"), QUALITY)
 
 
-def test_another_vllm_version_is_refused_but_only_with_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_vllm_version_is_refused_but_only_with_a_configuration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(vllm, "__version__", "0.31.0")
     create(additional_config={})
-    with pytest.raises(LongContextError, match=r"vLLM is 0.31.0, but .* written for 0.32.0; install vllm==0.32.0"):
+    with pytest.raises(
+        LongContextError, match=r"vLLM is 0.31.0, but .* written for 0.32.0; install vllm==0.32.0"
+    ):
         create()
 
 
@@ -298,10 +391,20 @@ def parse(*flags: str) -> AsyncEngineArgs:
         (["--longctx-preset", "streaming"], {"longctx": {"preset": "streaming"}}),
         (["--longctx", '{"attention": {"n_local": 64}}'], {"longctx": {"attention": {"n_local": 64}}}),
         (
-            ["--plugin", "longctx", "--longctx", '{"attention": {"n_local": 64}}', "--longctx-preset", "streaming"],
+            [
+                "--plugin",
+                "longctx",
+                "--longctx",
+                '{"attention": {"n_local": 64}}',
+                "--longctx-preset",
+                "streaming",
+            ],
             {"longctx": {"attention": {"n_local": 64}, "preset": "streaming"}},
         ),
-        (["--additional-config", '{"longctx": {"preset": "streaming"}}'], {"longctx": {"preset": "streaming"}}),
+        (
+            ["--additional-config", '{"longctx": {"preset": "streaming"}}'],
+            {"longctx": {"preset": "streaming"}},
+        ),
     ],
 )
 def test_flags_mean_the_same_as_additional_config(flags: list[str], expected: dict) -> None:
@@ -346,14 +449,18 @@ def longllama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("additional_config", [{}, {"longctx": {}}, {"longctx": {"attention": {"n_local": 256}}}])
+@pytest.mark.parametrize(
+    "additional_config", [{}, {"longctx": {}}, {"longctx": {"attention": {"n_local": 256}}}]
+)
 def test_a_longllama_checkpoint_says_all_by_itself(additional_config: dict, longllama: Path) -> None:
     vllm_config = create(longllama, additional_config)
     config = active_settings(vllm_config)
     assert config.attention.mem_layers == [2, 4]
     assert (config.attention.mem_dtype, config.attention.mem_positionals) == ("bfloat16", True)
     n_local = config.attention.n_local
-    assert config.memory.windows == SteppedWindows(n_local, n_local)  # the default of 1,024 last tokens is more than a window
+    assert config.memory.windows == SteppedWindows(
+        n_local, n_local
+    )  # the default of 1,024 last tokens is more than a window
     assert vllm_config.model_config.original_max_model_len == -1
 
 
@@ -366,26 +473,39 @@ def test_how_prefixes_are_hit_is_said(longllama: Path) -> None:
         "in steps of 128 tokens": create(block_size=128),
         "in steps of 32 tokens; requests that learn: off": create(additional_config=learning),
         "off": create(enable_prefix_caching=False),
-        "in steps of 32 tokens inside of the first window, while that is open; then in steps of 512, up to 256 tokens before "
+        "in steps of 32 tokens inside of the first window, while that is open; then in steps of 512, up to "
+        "256 tokens before "
         "the end of either prompt": create(longllama, focused),
     }
     assert [prefix_caching(active_settings(c), c.cache_config) for c in said.values()] == list(said)
-    with_top_k = create(additional_config={"longctx": {"attention": {"top_k": 5}}}, enable_prefix_caching=True)
+    with_top_k = create(
+        additional_config={"longctx": {"attention": {"top_k": 5}}}, enable_prefix_caching=True
+    )
     assert prefix_caching(active_settings(with_top_k), with_top_k.cache_config) == "off"
     assert not with_top_k.cache_config.enable_prefix_caching
 
 
 def test_lm_infinite_can_be_asked_for_on_longllama(longllama: Path) -> None:
-    assert active_settings(create(longllama, {"longctx": {"preset": "lm-infinite"}})).geometry == Geometry(10, 512, 512)
+    assert active_settings(create(longllama, {"longctx": {"preset": "lm-infinite"}})).geometry == Geometry(
+        10, 512, 512
+    )
 
 
 @pytest.mark.parametrize(
     ("attention", "kwargs", "message"),
     [
         ({"mem_layers": [2, 6]}, {}, r"attention.mem_layers = \[2, 6\], but the model has layers 0 to 5"),
-        ({"mem_layers": []}, {}, r"needs memory layers, but neither attention.mem_layers nor the checkpoint's"),
+        (
+            {"mem_layers": []},
+            {},
+            r"needs memory layers, but neither attention.mem_layers nor the checkpoint's",
+        ),
         ({"n_local": 513}, {}, r"attention.n_local = 513, but the model was trained on 512 tokens; lower it"),
-        ({"last_context_length": 300, "n_local": 256}, {}, r"last_context_length = 300 is more than the window"),
+        (
+            {"last_context_length": 300, "n_local": 256},
+            {},
+            r"last_context_length = 300 is more than the window",
+        ),
         ({"mem_dtype": "int8"}, {}, r"longctx.attention.mem_dtype = 'int8'"),
         (
             {"memory_limit_gib": 0.001},
@@ -393,27 +513,41 @@ def test_lm_infinite_can_be_asked_for_on_longllama(longllama: Path) -> None:
             r"memory_limit_gib = 0.001 holds \d+ tokens, but max_model_len",
         ),
         ({"memory_limit_gib": 1e-6}, {}, r"memory_limit_gib = 1e-06 holds 0 tokens"),
-        ({"memory_limit_gib": 1.0, "mem_layers": [0, 1, 2, 3, 4, 5]}, {}, r"memory in every layer leaves nothing"),
+        (
+            {"memory_limit_gib": 1.0, "mem_layers": [0, 1, 2, 3, 4, 5]},
+            {},
+            r"memory in every layer leaves nothing",
+        ),
         ({}, {"disable_hybrid_kv_cache_manager": True}, r"disable_hybrid_kv_cache_manager is set"),
     ],
 )
-def test_a_memory_that_cannot_work_is_refused(attention: dict, kwargs: dict, message: str, longllama: Path) -> None:
+def test_a_memory_that_cannot_work_is_refused(
+    attention: dict, kwargs: dict, message: str, longllama: Path
+) -> None:
     with pytest.raises(LongContextError, match=message):
         create(longllama, {"longctx": {"attention": {"method": "focused", **attention}}}, **kwargs)
 
 
 def test_a_memory_needs_layers_that_can_have_one(tmp_path: Path) -> None:
-    path = save(tmp_path, BloomConfig(hidden_size=64, n_layer=2, n_head=2, seq_length=128), "BloomForCausalLM")
+    path = save(
+        tmp_path, BloomConfig(hidden_size=64, n_layer=2, n_head=2, seq_length=128), "BloomForCausalLM"
+    )
     with pytest.raises(LongContextError, match="none of those whose layers can have a memory"):
         create(path, {"longctx": {"attention": {"method": "focused", "mem_layers": [1]}}})
 
 
-@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 5), ("hidden_size", 320), ("vocab_size", 4097)])
-def test_a_config_that_disagrees_with_its_weights_is_named(key: str, value: int, longllama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_hidden_layers", 5), ("hidden_size", 320), ("vocab_size", 4097)]
+)
+def test_a_config_that_disagrees_with_its_weights_is_named(
+    key: str, value: int, longllama: Path, tmp_path: Path
+) -> None:
     for file in longllama.iterdir():
         (tmp_path / file.name).symlink_to(file.resolve())
     config = json.loads((longllama / "config.json").read_text()) | {key: value}
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LongContextError, match=r"config.json says .* one of the two files belongs to another model"):
+    with pytest.raises(
+        LongContextError, match=r"config.json says .* one of the two files belongs to another model"
+    ):
         create(tmp_path, {})

@@ -58,14 +58,26 @@ def test_an_engine_without_a_configuration_keeps_vllms_own(gpu: type) -> None:
             {"kv_cache_dtype": "int8_per_token_head"},
             r"kv_cache_dtype = 'int8_per_token_head'; leave it at 'auto', or give 'fp8'",
         ),
-        ({"attention_backend": "FLASH_ATTN"}, r"attention_backend = FLASH_ATTN, but longctx brings its own; leave"),
-        ({"attention_config": {"backend": "TRITON_ATTN"}}, r"attention_backend = TRITON_ATTN, but longctx brings its own"),
+        (
+            {"attention_backend": "FLASH_ATTN"},
+            r"attention_backend = FLASH_ATTN, but longctx brings its own; leave",
+        ),
+        (
+            {"attention_config": {"backend": "TRITON_ATTN"}},
+            r"attention_backend = TRITON_ATTN, but longctx brings its own",
+        ),
         (
             {"attention_config": {"backend_per_kind": {"full_attention": "FLASH_ATTN"}}},
             r"backend_per_kind = .*, but longctx's backend serves all layers; leave it out",
         ),
-        ({"worker_cls": "my.Worker"}, r"worker_cls = 'my.Worker', but longctx needs its own; leave worker_cls out"),
-        ({"kv_cache_memory_bytes": 1_000_000}, r"the KV cache of 1000000 bytes \(kv_cache_memory_bytes\) gives .* blocks"),
+        (
+            {"worker_cls": "my.Worker"},
+            r"worker_cls = 'my.Worker', but longctx needs its own; leave worker_cls out",
+        ),
+        (
+            {"kv_cache_memory_bytes": 1_000_000},
+            r"the KV cache of 1000000 bytes \(kv_cache_memory_bytes\) gives .* blocks",
+        ),
     ],
 )
 def test_what_cuda_cannot_do_is_refused(kwargs: dict[str, Any], message: str, gpu: type) -> None:
@@ -79,17 +91,23 @@ def test_what_cuda_cannot_do_is_refused(kwargs: dict[str, Any], message: str, gp
         (
             DeviceCapability(7, 5),
             {},
-            r"capability of NVIDIA H100 is 7.5, but longctx's attention needs 8.0 or newer; use such a GPU, or vLLM for",
+            r"capability of NVIDIA H100 is 7.5, but longctx's attention needs 8.0 or newer; use such a GPU, "
+            r"or vLLM for",
         ),
         (
             DeviceCapability(8, 0),
             {"kv_cache_dtype": "fp8"},
-            r"capability of NVIDIA H100 is 8.0, but kv_cache_dtype = 'fp8' needs 8.9 or newer; leave kv_cache_dtype at 'auto'",
+            r"capability of NVIDIA H100 is 8.0, but kv_cache_dtype = 'fp8' needs 8.9 or newer; leave "
+            r"kv_cache_dtype at 'auto'",
         ),
     ],
 )
 def test_a_gpu_that_is_too_old_is_refused(
-    capability: DeviceCapability, kwargs: dict[str, Any], message: str, gpu: Any, monkeypatch: pytest.MonkeyPatch
+    capability: DeviceCapability,
+    kwargs: dict[str, Any],
+    message: str,
+    gpu: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gpu, "capability", capability)
     with pytest.raises(LongContextError, match=message):
@@ -99,20 +117,27 @@ def test_a_gpu_that_is_too_old_is_refused(
 def test_another_platform_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     tpu = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_name="tpu")
     monkeypatch.setattr(platform, "current_platform", tpu)
-    with pytest.raises(LongContextError, match="longctx runs on vLLM's CPU and CUDA platforms, but this is tpu"):
+    with pytest.raises(
+        LongContextError, match="longctx runs on vLLM's CPU and CUDA platforms, but this is tpu"
+    ):
         create()
 
 
 def test_heads_beyond_the_kernels_are_refused(gpu: type, tmp_path: Path) -> None:
     config = LlamaConfig(**TINY, intermediate_size=64, head_dim=512)
     with pytest.raises(
-        LongContextError, match=r"it has heads of 512 elements; longctx's attention on CUDA takes 32, 64, .* 256"
+        LongContextError,
+        match=r"it has heads of 512 elements; longctx's attention on CUDA takes 32, 64, .* 256",
     ):
         create(save(tmp_path, config, "LlamaForCausalLM"))
 
 
 def test_another_plugins_backend_is_not_overwritten(gpu: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules["vllm.v1.attention.backends.registry"]._ATTN_OVERRIDES, AttentionBackendEnum.CUSTOM, "a.B")
-    with pytest.raises(LongContextError, match=r"another plugin has registered its own attention backend CUSTOM \(a.B\)"):
+    monkeypatch.setitem(
+        sys.modules["vllm.v1.attention.backends.registry"]._ATTN_OVERRIDES, AttentionBackendEnum.CUSTOM, "a.B"
+    )
+    with pytest.raises(
+        LongContextError, match=r"another plugin has registered its own attention backend CUSTOM \(a.B\)"
+    ):
         create()
     create(additional_config={})

@@ -73,8 +73,15 @@ THIS_MACHINE = {
 }
 
 
-def test_a_checkpoint_recommends_a_recipe_and_nothing_else(model: Path, warnings: pytest.LogCaptureFixture) -> None:
-    document = {"adaptation": {**RECIPE, **THIS_MACHINE}, "attention": {"n_local": 3}, "serving": 1, "preset": "streaming"}
+def test_a_checkpoint_recommends_a_recipe_and_nothing_else(
+    model: Path, warnings: pytest.LogCaptureFixture
+) -> None:
+    document = {
+        "adaptation": {**RECIPE, **THIS_MACHINE},
+        "attention": {"n_local": 3},
+        "serving": 1,
+        "preset": "streaming",
+    }
     (model / "longctx.json").write_text(json.dumps(document))
     found = start(model, {"learning_rate": 2e-3})
     assert found.model_dump(include=set(RECIPE)) == RECIPE | {"learning_rate": 2e-3}
@@ -84,7 +91,12 @@ def test_a_checkpoint_recommends_a_recipe_and_nothing_else(model: Path, warnings
         assert getattr(found, name) == getattr(default, name)
     assert (found.slots, found.max_rank) == (8, 4)
     (message,) = {record.getMessage() for record in warnings.records if "longctx.json" in record.getMessage()}
-    for name in (*(f"adaptation.{name} = " for name in THIS_MACHINE), "attention = ", "serving = 1", "preset = 'streaming'"):
+    for name in (
+        *(f"adaptation.{name} = " for name in THIS_MACHINE),
+        "attention = ",
+        "serving = 1",
+        "preset = 'streaming'",
+    ):
         assert name in message
     assert not any(f"adaptation.{name} = " in message for name in RECIPE)
 
@@ -109,9 +121,18 @@ def test_a_checkpoint_recommends_a_recipe_and_nothing_else(model: Path, warnings
         ('{"adaptation": {"weight_decay": Infinity}}', "adaptation.weight_decay = inf"),
         ('{"adaptation": {"epochs": 1000000}}', "adaptation.epochs = 1000000 (the limit is 8)"),
         ('{"adaptation": {"unheard_of": {"of": [1]}}}', "adaptation.unheard_of = {'of': [1]}"),
-        ('{"adaptation": {"block_tokens": 500}}', "adaptation.block_tokens = 500 (adaptation.train_context_tokens + "),
-        ('{"adaptation": {"window_tokens": 500}}', "adaptation.window_tokens = 500 (adaptation.window_tokens = 500, but"),
-        ('{"adaptation": {"context_tokens": 127}}', "adaptation.context_tokens = 127 (adaptation.context_tokens = 127 leaves"),
+        (
+            '{"adaptation": {"block_tokens": 500}}',
+            "adaptation.block_tokens = 500 (adaptation.train_context_tokens + ",
+        ),
+        (
+            '{"adaptation": {"window_tokens": 500}}',
+            "adaptation.window_tokens = 500 (adaptation.window_tokens = 500, but",
+        ),
+        (
+            '{"adaptation": {"context_tokens": 127}}',
+            "adaptation.context_tokens = 127 (adaptation.context_tokens = 127 leaves",
+        ),
     ],
 )
 def test_what_a_checkpoint_says_never_stops_an_engine(
@@ -120,20 +141,26 @@ def test_what_a_checkpoint_says_never_stops_an_engine(
     plain = start(model, {})
     (model / "longctx.json").write_text(content)
     assert start(model, {}) == plain
-    assert any("longctx.json" in record.getMessage() and named in record.getMessage() for record in warnings.records)
+    assert any(
+        "longctx.json" in record.getMessage() and named in record.getMessage() for record in warnings.records
+    )
 
 
 def test_sizes_that_are_recommended_give_way_to_a_window_that_slides(model: Path) -> None:
     (model / "longctx.json").write_text(json.dumps({"adaptation": {"window_tokens": 96, "rank": 2}}))
     value = {"attention": {"method": "lm_infinite"}, "preset": "lm-infinite"}
     assert start(model, {}, **value).rank == 2
-    with pytest.raises(LongContextError, match=r"adaptation.window_tokens has no effect beside attention.method lm_infinite"):
+    with pytest.raises(
+        LongContextError, match=r"adaptation.window_tokens has no effect beside attention.method lm_infinite"
+    ):
         start(model, {"window_tokens": 96}, **value)
 
 
 def test_a_users_own_sizes_are_still_refused_beside_recommended_ones(model: Path) -> None:
     (model / "longctx.json").write_text(json.dumps({"adaptation": {"context_tokens": 32}}))
-    with pytest.raises(LongContextError, match=r"adaptation.window_tokens = 500, but the model was trained on 128 tokens"):
+    with pytest.raises(
+        LongContextError, match=r"adaptation.window_tokens = 500, but the model was trained on 128 tokens"
+    ):
         start(model, {"window_tokens": 500})
 
 
@@ -144,7 +171,9 @@ def test_a_recommended_rank_keeps_to_the_users_limit(model: Path, warnings: pyte
     assert "adaptation.rank = 128 (the limit is 64)" in warnings.text
 
 
-def test_a_model_known_by_its_name_recommends_by_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_known_by_its_name_recommends_by_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repository = tmp_path / "models--org--model"
     (repository / "refs").mkdir(parents=True)
     for rank, name in enumerate(("main", "v1"), 2):
@@ -166,29 +195,60 @@ THERE = f"this process may use {', '.join(map(str, CPUS))}"
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        ({"cpus": [CPUS[0], 100_000]}, rf"trainer.cpus = \[{CPUS[0]}, 100000\], but {THERE}; give some of these, or leave"),
+        (
+            {"cpus": [CPUS[0], 100_000]},
+            rf"trainer.cpus = \[{CPUS[0]}, 100000\], but {THERE}; give some of these, or leave",
+        ),
         ({"cpus": []}, r"longctx.adaptation.trainer.cpus = \[\]: List should have at least 1 item"),
-        ({"cpus": [-1]}, r"longctx.adaptation.trainer.cpus.0 = -1: Input should be greater than or equal to 0"),
+        (
+            {"cpus": [-1]},
+            r"longctx.adaptation.trainer.cpus.0 = -1: Input should be greater than or equal to 0",
+        ),
         (
             {"cpus": CPUS[:1], "threads": 2},
-            rf"trainer.threads = 2, but the trainer would have 1 CPUs \({THERE}\); lower threads, or give it more CPUs",
+            rf"trainer.threads = 2, but the trainer would have 1 CPUs \({THERE}\); lower threads, or give it "
+            rf"more CPUs",
         ),
         ({"threads": 100_000}, rf"trainer.threads = 100000, but the trainer would have {len(CPUS)} CPUs"),
-        ({"address": "/tmp/trainer"}, r"trainer.address = '/tmp/trainer': only a trainer on this machine can be joined; give"),
-        ({"address": "inproc://trainer"}, r"only a trainer on this machine can be joined; give what .* ipc:///run/user"),
-        ({"address": "ipc://" + 60 * "/a"}, r"trainer.address = 'ipc://.*': file name too long; .*at most 107 bytes"),
-        ({"address": "ipc:///no/such/place/trainer"}, r"there is no directory /no/such/place; give what the trainer"),
+        (
+            {"address": "/tmp/trainer"},
+            r"trainer.address = '/tmp/trainer': only a trainer on this machine can be joined; give",
+        ),
+        (
+            {"address": "inproc://trainer"},
+            r"only a trainer on this machine can be joined; give what .* ipc:///run/user",
+        ),
+        (
+            {"address": "ipc://" + 60 * "/a"},
+            r"trainer.address = 'ipc://.*': file name too long; .*at most 107 bytes",
+        ),
+        (
+            {"address": "ipc:///no/such/place/trainer"},
+            r"there is no directory /no/such/place; give what the trainer",
+        ),
         ({"address": "ipc://"}, r"trainer.address = 'ipc://': invalid argument; give"),
         (
             {"address": "tcp://127.0.0.1"},
             r"trainer.address = 'tcp://127.0.0.1': invalid argument; give .* tcp://127.0.0.1:5555",
         ),
-        ({"address": "ipc:///tmp/x", "threads": 2}, r"threads has no effect beside address; give it to the process"),
+        (
+            {"address": "ipc:///tmp/x", "threads": 2},
+            r"threads has no effect beside address; give it to the process",
+        ),
         ({"address": "ipc:///tmp/x", "cpus": [0]}, r"cpus has no effect beside address"),
         ({"timeout_s": float("inf")}, r"trainer.timeout_s = inf: Input should be a finite number"),
-        ({"start_timeout_s": float("nan")}, r"trainer.start_timeout_s = nan: Input should be a finite number"),
-        ({"device": "cuda:0"}, r"trainer.device = 'cuda:0', but torch sees no GPU; name another, or leave it out"),
-        ({"attention": "xformers"}, r"trainer.attention = 'xformers' needs a GPU, .*; leave attention out, or set device"),
+        (
+            {"start_timeout_s": float("nan")},
+            r"trainer.start_timeout_s = nan: Input should be a finite number",
+        ),
+        (
+            {"device": "cuda:0"},
+            r"trainer.device = 'cuda:0', but torch sees no GPU; name another, or leave it out",
+        ),
+        (
+            {"attention": "xformers"},
+            r"trainer.attention = 'xformers' needs a GPU, .*; leave attention out, or set device",
+        ),
     ],
 )
 def test_a_trainer_that_cannot_be_is_refused(model: Path, trainer: dict[str, Any], message: str) -> None:
@@ -199,19 +259,28 @@ def test_a_trainer_that_cannot_be_is_refused(model: Path, trainer: dict[str, Any
 def test_cpus_are_those_of_this_process(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
     assert start(model, {"trainer": {"cpus": [5, 5], "threads": 1}}).trainer.cpus == [5, 5]
-    with pytest.raises(LongContextError, match=r"trainer.cpus = \[4\], but this process may use 3, 5; give some of these"):
+    with pytest.raises(
+        LongContextError, match=r"trainer.cpus = \[4\], but this process may use 3, 5; give some of these"
+    ):
         start(model, {"trainer": {"cpus": [4]}})
 
 
 def test_a_root_that_cannot_be_written_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for root in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/adapters"), tmp_path / ("x" * 300)):
+    for root in (
+        tmp_path / "file",
+        tmp_path / "file" / "below",
+        Path("/proc/adapters"),
+        tmp_path / ("x" * 300),
+    ):
         with pytest.raises(
-            LongContextError, match=rf"adaptation.adapters_root = '{root}': adapters cannot be written there \("
+            LongContextError,
+            match=rf"adaptation.adapters_root = '{root}': adapters cannot be written there \(",
         ):
             start(model, {"adapters_root": str(root)})
     with pytest.raises(
-        LongContextError, match=r"longctx.adaptation.adapters_root = '': String should have at least 1 character"
+        LongContextError,
+        match=r"longctx.adaptation.adapters_root = '': String should have at least 1 character",
     ):
         LongContextConfig.parse({"adaptation": {"adapters_root": ""}})
 
@@ -223,7 +292,9 @@ def test_a_root_of_somebody_elses_is_refused(model: Path, tmp_path: Path) -> Non
         start(model, {"adapters_root": str(tmp_path / "theirs")})
 
 
-def test_a_root_is_made_and_is_the_same_in_every_process(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_root_is_made_and_is_the_same_in_every_process(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert start(model, {"adapters_root": "a/b"}).adapters_root == str(tmp_path / "a/b")

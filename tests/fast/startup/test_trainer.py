@@ -1,4 +1,7 @@
-"""Where the trainer trains and what it needs there. No GPU is touched: what torch and the driver would say is put in place."""
+"""Where the trainer trains and what it needs there.
+
+No GPU is touched: what torch and the driver would say is put in place.
+"""
 
 import importlib.util
 import sys
@@ -53,11 +56,21 @@ def test_the_engines_own_device_is_the_default(gpus):
     [
         (0, {"device": "cuda"}, "device = 'cuda', but torch sees no GPU; name another, or leave it out"),
         (2, {"device": "cuda:2"}, "device = 'cuda:2', but torch sees 2 GPUs, cuda:0 to cuda:1; name another"),
-        (2, {"device": "cpu", "attention": "xformers"}, "'xformers' needs a GPU, but adaptation.trainer.device is cpu"),
-        (2, {"attention": "xformers"}, "xformers is not installed here; install it .*, or leave attention out"),
+        (
+            2,
+            {"device": "cpu", "attention": "xformers"},
+            "'xformers' needs a GPU, but adaptation.trainer.device is cpu",
+        ),
+        (
+            2,
+            {"attention": "xformers"},
+            "xformers is not installed here; install it .*, or leave attention out",
+        ),
     ],
 )
-def test_what_is_not_there_is_refused(gpus, monkeypatch: pytest.MonkeyPatch, number: int, trainer: dict, reason: str):
+def test_what_is_not_there_is_refused(
+    gpus, monkeypatch: pytest.MonkeyPatch, number: int, trainer: dict, reason: str
+):
     gpus(number)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LongContextError, match=reason):
@@ -69,7 +82,10 @@ def test_what_is_not_there_is_refused(gpus, monkeypatch: pytest.MonkeyPatch, num
     ("trainer", "reason"),
     [
         ({"device": "gpu"}, r"adaptation.trainer.device = 'gpu': String should match pattern .*cpu\|cuda"),
-        ({"attention": "flash"}, "adaptation.trainer.attention = 'flash': Input should be 'sdpa' or 'xformers'"),
+        (
+            {"attention": "flash"},
+            "adaptation.trainer.attention = 'flash': Input should be 'sdpa' or 'xformers'",
+        ),
         ({"device": "cpu", "address": "ipc:///x"}, "device has no effect beside address"),
     ],
 )
@@ -97,7 +113,10 @@ def test_adapters_are_counted_as_they_are(tiny_llama: Path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activations_are_about_what_autograd_keeps(tiny_llama: Path, dtype: torch.dtype, recompute: bool):
-    """Counted where autograd saves them. `recompute` keeps a layer's while it is computed again, which this does not see."""
+    """Counted where autograd saves them.
+
+    `recompute` keeps a layer's while it is computed again, which this does not see.
+    """
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=dtype)
     trainer, tokens = Trainer(model, recompute), 64
     trainer.begin(1, Recipe(rank=4, dropout=0.1))
@@ -115,14 +134,18 @@ def test_activations_are_about_what_autograd_keeps(tiny_llama: Path, dtype: torc
     assert hidden.requires_grad
     measured = sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in weights)
     shape = Shape.of(model.config, dtype)
-    wider_masks = 3 * (5 * shape.hidden + shape.query + shape.intermediate)  # a dropout mask has 4 bytes on the CPU, 1 on a GPU
+    wider_masks = 3 * (
+        5 * shape.hidden + shape.query + shape.intermediate
+    )  # a dropout mask has 4 bytes on the CPU, 1 on a GPU
     per_layer = shape.hidden * shape.itemsize if recompute else shape.activation_bytes + wider_masks
     last_norm = 4 * shape.hidden
     assert measured < 1.05 * tokens * (shape.layers * per_layer + last_norm) < 1.3 * measured
 
 
 def test_what_training_a_7b_model_needs():
-    """Rank 64 on all linear layers is 160M values, so 1.8 GiB a stream with AdamW's; 4K tokens keep 47 GiB, or 2 and 1.2."""
+    """Rank 64 on all linear layers is 160M values, so 1.8 GiB a stream with AdamW's; 4K tokens keep 47 GiB,
+    or 2 and 1.2.
+    """
     shape, gib = Shape.of(LLAMA_2_7B, torch.bfloat16), 2**30
     assert 64 * shape.adapted_features == 159907840  # peft's count of trainable parameters
 
@@ -142,7 +165,9 @@ def test_too_little_memory_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch
     need = client.weight_bytes(str(BOOKLM), torch.float32) + 2**30
     monkeypatch.setattr(client, "free_bytes", lambda where: need if where == torch.device("cuda:1") else 0)
     client.check_memory(options, 2**30)
-    with pytest.raises(LongContextError, match=r"on cuda:1 \(.*, 1\.00 to train\).* lower gpu_memory_utilization, adapt"):
+    with pytest.raises(
+        LongContextError, match=r"on cuda:1 \(.*, 1\.00 to train\).* lower gpu_memory_utilization, adapt"
+    ):
         client.check_memory(options, 2**30 + 1)
 
 
@@ -191,12 +216,16 @@ class Window:
 
 
 def attend(query, key, value, attn_bias, p, scale):
-    """xformers' `memory_efficient_attention`: [1, tokens, heads, head_size], as many KV heads as query heads."""
+    """xformers' `memory_efficient_attention`: [1, tokens, heads, head_size], as many KV heads as query
+    heads.
+    """
     assert query.shape == key.shape == value.shape and p == 0
     attended.append(attn_bias.size)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     mask = attn_bias.mask(query.shape[1])
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(
+        1, 2
+    )
 
 
 attended: list[int | None] = []
@@ -208,7 +237,9 @@ def test_xformers_is_asked_for_the_same_attention(
 ):
     ops = SimpleNamespace(memory_efficient_attention=attend, LowerTriangularMask=Window)
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-    monkeypatch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", SimpleNamespace(BlockDiagonalCausalMask=Window))
+    monkeypatch.setitem(
+        sys.modules, "xformers.ops.fmha.attn_bias", SimpleNamespace(BlockDiagonalCausalMask=Window)
+    )
     attended.clear()
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = MistralConfig(vocab_size=64, num_hidden_layers=2, sliding_window=window, **sizes)

@@ -13,7 +13,12 @@ from vllm_longctx.geometry import Geometry
 
 BLOCK = 24
 TRAINING = Options(
-    block_tokens=BLOCK, window_tokens=128, context_tokens=64, train_context_tokens=20, learning_rate=5e-3, warmup_blocks=0
+    block_tokens=BLOCK,
+    window_tokens=128,
+    context_tokens=64,
+    train_context_tokens=20,
+    learning_rate=5e-3,
+    warmup_blocks=0,
 )
 
 
@@ -48,7 +53,9 @@ def close(values: list[float]):
 def test_without_training_inside_the_window_it_is_generate(tiny_llama: Path) -> None:
     prompt, model = text(60), plain(tiny_llama)
     ours = replay(tiny_llama, prompt, 50, options(epochs=0))
-    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=50, min_new_tokens=50, do_sample=False)[0].tolist()
+    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=50, min_new_tokens=50, do_sample=False)[
+        0
+    ].tolist()
     assert prompt + ours.tokens == theirs
     assert ours.passes == [(0, 0)]
     assert ours.prompt_logprobs + ours.logprobs == close(token_logprobs(model, theirs))
@@ -81,7 +88,9 @@ def test_each_block_is_scored_by_what_the_blocks_before_it_taught(tiny_llama: Pa
     assert got.versions == [0] * BLOCK + [1] * BLOCK and len(got.losses) == 2 and len(first.losses) == 1
     base, taught = plain(tiny_llama), plain(tiny_llama, first.adapter)
     # The second block's pass computes the first block again, but its rows stay those of the base model.
-    assert got.prompt_logprobs[:BLOCK] == first.prompt_logprobs == close(token_logprobs(base, ids[: BLOCK + 1]))
+    assert (
+        got.prompt_logprobs[:BLOCK] == first.prompt_logprobs == close(token_logprobs(base, ids[: BLOCK + 1]))
+    )
     if policy == "recompute":
         assert got.passes == [(0, 0), (BLOCK, 0)]
         expected = token_logprobs(taught, ids)[BLOCK:]
@@ -97,13 +106,17 @@ def test_each_block_is_scored_by_what_the_blocks_before_it_taught(tiny_llama: Pa
 
 def test_within_one_block_recompute_is_reuse(tiny_llama: Path) -> None:
     chosen = options(block_tokens=100)
-    one, other = (replay(tiny_llama, text(60), 40, options(chosen, kv_policy=p)) for p in ("reuse", "recompute"))
+    one, other = (
+        replay(tiny_llama, text(60), 40, options(chosen, kv_policy=p)) for p in ("reuse", "recompute")
+    )
     assert one.tokens == other.tokens and one.logprobs == other.logprobs and one.versions == [0] * 99
 
 
 def test_versions_of_both_update_modes(tiny_llama: Path) -> None:
     prompt = text(30)
-    cascaded, parallel = (replay(tiny_llama, prompt, 60, options(update_mode=m)) for m in ("cascaded", "parallel"))
+    cascaded, parallel = (
+        replay(tiny_llama, prompt, 60, options(update_mode=m)) for m in ("cascaded", "parallel")
+    )
     assert cascaded.versions == [p // BLOCK for p in range(89)]
     assert parallel.versions == [max(p // BLOCK - 1, 0) for p in range(89)]
     only_output = replay(tiny_llama, prompt, 60, options(train_on_prompt=False))
@@ -113,9 +126,13 @@ def test_versions_of_both_update_modes(tiny_llama: Path) -> None:
 
 def test_parallel_learns_what_cascaded_learns_and_uses_it_a_block_later(tiny_llama: Path) -> None:
     ids = text(4 * BLOCK + 1)
-    cascaded, parallel = (replay(tiny_llama, ids, 0, options(update_mode=m)) for m in ("cascaded", "parallel"))
+    cascaded, parallel = (
+        replay(tiny_llama, ids, 0, options(update_mode=m)) for m in ("cascaded", "parallel")
+    )
     assert parallel.losses == cascaded.losses
-    assert parallel.prompt_logprobs[: 2 * BLOCK] == close(token_logprobs(plain(tiny_llama), ids[: 2 * BLOCK + 1]))
+    assert parallel.prompt_logprobs[: 2 * BLOCK] == close(
+        token_logprobs(plain(tiny_llama), ids[: 2 * BLOCK + 1])
+    )
     assert parallel.prompt_logprobs[2 * BLOCK :] != close(cascaded.prompt_logprobs[2 * BLOCK :])
 
 

@@ -32,7 +32,13 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 def create(model: Any, **kwargs: Any) -> VllmConfig:
     return EngineArgs(
-        **{"model": str(model), "additional_config": ADAPTING, "skip_tokenizer_init": True, "dtype": "float32", **kwargs}
+        **{
+            "model": str(model),
+            "additional_config": ADAPTING,
+            "skip_tokenizer_init": True,
+            "dtype": "float32",
+            **kwargs,
+        }
     ).create_engine_config()
 
 
@@ -74,14 +80,19 @@ def scaled(config: Any) -> Any:
     ("kwargs", "expected"),
     [
         ({}, {"rms_norm_eps": 1e-6}),
-        ({"hf_overrides": {"rms_norm_eps": 1e-3, "rope_parameters": YARN}}, {"rms_norm_eps": 1e-3, "rope_parameters": YARN}),
+        (
+            {"hf_overrides": {"rms_norm_eps": 1e-3, "rope_parameters": YARN}},
+            {"rms_norm_eps": 1e-3, "rope_parameters": YARN},
+        ),
         ({"hf_overrides": scaled}, {"rope_parameters": YARN}),
         ({"hf_overrides": {"num_hidden_layers": 2}}, {"num_hidden_layers": 2}),
         ({"hf_config_path": "other"}, {"rms_norm_eps": 1e-2}),
     ],
     ids=["plain", "dict", "function", "layers", "config path"],
 )
-def test_the_config_is_the_engines(tiny_llama: Path, tmp_path: Path, kwargs: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_the_config_is_the_engines(
+    tiny_llama: Path, tmp_path: Path, kwargs: dict[str, Any], expected: dict[str, Any]
+) -> None:
     changed(tiny_llama, tmp_path / "other", 1.0, rms_norm_eps=1e-2)
     if "hf_config_path" in kwargs:
         kwargs = {"hf_config_path": str(tmp_path / "other")}
@@ -105,12 +116,22 @@ def test_a_function_that_pickle_takes_is_still_one_to_it_when_composed(tiny_llam
 
 
 def test_a_sliding_window_that_is_disabled_is_so_in_the_trainer(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
-    MistralForCausalLM(MistralConfig(num_hidden_layers=1, sliding_window=32, **sizes)).save_pretrained(tmp_path)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+    }
+    MistralForCausalLM(MistralConfig(num_hidden_layers=1, sliding_window=32, **sizes)).save_pretrained(
+        tmp_path
+    )
     assert loaded(create(tmp_path, disable_sliding_window=True)).config.sliding_window is None
 
 
-def test_an_output_layer_of_its_own_is_used_where_the_config_says_tied(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_output_layer_of_its_own_is_used_where_the_config_says_tied(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     path = changed(tiny_llama, tmp_path / "model", 1.0, tie_word_embeddings=True)
     model = loaded(create(path))
     own = load_file(path / "model.safetensors")["lm_head.weight"]
@@ -123,11 +144,15 @@ def formats(tiny_llama: Path, tmp_path: Path) -> Path:
     path = changed(tiny_llama, tmp_path / "formats", 2.0)
     weights = load_file(path / "model.safetensors")
     for name, value in {"pytorch_model.bin": 3.0, "model.pt": 4.0}.items():
-        torch.save(weights | {"model.norm.weight": torch.full_like(weights["model.norm.weight"], value)}, path / name)
+        torch.save(
+            weights | {"model.norm.weight": torch.full_like(weights["model.norm.weight"], value)}, path / name
+        )
     return path
 
 
-@pytest.mark.parametrize(("load_format", "value"), [("auto", 2), ("safetensors", 2), ("hf", 2), ("npcache", 3), ("pt", 4)])
+@pytest.mark.parametrize(
+    ("load_format", "value"), [("auto", 2), ("safetensors", 2), ("hf", 2), ("npcache", 3), ("pt", 4)]
+)
 def test_the_files_are_those_of_the_load_format(formats: Path, load_format: str, value: float) -> None:
     assert norm(loaded(create(formats, load_format=load_format))) == value
 
@@ -140,7 +165,9 @@ def test_auto_takes_what_is_there(formats: Path) -> None:
 def test_hugging_faces_files_are_taken_where_mistrals_own_are_beside_them(formats: Path) -> None:
     (formats / "model.safetensors").rename(formats / "consolidated.safetensors")
     vllm_config = create(formats)
-    with pytest.raises(LongContextError, match=r"has its weights in Mistral's own format only.* or leave adaptation out"):
+    with pytest.raises(
+        LongContextError, match=r"has its weights in Mistral's own format only.* or leave adaptation out"
+    ):
         base_model.weight_files(vllm_config)
     weights = load_file(formats / "consolidated.safetensors")
     save_file(weights, formats / "model-00001-of-00001.safetensors", {"format": "pt"})
@@ -151,10 +178,21 @@ def test_hugging_faces_files_are_taken_where_mistrals_own_are_beside_them(format
 
 @pytest.mark.parametrize(
     "load_format",
-    ["dummy", "tensorizer", "runai_streamer", "runai_streamer_sharded", "sharded_state", "ipc_cache", "modelexpress"],
+    [
+        "dummy",
+        "tensorizer",
+        "runai_streamer",
+        "runai_streamer_sharded",
+        "sharded_state",
+        "ipc_cache",
+        "modelexpress",
+    ],
 )
 def test_weights_that_the_trainer_cannot_load_are_refused(tiny_llama: Path, load_format: str) -> None:
-    with pytest.raises(LongContextError, match=rf"load_format = '{load_format}': .* give one of auto, hf, .* leave adaptation"):
+    with pytest.raises(
+        LongContextError,
+        match=rf"load_format = '{load_format}': .* give one of auto, hf, .* leave adaptation",
+    ):
         create(tiny_llama, load_format=load_format)
 
 
@@ -163,7 +201,9 @@ def test_a_quantized_checkpoint_is_refused_however_vllm_learns_of_it(tiny_llama:
         {"quantization": "fp8"},
         {"hf_overrides": {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}},
     ):
-        with pytest.raises(LongContextError, match=r"is quantized \(fp8\), and the trainer loads unquantized weights only"):
+        with pytest.raises(
+            LongContextError, match=r"is quantized \(fp8\), and the trainer loads unquantized weights only"
+        ):
             create(tiny_llama, dtype="bfloat16", **kwargs)
 
 
@@ -189,12 +229,16 @@ def test_the_files_are_those_of_the_revision(hub: Path, revision: str | None, va
 
 
 def test_the_files_are_those_of_the_download_directory(hub: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    """A model that is known by its name; offline vLLM would look for it in Hugging Face's own cache first of all."""
+    """A model that is known by its name; offline vLLM would look for it in Hugging Face's own cache first of
+    all.
+    """
     vllm_config = create(tiny_llama, download_dir=str(tmp_path / "downloads"))
     vllm_config.model_config.model, vllm_config.model_config.revision = "org/model", "v1"
     hub.rename(tmp_path / "downloads")
     options = told(vllm_config)
-    assert options.weights == [str(tmp_path / "downloads/models--org--model/snapshots" / ("3" * 40) / "model.safetensors")]
+    assert options.weights == [
+        str(tmp_path / "downloads/models--org--model/snapshots" / ("3" * 40) / "model.safetensors")
+    ]
     assert norm(sidecar.load(options)) == 3
 
 
@@ -215,7 +259,9 @@ def test_the_probe_is_a_text_that_every_query_sees_whole(tiny_llama: Path) -> No
     assert len(tokens) == 64 and tokens[0] == 1 and tokens[1:32] == tokens[33:] and max(tokens) < 512
     short = adaptation.model_copy(update={"window_tokens": 5})
     assert base_model.probe(vllm_config.model_config, short) == tokens[:5]
-    assert base_model.probe(vllm_config.model_config, adaptation.model_copy(update={"window_tokens": 1})) == []
+    assert (
+        base_model.probe(vllm_config.model_config, adaptation.model_copy(update={"window_tokens": 1})) == []
+    )
 
 
 NAN, INF = math.nan, math.inf
@@ -234,11 +280,15 @@ NAN, INF = math.nan, math.inf
         ([-6.0] * 10, [-6.001] * 10, 0.001, 0.1),  # a spread of 0 is taken for 0.01
     ],
 )
-def test_how_far_apart_two_models_are(ours: list[float], theirs: list[float], nats: float, share: float) -> None:
+def test_how_far_apart_two_models_are(
+    ours: list[float], theirs: list[float], nats: float, share: float
+) -> None:
     assert base_model.logprob_difference(ours, theirs) == pytest.approx((nats, share))
 
 
-def test_a_difference_names_the_settings_that_may_explain_it(tiny_llama: Path, hub: Path, tmp_path: Path) -> None:
+def test_a_difference_names_the_settings_that_may_explain_it(
+    tiny_llama: Path, hub: Path, tmp_path: Path
+) -> None:
     kwargs = {"hf_overrides": {"rope_parameters": YARN}, "revision": "v1", "load_format": "safetensors"}
     vllm_config = create("org/model", **kwargs, download_dir=str(tmp_path))
     ours, about = [-1.0, -3.0] * 10, "OTHER in float32"
@@ -248,9 +298,18 @@ def test_a_difference_names_the_settings_that_may_explain_it(tiny_llama: Path, h
     assert base_model.mismatch(same, **given) is None
     reason = base_model.mismatch(other, **given)
     assert reason is not None
-    for part in ("differ by 0.1 nats, 0.1 of their spread, where torch.float32 explains 0.002", about, "revision = 'v1'"):
+    for part in (
+        "differ by 0.1 nats, 0.1 of their spread, where torch.float32 explains 0.002",
+        about,
+        "revision = 'v1'",
+    ):
         assert part in reason
-    for part in ("'rope_type': 'yarn'", "load_format = 'safetensors'", "download_dir = ", "leave out what the trainer"):
+    for part in (
+        "'rope_type': 'yarn'",
+        "load_format = 'safetensors'",
+        "download_dir = ",
+        "leave out what the trainer",
+    ):
         assert part in reason
     assert "model_max_length" not in reason
     joined = base_model.mismatch(other, **given | {"address": "ipc:///x"})
@@ -262,13 +321,17 @@ def refuse(vllm_config: SimpleNamespace) -> None:
         raise LongContextError("a reason")
 
 
-def test_a_refusal_in_another_process_reaches_the_one_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_in_another_process_reaches_the_one_that_started_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from vllm.v1.engine import utils
 
     class Manager:
         def __init__(self, vllm_config: SimpleNamespace, message: bool):
             context = multiprocessing.get_context("fork")
-            self.process = context.Process(target=refuse if message else int, args=(vllm_config,) if message else ())
+            self.process = context.Process(
+                target=refuse if message else int, args=(vllm_config,) if message else ()
+            )
             self.process.start()
             self.process.join()
 

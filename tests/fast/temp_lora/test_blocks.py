@@ -33,9 +33,15 @@ def test_versions_change_where_blocks_begin(b: Blocks, position: int) -> None:
 
 
 @given(
-    st.sampled_from(["reuse", "recompute"]), st.integers(1, 100), st.integers(0, 32), st.integers(1, 64), st.integers(1, 600)
+    st.sampled_from(["reuse", "recompute"]),
+    st.integers(1, 100),
+    st.integers(0, 32),
+    st.integers(1, 64),
+    st.integers(1, 600),
 )
-def test_no_query_sees_more_than_the_window(policy: str, context: int, keep_first: int, block_tokens: int, text: int) -> None:
+def test_no_query_sees_more_than_the_window(
+    policy: str, context: int, keep_first: int, block_tokens: int, text: int
+) -> None:
     """Walked as the scheduler does: every pass makes room, and keeps at least the context."""
     window = Window(policy, context + 32 + keep_first, context, keep_first, 32)  # type: ignore[arg-type]
     b, start = Blocks(0, block_tokens, "cascaded"), 0

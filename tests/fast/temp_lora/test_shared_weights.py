@@ -1,4 +1,7 @@
-"""The engine's memory in the trainer. Without a GPU: CPU tensors stand for GPU ones, and a table for CUDA IPC's handles."""
+"""The engine's memory in the trainer.
+
+Without a GPU: CPU tensors stand for GPU ones, and a table for CUDA IPC's handles.
+"""
 
 import inspect
 from pathlib import Path
@@ -34,7 +37,9 @@ def rebuilt(path: Path, dtype: torch.dtype, engine: nn.Module) -> PreTrainedMode
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_the_rebuilt_model_is_the_original_in_the_engines_memory(tmp_path: Path, config: Any, dtype: torch.dtype):
+def test_the_rebuilt_model_is_the_original_in_the_engines_memory(
+    tmp_path: Path, config: Any, dtype: torch.dtype
+):
     original = load(save(tmp_path, config), dtype)
     engine = Engine(original)
     model = rebuilt(tmp_path, dtype, engine)
@@ -54,7 +59,11 @@ def test_it_trains_alike_and_leaves_the_engines_weights(tmp_path: Path):
         trainer.begin(1, RECIPE)
         runs.append((trainer.train(1, 1, list(range(40)), 16), trainer.weights(1)))
     assert runs[0][0] == runs[1][0]
-    assert all(torch.equal(x, y) for name in runs[0][1] for x, y in zip(runs[0][1][name], runs[1][1][name], strict=True))
+    assert all(
+        torch.equal(x, y)
+        for name in runs[0][1]
+        for x, y in zip(runs[0][1][name], runs[1][1][name], strict=True)
+    )
     assert all(torch.equal(p[:100], before[name][:100]) for name, p in engine.named_parameters())
 
 
@@ -71,10 +80,22 @@ def test_vllm_fuses_what_we_part(architecture: str):
             lambda w: {n: t[: len(t) // 2] if "qkv" in n else t for n, t in w.items()},
             "qkv_proj.weight has 64 rows, but .* have",
         ),
-        (lambda w: {n: t[:, :32] if "o_proj" in n else t for n, t in w.items()}, "o_proj.weight and 1 more are not in both"),
-        (lambda w: {n: t[:64] if "embed" in n else t for n, t in w.items()}, "embed_tokens.weight and 0 more are not in both"),
-        (lambda w: {n: t for n, t in w.items() if "model.norm" not in n}, "model.norm.weight and 0 more are not in both"),
-        (lambda w: w | {"model.layers.0.mlp.scale": torch.ones(1)}, "model.layers.0.mlp.scale and 0 more are not in both"),
+        (
+            lambda w: {n: t[:, :32] if "o_proj" in n else t for n, t in w.items()},
+            "o_proj.weight and 1 more are not in both",
+        ),
+        (
+            lambda w: {n: t[:64] if "embed" in n else t for n, t in w.items()},
+            "embed_tokens.weight and 0 more are not in both",
+        ),
+        (
+            lambda w: {n: t for n, t in w.items() if "model.norm" not in n},
+            "model.norm.weight and 0 more are not in both",
+        ),
+        (
+            lambda w: w | {"model.layers.0.mlp.scale": torch.ones(1)},
+            "model.layers.0.mlp.scale and 0 more are not in both",
+        ),
     ],
     ids=["a rank's heads", "a rank's columns", "a rank's vocabulary", "missing", "unknown"],
 )
@@ -98,8 +119,16 @@ def ipc(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, torch.UntypedStorage]:
 
     def rebuild(**given: Any) -> torch.Tensor:
         inspect.signature(reductions.rebuild_cuda_tensor).bind(**given)
-        assert (given["storage_device"], given["storage_offset_bytes"], given["ref_counter_handle"]) == (1, 512, b"counter")
-        assert (given["ref_counter_offset"], given["event_handle"], given["event_sync_required"]) == (7, b"event", True)
+        assert (given["storage_device"], given["storage_offset_bytes"], given["ref_counter_handle"]) == (
+            1,
+            512,
+            b"counter",
+        )
+        assert (given["ref_counter_offset"], given["event_handle"], given["event_sync_required"]) == (
+            7,
+            b"event",
+            True,
+        )
         storage = storages[given["storage_handle"]]
         assert storage.nbytes() == given["storage_size_bytes"]
         empty = torch.empty(0, dtype=given["dtype"])
@@ -114,17 +143,23 @@ def test_a_tensor_travels_as_a_message(ipc: dict):
     matrix = torch.arange(24, dtype=torch.bfloat16).view(4, 6)
     for tensor in (matrix, matrix.T, matrix[1:3, 2:]):
         message = m.encode(shared.export(tensor.requires_grad_()))
-        received = shared.attach(m.msgspec.msgpack.decode(message, type=m.SharedTensor), torch.device("cuda:1"))
+        received = shared.attach(
+            m.msgspec.msgpack.decode(message, type=m.SharedTensor), torch.device("cuda:1")
+        )
         assert torch.equal(received, tensor) and received.data_ptr() == tensor.data_ptr()
         assert not received.requires_grad
 
 
 def test_a_trainer_takes_over_what_it_is_sent(tmp_path: Path, ipc: dict):
-    """From the worker's offer to a trained version in the worker's own memory, with messages as they are sent."""
+    """From the worker's offer to a trained version in the worker's own memory, with messages as they are
+    sent.
+    """
     original = load(save(tmp_path, CONFIGS["tied"]), torch.float32)
     engine = Engine(original)
     weights = shared.engine_weights(engine)
-    modules = shared.adapted_modules(shared.views(weights, shared.skeleton(str(tmp_path), "float32", "sdpa")), LINEAR_MODULES)
+    modules = shared.adapted_modules(
+        shared.views(weights, shared.skeleton(str(tmp_path), "float32", "sdpa")), LINEAR_MODULES
+    )
     memory = torch.zeros(Slots.size(modules, 4, 2), dtype=torch.uint8)
     offer, slots = shared.SharedWeights(weights, memory), Slots.create(modules, 4, 2)
     options = m.Options(address="", model=str(tmp_path), dtype="float32", device="cpu:1", shares=True)
@@ -145,6 +180,10 @@ def test_a_trainer_takes_over_what_it_is_sent(tmp_path: Path, ipc: dict):
     assert alone.train(1, 1, list(range(40)), 16) == reports[3].losses
     worker = Slots.open(slots.path, modules, 4, 2, memory)
     with worker.read(1, 0, 1, 1) as read:
-        assert all(torch.equal(x, y) for name, pair in alone.weights(1).items() for x, y in zip(read[name], pair, strict=True))
+        assert all(
+            torch.equal(x, y)
+            for name, pair in alone.weights(1).items()
+            for x, y in zip(read[name], pair, strict=True)
+        )
     for one in (worker, slots):
         one.close()

@@ -12,7 +12,10 @@ MODULES = {"q": (24, 40), "down": (100, 8)}
 
 
 def random_weights(rank: int, scale: float = 1.0) -> dict:
-    return {n: (scale * torch.randn(rank, inputs), scale * torch.randn(out, rank)) for n, (inputs, out) in MODULES.items()}
+    return {
+        n: (scale * torch.randn(rank, inputs), scale * torch.randn(out, rank))
+        for n, (inputs, out) in MODULES.items()
+    }
 
 
 def assert_holds(slots: Slots, slot: int, bank: int, owner: int, version: int, weights: dict) -> None:
@@ -105,7 +108,9 @@ def test_what_one_clears_no_other_reads():
     scheduler.clear(2)
     with pytest.raises(StaleSlot), worker.read(2, 1, 5, 1):
         pass
-    with pytest.raises(ValueError, match=f"device memory is {len(memory) - 1} bytes, but this model, rank and number make"):
+    with pytest.raises(
+        ValueError, match=f"device memory is {len(memory) - 1} bytes, but this model, rank and number make"
+    ):
         Slots.open(scheduler.path, MODULES, 8, 3, memory[1:])
     for one in (worker, trainer, scheduler):
         one.close()

@@ -171,7 +171,9 @@ def test_a_saved_adapter_is_another_requests_start(client: TrainerClient, adapte
     assert hear(client, m.SaveFailed)[-1] == m.SaveFailed(9, "none", "ValueError: owner 9 has no adapter")
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "/etc", "a/b", ".hidden", "-x", "a\n", "a\0", "ü", "x" * 129])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "/etc", "a/b", ".hidden", "-x", "a\n", "a\0", "ü", "x" * 129]
+)
 def test_names_of_adapters_are_no_paths(tmp_path: Path, name: str):
     with pytest.raises(ValueError, match="adapter name"):
         m.adapter_path(str(tmp_path), name)
@@ -210,7 +212,12 @@ def test_running_out_of_memory_is_answered(tiny_llama: Path):
         router.bind("inproc://trainer")
         engine.connect("inproc://trainer")
         sidecar = Sidecar(trainer, router, None)
-        for job in [m.Join(), m.OpenSlots(slots.path, 8, 1), m.Begin(1, 0, RECIPE), m.Train(1, 0, 1, 1, tokens(1), 16)]:
+        for job in [
+            m.Join(),
+            m.OpenSlots(slots.path, 8, 1),
+            m.Begin(1, 0, RECIPE),
+            m.Train(1, 0, 1, 1, tokens(1), 16),
+        ]:
             engine.send(m.encode(job))
             sidecar.serve_one()
         reports = [m.decode_report(engine.recv()) for _ in range(4)]
@@ -245,7 +252,9 @@ def test_a_trainer_that_fails_while_training_is_replaced(
     client.send(m.Train(1, 0, 0, 2, tokens(2), 16))
     assert [type(r) for r in hear(client, m.Trained)] == [m.Ready, m.Began, m.Started, m.Trained]
     assert client.process_id != old
-    moved = read(client, 0, 0, 1, 2)["model.layers.0.mlp.up_proj"][1] - version_1["model.layers.0.mlp.up_proj"][1]
+    moved = (
+        read(client, 0, 0, 1, 2)["model.layers.0.mlp.up_proj"][1] - version_1["model.layers.0.mlp.up_proj"][1]
+    )
     assert 0 < moved.abs().max() < 0.1, "training goes on from version 1"
 
 
@@ -275,7 +284,9 @@ def test_the_last_words_of_a_trainer_come_before_its_restart(client: TrainerClie
     assert [type(r) for r in hear(client, m.Trained, m.Failed)] == [m.Ready, m.Began, m.Started, m.Trained]
 
 
-def test_a_trainer_that_cannot_be_started_again_does_not_end_the_engine(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_trainer_that_cannot_be_started_again_does_not_end_the_engine(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
     client = client_of(checkpoint, max_restarts=2)
     client.start()
     os.kill(client.process_id, signal.SIGKILL)
@@ -452,7 +463,12 @@ def test_a_duty_cycle_is_kept_behind_every_block(tiny_llama: Path, monkeypatch: 
         engine.connect("inproc://trainer")
         trainer = Trainer(AutoModelForCausalLM.from_pretrained(tiny_llama))
         sidecar, slots = Sidecar(trainer, router, None, duty_cycle=0.25), Slots.create(trainer.modules, 8, 1)
-        for job in [m.Join(), m.OpenSlots(slots.path, 8, 1), m.Begin(1, 0, RECIPE), m.Train(1, 0, 1, 1, tokens(1), 16)]:
+        for job in [
+            m.Join(),
+            m.OpenSlots(slots.path, 8, 1),
+            m.Begin(1, 0, RECIPE),
+            m.Train(1, 0, 1, 1, tokens(1), 16),
+        ]:
             engine.send(m.encode(job))
             sidecar.serve_one()
         trained = [m.decode_report(engine.recv()) for _ in range(4)][-1]
@@ -460,7 +476,9 @@ def test_a_duty_cycle_is_kept_behind_every_block(tiny_llama: Path, monkeypatch: 
     slots.close()
 
 
-def test_a_socket_bound_while_its_directory_is_removed_goes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_socket_bound_while_its_directory_is_removed_goes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     directory, rmtree, calls = tmp_path / "longctx", shutil.rmtree, []
     directory.mkdir()
 
@@ -539,18 +557,24 @@ def test_nobody_at_an_address_ends_the_start(tmp_path: Path):
     address = f"ipc://{tmp_path}/nobody"
     client = client_of("MODEL", address=address, start_timeout_s=0.3)
     client.start()
-    message = rf"the trainer at {address} was not ready after 0.3 s; .* \(adaptation.trainer.start_timeout_s\)"
+    message = (
+        rf"the trainer at {address} was not ready after 0.3 s; .* \(adaptation.trainer.start_timeout_s\)"
+    )
     with pytest.raises(LongContextError, match=message):
         client.wait_until_ready(lambda ready: None)
     client.close()
 
 
-def test_a_socket_whose_path_is_too_long_is_refused(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_socket_whose_path_is_too_long_is_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (long := tmp_path / ("x" * 90)).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     monkeypatch.delenv(SOCKETS, raising=False)  # an engine of this process may have taken a directory
     client = client_of(checkpoint)
-    with pytest.raises(LongContextError, match=r"would have more than 107 bytes; set TMPDIR to a shorter one"):
+    with pytest.raises(
+        LongContextError, match=r"would have more than 107 bytes; set TMPDIR to a shorter one"
+    ):
         client.start()
     client.close()
     assert not any(long.iterdir())

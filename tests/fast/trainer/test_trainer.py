@@ -31,7 +31,9 @@ def blocks(seed: int, number: int, context: int = 24, targets: int = 16) -> list
     return [[rng.randrange(20) + 100 * (seed % 4) for _ in range(context + targets)] for _ in range(number)]
 
 
-def plain_loop(path: Path, recipe: Recipe, examples: list[list[int]], num_targets: int, skip: tuple[int, ...] = ()):
+def plain_loop(
+    path: Path, recipe: Recipe, examples: list[list[int]], num_targets: int, skip: tuple[int, ...] = ()
+):
     """The same training with nothing but peft and torch: (losses of each block, weights of each version)."""
     model = load(path)
     torch.manual_seed(recipe.adapter_seed)
@@ -46,7 +48,11 @@ def plain_loop(path: Path, recipe: Recipe, examples: list[list[int]], num_target
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=recipe.learning_rate, betas=(0.9, 0.999), eps=recipe.adam_eps, weight_decay=recipe.weight_decay
+        parameters,
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.999),
+        eps=recipe.adam_eps,
+        weight_decay=recipe.weight_decay,
     )
     losses, versions = [], []
     for number, tokens in enumerate(examples, 1):
@@ -74,7 +80,9 @@ def assert_same(weights, version, scaling: float = 1.0) -> None:
     assert len(version) == 2 * len(weights)
     for name, (a, b) in weights.items():
         torch.testing.assert_close(a, version[f"base_model.model.{name}.lora_A.weight"], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(b, version[f"base_model.model.{name}.lora_B.weight"] * scaling, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            b, version[f"base_model.model.{name}.lora_B.weight"] * scaling, rtol=1e-5, atol=1e-6
+        )
 
 
 def copied(weights):
@@ -183,7 +191,10 @@ def test_global_random_numbers_are_neither_used_nor_moved(trainer: Trainer):
 
 
 def test_owners_do_not_disturb_each_other(trainer: Trainer):
-    recipes = {1: Recipe(**{**FAST, "dropout": 0.2}), 12: Recipe(**{**FAST, "rank": 7, "alpha": 3, "adapter_seed": 9})}
+    recipes = {
+        1: Recipe(**{**FAST, "dropout": 0.2}),
+        12: Recipe(**{**FAST, "rank": 7, "alpha": 3, "adapter_seed": 9}),
+    }
     texts = {owner: blocks(owner, 3) for owner in recipes}
     alone = {}
     for owner, recipe in recipes.items():
@@ -273,8 +284,15 @@ def test_peft_reads_a_saved_adapter(trainer: Trainer, saved: Path, tiny_llama: P
     assert (ours[0] - ours[1]).abs().max() > 0.1
     about = json.loads((saved / "longctx.json").read_text())
     assert about["position"] == 41 and about["recipe"]["alpha"] == 10
-    assert about["model"] == {"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 3, "vocab_size": 512}
-    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_llama)
+    assert about["model"] == {
+        "model_type": "llama",
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
+        "vocab_size": 512,
+    }
+    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tiny_llama
+    )
     assert [p.name for p in saved.parent.iterdir()] == ["a1"]
 
 
@@ -312,8 +330,12 @@ def test_a_save_that_fails_leaves_the_old_one(trainer: Trainer, saved: Path, mon
     assert [p.name for p in saved.parent.iterdir()] == ["a1"]
 
 
-def test_an_adapter_that_is_replaced_is_never_away(trainer: Trainer, saved: Path, monkeypatch: pytest.MonkeyPatch):
-    """At no time, or else a process killed then would leave none, and a request that starts from it would be refused."""
+def test_an_adapter_that_is_replaced_is_never_away(
+    trainer: Trainer, saved: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """At no time, or else a process killed then would leave none, and a request that starts from it would be
+    refused.
+    """
     rename = Path.rename
 
     def checked(path: Path, target: Path) -> None:

@@ -1,4 +1,7 @@
-"""The trainer on a GPU and in the engine's memory there, between real processes. Skipped where there is no GPU."""
+"""The trainer on a GPU and in the engine's memory there, between real processes.
+
+Skipped where there is no GPU.
+"""
 
 import os
 import signal
@@ -23,7 +26,9 @@ TOKENS = [[(7 * i + 3 * block) % 100 for i in range(40)] for block in range(4)]
 GPU = torch.device("cuda:0")
 
 
-def train(model: torch.nn.Module, recipe: m.Recipe = RECIPE, recompute: bool = False) -> tuple[list[list[float]], dict]:
+def train(
+    model: torch.nn.Module, recipe: m.Recipe = RECIPE, recompute: bool = False
+) -> tuple[list[list[float]], dict]:
     trainer = Trainer(model, recompute)
     trainer.begin(1, recipe)
     losses = [trainer.train(1, number, tokens, 16) for number, tokens in enumerate(TOKENS, 1)]
@@ -33,13 +38,17 @@ def train(model: torch.nn.Module, recipe: m.Recipe = RECIPE, recompute: bool = F
 def assert_close(one: dict, other: dict) -> None:
     assert one.keys() == other.keys()
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)  # AdamW's steps where moments are tiny
+        torch.testing.assert_close(
+            one[name], other[name], rtol=1e-3, atol=1e-4
+        )  # AdamW's steps where moments are tiny
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_it_trains_as_on_the_cpu(tiny_llama: Path, recompute: bool):
     on_cpu = train(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32))
-    on_gpu = train(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).to(GPU), recompute=recompute)
+    on_gpu = train(
+        AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).to(GPU), recompute=recompute
+    )
     for one, other in zip(on_cpu[0], on_gpu[0], strict=True):
         assert one == pytest.approx(other, abs=1e-3)
     assert_close(on_cpu[1], on_gpu[1])
@@ -67,7 +76,9 @@ def test_another_process_trains_on_our_weights_into_our_memory(tmp_path: Path, c
     engine = Engine(original).to(GPU)
     before = {name: p.clone() for name, p in engine.named_parameters()}
     weights = shared.engine_weights(engine)
-    modules = shared.adapted_modules(shared.views(weights, shared.skeleton(str(tmp_path), "bfloat16", "sdpa")), LINEAR_MODULES)
+    modules = shared.adapted_modules(
+        shared.views(weights, shared.skeleton(str(tmp_path), "bfloat16", "sdpa")), LINEAR_MODULES
+    )
     memory = torch.zeros(Slots.size(modules, 4, 2), dtype=torch.uint8, device=GPU)
     client = client_of(
         tmp_path,

@@ -22,7 +22,9 @@ WINDOWS = SteppedWindows(C, C)
 
 
 @pytest.mark.parametrize("mem_positionals", [True, False])
-def test_a_document_of_two_contexts_is_what_the_reference_says(tiny_llama: Path, mem_positionals: bool) -> None:
+def test_a_document_of_two_contexts_is_what_the_reference_says(
+    tiny_llama: Path, mem_positionals: bool
+) -> None:
     ids = torch.randint(512, (3, 2, C))
     memory = MemoryModel(load_llama(tiny_llama), [0, 2], mem_positionals)
     seen = focused(WINDOWS, 2 * C, [0, 2], mem_positionals)
@@ -45,16 +47,22 @@ def test_a_text_is_read_as_the_reference_says(tiny_llama: Path) -> None:
 
 
 def test_other_documents_are_seen_and_learn() -> None:
-    config = LongLlamaConfig(vocab_size=90, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = LongLlamaConfig(
+        vocab_size=90, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
     memory = MemoryModel(LlamaForCausalLM(config), [1])
-    ids = torch.randint(30, (3, 2, 8)) + torch.tensor([0, 30, 60])[:, None, None]  # no token is in two documents
+    ids = (
+        torch.randint(30, (3, 2, 8)) + torch.tensor([0, 30, 60])[:, None, None]
+    )  # no token is in two documents
     embedding = memory.model.model.embed_tokens.weight
     logits = {}
     for d, learn in ((1, [True, False, False]), (2, [True, False, True]), (3, [True, True, True])):
         logits[d] = memory.crossbatch(ids, d)
         (grad,) = torch.autograd.grad(logits[d][0, 1].logsumexp(-1).sum(), embedding)
         assert [bool(part.any()) for part in grad.split(30)] == learn
-    assert torch.equal(logits[1][:, 0], logits[3][:, 0]) and not torch.allclose(logits[1][:, 1], logits[2][:, 1])
+    assert torch.equal(logits[1][:, 0], logits[3][:, 0]) and not torch.allclose(
+        logits[1][:, 1], logits[2][:, 1]
+    )
     with pytest.raises(ValueError, match="d = 4: give 1 to 3, the documents of a batch"):
         memory.crossbatch(ids, 4)
 
@@ -86,8 +94,20 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(texts: Path, out: Path, **options: object) -> list[str]:
-    given = {"context-tokens": 16, "batch": 3, "schedule": "1,3", "steps": 5, "save-every": 2, "mem-layers": "4,2"} | options
-    return ["train-focused", f"--texts={texts}", f"--out={out}", *(f"--{name}={value}" for name, value in given.items())]
+    given = {
+        "context-tokens": 16,
+        "batch": 3,
+        "schedule": "1,3",
+        "steps": 5,
+        "save-every": 2,
+        "mem-layers": "4,2",
+    } | options
+    return [
+        "train-focused",
+        f"--texts={texts}",
+        f"--out={out}",
+        *(f"--{name}={value}" for name, value in given.items()),
+    ]
 
 
 def test_a_training_that_was_killed_goes_on_to_the_same_end(
@@ -112,16 +132,29 @@ def test_a_training_that_was_killed_goes_on_to_the_same_end(
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
 
     rows = [json.loads(line) for line in (whole / "losses.jsonl").read_text().splitlines()]
-    assert [row["d"] for row in rows] == [1, 1, 1, 3, 3] and [row["step"] for row in rows if "validation" in row] == [2, 4, 5]
-    assert rows[-1]["memory"] < rows[0]["memory"] and rows[-1]["validation"]["first"] < rows[1]["validation"]["first"]
+    assert [row["d"] for row in rows] == [1, 1, 1, 3, 3] and [
+        row["step"] for row in rows if "validation" in row
+    ] == [2, 4, 5]
+    assert (
+        rows[-1]["memory"] < rows[0]["memory"]
+        and rows[-1]["validation"]["first"] < rows[1]["validation"]["first"]
+    )
     assert sorted(path.name for path in whole.iterdir()) == [
-        "config.json", "losses.jsonl", "losses.png", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "config.json", "losses.jsonl", "losses.png", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
     ]  # fmt: skip
     config = json.loads((whole / "config.json").read_text())
     assert config["architectures"] == ["LongLlamaForCausalLM"] and config["model_type"] == "longllama"
-    assert config["mem_layers"] == [2, 4] and config["mem_positionals"] is True and config["mem_dtype"] == "bfloat16"
+    assert (
+        config["mem_layers"] == [2, 4]
+        and config["mem_positionals"] is True
+        and config["mem_dtype"] == "bfloat16"
+    )
     assert config["max_position_embeddings"] == 16 and config["last_context_length"] == 8
-    assert AutoTokenizer.from_pretrained(whole)("a")["input_ids"] == AutoTokenizer.from_pretrained(BOOKLM)("a")["input_ids"]
+    assert (
+        AutoTokenizer.from_pretrained(whole)("a")["input_ids"]
+        == AutoTokenizer.from_pretrained(BOOKLM)("a")["input_ids"]
+    )
     assert load_llama(whole).config.mem_layers == [2, 4]
 
 
@@ -155,16 +188,24 @@ def test_a_checkpoint_is_on_disk_before_what_made_it_is_removed(
         ({"schedule": "1,4"}, "schedule of d = [1, 4]: a batch of 3 documents has no 4"),
         ({"schedule": "0,1"}, "schedule of d = [0, 1]: give numbers from 1 up"),
         ({"contexts": 1}, "contexts = 1: give at least 2"),
-        ({"context-tokens": 100}, "tokens, but a document must fill its contexts, 200 tokens and one more; join"),
+        (
+            {"context-tokens": 100},
+            "tokens, but a document must fill its contexts, 200 tokens and one more; join",
+        ),
         ({"batch": 5}, "--texts has 4 documents, fewer than --batch 5; lower it"),
         ({"texts": "NOWHERE"}, "no .txt file in"),
         ({"out": "TEXTS"}, "is not empty: give a new directory, or --resume"),
         ({"resume": None}, "--resume: there is no"),
-        ({"model": "OTHER"}, "has model_type 'gpt2'; LongLLaMA's checkpoints hold the weights of llama, mistral, longllama"),
+        (
+            {"model": "OTHER"},
+            "has model_type 'gpt2'; LongLLaMA's checkpoints hold the weights of llama, mistral, longllama",
+        ),
         ({"dtype": "int8"}, "--dtype int8 --mem-dtype bfloat16: each is one of float32, bfloat16"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(options: dict[str, object], message: str, texts: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_is_refused(
+    options: dict[str, object], message: str, texts: Path, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "gpt2"}')

@@ -1,15 +1,16 @@
 """A memory's best keys for each query, and attention over just those: exactly, or by a few blocks.
 
-The memory is a range of one request's text whose un-rotated keys stand in the paged KV cache. Queries come rotated by the
-distance at which the memory is seen. `engine.lookup` has the rule of which keys they get.
+The memory is a range of one request's text whose un-rotated keys stand in the paged KV cache. Queries come
+rotated by the distance at which the memory is seen. `engine.lookup` has the rule of which keys they get.
 
-`top_k` is exact. `best_blocks` reads few keys: it scores every block by an upper bound of its keys' products, reads the best
-blocks in full, and says for which queries the result is proven exact. Elementwise minima and maxima of a block's keys (Quest,
-arXiv 2406.10774) are too loose a bound for 32 keys: a tenth of the blocks held 57 to 76 % of a trained model's best keys among
-131,072. With the keys in 7 bits and one step per block they hold over 99 % (`benchmarks/lookup.py`), and the bounds are an
-integer product.
+`top_k` is exact. `best_blocks` reads few keys: it scores every block by an upper bound of its keys' products,
+reads the best blocks in full, and says for which queries the result is proven exact. Elementwise minima and
+maxima of a block's keys (Quest, arXiv 2406.10774) are too loose a bound for 32 keys: a tenth of the blocks
+held 57 to 76 % of a trained model's best keys among 131,072. With the keys in 7 bits and one step per block
+they hold over 99 % (`benchmarks/lookup.py`), and the bounds are an integer product.
 
-Equal products go to the earlier key. Nothing here depends on how queries or keys are tiled but the last bits of products.
+Equal products go to the earlier key. Nothing here depends on how queries or keys are tiled but the last bits
+of products.
 """
 
 import functools
@@ -27,10 +28,11 @@ FINE = 254  # a query's second code divides the step of its first one by this
 
 @dataclass(frozen=True)
 class Pages:
-    """One layer's KV cache [num_blocks, kv_heads, block_size, 2 * head_size], contiguous, packed as `places` says.
+    """One layer's KV cache [num_blocks, kv_heads, block_size, 2 * head_size], contiguous, packed as `places`
+    says.
 
-    places: for keys and for values, where element [offset, dim] stands in its half of a block and head; int64 [block_size,
-    head_size] each (`cpu.kernels.scratch.packed_order`).
+    places: for keys and for values, where element [offset, dim] stands in its half of a block and head; int64
+    [block_size, head_size] each (`cpu.kernels.scratch.packed_order`).
     """
 
     cache: Tensor
@@ -38,12 +40,16 @@ class Pages:
 
     @functools.cached_property
     def halves(self) -> Tensor:
-        """[num_blocks * kv_heads * 2, block_size * head_size]: of each block and head first the keys, then the values."""
+        """[num_blocks * kv_heads * 2, block_size * head_size]: of each block and head first the keys, then
+        the values.
+        """
         return self.cache.view(-1, self.places[0].numel())
 
     @functools.cached_property
     def transposed(self) -> Tensor | None:
-        """Where the elements of keys [head_size, block_size] stand; None if they stand in that order already."""
+        """Where the elements of keys [head_size, block_size] stand; None if they stand in that order
+        already.
+        """
         order = self.places[0].T.flatten()
         return None if torch.equal(order, torch.arange(len(order))) else order
 
@@ -52,7 +58,9 @@ class Pages:
         kv_heads = self.cache.shape[1]
         if is_run(blocks):
             first = int(blocks[0])
-            halves = self.halves.view(-1, 2 * kv_heads, self.halves.shape[1])[first : first + len(blocks), 2 * head]
+            halves = self.halves.view(-1, 2 * kv_heads, self.halves.shape[1])[
+                first : first + len(blocks), 2 * head
+            ]
         else:
             halves = self.halves.index_select(0, (blocks * kv_heads + head) * 2)
         if self.transposed is not None:
@@ -60,7 +68,10 @@ class Pages:
         return halves.float().unflatten(1, self.places[0].T.shape)
 
     def values(self, blocks: Tensor, offsets: Tensor) -> Tensor:
-        """The values of single keys. blocks, offsets int64 [T, heads, k] -> [T, heads, k, head_size] in the cache's dtype."""
+        """The values of single keys.
+
+        blocks, offsets int64 [T, heads, k] -> [T, heads, k, head_size] in the cache's dtype.
+        """
         kv_heads, heads = self.cache.shape[1], blocks.shape[1]
         kv_head = torch.arange(heads)[:, None] // (heads // kv_heads)
         start = ((blocks * kv_heads + kv_head) * 2 + 1) * self.halves.shape[1]
@@ -69,7 +80,8 @@ class Pages:
 
 @dataclass(frozen=True)
 class Codes:
-    """The summaries of one layer's blocks, by block id: the keys in 7 bits, so that every key is code * step up to step / 2.
+    """The summaries of one layer's blocks, by block id: the keys in 7 bits, so that every key is code * step
+    up to step / 2.
 
     codes int8 [kv_heads, num_blocks, block_size, head_size]; steps float32 [kv_heads, num_blocks].
     """
@@ -83,10 +95,11 @@ class Codes:
         return cls(codes, torch.zeros(kv_heads, num_blocks))
 
     def summarise(self, pages: Pages, blocks: Tensor, filled: Tensor | None = None) -> None:
-        """Write the codes of blocks, int64 [n], whose first `filled` keys are there; int64 [n], by default all of them.
+        """Write the codes of blocks, int64 [n], whose first `filled` keys are there; int64 [n], by default
+        all of them.
 
-        A block must be summarised again before keys that it got since are looked up. Keys that no lookup is to see (the
-        first tokens of the text, say) may be in it: its bound holds all the same.
+        A block must be summarised again before keys that it got since are looked up. Keys that no lookup is
+        to see (the first tokens of the text, say) may be in it: its bound holds all the same.
         """
         per_tile = max(1, TILE // self.codes[0, 0].numel())
         for head in range(len(self.codes)):
@@ -97,15 +110,19 @@ class Codes:
                     missing = torch.arange(keys.shape[1]) >= filled[tile, None]
                     keys = keys.masked_fill(missing.unsqueeze(-1), 0)
                 steps = keys.abs().amax((1, 2)) / LEVELS
-                self.codes[head, blocks[tile]] = (keys / steps.clamp_min(1e-30)[:, None, None]).round().to(torch.int8)
+                self.codes[head, blocks[tile]] = (
+                    (keys / steps.clamp_min(1e-30)[:, None, None]).round().to(torch.int8)
+                )
                 self.steps[head, blocks[tile]] = steps
 
     def bounds(self, query: Tensor, blocks: Tensor) -> Tensor:
-        """No key of a block has a higher product with a query: query [T, heads, d], blocks int64 [n] -> [kv_heads, T, g, n].
+        """No key of a block has a higher product with a query: query [T, heads, d], blocks int64 [n] ->
+        [kv_heads, T, g, n].
 
-        The query is split in two codes of 8 bits, coarse and fine. With q^ and k^ for the coded ones and |.| for sums of
-        absolutes, q·k = q^·k^ + q^·(k - k^) + (q - q^)·k, and of these the second is at most step * |q^| / 2 and the third
-        at most half a fine step times |k|, which is no more than d * LEVELS * step. The integer products are exact.
+        The query is split in two codes of 8 bits, coarse and fine. With q^ and k^ for the coded ones and |.|
+        for sums of absolutes, q·k = q^·k^ + q^·(k - k^) + (q - q^)·k, and of these the second is at most step
+        * |q^| / 2 and the third at most half a fine step times |k|, which is no more than d * LEVELS * step.
+        The integer products are exact.
         """
         kv_heads, _, block_size, head_size = self.codes.shape
         length, first = len(query), int(blocks[0])
@@ -129,7 +146,13 @@ class Codes:
                 else:  # indexing would copy element by element
                     codes, steps = (x.index_select(0, blocks[tile]) for x in (codes, steps))
                 high, low = torch._int_mm(halves[head].flatten(0, 1), codes.flatten(0, 1).T).chunk(2)
-                best = high.mul_(FINE).add_(low).unflatten(1, (-1, block_size)).amax(-1).unflatten(0, (length, -1))
+                best = (
+                    high.mul_(FINE)
+                    .add_(low)
+                    .unflatten(1, (-1, block_size))
+                    .amax(-1)
+                    .unflatten(0, (length, -1))
+                )
                 bounds[head, ..., tile] = (best * fine_step[head] + margin[head].unsqueeze(-1)) * steps
         return bounds
 
@@ -138,8 +161,8 @@ class Codes:
 class Memory:
     """The tokens begin .. end - 1 of a request's text, in one layer.
 
-    block_table: the request's blocks by their place in the text, int64 [at least the blocks up to end]. codes: its layer's
-    summaries, those of the memory's blocks up to date; only `best_blocks` needs them.
+    block_table: the request's blocks by their place in the text, int64 [at least the blocks up to end].
+    codes: its layer's summaries, those of the memory's blocks up to date; only `best_blocks` needs them.
     """
 
     pages: Pages
@@ -159,17 +182,25 @@ class Memory:
     @functools.cached_property
     def blocks(self) -> Tensor:
         """Ids of the blocks that hold the memory."""
-        return self.block_table[self.first_block : -(-self.end // self.block_size)] if self.end > self.begin else NO_BLOCKS
+        return (
+            self.block_table[self.first_block : -(-self.end // self.block_size)]
+            if self.end > self.begin
+            else NO_BLOCKS
+        )
 
     def positions(self, blocks: Tensor) -> Tensor:
-        """The positions in the text of each key, blocks counted from the memory's first: [...] -> int64 [..., block_size]."""
+        """The positions in the text of each key, blocks counted from the memory's first: [...] -> int64 [...,
+        block_size].
+        """
         return (blocks + self.first_block).unsqueeze(-1) * self.block_size + torch.arange(self.block_size)
 
     def values(self, positions: Tensor) -> Tensor:
         """Values at positions [T, heads, k]: float32 [T, heads, k, d]."""
         if self.end <= self.begin:
             return torch.zeros(*positions.shape, self.pages.places[0].shape[1])
-        return self.pages.values(self.block_table[positions // self.block_size], positions % self.block_size).float()
+        return self.pages.values(
+            self.block_table[positions // self.block_size], positions % self.block_size
+        ).float()
 
 
 NO_BLOCKS = torch.empty(0, dtype=torch.int64)
@@ -179,9 +210,9 @@ NO_BLOCKS = torch.empty(0, dtype=torch.int64)
 class Selection:
     """The best keys found, best first.
 
-    scores: float32 [T, heads, k], scaled products, -inf where there are fewer keys. positions: int64 [T, heads, k], in the
-    text; the memory's begin where there are fewer. proven: bool [T, heads], whether no better key can be. keys_read: by each
-    query, for the heads that share a KV head.
+    scores: float32 [T, heads, k], scaled products, -inf where there are fewer keys. positions: int64 [T,
+    heads, k], in the text; the memory's begin where there are fewer. proven: bool [T, heads], whether no
+    better key can be. keys_read: by each query, for the heads that share a KV head.
     """
 
     scores: Tensor
@@ -191,9 +222,12 @@ class Selection:
 
 
 def top_k(query: Tensor, memory: Memory, k: int, scale: float) -> Selection:
-    """The k keys with the highest q·k of each query and head, in all of the memory. query [T, heads, d], any float dtype.
+    """The k keys with the highest q·k of each query and head, in all of the memory.
 
-    A single query of a memory with codes reads only the blocks whose bound is not below a k-th product already found.
+    query [T, heads, d], any float dtype.
+
+    A single query of a memory with codes reads only the blocks whose bound is not below a k-th product
+    already found.
     """
     if len(query) > 1 or memory.codes is None or len(memory.blocks) < SCANNED:
         return _scan(query, memory, k, scale)
@@ -228,11 +262,14 @@ def _scan(query: Tensor, memory: Memory, k: int, scale: float, wanted: Tensor | 
     return Selection(scores * scale, positions, torch.ones(query.shape[:2], dtype=torch.bool), read)
 
 
-def best_blocks(query: Tensor, memory: Memory, k: int, scale: float, share: float = SHARE, least: int = SCANNED) -> Selection:
+def best_blocks(
+    query: Tensor, memory: Memory, k: int, scale: float, share: float = SHARE, least: int = SCANNED
+) -> Selection:
     """The k best keys of each query and head, in the blocks with the highest bounds. query [T, heads, d].
 
-    Of the memory's blocks each query reads at most the given share, or `least` if that is more, but never more than twice as
-    many as its heads could want keys from. The query heads of a KV head choose in turn and see each other's blocks.
+    Of the memory's blocks each query reads at most the given share, or `least` if that is more, but never
+    more than twice as many as its heads could want keys from. The query heads of a KV head choose in turn and
+    see each other's blocks.
     """
     assert memory.codes is not None
     blocks = memory.blocks
@@ -258,7 +295,8 @@ def _chosen_count(query: Tensor, memory: Memory, k: int, share: float, least: in
 
 
 def _read(query: Tensor, memory: Memory, bounds: Tensor, count: int, k: int) -> tuple[Tensor, Tensor]:
-    """The best keys of the `count` blocks with the highest bounds [kv_heads, T, g, n], packed: int64 [T, heads, k].
+    """The best keys of the `count` blocks with the highest bounds [kv_heads, T, g, n], packed: int64 [T,
+    heads, k].
 
     And whether no key of the other blocks is better: bool [T, heads].
     """
@@ -277,7 +315,12 @@ def _read(query: Tensor, memory: Memory, bounds: Tensor, count: int, k: int) -> 
 
 
 def attend_best(
-    query: Tensor, memory: Memory, branch: tuple[Tensor, Tensor], k: int, scale: float, share: float | None = None
+    query: Tensor,
+    memory: Memory,
+    branch: tuple[Tensor, Tensor],
+    k: int,
+    scale: float,
+    share: float | None = None,
 ) -> Tensor:
     """One softmax over a branch and the memory's k best keys of each query and head: float32 [T, heads, d].
 
@@ -291,7 +334,9 @@ def attend_best(
     per_tile = max(1, TILE // (query.shape[1] * query.shape[2] * k))
     for tile, output, lse in zip(*(x.split(QUERY_TILE) for x in (query, *branch)), strict=True):
         best = look_up(tile)
-        for part in zip(*(x.split(per_tile) for x in (output, lse, best.scores, best.positions)), strict=True):
+        for part in zip(
+            *(x.split(per_tile) for x in (output, lse, best.scores, best.positions)), strict=True
+        ):
             merged.append(merge_selected(part[:2], part[2], memory.values(part[3])))
     return torch.cat(merged)
 
@@ -299,7 +344,8 @@ def attend_best(
 def merge_selected(branch: tuple[Tensor, Tensor], scores: Tensor, values: Tensor) -> Tensor:
     """The softmax over a branch and further keys of each query and head's own: float32 [T, heads, d].
 
-    branch: output [T, heads, d] and log-sum-exp [T, heads]. scores [T, heads, k], -inf for no key; values [T, heads, k, d].
+    branch: output [T, heads, d] and log-sum-exp [T, heads]. scores [T, heads, k], -inf for no key; values [T,
+        heads, k, d].
     """
     weights, rest = weigh(branch[1], scores)
     added = torch.matmul(weights.unsqueeze(2), values.float()).squeeze(2)
@@ -322,7 +368,9 @@ def is_run(blocks: Tensor) -> bool:
 
 
 def _in_turn(bounds: Tensor, count: int) -> Tensor:
-    """Blocks that heads choose one after the other, none twice: bounds [kv_heads, T, g, n] -> int64 [kv_heads, T, count]."""
+    """Blocks that heads choose one after the other, none twice: bounds [kv_heads, T, g, n] -> int64
+    [kv_heads, T, count].
+    """
     order = bounds.topk(count, -1).indices.transpose(2, 3).flatten(2)
     turn = torch.arange(order.shape[2]).expand_as(order)
     never = torch.full((*bounds.shape[:2], bounds.shape[3]), order.shape[2])
@@ -331,16 +379,19 @@ def _in_turn(bounds: Tensor, count: int) -> Tensor:
 
 
 def _visible(products: Tensor, positions: Tensor, memory: Memory) -> Tensor:
-    """Products [..., n, block_size] without those of the first and the last block that are not in the memory."""
+    """Products [..., n, block_size] without those of the first and the last block that are not in the
+    memory.
+    """
     hidden = (positions < memory.begin) | (positions >= memory.end)
     return products.masked_fill(hidden, -torch.inf) if hidden.any() else products
 
 
 def _best(products: Tensor, positions: Tensor, k: int, before: Tensor | None = None) -> Tensor:
-    """The best keys of products [..., n, block_size] and those found before, packed, at most k: int64 [..., at most k].
+    """The best keys of products [..., n, block_size] and those found before, packed, at most k: int64 [...,
+    at most k].
 
-    They stand in the k blocks with the best ones, or in the fewer that beat the k-th found before, at an earlier place: only
-    these are looked at twice.
+    They stand in the k blocks with the best ones, or in the fewer that beat the k-th found before, at an
+    earlier place: only these are looked at twice.
     """
     n, best = products.shape[-2], products.amax(-1)
     count = min(k, n)

@@ -1,7 +1,8 @@
 """The scratch blocks of the CPU backend: filled once per step, for all layers, before the forward.
 
-What stands in them (see `selection`) was computed in earlier steps. Ragged heads and first tokens are fetched only when they
-changed: a cached copy is good until its block is written again, and every write of the engine shows in a slot mapping.
+What stands in them (see `selection`) was computed in earlier steps. Ragged heads and first tokens are fetched
+only when they changed: a cached copy is good until its block is written again, and every write of the engine
+shows in a slot mapping.
 """
 
 import functools
@@ -18,10 +19,11 @@ from vllm_longctx.rotary import Rotary
 
 @functools.cache
 def packed_order(block_size: int, head_size: int, dtype: torch.dtype, isa: str) -> tuple[Tensor, Tensor]:
-    """How the CPU kernel packs a block: for keys and for values, the place of element [offset, dim] in its flat block.
+    """How the CPU kernel packs a block: for keys and for values, the place of element [offset, dim] in its
+    flat block.
 
-    Each int64 [block_size, head_size]. The order depends on the instruction set and is not documented, so it is learned
-    by writing numbered elements; digits in base 256 are exact in every dtype.
+    Each int64 [block_size, head_size]. The order depends on the instruction set and is not documented, so it
+    is learned by writing numbered elements; digits in base 256 are exact in every dtype.
     """
     number = torch.arange(block_size * head_size).view(block_size, 1, head_size)
     places = []
@@ -41,7 +43,9 @@ def packed_order(block_size: int, head_size: int, dtype: torch.dtype, isa: str) 
 
 
 def unpack(pages: Tensor, places: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Packed blocks [n, kv_heads, block_size, 2 * head_size] -> keys, values [n * block_size, kv_heads, head_size]."""
+    """Packed blocks [n, kv_heads, block_size, 2 * head_size] -> keys, values [n * block_size, kv_heads,
+    head_size].
+    """
     blocks, kv_heads = pages.shape[:2]
     block_size, head_size = places[0].shape
     halves = pages.reshape(blocks, kv_heads, 2, block_size * head_size)
@@ -80,7 +84,9 @@ class Scratch:
         self.first_blocks = np.full((rows, cdiv(n_global, self.block_size)), -1)
         self.edge_blocks = np.full(rows, -1)
         self.edge_lens = np.zeros(rows, np.int64)
-        self.is_written = np.zeros(layout.first_block + 1, np.bool_)  # by block; the last one stands for -1, no block
+        self.is_written = np.zeros(
+            layout.first_block + 1, np.bool_
+        )  # by block; the last one stands for -1, no block
 
     def forget_written(self, slot_mapping: Tensor) -> None:
         """Drop copies of blocks that the coming forward writes. slot_mapping int64 [tokens]."""
@@ -105,12 +111,18 @@ class Scratch:
             keys = self.rotary.turn(keys, moves.turn_by[..., None])
         values = self.first_values[:, :rows]
         slots = torch.from_numpy((self.layer_slots + moves.target_slots).ravel())
-        ops.cpu_attn_reshape_and_cache(keys.flatten(0, 2), values.flatten(0, 2), *self.kernel_cache, slots, self.isa)
+        ops.cpu_attn_reshape_and_cache(
+            keys.flatten(0, 2), values.flatten(0, 2), *self.kernel_cache, slots, self.isa
+        )
 
     def _clear(self, rows: Ints) -> None:
-        """All but the edge, which is copied whole: the kernel multiplies slots that it does not show by zero, not NaN away."""
+        """All but the edge, which is copied whole: the kernel multiplies slots that it does not show by zero,
+        not NaN away.
+        """
         layout = self.layout
-        blocks = layout.first_block + rows[:, None] * layout.blocks_per_row + np.arange(layout.blocks_per_row - 1)
+        blocks = (
+            layout.first_block + rows[:, None] * layout.blocks_per_row + np.arange(layout.blocks_per_row - 1)
+        )
         self.cache[(self.layer_base[..., None] + blocks).ravel()] = 0
 
     def _copy_edges(self, moves: SinkMoves, rows: Ints) -> None:
@@ -129,7 +141,9 @@ class Scratch:
 
 
 def as_kernel_caches(cache: Tensor) -> tuple[Tensor, Tensor]:
-    """[blocks, kv_heads, block_size, 2 * d] as the kernel takes it: keys and values [blocks, kv_heads, block_size, d]."""
+    """[blocks, kv_heads, block_size, 2 * d] as the kernel takes it: keys and values [blocks, kv_heads,
+    block_size, d].
+    """
     keys, values = cache.view(*cache.shape[:2], 2 * cache.shape[2], cache.shape[3] // 2).chunk(2, dim=2)
     return keys, values
 

@@ -1,16 +1,18 @@
 """Which KV blocks a step's queries read: tables over blocks in place plus a few scratch blocks.
 
-A query past the window sees [first tokens | last tokens]. The stock kernel reads one table per request and lets every query
-see its last `sliding_window` entries, so a decode step needs one kernel call per layer if those entries are exactly the
-G + N visible keys, in whatever order. The blocks inside the window stay where they are. In front of them stand scratch
-blocks, which hold the window's ragged head (the tokens of the block the window has begun to leave) and, right up against
-it, the first tokens, turned to the distance they must be seen at:
+A query past the window sees [first tokens | last tokens]. The stock kernel reads one table per request and
+lets every query see its last `sliding_window` entries, so a decode step needs one kernel call per layer if
+those entries are exactly the G + N visible keys, in whatever order. The blocks inside the window stay where
+they are. In front of them stand scratch blocks, which hold the window's ragged head (the tokens of the block
+the window has begun to leave) and, right up against it, the first tokens, turned to the distance they must be
+seen at:
 
     the text       | first |   ...  freed  ...   |....head| block | block | tail..|
     the table              |   hole  first head  | block | block | tail..|
                             scratch blocks ------  in place ---------------
 
-With `sliding_window` = G + N the hole is masked. In steady state only the scratch blocks and the sequence length change.
+With `sliding_window` = G + N the hole is masked. In steady state only the scratch blocks and the sequence
+length change.
 
 Tables are small and built in every step, so they are built in numpy, whose calls cost a fifth of torch's.
 """
@@ -32,7 +34,8 @@ Ints = NDArray[np.int64]
 class ScratchLayout:
     """Scratch blocks stand right behind the pool's blocks in every layer's KV cache.
 
-    first_block: id of the first one. blocks_per_row: for one request. rows: requests that can have some in one step.
+    first_block: id of the first one. blocks_per_row: for one request. rows: requests that can have some in
+        one step.
     """
 
     first_block: int
@@ -45,16 +48,29 @@ class ScratchLayout:
 
     @classmethod
     def plan(
-        cls, geometry: Geometry, block_size: int, num_blocks: int, max_num_seqs: int, alibi: bool = False, top_k: bool = False
+        cls,
+        geometry: Geometry,
+        block_size: int,
+        num_blocks: int,
+        max_num_seqs: int,
+        alibi: bool = False,
+        top_k: bool = False,
     ) -> "ScratchLayout":
-        """Room for the first tokens and a ragged head, for every request whose window can be in the pool at once.
+        """Room for the first tokens and a ragged head, for every request whose window can be in the pool at
+        once.
 
-        A window shorter than a block has no block in place; without first tokens the kernel masks the head by itself.
-        ALiBi's bias comes from places in the table, where first tokens can stand at in-cache distances only. With a top-k
-        branch some layers keep more blocks than others, in groups whose scratch blocks would be the same memory.
+        A window shorter than a block has no block in place; without first tokens the kernel masks the head by
+        itself. ALiBi's bias comes from places in the table, where first tokens can stand at in-cache
+        distances only. With a top-k branch some layers keep more blocks than others, in groups whose scratch
+        blocks would be the same memory.
         """
         beyond_kernel = top_k or (alibi and geometry.distances == "relative")
-        if geometry.n_local is None or geometry.n_global == 0 or geometry.n_local < block_size or beyond_kernel:
+        if (
+            geometry.n_local is None
+            or geometry.n_global == 0
+            or geometry.n_local < block_size
+            or beyond_kernel
+        ):
             return cls(num_blocks, 0, 0)
         blocks_per_row = cdiv(geometry.n_global + block_size - 1, block_size)
         windows_in_pool = cdiv(num_blocks, geometry.n_local // block_size)
@@ -63,13 +79,15 @@ class ScratchLayout:
 
 @dataclass(frozen=True)
 class SinkMoves:
-    """Where a step's scratch blocks get their contents. All int64; R requests past their window, G first tokens.
+    """Where a step's scratch blocks get their contents.
 
-    edge_blocks, edge_scratch [R]: the block the window has begun to leave, and the scratch block it is copied to.
-    edge_lens [R]: how many of its last tokens the window still holds; the copies of first tokens overwrite the others.
-    first_blocks [R, blocks]: the blocks of the first tokens.
-    target_slots [R, G]: slot (block * block_size + offset) in scratch of each first token's copy.
-    turn_by [R, G]: positions each copied key is turned on by.
+    All int64; R requests past their window, G first tokens.
+
+    edge_blocks, edge_scratch [R]: the block the window has begun to leave, and the scratch block it is copied
+    to. edge_lens [R]: how many of its last tokens the window still holds; the copies of first tokens
+    overwrite the others. first_blocks [R, blocks]: the blocks of the first tokens. target_slots [R, G]: slot
+    (block * block_size + offset) in scratch of each first token's copy. turn_by [R, G]: positions each copied
+    key is turned on by.
     """
 
     edge_blocks: Ints
@@ -82,10 +100,11 @@ class SinkMoves:
 
 @dataclass(frozen=True)
 class Steady:
-    """What must hold for the next step's tables to be these, shifted by one: every request has gone on by one token.
+    """What must hold for the next step's tables to be these, shifted by one: every request has gone on by one
+    token.
 
-    lens [R] now; blocks [R, C]: entries of the block table at `columns` that the tables were made from; steps: how many more
-    until a window or a tail enters another block.
+    lens [R] now; blocks [R, C]: entries of the block table at `columns` that the tables were made from;
+    steps: how many more until a window or a tail enters another block.
     """
 
     lens: Ints
@@ -104,8 +123,12 @@ class KernelTables:
     steady: Steady | None = None
 
 
-def next_tables(last: KernelTables, block_table: Tensor, seq_lens: Tensor, query_lens: Tensor) -> KernelTables | None:
-    """`kernel_tables` of the step after `last`, at a quarter of the cost; None where they are not just shifted by one."""
+def next_tables(
+    last: KernelTables, block_table: Tensor, seq_lens: Tensor, query_lens: Tensor
+) -> KernelTables | None:
+    """`kernel_tables` of the step after `last`, at a quarter of the cost; None where they are not just
+    shifted by one.
+    """
     steady, moves = last.steady, last.moves
     if steady is None or moves is None or steady.steps == 0 or len(steady.lens) != len(seq_lens):
         return None
@@ -136,8 +159,9 @@ def kernel_tables(
 ) -> KernelTables:
     """Tables for requests that one kernel call can serve.
 
-    block_table [rows, blocks], seq_lens, query_lens [rows], ints on the CPU: as vLLM gives them. With first tokens, a request
-    with more than one query must not reach past the window; without, any may. At most `scratch.rows` requests may be past it.
+    block_table [rows, blocks], seq_lens, query_lens [rows], ints on the CPU: as vLLM gives them. With first
+    tokens, a request with more than one query must not reach past the window; without, any may. At most
+    `scratch.rows` requests may be past it.
     """
     start_positions = geometry.window_start((seq_lens - query_lens).long())
     start, lens, blocks = start_positions.numpy(), seq_lens.numpy(), block_table.numpy()
@@ -163,12 +187,14 @@ def kernel_tables(
         table[past[in_front], column] = (scratch_first + column)[in_front]
 
     start, first, head = start[past], first[past], head[past]
-    # In the text, the copies stand right before the window; where it begins less than G tokens into it, at its beginning.
+    # In the text, the copies stand right before the window; where it begins less than G tokens into it, at
+    # its beginning.
     position = np.maximum(start - geometry.n_global, 0)
     sinks = np.arange(geometry.n_global)
     target = ((scratch_first - first) * block_size + position)[:, None] + sinks
     if position.min() == 0:
-        # A first token still inside the window has no copy: it goes where nobody looks, to a scratch block not in the table.
+        # A first token still inside the window has no copy: it goes where nobody looks, to a scratch block
+        # not in the table.
         target = np.where(sinks < start[:, None], target, row_scratch[:, None] * block_size)
     queries = torch.from_numpy(lens[past].astype(np.int64)) - 1
     moves = SinkMoves(

@@ -1,8 +1,9 @@
-"""Λ attention for a chunk of one request's queries past its window (chunked prefill), with no mask over what cannot be seen.
+"""Λ attention for a chunk of one request's queries past its window (chunked prefill), with no mask over what
+cannot be seen.
 
-The chunk is cut into tiles of `tile` queries. A tile sees at most tile + N - 1 keys, so its keys are a strided view into one
-buffer [the N - 1 keys before the chunk | the chunk], and all tiles share one band mask. The first tokens are a second
-branch, one product for the whole chunk. ALiBi's bias is part of the masks.
+The chunk is cut into tiles of `tile` queries. A tile sees at most tile + N - 1 keys, so its keys are a
+strided view into one buffer [the N - 1 keys before the chunk | the chunk], and all tiles share one band mask.
+The first tokens are a second branch, one product for the whole chunk. ALiBi's bias is part of the masks.
 """
 
 from dataclasses import dataclass
@@ -45,18 +46,26 @@ class ChunkPlan:
 
 
 def tile_size(n_local: int) -> int:
-    """Queries in a tile: small against the window, so that few keys are scored in vain, but no smaller than 32."""
+    """Queries in a tile: small against the window, so that few keys are scored in vain, but no smaller than
+    32.
+    """
     return min(256, max(32, n_local // 8))
 
 
-def plan_chunk(geometry: Geometry, context: int, length: int, alibi_slopes: Tensor | None = None) -> ChunkPlan:
-    """A chunk of `length` queries at positions context .. context + length - 1, all of them past the window: context >= N.
+def plan_chunk(
+    geometry: Geometry, context: int, length: int, alibi_slopes: Tensor | None = None
+) -> ChunkPlan:
+    """A chunk of `length` queries at positions context ..
+
+    context + length - 1, all of them past the window: context >= N.
 
     alibi_slopes [heads]: for a model that has these instead of a rotation.
     """
     n_local = geometry.n_local
     if n_local is None or context < n_local:
-        raise ValueError(f"tiles are for queries past the window, but n_local is {n_local} and context is {context}")
+        raise ValueError(
+            f"tiles are for queries past the window, but n_local is {n_local} and context is {context}"
+        )
     tile = min(tile_size(n_local), length)
     row, column = torch.arange(tile)[:, None], torch.arange(n_local - 1 + tile)[None, :]
     distance = row + n_local - 1 - column
@@ -70,8 +79,8 @@ def plan_chunk(geometry: Geometry, context: int, length: int, alibi_slopes: Tens
 def global_parts(geometry: Geometry, queries: Tensor, alibi_slopes: Tensor | None) -> list[GlobalPart]:
     """The global branch in parts whose distances one rotation of queries and one of keys can give.
 
-    queries: positions [T], all past the window. Under a ceiling: queries as if at L, keys as if at 0, for pairs beyond it;
-    both as they are, for the others.
+    queries: positions [T], all past the window. Under a ceiling: queries as if at L, keys as if at 0, for
+    pairs beyond it; both as they are, for the others.
     """
     keys, start = torch.arange(geometry.n_global), geometry.window_start(queries)
     branch = global_branch(geometry, queries, keys, start)
@@ -85,7 +94,9 @@ def global_parts(geometry: Geometry, queries: Tensor, alibi_slopes: Tensor | Non
     if geometry.distance_ceiling is None:
         return [GlobalPart(mask, None, None)]
     beyond = queries[:, None] - keys >= geometry.distance_ceiling
-    at_ceiling = GlobalPart(additive(branch.visible & beyond)[:, None], geometry.distance_ceiling - queries, -keys)
+    at_ceiling = GlobalPart(
+        additive(branch.visible & beyond)[:, None], geometry.distance_ceiling - queries, -keys
+    )
     in_text = GlobalPart(additive(branch.visible & ~beyond)[:, None], None, None)
     return [part for part in (at_ceiling, in_text) if not torch.isneginf(part.mask).all()]
 
@@ -101,23 +112,31 @@ def attend_chunk(
     scale: float,
     further: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention of one layer. query [T, heads, d]; key, value [T, kv_heads, d] of the chunk, rotated at their positions.
+    """Attention of one layer.
 
-    context: (keys, values) [N - 1, kv_heads, d] right before the chunk; first: those of the first tokens, [G, ...].
-    rotary: None for a model without, whose plan has ALiBi's bias. further: scores [T, heads, k] and values [T, heads, k, d] of
-    keys of each query and head's own.
-    Returns [T, heads, d] in the query's dtype, or float32 where branches were merged.
+    query [T, heads, d]; key, value [T, kv_heads, d] of the chunk, rotated at their positions.
+
+    context: (keys, values) [N - 1, kv_heads, d] right before the chunk; first: those of the first tokens, [G,
+        ...].
+    rotary: None for a model without, whose plan has ALiBi's bias. further: scores [T, heads, k] and values
+    [T, heads, k, d] of keys of each query and head's own. Returns [T, heads, d] in the query's dtype, or
+    float32 where branches were merged.
     """
     length = len(query)
     padding = plan.num_tiles * plan.tile - length
-    tiled_query = F.pad(query, (0, 0, 0, 0, 0, padding)).unflatten(0, (plan.num_tiles, plan.tile)).transpose(1, 2)
-    keys, values = (_windows(plan, before, chunk, padding) for before, chunk in zip(context, (key, value), strict=True))
+    tiled_query = (
+        F.pad(query, (0, 0, 0, 0, 0, padding)).unflatten(0, (plan.num_tiles, plan.tile)).transpose(1, 2)
+    )
+    keys, values = (
+        _windows(plan, before, chunk, padding) for before, chunk in zip(context, (key, value), strict=True)
+    )
     output, lse = attend(tiled_query, keys, values, plan.local_mask, scale)
     output, lse = output.transpose(1, 2).flatten(0, 1)[:length], lse.transpose(1, 2).flatten(0, 1)[:length]
     if not plan.global_parts and further is None:
         return output
     scores = [
-        scores_of(_turned(rotary, query, part.turn_queries), _turned(rotary, first[0], part.turn_keys), scale) + part.mask
+        scores_of(_turned(rotary, query, part.turn_queries), _turned(rotary, first[0], part.turn_keys), scale)
+        + part.mask
         for part in plan.global_parts
     ]
     if further is None:
@@ -125,7 +144,9 @@ def attend_chunk(
     group = query.shape[1] // first[1].shape[1]
     values = first[1].repeat_interleave(group, 1).transpose(0, 1).expand(length, -1, -1, -1)
     return merge_selected(
-        (output, lse), torch.cat([*scores, further[0]], -1), torch.cat([*[values] * len(scores), further[1]], 2)
+        (output, lse),
+        torch.cat([*scores, further[0]], -1),
+        torch.cat([*[values] * len(scores), further[1]], 2),
     )
 
 

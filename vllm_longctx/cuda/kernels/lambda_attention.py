@@ -1,7 +1,9 @@
-"""Λ attention of a mixed batch on the GPU: chunks of prompts and single decoded tokens together, over the paged KV cache.
+"""Λ attention of a mixed batch on the GPU: chunks of prompts and single decoded tokens together, over the
+paged KV cache.
 
-A program takes a tile of queries of one request and one KV head. It reads the first tokens and the windows of its queries
-through the request's block table, and nothing else: the cost of a query is O(n_global + n_local) at any length of the text.
+A program takes a tile of queries of one request and one KV head. It reads the first tokens and the windows of
+its queries through the request's block table, and nothing else: the cost of a query is O(n_global + n_local)
+at any length of the text.
 """
 
 from dataclasses import replace
@@ -45,19 +47,20 @@ def lambda_attention(
     lse: Tensor | None = None,
     launch: Launch | None = None,
 ) -> None:
-    """Attention of the last query_start_loc[r + 1] - query_start_loc[r] tokens of each row r, whose keys are in the cache.
+    """Attention of the last query_start_loc[r + 1] - query_start_loc[r] tokens of each row r, whose keys are
+    in the cache.
 
-    query, out [tokens, heads, head_size]: float16, bfloat16 or float32; the last dimension contiguous. Tokens behind the last
-        row's are left as they are in `out`.
-    key_cache, value_cache [num_blocks, block_size, kv_heads, head_size]: halves of one tensor, of the query's dtype or float8.
-    block_table int32 [rows, columns]: blocks between the first tokens and the windows may be null. seq_lens int32 [rows]:
-        with the step's tokens; 0 for padding. query_start_loc int32 [rows + 1].
-    max_query_len: a bound on the tokens of a row; it chooses the tile only.
-    turn: cos and sin float32 [tokens, rotary_dim / 2] of `view.query_turn`; key_turn: [n_global, rotary_dim / 2] of
-        `view.key_turn`. None where those are None. Neither has the attention factor.
-    lse: takes the scores' log-sum-exp, float32 [tokens, heads], by which to join this attention to one over other keys.
-    scale: of the scores. k_scale, v_scale: what the cache's keys and values are to be multiplied by.
-    Raises ValueError for tensors of other strides or shapes.
+    query, out [tokens, heads, head_size]: float16, bfloat16 or float32; the last dimension contiguous. Tokens
+        behind the last row's are left as they are in `out`. key_cache, value_cache [num_blocks, block_size,
+        kv_heads, head_size]: halves of one tensor, of the query's dtype or float8. block_table int32 [rows,
+        columns]: blocks between the first tokens and the windows may be null. seq_lens int32 [rows]: with the
+        step's tokens; 0 for padding. query_start_loc int32 [rows + 1]. max_query_len: a bound on the tokens
+        of a row; it chooses the tile only. turn: cos and sin float32 [tokens, rotary_dim / 2] of
+        `view.query_turn`; key_turn: [n_global, rotary_dim / 2] of `view.key_turn`. None where those are None.
+        Neither has the attention factor. lse: takes the scores' log-sum-exp, float32 [tokens, heads], by
+        which to join this attention to one over other keys. scale: of the scores. k_scale, v_scale: what the
+        cache's keys and values are to be multiplied by. Raises ValueError for tensors of other strides or
+        shapes.
     """
     tokens, heads, head_size = query.shape
     kv_heads, rows = key_cache.shape[2], len(seq_lens)
@@ -91,7 +94,8 @@ def lambda_attention(
 
 @triton.jit
 def tile_of(query_start_loc, tile, rows, TOKENS: tl.constexpr):
-    """The row a tile belongs to, its first token and length, and where in it the tile begins, which may be behind its end.
+    """The row a tile belongs to, its first token and length, and where in it the tile begins, which may be
+    behind its end.
 
     Row r begins with tile query_start_loc[r] // TOKENS + r.
     """
@@ -111,7 +115,9 @@ def tile_of(query_start_loc, tile, rows, TOKENS: tl.constexpr):
 
 @triton.jit
 def tile_rows(m, tile_begin, query_len, kv_head, GROUP: tl.constexpr, TOKENS: tl.constexpr):
-    """Of the (query, head) pairs m of a tile: the query's place in its row, the head, and whether there is the pair."""
+    """Of the (query, head) pairs m of a tile: the query's place in its row, the head, and whether there is
+    the pair.
+    """
     in_row = tile_begin + m // GROUP
     return in_row, kv_head * GROUP + m % GROUP, (m < TOKENS * GROUP) & (in_row < query_len)
 
@@ -122,8 +128,10 @@ def _prefill(
     query_ptr, key_cache, value_cache, out_ptr, lse, block_table, seq_lens, query_start_loc,
     cos, sin, key_cos, key_sin, alibi_slopes, rows,
     n_global, n_local, ceiling, scale, soft_cap, v_scale,
-    stride_query, stride_query_head, stride_out, stride_out_head, stride_table, stride_block, stride_slot, stride_head,
-    GROUP: tl.constexpr, TOKENS: tl.constexpr, WRITE_LSE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    stride_query, stride_query_head, stride_out, stride_out_head, stride_table, stride_block, stride_slot,
+    stride_head,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, WRITE_LSE: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
     HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, FIRST_KEYS: tl.constexpr,
     ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, TURN_QUERIES: tl.constexpr, TURN_KEYS: tl.constexpr,
     BOTH_PRODUCTS: tl.constexpr, IN_CACHE: tl.constexpr, ALIBI: tl.constexpr, SOFT_CAP: tl.constexpr,
@@ -139,7 +147,9 @@ def _prefill(
     in_row, heads, active = tile_rows(m, tile_begin, query_len, kv_head, GROUP, TOKENS)
     mask = active[:, None] & (d < HEAD_SIZE)[None, :]
     token = (row_begin + in_row).to(tl.int64)
-    query, pointers = lambda_tile.load_queries(query_ptr, token, heads, mask, d, stride_query, stride_query_head)
+    query, pointers = lambda_tile.load_queries(
+        query_ptr, token, heads, mask, d, stride_query, stride_query_head
+    )
     context = seq_len - query_len
     positions = context + in_row
     first_query = context + tile_begin
@@ -147,7 +157,15 @@ def _prefill(
     last_start = tl.maximum(last_query - n_local + 1, 0)
     slopes = lambda_tile.load_slopes(alibi_slopes, heads, active, ALIBI)
     cache = lambda_tile.cache_of(
-        key_cache, value_cache, block_table, row, kv_head, stride_table, stride_block, stride_slot, stride_head
+        key_cache,
+        value_cache,
+        block_table,
+        row,
+        kv_head,
+        stride_table,
+        stride_block,
+        stride_slot,
+        stride_head,
     )
     softmax = lambda_tile.nothing_seen(ROWS, PADDED_HEAD)
 
@@ -155,7 +173,9 @@ def _prefill(
     if first_end > 0:
         turned_query = query
         if TURN_QUERIES:
-            turned_query = lambda_tile.load_turned(pointers, query, mask, cos, sin, token, d, ROTARY_DIM, IS_NEOX)
+            turned_query = lambda_tile.load_turned(
+                pointers, query, mask, cos, sin, token, d, ROTARY_DIM, IS_NEOX
+            )
         softmax = lambda_tile.attend_first(
             query, turned_query, positions, slopes, softmax, cache, key_cos, key_sin,
             0, first_end, n_global, n_local, ceiling, scale, soft_cap,
@@ -163,8 +183,8 @@ def _prefill(
             TURN_QUERIES, TURN_KEYS, BOTH_PRODUCTS, IN_CACHE, ALIBI, SOFT_CAP,
         )  # fmt: skip
 
-    # Tiles of keys from the first query's window start on. Those before the last query's are not seen by all queries, nor
-    # are those behind the first query; between them are whole tiles without a mask.
+    # Tiles of keys from the first query's window start on. Those before the last query's are not seen by all
+    # queries, nor are those behind the first query; between them are whole tiles without a mask.
     begin = tl.maximum(first_query - n_local + 1, 0)
     end = last_query + 1
     left_end = tl.minimum(begin + tl.cdiv(last_start - begin, KEYS) * KEYS, end)

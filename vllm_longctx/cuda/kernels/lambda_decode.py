@@ -1,7 +1,9 @@
-"""Λ decode on the GPU: one query per request, over the paged KV cache, its keys split among programs (Flash-Decoding).
+"""Λ decode on the GPU: one query per request, over the paged KV cache, its keys split among programs
+(Flash-Decoding).
 
-A program reads a share of [first tokens | window] of one request and one KV head, for the whole group of query heads. A second
-kernel joins the shares by their log-sum-exps. Grids depend on shapes and constants only, so that a CUDA graph can hold them.
+A program reads a share of [first tokens | window] of one request and one KV head, for the whole group of
+query heads. A second kernel joins the shares by their log-sum-exps. Grids depend on shapes and constants
+only, so that a CUDA graph can hold them.
 """
 
 import torch
@@ -29,7 +31,8 @@ def decode_launch(head_size: int, element_size: int, group: int) -> Launch:
 def decode_splits(view: View, rows: int, kv_heads: int, num_sms: int, max_seq_len: int) -> int:
     """Programs among which to split a row's keys, so that `rows` rows fill the device.
 
-    num_sms: its multiprocessors. max_seq_len: the longest text possible, which bounds the keys where the window does not.
+    num_sms: its multiprocessors. max_seq_len: the longest text possible, which bounds the keys where the
+        window does not.
     """
     tiles = triton.cdiv(min(view.geometry.n_global + view.window, max_seq_len), SHARE)
     wanted = min(triton.cdiv(PROGRAMS_PER_SM * num_sms, max(rows * kv_heads, 1)), MAX_SPLITS)
@@ -37,7 +40,10 @@ def decode_splits(view: View, rows: int, kv_heads: int, num_sms: int, max_seq_le
 
 
 def decode_workspace(rows: int, heads: int, head_size: int, splits: int, device: torch.device) -> Tensor:
-    """Room for the shares of `rows` rows: float32, flat. Serves every call of no more rows * splits; keeps nothing."""
+    """Room for the shares of `rows` rows: float32, flat.
+
+    Serves every call of no more rows * splits; keeps nothing.
+    """
     return torch.empty(rows * splits * heads * (head_size + 1), dtype=torch.float32, device=device)
 
 
@@ -61,10 +67,10 @@ def lambda_decode(
 ) -> None:
     """Attention of the last token of each row, whose key is in the cache.
 
-    query, out [rows, heads, head_size]. block_table int32 [rows, columns]; seq_lens int32 [rows], with the token itself; a row
-    of 0 is padding, and its output is zero. turn: [rows, rotary_dim / 2]. workspace: `decode_workspace`; splits:
-    `decode_splits`. The rest as in `lambda_attention`.
-    Raises ValueError for tensors of other strides or shapes, or a workspace too small.
+    query, out [rows, heads, head_size]. block_table int32 [rows, columns]; seq_lens int32 [rows], with the
+    token itself; a row of 0 is padding, and its output is zero. turn: [rows, rotary_dim / 2]. workspace:
+    `decode_workspace`; splits: `decode_splits`. The rest as in `lambda_attention`. Raises ValueError for
+    tensors of other strides or shapes, or a workspace too small.
     """
     rows, heads, head_size = query.shape
     kv_heads = key_cache.shape[2]
@@ -74,7 +80,9 @@ def lambda_decode(
     launch = launch or decode_launch(head_size, query.element_size(), group)
     shares = rows * heads * splits
     if splits > 1 and workspace.numel() < shares * (head_size + 1):
-        raise ValueError(f"the workspace has {workspace.numel()} elements, {shares * (head_size + 1)} are needed")
+        raise ValueError(
+            f"the workspace has {workspace.numel()} elements, {shares * (head_size + 1)} are needed"
+        )
     partial, partial_lse = workspace[: shares * head_size], workspace[shares * head_size :]
     out_lse = lambda_tile.lse_arguments(lse, (rows, heads), query)
     constants = lambda_tile.view_constants(view, head_size, key_cache.shape[1])
@@ -120,13 +128,16 @@ def _decode(
     query_ptr, key_cache, value_cache, out_ptr, lse, partial, partial_lse, block_table, seq_lens,
     cos, sin, key_cos, key_sin, alibi_slopes,
     n_global, n_local, ceiling, scale, soft_cap, v_scale,
-    stride_query, stride_query_head, stride_out, stride_out_head, stride_table, stride_block, stride_slot, stride_head,
+    stride_query, stride_query_head, stride_out, stride_out_head, stride_table, stride_block, stride_slot,
+    stride_head,
     GROUP: tl.constexpr, SPLIT: tl.constexpr, WRITE_LSE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, FIRST_KEYS: tl.constexpr,
     ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, TURN_QUERIES: tl.constexpr, TURN_KEYS: tl.constexpr,
     BOTH_PRODUCTS: tl.constexpr, IN_CACHE: tl.constexpr, ALIBI: tl.constexpr, SOFT_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Writes its share, partial [rows, heads, splits, HEAD_SIZE] and its lse in base 2; the whole to `out` without SPLIT."""
+    """Writes its share, partial [rows, heads, splits, HEAD_SIZE] and its lse in base 2; the whole to `out`
+    without SPLIT.
+    """
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -141,11 +152,21 @@ def _decode(
     d = tl.arange(0, PADDED_HEAD)
     heads, active = kv_head * GROUP + m, m < GROUP
     mask = active[:, None] & (d < HEAD_SIZE)[None, :]
-    query, pointers = lambda_tile.load_queries(query_ptr, row, heads, mask, d, stride_query, stride_query_head)
+    query, pointers = lambda_tile.load_queries(
+        query_ptr, row, heads, mask, d, stride_query, stride_query_head
+    )
     positions = tl.zeros((ROWS,), tl.int32) + (seq_len - 1)
     slopes = lambda_tile.load_slopes(alibi_slopes, heads, active, ALIBI)
     cache = lambda_tile.cache_of(
-        key_cache, value_cache, block_table, row, kv_head, stride_table, stride_block, stride_slot, stride_head
+        key_cache,
+        value_cache,
+        block_table,
+        row,
+        kv_head,
+        stride_table,
+        stride_block,
+        stride_slot,
+        stride_head,
     )
     softmax = lambda_tile.nothing_seen(ROWS, PADDED_HEAD)
 
@@ -154,7 +175,9 @@ def _decode(
         turned_query = query
         if TURN_QUERIES:
             vectors = tl.zeros((ROWS,), tl.int64) + row
-            turned_query = lambda_tile.load_turned(pointers, query, mask, cos, sin, vectors, d, ROTARY_DIM, IS_NEOX)
+            turned_query = lambda_tile.load_turned(
+                pointers, query, mask, cos, sin, vectors, d, ROTARY_DIM, IS_NEOX
+            )
         softmax = lambda_tile.attend_first(
             query, turned_query, positions, slopes, softmax, cache, key_cos, key_sin,
             begin * FIRST_KEYS, tl.minimum((begin + tiles) * FIRST_KEYS, first_end),
@@ -210,4 +233,6 @@ def _merge(
     out_pointers = out_ptr + row * stride_out + head * stride_out_head + d
     tl.store(out_pointers, merged.to(out_ptr.dtype.element_ty), mask=d < HEAD_SIZE)
     if WRITE_LSE:
-        tl.store(lse + row * tl.num_programs(1) + head, lambda_tile.log_sum_exp(top, total) * 0.6931471805599453)
+        tl.store(
+            lse + row * tl.num_programs(1) + head, lambda_tile.log_sum_exp(top, total) * 0.6931471805599453
+        )

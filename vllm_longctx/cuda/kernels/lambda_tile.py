@@ -1,8 +1,10 @@
-"""What the Λ kernels share: a layer's view of the text, and one online softmax over tiles of the paged KV cache.
+"""What the Λ kernels share: a layer's view of the text, and one online softmax over tiles of the paged KV
+cache.
 
-Branches and distances are those of `geometry`. A tile is a few queries of one KV head (its whole group of query heads, so
-that each key is read once) against a few keys. The keys a tile may see are two ranges: the first tokens that every window has
-left behind, and the windows. Nothing else is read: blocks between them may be freed.
+Branches and distances are those of `geometry`. A tile is a few queries of one KV head (its whole group of
+query heads, so that each key is read once) against a few keys. The keys a tile may see are two ranges: the
+first tokens that every window has left behind, and the windows. Nothing else is read: blocks between them may
+be freed.
 
 Running maxima and sums (FlashAttention-2, arXiv 2307.08691, section 3.1) are float32 and in base 2.
 """
@@ -26,8 +28,8 @@ UNBOUNDED = 2**31 - 1
 class View:
     """What the queries of a layer see, and how positions enter their scores.
 
-    rotary_dim, is_neox: as in `rotary.Rotary`; rotary_dim is 0 for a model without rotation.
-    alibi_slopes: float32 [heads] on the device, or None. soft_cap: scores become cap * tanh(score / cap); 0 for no cap.
+    rotary_dim, is_neox: as in `rotary.Rotary`; rotary_dim is 0 for a model without rotation. alibi_slopes:
+    float32 [heads] on the device, or None. soft_cap: scores become cap * tanh(score / cap); 0 for no cap.
     """
 
     geometry: Geometry
@@ -50,14 +52,18 @@ class View:
     def turns_queries(self) -> bool:
         """Whether first tokens look nearer than they are to a rotated query, which is then turned back."""
         moved = self.geometry.distances == "in_cache" or self.geometry.distance_ceiling is not None
-        return moved and self.rotary_dim > 0 and self.geometry.n_global > 0 and self.geometry.n_local is not None
+        return (
+            moved and self.rotary_dim > 0 and self.geometry.n_global > 0 and self.geometry.n_local is not None
+        )
 
     @property
     def turns_keys(self) -> bool:
         return self.turns_queries and self.geometry.distances == "relative"
 
     def query_turn(self, positions: Tensor) -> Tensor | None:
-        """By how many positions to turn the queries at `positions` (int64, any shape); None for not at all."""
+        """By how many positions to turn the queries at `positions` (int64, any shape); None for not at
+        all.
+        """
         if not self.turns_queries:
             return None
         if self.geometry.distances == "in_cache":
@@ -71,7 +77,10 @@ class View:
 
 @dataclass(frozen=True)
 class Launch:
-    """The shape of a program. rows: of a tile, (query, head) pairs; keys: of a tile. All powers of two, rows and keys >= 16."""
+    """The shape of a program.
+
+    rows: of a tile, (query, head) pairs; keys: of a tile. All powers of two, rows and keys >= 16.
+    """
 
     rows: int
     keys: int
@@ -79,7 +88,12 @@ class Launch:
     num_stages: int
 
     def arguments(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "KEYS": self.keys, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {
+            "ROWS": self.rows,
+            "KEYS": self.keys,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
 
 Turn = tuple[Tensor, Tensor] | None
@@ -88,19 +102,24 @@ Turn = tuple[Tensor, Tensor] | None
 def stride_arguments(
     query: Tensor, out: Tensor, block_table: Tensor, key_cache: Tensor, value_cache: Tensor
 ) -> tuple[int, ...]:
-    """Strides: of the queries, the outputs (token, head), the block table (row), and both caches (block, slot, head).
+    """Strides: of the queries, the outputs (token, head), the block table (row), and both caches (block,
+    slot, head).
 
     The caches are halves of one tensor. Raises ValueError if they differ in their strides.
     """
     if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1:
-        raise ValueError(f"caches must have equal strides, the last 1; got {key_cache.stride()} and {value_cache.stride()}")
+        raise ValueError(
+            f"caches must have equal strides, the last 1; got {key_cache.stride()} and {value_cache.stride()}"
+        )
     return *query.stride()[:2], *out.stride()[:2], block_table.stride(0), *key_cache.stride()[:3]
 
 
 def turn_arguments(view: View, turn: Turn, key_turn: Turn, tokens: int, unused: Tensor) -> tuple[Tensor, ...]:
-    """cos and sin of the queries' turn, then of the first keys': contiguous float32 [vectors, rotary_dim / 2].
+    """cos and sin of the queries' turn, then of the first keys': contiguous float32 [vectors, rotary_dim /
+    2].
 
-    A turn that the view does not have is replaced by any tensor. Raises ValueError for one that is missing or wrong.
+    A turn that the view does not have is replaced by any tensor. Raises ValueError for one that is missing or
+    wrong.
     """
     return (
         *_one_turn(view.turns_queries, turn, tokens, view.rotary_dim, unused),
@@ -108,11 +127,15 @@ def turn_arguments(view: View, turn: Turn, key_turn: Turn, tokens: int, unused: 
     )
 
 
-def _one_turn(turns: bool, turn: Turn, vectors: int, rotary_dim: int, unused: Tensor) -> tuple[Tensor, Tensor]:
+def _one_turn(
+    turns: bool, turn: Turn, vectors: int, rotary_dim: int, unused: Tensor
+) -> tuple[Tensor, Tensor]:
     if not turns:
         return unused, unused
     if turn is None:
-        raise ValueError("the view turns queries or keys towards each other, but their cosines and sines were not given")
+        raise ValueError(
+            "the view turns queries or keys towards each other, but their cosines and sines were not given"
+        )
     shape = vectors, rotary_dim // 2
     for t in turn:
         if t.shape != shape or t.dtype != torch.float32 or not t.is_contiguous():
@@ -121,7 +144,9 @@ def _one_turn(turns: bool, turn: Turn, vectors: int, rotary_dim: int, unused: Te
 
 
 def lse_arguments(lse: Tensor | None, shape: tuple[int, int], unused: Tensor) -> Tensor:
-    """Where to write log-sum-exps, float32 [tokens, heads] contiguous; any tensor where nobody asks for them."""
+    """Where to write log-sum-exps, float32 [tokens, heads] contiguous; any tensor where nobody asks for
+    them.
+    """
     if lse is None:
         return unused
     if lse.shape != shape or lse.dtype != torch.float32 or not lse.is_contiguous():
@@ -158,7 +183,9 @@ def cache_constants(head_size: int, block_size: int) -> dict[str, int]:
 
 
 class Cache(NamedTuple):
-    """Keys and values of one request and KV head: pointers to the head in the first block, and the row of block ids."""
+    """Keys and values of one request and KV head: pointers to the head in the first block, and the row of
+    block ids.
+    """
 
     key_ptr: tl.tensor
     value_ptr: tl.tensor
@@ -170,7 +197,8 @@ class Cache(NamedTuple):
 class Softmax(NamedTuple):
     """What a tile's queries have seen so far.
 
-    top, total [rows]: the highest score, in base 2, and the sum of the weights. acc [rows, PADDED_HEAD]: of weighted values.
+    top, total [rows]: the highest score, in base 2, and the sum of the weights. acc [rows, PADDED_HEAD]: of
+    weighted values.
     """
 
     top: tl.tensor
@@ -179,7 +207,9 @@ class Softmax(NamedTuple):
 
 
 @triton.jit
-def cache_of(key_cache, value_cache, block_table, row, kv_head, stride_table, stride_block, stride_slot, stride_head):
+def cache_of(
+    key_cache, value_cache, block_table, row, kv_head, stride_table, stride_block, stride_slot, stride_head
+):
     table = block_table + row.to(tl.int64) * stride_table
     head = kv_head.to(tl.int64) * stride_head
     return Cache(key_cache + head, value_cache + head, table, stride_block, stride_slot)
@@ -233,7 +263,9 @@ def places(cache, keys, present, BLOCK_SIZE: tl.constexpr):
 
 @triton.jit
 def element_pairs(d, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr):
-    """For each element of a head: the other of its pair, the pair, and the sign of the sine it is rotated with."""
+    """For each element of a head: the other of its pair, the pair, and the sign of the sine it is rotated
+    with.
+    """
     if IS_NEOX:
         first = d < ROTARY_DIM // 2
         other = tl.where(first, d + ROTARY_DIM // 2, d - ROTARY_DIM // 2)
@@ -321,13 +353,17 @@ def attend_first(
     ALIBI: tl.constexpr,
     SOFT_CAP: tl.constexpr,
 ):
-    """The first tokens begin .. end - 1, each seen by the queries whose window has left it behind (`geometry.global_branch`).
+    """The first tokens begin ..
+
+    end - 1, each seen by the queries whose window has left it behind (`geometry.global_branch`).
 
     positions [rows]: of the queries. end: no larger than n_global and the last query's window start.
     """
     d = tl.arange(0, PADDED_HEAD)
     window_start = tl.maximum(positions - n_local + 1, 0)
-    for first in tl.range(begin, end, FIRST_KEYS, num_stages=1):  # one or two tiles: nothing to overlap them with
+    for first in tl.range(
+        begin, end, FIRST_KEYS, num_stages=1
+    ):  # one or two tiles: nothing to overlap them with
         keys = first + tl.arange(0, FIRST_KEYS)
         present = keys < end
         place = places(cache, keys, present, BLOCK_SIZE)
@@ -394,11 +430,15 @@ def attend_window(
             mask = mask & (d < HEAD_SIZE)[None, :]
         key = tl.load(cache.key_ptr + place[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
         value = tl.load(cache.value_ptr + place[:, None] + d[None, :], mask=mask, other=0.0).to(query.dtype)
-        scores = finish_scores(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, soft_cap, SOFT_CAP)
+        scores = finish_scores(
+            tl.dot(query, tl.trans(key), input_precision="ieee"), scale, soft_cap, SOFT_CAP
+        )
         distance = positions[:, None] - keys[None, :]
         if ALIBI:
             scores = scores - slopes[:, None] * distance
         if MASKED:
-            scores = tl.where(present[None, :] & (distance >= 0) & (distance < n_local), scores, float("-inf"))
+            scores = tl.where(
+                present[None, :] & (distance >= 0) & (distance < n_local), scores, float("-inf")
+            )
         softmax = accumulate(scores, value, softmax)
     return softmax

@@ -1,11 +1,14 @@
-"""The memory's lookup in Triton: what `cpu.kernels.retrieval` computes, for a batch, on the device, through the block tables.
+"""The memory's lookup in Triton: what `cpu.kernels.retrieval` computes, for a batch, on the device, through
+the block tables.
 
-The k best keys stand in the k blocks with the best maxima, so nothing as long as the memory is ever sorted. One kernel writes
-every block's best product, or the bound that its summary gives; torch.topk takes the best blocks, span by span of the text;
-a second kernel scores just their keys; a third attends to the best of these. Workspaces are bounded (`WORKSPACE`), whatever
-the memory and the number of queries, and nothing is read back to the host.
+The k best keys stand in the k blocks with the best maxima, so nothing as long as the memory is ever sorted.
+One kernel writes every block's best product, or the bound that its summary gives; torch.topk takes the best
+blocks, span by span of the text; a second kernel scores just their keys; a third attends to the best of
+these. Workspaces are bounded (`WORKSPACE`), whatever the memory and the number of queries, and nothing is
+read back to the host.
 
-Scores and places are packed in one int64 as in `engine.lookup`, so equal products go to the earlier key here too.
+Scores and places are packed in one int64 as in `engine.lookup`, so equal products go to the earlier key here
+too.
 """
 
 from collections.abc import Iterator
@@ -25,7 +28,9 @@ QUERY_TILE = 128  # queries of a row looked up at once
 
 @dataclass(frozen=True)
 class Summaries:
-    """One layer's keys in 7 bits, by block id: every key is code * step up to step / 2. As `cpu.kernels.retrieval.Codes`.
+    """One layer's keys in 7 bits, by block id: every key is code * step up to step / 2.
+
+    As `cpu.kernels.retrieval.Codes`.
 
     codes int8 [num_blocks, block_size, kv_heads, head_size]; steps float32 [num_blocks, kv_heads].
     """
@@ -58,9 +63,10 @@ class Summaries:
 class Memories:
     """In one layer, of each row of a batch the tokens begins .. ends - 1 of its text; none if ends <= begins.
 
-    key_cache, value_cache [num_blocks, block_size, kv_heads, head_size], any strides but 1 in the last dimension;
-    block_size a power of two of at least 16. block_table int32 [rows, columns]; begins, ends int32 [rows]. longest: a host's
-    upper bound of ends. summaries: of the layer, those of the memories' blocks up to date; only `best_blocks` needs them.
+    key_cache, value_cache [num_blocks, block_size, kv_heads, head_size], any strides but 1 in the last
+    dimension; block_size a power of two of at least 16. block_table int32 [rows, columns]; begins, ends int32
+    [rows]. longest: a host's upper bound of ends. summaries: of the layer, those of the memories' blocks up
+    to date; only `best_blocks` needs them.
     """
 
     key_cache: Tensor
@@ -91,19 +97,27 @@ class Memories:
         return {"GROUP": heads // self.kv_heads, "D": d, "D_PAD": padded, "BLOCK": self.block_size}
 
     def rows(self, rows: slice) -> "Memories":
-        return replace(self, block_table=self.block_table[rows], begins=self.begins[rows], ends=self.ends[rows])
+        return replace(
+            self, block_table=self.block_table[rows], begins=self.begins[rows], ends=self.ends[rows]
+        )
 
 
-def attend_best(query: Tensor, memories: Memories, k: int, scale: float, share: float | None = None) -> tuple[Tensor, Tensor]:
-    """Attention over each query and head's k best keys: output float32 [rows, T, heads, d], log-sum-exp [rows, T, heads].
+def attend_best(
+    query: Tensor, memories: Memories, k: int, scale: float, share: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over each query and head's k best keys: output float32 [rows, T, heads, d], log-sum-exp
+    [rows, T, heads].
 
-    query [rows, T, heads, d], fp16, bf16 or fp32: T of each row, turned to the distance at which its memory is seen. share: of
-    a memory's blocks to read (`best_blocks`), or None to find the best keys exactly. Zeros and -inf for an empty memory.
+    query [rows, T, heads, d], fp16, bf16 or fp32: T of each row, turned to the distance at which its memory
+    is seen. share: of a memory's blocks to read (`best_blocks`), or None to find the best keys exactly. Zeros
+    and -inf for an empty memory.
     """
     rows, length, heads, d = query.shape
     output = torch.empty(rows, length, heads, d, dtype=torch.float32, device=query.device)
     lse = torch.empty(rows, length, heads, dtype=torch.float32, device=query.device)
-    blocks = min(k, memories.num_columns) if share is None else _most_blocks(query, memories, k, share, SCANNED)
+    blocks = (
+        min(k, memories.num_columns) if share is None else _most_blocks(query, memories, k, share, SCANNED)
+    )
     for of_rows, tokens in _tiles(query, blocks * memories.block_size):
         part, q = memories.rows(of_rows), query[of_rows, tokens]
         best = top_k(q, part, k) if share is None else best_blocks(q, part, k, share, SCANNED)
@@ -112,7 +126,8 @@ def attend_best(query: Tensor, memories: Memories, k: int, scale: float, share: 
 
 
 def top_k(query: Tensor, memories: Memories, k: int) -> Tensor:
-    """The k keys with the highest q·k of each query and head, best first: packed, int64 [rows, T, heads, at most k].
+    """The k keys with the highest q·k of each query and head, best first: packed, int64 [rows, T, heads, at
+    most k].
 
     query as in `attend_best`. `unpack` tells products and positions; -inf where there are fewer keys.
     """
@@ -121,12 +136,14 @@ def top_k(query: Tensor, memories: Memories, k: int) -> Tensor:
 
 
 def best_blocks(query: Tensor, memories: Memories, k: int, share: float, least: int) -> Tensor:
-    """As `top_k`, in the blocks with the highest bounds, which are chosen as in `cpu.kernels.retrieval.best_blocks`.
+    """As `top_k`, in the blocks with the highest bounds, which are chosen as in
+    `cpu.kernels.retrieval.best_blocks`.
 
     A memory of at most k keys is read whole.
 
-    The bound of a block is step * (max q·code + |q|/2) with |.| for the sum of absolutes: no key of it has a higher product,
-    up to the last bits of products. Codes are exact in every float type, so a query need not be coded.
+    The bound of a block is step * (max q·code + |q|/2) with |.| for the sum of absolutes: no key of it has a
+    higher product, up to the last bits of products. Codes are exact in every float type, so a query need not
+    be coded.
     """
     group = query.shape[2] // memories.kv_heads
     bs = memories.block_size
@@ -162,7 +179,9 @@ def _tiles(query: Tensor, keys: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _best_blocks(query: Tensor, memories: Memories, count: int, summaries: Summaries | None) -> Tensor:
-    """The blocks with the best keys, or the highest bounds if there are summaries: packed, [rows, T, heads, at most count]."""
+    """The blocks with the best keys, or the highest bounds if there are summaries: packed, [rows, T, heads,
+    at most count].
+    """
     rows, length, heads, _ = query.shape
     n = memories.num_columns
     span = max(count, WORKSPACE // (rows * length * heads))
@@ -173,15 +192,23 @@ def _best_blocks(query: Tensor, memories: Memories, count: int, summaries: Summa
     return best
 
 
-def _block_scores(query: Tensor, memories: Memories, first: int, count: int, summaries: Summaries | None) -> Tensor:
-    """Of the blocks in columns first .. first + count - 1 the best product or bound: packed, [rows, T, heads, count]."""
+def _block_scores(
+    query: Tensor, memories: Memories, first: int, count: int, summaries: Summaries | None
+) -> Tensor:
+    """Of the blocks in columns first ..
+
+    first + count - 1 the best product or bound: packed, [rows, T, heads, count].
+    """
     rows, length, heads, _ = query.shape
     kv_heads, constants = memories.kv_heads, memories.constants(heads)
     keys = memories.key_cache if summaries is None else summaries.codes
     steps = query if summaries is None else summaries.steps  # unused if None
     group, item = constants["GROUP"], query.element_size()
     tile = 16 if length * group <= 16 or item > 2 else 64
-    per_step, steps_of_program = max((128 if constants["D_PAD"] * item <= 256 else 64) // memories.block_size, 1), 8
+    per_step, steps_of_program = (
+        max((128 if constants["D_PAD"] * item <= 256 else 64) // memories.block_size, 1),
+        8,
+    )
     out = torch.empty(rows, length, heads, count, dtype=torch.int64, device=query.device)
     grid = (cdiv(length * group, tile) * cdiv(count, per_step * steps_of_program), kv_heads, rows)
     _block_scores_kernel[grid](
@@ -210,7 +237,9 @@ def _block_scores(query: Tensor, memories: Memories, first: int, count: int, sum
 
 
 def _best_keys(query: Tensor, memories: Memories, columns: Tensor, k: int) -> Tensor:
-    """The best keys of blocks, int64 [rows, T, heads or kv_heads, n] of the block table's columns, -1 for none: packed."""
+    """The best keys of blocks, int64 [rows, T, heads or kv_heads, n] of the block table's columns, -1 for
+    none: packed.
+    """
     rows, length, heads, _ = query.shape
     sets, n = columns.shape[2:]
     columns, bs, per_step = columns.contiguous(), memories.block_size, max(64, memories.block_size)
@@ -236,7 +265,9 @@ def _best_keys(query: Tensor, memories: Memories, columns: Tensor, k: int) -> Te
 
 
 def _attend(best: Tensor, memories: Memories, scale: float, output: Tensor, lse: Tensor) -> None:
-    """Attention over packed keys [rows, T, heads, n], best first, into output [rows, T, heads, d] and lse [rows, T, heads]."""
+    """Attention over packed keys [rows, T, heads, n], best first, into output [rows, T, heads, d] and lse
+    [rows, T, heads].
+    """
     rows, length, heads, n = best.shape
     _attend_kernel[(rows * length, heads)](
         best.contiguous(),
@@ -257,7 +288,8 @@ def _attend(best: Tensor, memories: Memories, scale: float, output: Tensor, lse:
 
 
 def _in_turn(columns: Tensor, kv_heads: int, counts: Tensor) -> Tensor:
-    """Blocks that the heads of a KV head choose one after the other, none twice: [rows, T, kv_heads, n], -1 for none.
+    """Blocks that the heads of a KV head choose one after the other, none twice: [rows, T, kv_heads, n], -1
+    for none.
 
     columns int64 [rows, T, heads, n], each head's best first. counts int64 [rows]: as many are chosen.
     """
@@ -282,7 +314,8 @@ def _places(packed: Tensor) -> Tensor:
 
 
 def _is_wide(query: Tensor, memories: Memories) -> bool:
-    """Whether products are taken in float32: of types that differ, and of bfloat16 where Triton's interpreter does it.
+    """Whether products are taken in float32: of types that differ, and of bfloat16 where Triton's interpreter
+    does it.
 
     The interpreter multiplies with numpy, which takes bfloat16's bits for integers.
     """
@@ -312,7 +345,10 @@ def _block_scores_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     BLOCKS: tl.constexpr, STEPS: tl.constexpr, CODED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """TILE queries (of a KV head's heads) with STEPS times BLOCKS blocks. Tiles of queries that share keys run side by side."""
+    """TILE queries (of a KV head's heads) with STEPS times BLOCKS blocks.
+
+    Tiles of queries that share keys run side by side.
+    """
     num_tiles = tl.cdiv(length * GROUP, TILE)
     kv_head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
@@ -343,7 +379,9 @@ def _block_scores_kernel(
         visible = (position >= begin) & (position < end) & (column < first + count)
         block = tl.load(table + column, mask=visible, other=0).to(tl.int64)
         k = tl.load(
-            keys + (block * key_block + key % BLOCK * key_token + kv_head * key_head)[None, :] + dims[:, None],
+            keys
+            + (block * key_block + key % BLOCK * key_token + kv_head * key_head)[None, :]
+            + dims[:, None],
             mask=visible[None, :] & (dims[:, None] < D),
             other=0,
         )
@@ -365,7 +403,8 @@ def _block_scores_kernel(
 def _key_scores_kernel(
     query, keys, block_table, columns, begins, ends, out,
     query_row, query_token, query_head, key_block, key_token, key_head, table_row, length, num_columns,
-    SHARING: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    SHARING: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     """One token of SHARING heads with KEYS keys of the blocks that these heads chose."""
     which = tl.program_id(0).to(tl.int64)
@@ -387,7 +426,9 @@ def _key_scores_kernel(
         other=0.0,
     ).to(tl.float32)
     for head in range(first_head, first_head + SHARING):
-        q = tl.load(query + row * query_row + token * query_token + head * query_head + dims, mask=dims < D, other=0.0)
+        q = tl.load(
+            query + row * query_row + token * query_token + head * query_head + dims, mask=dims < D, other=0.0
+        )
         scores = tl.where(visible, tl.sum(k * q.to(tl.float32)[None, :], 1), float("-inf"))
         to = out + (which * num_heads + head) * num_columns * BLOCK
         tl.store(to + key, _pack(scores, tl.maximum(position, 0)), mask=is_key)
@@ -396,7 +437,8 @@ def _key_scores_kernel(
 @triton.jit(do_not_specialize=["block_table", "length", "num_best"])
 def _attend_kernel(
     best, values, block_table, out, lse,
-    value_block, value_token, value_head, table_row, out_row, out_token, lse_row, lse_token, length, num_best, scale,
+    value_block, value_token, value_head, table_row, out_row, out_token, lse_row, lse_token, length, num_best,
+    scale,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One token of one head."""
@@ -426,4 +468,7 @@ def _attend_kernel(
     safe = tl.where(total > 0, total, 1.0)
     to = out + row * out_row + token * out_token + head * D
     tl.store(to + dims, sums / safe, mask=dims < D)
-    tl.store(lse + row * lse_row + token * lse_token + head, tl.where(total > 0, highest + tl.log(safe), float("-inf")))
+    tl.store(
+        lse + row * lse_row + token * lse_token + head,
+        tl.where(total > 0, highest + tl.log(safe), float("-inf")),
+    )

@@ -1,7 +1,8 @@
 """Attention over stepped windows on the GPU, and over what a lookup found before them, in one softmax.
 
-Each row of a batch sees the keys since the start of its window, through the request's own block table: nothing is shifted.
-The online softmax begins where the other branch ended, so merging costs no pass of its own.
+Each row of a batch sees the keys since the start of its window, through the request's own block table:
+nothing is shifted. The online softmax begins where the other branch ended, so merging costs no pass of its
+own.
 """
 
 import triton
@@ -25,11 +26,12 @@ def stepped_attention(
     out: Tensor,
     branch: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Attention of the last query_start_loc[r + 1] - query_start_loc[r] tokens of each row r to its keys from starts[r] on.
+    """Attention of the last query_start_loc[r + 1] - query_start_loc[r] tokens of each row r to its keys from
+    starts[r] on.
 
-    starts int32 [rows]: positions, none behind a row's first query. branch: output float32 [tokens, heads, head_size] and
-    log-sum-exp float32 [tokens, heads] of further keys, contiguous; -inf where there are none. The rest as in
-    `lambda_attention`.
+    starts int32 [rows]: positions, none behind a row's first query. branch: output float32 [tokens, heads,
+    head_size] and log-sum-exp float32 [tokens, heads] of further keys, contiguous; -inf where there are none.
+    The rest as in `lambda_attention`.
     """
     tokens, heads, head_size = query.shape
     kv_heads, rows = key_cache.shape[2], len(seq_lens)
@@ -68,8 +70,10 @@ def stepped_attention(
 def _stepped(
     query_ptr, key_cache, value_cache, out_ptr, block_table, starts, seq_lens, query_start_loc,
     further, further_lse, rows, scale,
-    stride_query, stride_query_head, stride_out, stride_out_head, stride_table, stride_block, stride_slot, stride_head,
-    GROUP: tl.constexpr, TOKENS: tl.constexpr, FURTHER: tl.constexpr, UNSEEN: tl.constexpr, ROWS: tl.constexpr,
+    stride_query, stride_query_head, stride_out, stride_out_head, stride_table, stride_block, stride_slot,
+    stride_head,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, FURTHER: tl.constexpr, UNSEEN: tl.constexpr,
+    ROWS: tl.constexpr,
     KEYS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
@@ -99,7 +103,15 @@ def _stepped(
     # All queries see the whole tiles before the first of them.
     whole_end = begin + (first_query + 1 - begin) // KEYS * KEYS
     cache = lambda_tile.cache_of(
-        key_cache, value_cache, block_table, row, kv_head, stride_table, stride_block, stride_slot, stride_head
+        key_cache,
+        value_cache,
+        block_table,
+        row,
+        kv_head,
+        stride_table,
+        stride_block,
+        stride_slot,
+        stride_head,
     )
     softmax = lambda_tile.attend_window(
         query, positions, positions, softmax, cache, begin, whole_end, UNSEEN, scale, 0.0,

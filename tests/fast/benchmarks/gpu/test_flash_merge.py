@@ -1,4 +1,6 @@
-"""What benchmarks/gpu gives FlashAttention to compute Λ attention, without a GPU: a stand-in in torch, vLLM's own merge."""
+"""What benchmarks/gpu gives FlashAttention to compute Λ attention, without a GPU: a stand-in in torch, vLLM's
+own merge.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -18,13 +20,20 @@ QUICK = Setting(True, 6 * GIB, cuda=False)
 SMALL = replace(TINY_GQA, trained=64)
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None, window_size: Any = (-1, -1), **told: Any) -> Any:
-    """vLLM's flash_attn_varlen_func, its masks aligned to the last query and key; log-sum-exp inf where there are no keys."""
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None, window_size: Any = (-1, -1), **told: Any
+) -> Any:
+    """vLLM's flash_attn_varlen_func, its masks aligned to the last query and key; log-sum-exp inf where there
+    are no keys.
+    """
     rows, lens = [*pairwise(told["cu_seqlens_q"].tolist())], told["seqused_k"].tolist()
     assert told["max_seqlen_q"] == max(b - a for a, b in rows) and told["max_seqlen_k"] == max(lens)
     out, lse = torch.empty_like(q).zero_() if out is None else out, torch.full(q.shape[1::-1], torch.inf)
     for (first, end), table, keys in zip(rows, told["block_table"].long(), lens, strict=True):
-        key, value = (c[table].flatten(0, 1)[:keys].repeat_interleave(q.shape[1] // k.shape[2], 1).double() for c in (k, v))
+        key, value = (
+            c[table].flatten(0, 1)[:keys].repeat_interleave(q.shape[1] // k.shape[2], 1).double()
+            for c in (k, v)
+        )
         distance = torch.arange(keys - end + first, keys)[:, None] - torch.arange(keys)
         hidden = (distance < 0) & told["causal"] | (distance > window_size[0]) & (window_size[0] >= 0)
         scores = torch.einsum("thd,jhd->htj", q[first:end].double(), key) * told["softmax_scale"]
@@ -47,7 +56,11 @@ def test_two_calls_and_a_merge_are_lambda_attention(length: int, queries: int) -
 def test_a_batch_is_as_its_requests_alone(length: int) -> None:
     """Each from its own blocks, and of those from the window's first on."""
     caches, query = torch.randn(40, BLOCK_SIZE, 2, 128).chunk(2, -1), torch.randn(3 * 20, 8, 64)
-    table, together, alone = torch.randperm(40)[:36].view(3, 12).int(), torch.empty_like(query), torch.empty_like(query)
+    table, together, alone = (
+        torch.randperm(40)[:36].view(3, 12).int(),
+        torch.empty_like(query),
+        torch.empty_like(query),
+    )
     way = flash_merge.FlashLambda(flash, SMALL, caches, table, length, 20)
     way(query, together)
     assert torch.equal(way.near.keywords["block_table"], table[:, max(length - 20 - 63, 0) // BLOCK_SIZE :])
@@ -59,7 +72,11 @@ def test_a_batch_is_as_its_requests_alone(length: int) -> None:
 @pytest.mark.usefixtures("interpretable", "one_thread")
 def test_the_stage_runs_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_merge, "vllms_flash", lambda: flash)
-    planned = [row for row in flash_merge.flash_merge_plan(QUICK) if row["shape"] == TINY_GQA.name and row.get("batch", 1) == 1]
+    planned = [
+        row
+        for row in flash_merge.flash_merge_plan(QUICK)
+        if row["shape"] == TINY_GQA.name and row.get("batch", 1) == 1
+    ]
     rows = [{**row, "length": 200, **({"queries": 16} if "queries" in row else {})} for row in planned]
     assert len(rows) == 2
     record = report.Record(tmp_path / "a.json")

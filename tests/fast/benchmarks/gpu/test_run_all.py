@@ -1,4 +1,6 @@
-"""benchmarks/gpu without a GPU: sizes, plans, resuming, verdicts; the kernel stages themselves, interpreted, on tiny shapes."""
+"""benchmarks/gpu without a GPU: sizes, plans, resuming, verdicts; the kernel stages themselves, interpreted,
+on tiny shapes.
+"""
 
 import json
 import sys
@@ -24,7 +26,9 @@ QUICK = Setting(True, 6 * GIB, cuda=False)
 
 
 def test_sizes_are_those_of_the_models() -> None:
-    assert LLAMA_2_7B.weights == pytest.approx(6.738e9, rel=1e-3) and GQA_8B.weights == pytest.approx(8.03e9, rel=1e-3)
+    assert LLAMA_2_7B.weights == pytest.approx(6.738e9, rel=1e-3) and GQA_8B.weights == pytest.approx(
+        8.03e9, rel=1e-3
+    )
     assert LLAMA_2_7B.kv_bytes == 512 * 1024 and GQA_8B.kv_bytes == 128 * 1024
     assert LLAMA_2_7B.lora_weights(64) == pytest.approx(160e6, rel=0.01)
 
@@ -68,16 +72,24 @@ def test_every_decode_has_what_it_is_compared_with(setting: Setting, number: int
     stock, ours = (engines.engine_plan(setting, number, name, thin) for name in ("stock", "longctx"))
     for row in ours:
         if row["what"] == "decode":
-            assert any(r["what"] == "decode" and r["length"] == r["window"] and r["batch"] == row["batch"] for r in stock)
+            assert any(
+                r["what"] == "decode" and r["length"] == r["window"] and r["batch"] == row["batch"]
+                for r in stock
+            )
             assert not row["common"] or row in stock
     assert all(row["length"] <= 131072 for row in stock)
 
 
 def test_counted_traffic_and_work_are_of_what_a_query_sees() -> None:
     inside, beyond = (
-        r for r in kernels.decode_plan(H100) if r["shape"] == GQA_8B.name and r["batch"] == 16 and r["length"] < 2e4
+        r
+        for r in kernels.decode_plan(H100)
+        if r["shape"] == GQA_8B.name and r["batch"] == 16 and r["length"] < 2e4
     )
-    assert inside["bytes"] == 16 * 4096 * 2 * 8 * 128 * 2 and beyond["bytes"] == 16 * (10 + 8192) * 2 * 8 * 128 * 2
+    assert (
+        inside["bytes"] == 16 * 4096 * 2 * 8 * 128 * 2
+        and beyond["bytes"] == 16 * (10 + 8192) * 2 * 8 * 128 * 2
+    )
     assert kernels.flops(TINY, 3, 2) == 4 * TINY.heads * TINY.head_size * (2 + 3)
     assert kernels.flops(TINY, 5000, 2) == 4 * TINY.heads * TINY.head_size * 2 * TINY.window
 
@@ -106,12 +118,17 @@ def test_targets_are_judged_by_the_worst(tmp_path: Path) -> None:
     records = {
         "environment": record_of(tmp_path, "environment", copy_bytes_per_s=3e12),
         "tests": record_of(tmp_path, "tests", failed=0),
-        "checks": record_of(tmp_path, "checks", rows=[{"error_to_tolerance": 0.5}, {"error_to_tolerance": 1.5}]),
+        "checks": record_of(
+            tmp_path, "checks", rows=[{"error_to_tolerance": 0.5}, {"error_to_tolerance": 1.5}]
+        ),
         "sequential": record_of(tmp_path, "sequential", tokens_per_s=10.0),
         "temp-lora": record_of(
             tmp_path,
             "temp-lora",
-            rows=[{"what": what, "streams": 8, "tokens_per_s": x} for what, x in (("learning", 95.0), ("no training", 400.0))],
+            rows=[
+                {"what": what, "streams": 8, "tokens_per_s": x}
+                for what, x in (("learning", 95.0), ("no training", 400.0))
+            ],
             swap_ms=2.0,
             decode_step_ms=10.0,
         ),
@@ -133,7 +150,9 @@ def test_targets_are_judged_by_the_worst(tmp_path: Path) -> None:
     records["decode"] = record_of(tmp_path, "decode", rows=rows)
     share = next(t for t in report.targets(records) if t.stages == "decode")
     assert share.verdict == "missed" and share.found == pytest.approx(0.45)
-    assert {t.verdict for t in report.targets({n: replace(r, quick=True) for n, r in records.items()})} == {"owed"}
+    assert {t.verdict for t in report.targets({n: replace(r, quick=True) for n, r in records.items()})} == {
+        "owed"
+    }
     text = report.markdown(records, [(s.name, s.about) for s in run_all.STAGES])
     assert all(f"| {s.name} | {s.about} |" in text for s in run_all.STAGES)
     assert "| prefill | Λ attention of a prompt's chunk in one layer against FlashAttention | owed |" in text
@@ -179,7 +198,9 @@ def test_a_process_is_ended_at_its_limit_with_its_children(tmp_path: Path) -> No
     time.sleep(0.1)
     pid = int(pid_file.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    record = run_all.supervise("decode", [sys.executable, "-c", "import sys; sys.exit(3)"], tmp_path, 10, False)
+    record = run_all.supervise(
+        "decode", [sys.executable, "-c", "import sys; sys.exit(3)"], tmp_path, 10, False
+    )
     assert (record.status, record.error) == ("failed", "ended with code 3")
 
 
@@ -216,7 +237,9 @@ def test_what_it_would_do_can_be_read_without_a_gpu() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_gpu_it_says_what_is_owed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    result = runner.invoke(app, ["--out", str(tmp_path / "out"), "--only", "decode,tests"], env={"COLUMNS": "300"})
+    result = runner.invoke(
+        app, ["--out", str(tmp_path / "out"), "--only", "decode,tests"], env={"COLUMNS": "300"}
+    )
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
     assert "tests, decode" in result.stderr and "H100" in result.stderr
 
@@ -238,7 +261,11 @@ def test_the_exit_code_says_whether_all_is_done(tmp_path: Path, monkeypatch: pyt
 
 
 def test_pytests_last_line_is_understood() -> None:
-    assert checks.outcome("x\n1 failed, 20 passed, 2 skipped in 3.0s\n") == {"passed": 20, "failed": 1, "skipped": 2}
+    assert checks.outcome("x\n1 failed, 20 passed, 2 skipped in 3.0s\n") == {
+        "passed": 20,
+        "failed": 1,
+        "skipped": 2,
+    }
     assert checks.outcome("") == {"passed": 0, "failed": 0, "skipped": 0}
 
 
@@ -248,7 +275,10 @@ def test_requests_pass_through_the_pool_each_from_its_own_place() -> None:
     assert [t.shape for t in tables] == [(3, 16384 // kernels.BLOCK_SIZE)] * 2
     assert len({int(t[row, 0]) for t in tables for row in range(3)}) == 6
     assert all(len(t[0].unique()) == len(pool.numbers) for t in tables)
-    assert [c.stride()[1:3] for c in (pool.caches[0], pool.slots_first[0])] == [(128, 32 * 128), (2 * 128, 128)]
+    assert [c.stride()[1:3] for c in (pool.caches[0], pool.slots_first[0])] == [
+        (128, 32 * 128),
+        (2 * 128, 128),
+    ]
 
 
 class Steps:
@@ -280,11 +310,17 @@ def one_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("interpretable", "one_thread", "one_memory")
-@pytest.mark.parametrize(("stage", "length"), [("decode", 200), ("prefill", 200), ("lookup", 200), ("memory", 700)])
+@pytest.mark.parametrize(
+    ("stage", "length"), [("decode", 200), ("prefill", 200), ("lookup", 200), ("memory", 700)]
+)
 def test_a_kernel_stage_runs_as_planned(stage: str, length: int, tmp_path: Path) -> None:
     record = Record(tmp_path / "a.json")
     planned = next(row for row in getattr(kernels, f"{stage}_plan")(QUICK) if row["shape"] == TINY_GQA.name)
-    small = {**planned, "length": length, **({"queries": min(planned["queries"], 32)} if "queries" in planned else {})}
+    small = {
+        **planned,
+        "length": length,
+        **({"queries": min(planned["queries"], 32)} if "queries" in planned else {}),
+    }
     getattr(kernels, stage)(record, [small], QUICK)
     (row,) = record.rows
     times = [value for name, value in row.items() if name.endswith("_ms")]
@@ -294,7 +330,9 @@ def test_a_kernel_stage_runs_as_planned(stage: str, length: int, tmp_path: Path)
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("queries", [1, 40])
-def test_a_kernel_check_passes_and_sees_a_wrong_distance(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_check_passes_and_sees_a_wrong_distance(
+    queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vllm_longctx.cuda.kernels.lambda_tile import View
 
     small = replace(TINY_GQA, trained=64)

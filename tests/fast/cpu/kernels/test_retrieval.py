@@ -1,4 +1,6 @@
-"""The memory's lookup against the dense float64 reference, and what `best_blocks` promises against `top_k`."""
+"""The memory's lookup against the dense float64 reference, and what `best_blocks` promises against
+`top_k`.
+"""
 
 from dataclasses import replace
 
@@ -11,7 +13,16 @@ from torch import Tensor
 from vllm_longctx import reference
 from vllm_longctx.cpu.kernels import retrieval
 from vllm_longctx.cpu.kernels.branches import additive, attend
-from vllm_longctx.cpu.kernels.retrieval import Codes, Memory, Pages, Selection, attend_best, best_blocks, recall, top_k
+from vllm_longctx.cpu.kernels.retrieval import (
+    Codes,
+    Memory,
+    Pages,
+    Selection,
+    attend_best,
+    best_blocks,
+    recall,
+    top_k,
+)
 from vllm_longctx.geometry import local_branch, memory_branch
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 
@@ -34,7 +45,9 @@ def stored(key: Tensor, value: Tensor, block_table: Tensor, places: tuple[Tensor
     position = torch.arange(len(key))
     block = block_table[position // BS, None, None]
     for which, x in enumerate((key, value)):
-        halves[block, torch.arange(key.shape[1])[:, None], which, places[which][position % BS].unsqueeze(1)] = x
+        halves[
+            block, torch.arange(key.shape[1])[:, None], which, places[which][position % BS].unsqueeze(1)
+        ] = x
     return Pages(halves.view(*halves.shape[:2], BS, 2 * D), places)
 
 
@@ -43,7 +56,11 @@ def table(blocks: int, run: bool) -> Tensor:
 
 
 def a_memory(
-    length: int, run: bool = True, begin: int = 0, dtype: torch.dtype = torch.float32, key: Tensor | None = None
+    length: int,
+    run: bool = True,
+    begin: int = 0,
+    dtype: torch.dtype = torch.float32,
+    key: Tensor | None = None,
 ) -> Memory:
     key = torch.randn(length, KV_HEADS, D) if key is None else key
     blocks = table(-(-length // BS), run)
@@ -70,7 +87,14 @@ def a_memory(
 @example(4, 64, 0, 1, 70, torch.float32, True, True)  # decode, whole blocks, every key
 @example(1, 13, 13, 3, 5, torch.float32, True, True)  # no memory yet
 def test_attention_over_the_best_keys_is_the_references(
-    group: int, context: int, begin: int, queries: int, k: int, dtype: torch.dtype, run: bool, kernel_order: bool
+    group: int,
+    context: int,
+    begin: int,
+    queries: int,
+    k: int,
+    dtype: torch.dtype,
+    run: bool,
+    kernel_order: bool,
 ) -> None:
     """A window that begins at `context`, and the memory from `begin` on before it."""
     torch.manual_seed(context * 100 + begin)
@@ -91,9 +115,13 @@ def test_attention_over_the_best_keys_is_the_references(
     turned = ROTARY.turn(query, (positions - context)[:, None])
     got = attend_best(turned, stored_memory, (output[0].transpose(0, 1), lse[0].transpose(0, 1)), k, SCALE)
 
-    products = torch.einsum("thd,shd->ths", turned.double(), key[begin:context].double().repeat_interleave(group, 1))
+    products = torch.einsum(
+        "thd,shd->ths", turned.double(), key[begin:context].double().repeat_interleave(group, 1)
+    )
     ranked = products.sort(-1, descending=True).values
-    clear = torch.ones(query.shape[:2], dtype=torch.bool)  # in float32 either of two almost equal keys may win
+    clear = torch.ones(
+        query.shape[:2], dtype=torch.bool
+    )  # in float32 either of two almost equal keys may win
     if k < context - begin:
         clear = ranked[..., k - 1] - ranked[..., k] > 1e-5
     assert clear.float().mean() > 0.9
@@ -110,7 +138,9 @@ def test_a_query_finds_the_same_alone_and_in_a_chunk(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(retrieval, "QUERY_TILE", 3)
         parts = [look_up(q, memory, 7, SCALE) for q in query.split(1)] + [look_up(query, memory, 7, SCALE)]
         monkeypatch.undo()
-        assert parts[0].keys_read < 600  # by bounds, in either way, where the chunk's `top_k` looks at every key
+        assert (
+            parts[0].keys_read < 600
+        )  # by bounds, in either way, where the chunk's `top_k` looks at every key
         for name in ("positions", "proven"):
             alone = torch.cat([getattr(p, name) for p in parts])
             assert torch.equal(alone, torch.cat([getattr(whole, name)] * 2))

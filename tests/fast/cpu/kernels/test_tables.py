@@ -1,4 +1,6 @@
-"""The kernel's tables: whatever the geometry, each query sees exactly its keys, each from where it must be turned to."""
+"""The kernel's tables: whatever the geometry, each query sees exactly its keys, each from where it must be
+turned to.
+"""
 
 import torch
 from hypothesis import assume, given, settings
@@ -31,7 +33,9 @@ def test_a_decode_sees_exactly_its_keys(step: tuple[Geometry, list[int]]) -> Non
     assume(geometry.n_global == 0 or sum(n > geometry.n_local for n in lengths) <= scratch.rows)
     table = torch.arange(1, num_blocks).view(len(lengths), width).int()
     # Every slot of the pool holds (row, position, turned by); scratch starts with rubbish.
-    memory = {int(table[r, p // BS]) * BS + p % BS: (r, p, 0) for r, n in enumerate(lengths) for p in range(n)}
+    memory = {
+        int(table[r, p // BS]) * BS + p % BS: (r, p, 0) for r, n in enumerate(lengths) for p in range(n)
+    }
     tables = kernel_tables(geometry, BS, scratch, table, torch.tensor(lengths), torch.ones(len(lengths)))
     if tables.moves is not None:
         moves = tables.moves
@@ -60,7 +64,9 @@ def test_a_decode_sees_exactly_its_keys(step: tuple[Geometry, list[int]]) -> Non
 @settings(deadline=None, max_examples=100)
 @given(steps(), st.integers(0, 40))
 def test_shifted_tables_are_those_made_anew(step: tuple[Geometry, list[int]], change_at: int) -> None:
-    """Requests go on by one token a step; at some step they change places, which keeps the lengths of equal ones."""
+    """Requests go on by one token a step; at some step they change places, which keeps the lengths of equal
+    ones.
+    """
     geometry, lengths = step
     lengths = [*lengths, lengths[0]]
     width = max(cdiv(n + 41, BS) for n in lengths)
@@ -98,7 +104,9 @@ def test_a_lone_request_is_shifted_but_where_it_enters_another_block() -> None:
 
 
 @given(st.integers(1, 60), st.integers(1, 200), st.integers(1, 50))
-def test_without_first_tokens_a_chunk_keeps_every_block_its_queries_see(n_local: int, length: int, queries: int) -> None:
+def test_without_first_tokens_a_chunk_keeps_every_block_its_queries_see(
+    n_local: int, length: int, queries: int
+) -> None:
     queries = min(queries, length)
     geometry = Geometry(0, n_local)
     table = torch.arange(1, 1 + cdiv(length, BS)).int()[None]

@@ -1,4 +1,6 @@
-"""Chunked prefill by tiles against the dense float64 reference, over geometries and places of the chunk in the text."""
+"""Chunked prefill by tiles against the dense float64 reference, over geometries and places of the chunk in
+the text.
+"""
 
 import pytest
 import torch
@@ -14,19 +16,30 @@ from vllm_longctx.rotary import Rotary, inverse_frequencies
 D, HEADS, KV_HEADS = 16, 4, 2
 
 
-def run(geometry: Geometry, context: int, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    geometry: Geometry, context: int, length: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(context * 1000 + length)
     rotary = Rotary(D, D, True, inverse_frequencies(D, {"rope_theta": 50.0}))
     total = context + length
     query, key, value = (torch.randn(total, h, D).to(dtype) for h in (HEADS, KV_HEADS, KV_HEADS))
     positions = torch.arange(total)
-    expected = reference.attention(query[context:], key, value, branches(geometry, positions[context:], positions), 0.5, rotary)
+    expected = reference.attention(
+        query[context:], key, value, branches(geometry, positions[context:], positions), 0.5, rotary
+    )
     q, k = (rotary.turn(x, positions[:, None]) for x in (query, key))
     start = context - geometry.n_local + 1
     plan = plan_chunk(geometry, context, length)
     first = k[: geometry.n_global], value[: geometry.n_global]
     got = attend_chunk(
-        plan, q[context:], k[context:], value[context:], (k[start:context], value[start:context]), first, rotary, 0.5
+        plan,
+        q[context:],
+        k[context:],
+        value[context:],
+        (k[start:context], value[start:context]),
+        first,
+        rotary,
+        0.5,
     )
     return got.double(), expected
 

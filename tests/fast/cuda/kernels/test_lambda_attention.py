@@ -1,4 +1,6 @@
-"""Λ attention kernels against the dense float64 reference: compiled where there is a GPU, interpreted elsewhere."""
+"""Λ attention kernels against the dense float64 reference: compiled where there is a GPU, interpreted
+elsewhere.
+"""
 
 import os
 import subprocess
@@ -52,7 +54,9 @@ class Case:
         if self.alibi:
             return None
         rotary_dim = self.rotary_dim or self.head_size
-        return Rotary(self.head_size, rotary_dim, self.is_neox, inverse_frequencies(rotary_dim, {"rope_theta": 50.0}))
+        return Rotary(
+            self.head_size, rotary_dim, self.is_neox, inverse_frequencies(rotary_dim, {"rope_theta": 50.0})
+        )
 
     def slopes(self) -> Tensor | None:
         return alibi_slopes(self.heads).float() if self.alibi else None
@@ -94,7 +98,10 @@ cases = pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, c
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts in a paged cache of which every slot that nobody may see is NaN. expected: float64 [tokens, heads, head_size]."""
+    """Texts in a paged cache of which every slot that nobody may see is NaN.
+
+    expected: float64 [tokens, heads, head_size].
+    """
 
     case: Case
     query: Tensor
@@ -110,14 +117,33 @@ class Batch:
         c, out = self.case, torch.full_like(self.query, torch.nan)
         workspace = decode_workspace(len(self.query), c.heads, c.head_size, splits, DEVICE).fill_(torch.nan)
         common = (self.query, self.key_cache, self.value_cache, self.block_table, self.seq_lens)
-        lambda_decode(*common, *self.turns(), self.view(), c.head_size**-0.5, out, workspace, splits, lse=lse, launch=c.launch)
+        lambda_decode(
+            *common,
+            *self.turns(),
+            self.view(),
+            c.head_size**-0.5,
+            out,
+            workspace,
+            splits,
+            lse=lse,
+            launch=c.launch,
+        )
         return out.cpu().double()
 
     def attention(self, lse: Tensor | None = None) -> Tensor:
         c, out = self.case, torch.full_like(self.query, torch.nan)
-        common = (self.query, self.key_cache, self.value_cache, self.block_table, self.seq_lens, self.query_start_loc)
+        common = (
+            self.query,
+            self.key_cache,
+            self.value_cache,
+            self.block_table,
+            self.seq_lens,
+            self.query_start_loc,
+        )
         longest = max(step for _, step in c.lens)
-        lambda_attention(*common, longest, *self.turns(), self.view(), c.head_size**-0.5, out, lse=lse, launch=c.launch)
+        lambda_attention(
+            *common, longest, *self.turns(), self.view(), c.head_size**-0.5, out, lse=lse, launch=c.launch
+        )
         return out.cpu().double()
 
     def view(self) -> View:
@@ -137,7 +163,9 @@ def batch_of(case: Case) -> Batch:
     rotary, bs, d = case.rotary(), case.block_size, case.head_size
     columns = max(-(-length // bs) for length, _ in case.lens) + 1
     num_blocks = 1 + len(case.lens) * columns
-    shape = (num_blocks, bs, case.kv_heads, 2 * d) if case.slots_first else (num_blocks, case.kv_heads, bs, 2 * d)
+    shape = (
+        (num_blocks, bs, case.kv_heads, 2 * d) if case.slots_first else (num_blocks, case.kv_heads, bs, 2 * d)
+    )
     cache = torch.full(shape, torch.nan, dtype=case.dtype)
     cache = cache if case.slots_first else cache.transpose(1, 2)
     free = (1 + torch.randperm(num_blocks - 1)).tolist()
@@ -178,7 +206,9 @@ def batch_of(case: Case) -> Batch:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Scores of rotated keys carry a rounding of the key, those under the ceiling two; outputs are averages of size 1."""
+    """Scores of rotated keys carry a rounding of the key, those under the ceiling two; outputs are averages
+    of size 1.
+    """
     return 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
 
 
@@ -215,8 +245,12 @@ lengths = st.one_of(st.integers(1, 100), st.sampled_from([15, 16, 17, 31, 32, 33
     st.lists(st.tuples(lengths, st.integers(1, 40)), min_size=1, max_size=3),
 )
 @example(Geometry(20, 1, 1), [(40, 1), (21, 21), (22, 2)])  # a window of the query alone
-def test_the_kernels_at_any_length_equal_the_reference(geometry: Geometry, rows: list[tuple[int, int]]) -> None:
-    case = Case(geometry, tuple((length, min(step, length)) for length, step in rows), kv_heads=1, head_size=16)
+def test_the_kernels_at_any_length_equal_the_reference(
+    geometry: Geometry, rows: list[tuple[int, int]]
+) -> None:
+    case = Case(
+        geometry, tuple((length, min(step, length)) for length, step in rows), kv_heads=1, head_size=16
+    )
     batch = batch_of(case)
     assert largest_error(batch.attention(), batch) < 1e-5
     batch = batch_of(replace(case, lens=tuple((length, 1) for length, _ in rows)))
@@ -280,7 +314,11 @@ def test_the_kernels_cap_scores_softly() -> None:
     cache = torch.cat((key, value), -1).view(5, 8, 1, 2 * d)
     table = torch.arange(5, dtype=torch.int32, device=DEVICE)[None]
     lens = torch.tensor([length], dtype=torch.int32, device=DEVICE)
-    view, out, work = View(Geometry(), soft_cap=cap), torch.empty_like(query), decode_workspace(1, 1, d, 2, DEVICE)
+    view, out, work = (
+        View(Geometry(), soft_cap=cap),
+        torch.empty_like(query),
+        decode_workspace(1, 1, d, 2, DEVICE),
+    )
     lambda_decode(query, *cache.split(d, -1), table, lens, None, None, view, 1.0, out, work, 2, launch=SMALL)
     scores = cap * torch.tanh(query[0].double() @ key[:, 0].double().T / cap)
     expected = scores.softmax(-1) @ value[:, 0].double()
@@ -290,7 +328,9 @@ def test_the_kernels_cap_scores_softly() -> None:
 def test_the_kernels_read_float8_caches_with_their_scales() -> None:
     batch = batch_of(Case(lens=MIXED))
     k_scale, v_scale = 0.5, 2.0
-    caches = [(c / s).to(torch.float8_e4m3fn) for c, s in ((batch.key_cache, k_scale), (batch.value_cache, v_scale))]
+    caches = [
+        (c / s).to(torch.float8_e4m3fn) for c, s in ((batch.key_cache, k_scale), (batch.value_cache, v_scale))
+    ]
     both = torch.cat(caches, -1)
     rounded = [c.float() * s for c, s in zip(both.split(32, -1), (k_scale, v_scale), strict=True)]
     expected = replace(batch, key_cache=rounded[0], value_cache=rounded[1].contiguous())
@@ -328,8 +368,15 @@ def test_decode_kernel_programs_fill_the_device_and_each_has_work(rows: int, kv_
 
 
 def test_the_kernels_compile_for_an_h100() -> None:
-    """The interpreter takes types, shapes and sizes that the compiler refuses. `compile_kernels.py` has more cases."""
-    names = [f"lambda {which}, {name}" for which in ("decode", "prefill") for name in ("head 32 float16", "8B bfloat16")]
+    """The interpreter takes types, shapes and sizes that the compiler refuses.
+
+    `compile_kernels.py` has more cases.
+    """
+    names = [
+        f"lambda {which}, {name}"
+        for which in ("decode", "prefill")
+        for name in ("head 32 float16", "8B bfloat16")
+    ]
     names += ["lookup, 8B bfloat16 by blocks", "lookup, 8B bfloat16, chunk"]
     script = Path(__file__).parents[3] / "support" / "compile_kernels.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

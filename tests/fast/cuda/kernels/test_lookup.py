@@ -1,4 +1,7 @@
-"""The Triton lookup against `retrieval`, which it must equal, and against dense float64. Without a GPU, interpreted."""
+"""The Triton lookup against `retrieval`, which it must equal, and against dense float64.
+
+Without a GPU, interpreted.
+"""
 
 import pytest
 import torch
@@ -19,14 +22,18 @@ SCALE = 0.4
 
 
 def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
-    """One softmax over two branches: outputs [..., d], log-sum-exps [...]; a has keys everywhere. float32 [..., d]."""
+    """One softmax over two branches: outputs [..., d], log-sum-exps [...]; a has keys everywhere.
+
+    float32 [..., d].
+    """
     total = torch.logaddexp(a[1], b[1])
     weight_a, weight_b = ((lse - total).exp().unsqueeze(-1) for lse in (a[1], b[1]))
     return torch.addcmul(a[0].float() * weight_a, b[0].float(), weight_b)
 
 
 def paged(keys: Tensor, values: Tensor, num_blocks: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Key and value caches as vLLM's backends see theirs, NaN where nothing was written, and tables of shuffled blocks.
+    """Key and value caches as vLLM's backends see theirs, NaN where nothing was written, and tables of
+    shuffled blocks.
 
     keys, values [rows, S, kv_heads, d].
     """
@@ -51,7 +58,9 @@ def memories(
         summaries = Summaries.like(key_cache)
         for row, end in enumerate(ends):
             first = torch.arange(-(-end // block), device=DEVICE)
-            summaries.summarise(key_cache, table[row, : len(first)].long(), (end - first * block).clamp_max(block))
+            summaries.summarise(
+                key_cache, table[row, : len(first)].long(), (end - first * block).clamp_max(block)
+            )
     return Memories(key_cache, value_cache, table, *bounds, max(ends), summaries)
 
 
@@ -63,7 +72,9 @@ def on_cpu(m: Memories, row: int) -> retrieval.Memory:
     pages = retrieval.Pages(blocks.view(num_blocks, kv_heads, block, 2 * d), (order, order))
     end, codes = int(m.ends[row]), retrieval.Codes.empty(num_blocks, kv_heads, block, d)
     first = torch.arange(-(-end // block))
-    codes.summarise(pages, m.block_table[row].cpu().long()[: len(first)], (end - first * block).clamp_max(block))
+    codes.summarise(
+        pages, m.block_table[row].cpu().long()[: len(first)], (end - first * block).clamp_max(block)
+    )
     return retrieval.Memory(pages, m.block_table[row].cpu().long(), int(m.begins[row]), end, codes)
 
 
@@ -79,7 +90,9 @@ def dense(query: Tensor, m: Memories, row: int) -> tuple[Tensor, Tensor]:
 
 
 def attend_dense(query: Tensor, m: Memories, row: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [T, heads, d] and log-sum-exp [T, heads] over the k best, and where the k-th is clearly better than the next."""
+    """Output [T, heads, d] and log-sum-exp [T, heads] over the k best, and where the k-th is clearly better
+    than the next.
+    """
     scores, values = dense(query, m, row)
     best = scores.topk(min(k + 1, scores.shape[-1]), -1)
     clear = torch.ones(scores.shape[:2], dtype=torch.bool)
@@ -103,7 +116,9 @@ def attend_dense(query: Tensor, m: Memories, row: int, k: int) -> tuple[Tensor, 
 def test_kernel_finds_and_attends_to_the_best_keys(
     dtype: torch.dtype, kv_heads: int, group: int, d: int, block: int, length: int, k: int
 ) -> None:
-    """A memory that ends inside a block, one that begins inside one, one of whole blocks; the last alone where T is large."""
+    """A memory that ends inside a block, one that begins inside one, one of whole blocks; the last alone
+    where T is large.
+    """
     keys, values = (torch.randn(3, 4 * block, kv_heads, d).to(dtype) for _ in range(2))
     m = memories(keys, values, [0, 5, 0], [3 * block + 7, 2 * block - 1, 4 * block], block)
     query = torch.randn(3, length, kv_heads * group, d).to(dtype).to(DEVICE)
@@ -120,7 +135,9 @@ def test_kernel_finds_and_attends_to_the_best_keys(
         there = ~found.scores.isneginf()
         assert torch.equal(~scores[row].isneginf(), there)
         assert (scores[row] * SCALE - found.scores)[there].abs().max() < 1e-5
-        assert (positions[row] == found.positions)[there & clear.unsqueeze(-1)].float().mean() > 0.98  # order of near ties
+        assert (positions[row] == found.positions)[
+            there & clear.unsqueeze(-1)
+        ].float().mean() > 0.98  # order of near ties
 
 
 def test_kernel_with_k_beyond_the_memory_attends_to_all() -> None:
@@ -129,7 +146,9 @@ def test_kernel_with_k_beyond_the_memory_attends_to_all() -> None:
     output, lse = lookup.attend_best(query.to(DEVICE), m, 64, SCALE)
     for row in range(2):
         scores, values = dense(query[row], m, row)
-        assert (output[row].cpu() - torch.einsum("ths,shd->thd", scores.softmax(-1), values)).abs().max() < 1e-6
+        assert (
+            output[row].cpu() - torch.einsum("ths,shd->thd", scores.softmax(-1), values)
+        ).abs().max() < 1e-6
         assert (lse[row].cpu() - scores.logsumexp(-1)).abs().max() < 1e-6
 
 
@@ -157,7 +176,9 @@ def test_kernel_of_an_empty_memory_leaves_the_window() -> None:
 
 
 @pytest.mark.parametrize("share", [None, 0.3])
-def test_kernel_results_do_not_depend_on_tiles_or_company(monkeypatch: pytest.MonkeyPatch, share: float | None) -> None:
+def test_kernel_results_do_not_depend_on_tiles_or_company(
+    monkeypatch: pytest.MonkeyPatch, share: float | None
+) -> None:
     m = memories(*torch.randn(2, 3, 200, 2, 16), [0, 5, 0], [200, 150, 9], coded=True)
     query = torch.randn(3, 3, 2, 16, device=DEVICE)
     monkeypatch.setattr(lookup, "SCANNED", 2)
@@ -165,7 +186,10 @@ def test_kernel_results_do_not_depend_on_tiles_or_company(monkeypatch: pytest.Mo
     monkeypatch.setattr(lookup, "WORKSPACE", 700)
     monkeypatch.setattr(lookup, "QUERY_TILE", 2)
     tiled = lookup.attend_best(query, m, 3, SCALE, share)
-    alone = [lookup.attend_best(query[row : row + 1], m.rows(slice(row, row + 1)), 3, SCALE, share) for row in range(3)]
+    alone = [
+        lookup.attend_best(query[row : row + 1], m.rows(slice(row, row + 1)), 3, SCALE, share)
+        for row in range(3)
+    ]
     for which in (0, 1):
         assert torch.allclose(tiled[which], whole[which], atol=1e-6)
         assert torch.allclose(torch.cat([x[which] for x in alone]), whole[which], atol=1e-6)
@@ -185,7 +209,9 @@ def test_kernel_by_blocks_is_retrievals(dtype: torch.dtype) -> None:
         cpu = on_cpu(m, row)
         assert cpu.codes is not None
         used = cpu.blocks
-        assert torch.equal(m.summaries.codes[used].cpu().transpose(1, 2), cpu.codes.codes[:, used].transpose(0, 1))
+        assert torch.equal(
+            m.summaries.codes[used].cpu().transpose(1, 2), cpu.codes.codes[:, used].transpose(0, 1)
+        )
         assert torch.equal(m.summaries.steps[used].cpu(), cpu.codes.steps[:, used].T)
         found = retrieval.best_blocks(query[row], cpu, 4, SCALE, 0.3, least=2)
         assert found.keys_read < 0.35 * 330
@@ -210,7 +236,9 @@ def test_kernel_and_window_are_the_reference() -> None:
     turned = rotary.turn(query, (positions - context)[:, None])
     own = rotary.turn(key[context:], (keys[context:] - context)[:, None])
     by_head = (x.transpose(0, 1)[None] for x in (turned, own, value[context:]))
-    output, lse = (x[0].transpose(0, 1).to(DEVICE) for x in attend(*by_head, additive(local.visible[:, context:]), SCALE))
+    output, lse = (
+        x[0].transpose(0, 1).to(DEVICE) for x in attend(*by_head, additive(local.visible[:, context:]), SCALE)
+    )
     m = memories(key[None, :context], value[None, :context], [0], [context])
     found = lookup.attend_best(turned[None].to(DEVICE), m, k, SCALE)
     assert (merge((output, lse), (found[0][0], found[1][0])).cpu() - expected).abs().max() < 2e-6
@@ -218,23 +246,32 @@ def test_kernel_and_window_are_the_reference() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernel_of_stepped_windows_joins_what_was_found(dtype: torch.dtype) -> None:
-    """Two chunks and a decode, whose windows begin inside a block, at one, and at the query; padding at the end."""
+    """Two chunks and a decode, whose windows begin inside a block, at one, and at the query; padding at the
+    end.
+    """
     keys, values = (torch.randn(4, 70, 2, 16).to(dtype) for _ in range(2))
     lens, starts, counts = [70, 45, 33, 0], [37, 16, 32, 0], [21, 3, 1, 0]
     m = memories(keys, values, [0, 0, 0, 0], starts)
     query = torch.randn(sum(counts), 4, 16).to(dtype).to(DEVICE)
     begins = torch.tensor([0, *counts]).cumsum(0).int().to(DEVICE)
-    branch = torch.zeros(len(query), 4, 16, device=DEVICE), torch.full((len(query), 4), -torch.inf, device=DEVICE)
+    branch = (
+        torch.zeros(len(query), 4, 16, device=DEVICE),
+        torch.full((len(query), 4), -torch.inf, device=DEVICE),
+    )
     first = begins.tolist()
     for row in (0, 2):  # row 1 has nothing to join
         tokens = slice(first[row], first[row + 1])
         for x, found in zip(
-            branch, lookup.attend_best(query[None, tokens], m.rows(slice(row, row + 1)), 5, SCALE), strict=True
+            branch,
+            lookup.attend_best(query[None, tokens], m.rows(slice(row, row + 1)), 5, SCALE),
+            strict=True,
         ):
             x[tokens] = found[0]
     bounds = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (starts, lens))
     out = torch.empty_like(query)
-    stepped_attention(query, m.key_cache, m.value_cache, m.block_table, *bounds, begins, max(counts), SCALE, out, branch)
+    stepped_attention(
+        query, m.key_cache, m.value_cache, m.block_table, *bounds, begins, max(counts), SCALE, out, branch
+    )
     for row in range(3):
         queries = query[first[row] : first[row + 1]].cpu()
         group = queries.shape[1] // 2
@@ -247,5 +284,9 @@ def test_kernel_of_stepped_windows_joins_what_was_found(dtype: torch.dtype) -> N
             best = scores[..., : starts[row]].topk(5, -1).indices
             seen.scatter_(-1, best, True)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        error = (out[first[row] : first[row + 1]].cpu() - torch.einsum("ths,shd->thd", weights, v)).abs().max()
-        assert error < (2e-6 if dtype == torch.float32 else 2e-3)  # half precision: of the weights and of the output
+        error = (
+            (out[first[row] : first[row + 1]].cpu() - torch.einsum("ths,shd->thd", weights, v)).abs().max()
+        )
+        assert error < (
+            2e-6 if dtype == torch.float32 else 2e-3
+        )  # half precision: of the weights and of the output
