@@ -296,7 +296,8 @@ def test_it_declares_cuda_graphs_of_decodes() -> None:
 
 SUPPORTED = {
     "head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 32, "use_mla": False,
-    "has_sink": False, "use_sparse": False, "use_mm_prefix": False, "use_per_head_quant_scales": False, "attn_type": "decoder",
+    "has_sink": False, "use_sparse": False, "use_mm_prefix": False, "use_per_head_quant_scales": False,
+    "attn_type": "decoder",
     "device_capability": DeviceCapability(8, 0),
 }  # fmt: skip
 

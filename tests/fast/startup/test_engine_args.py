@@ -157,8 +157,8 @@ def test_the_smallest_pool_that_is_accepted() -> None:
         (
             AutoConfig.for_model(
                 "deepseek_v2", **TINY, num_key_value_heads=2, kv_lora_rank=16, q_lora_rank=None,
-                qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, intermediate_size=64, moe_intermediate_size=32,
-                first_k_dense_replace=2,
+                qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, intermediate_size=64,
+                moe_intermediate_size=32, first_k_dense_replace=2,
             ),
             "DeepseekV2ForCausalLM",
             "it has MLA layers",
