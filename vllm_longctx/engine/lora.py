@@ -39,7 +39,7 @@ EMPTY = StepInfo()
 
 
 class LoRAConfigWithSlots(LoRAConfig):
-    """Of LoRA layers whose last indices are the slots'.
+    """The configuration of LoRA layers whose last indices are the slots'.
 
     slots: Number of slots.
     users: What the user asked for. None without `enable_lora`.

@@ -62,7 +62,6 @@ class TempLoraScheduler(LongContextScheduler):
 
     Also a mixin: `class X(TempLoraScheduler, AsyncScheduler)` does the same over vLLM's other scheduler.
 
-
     adapting: By request id, the requests that adapt, until they end.
     saves: Those that have ended and wait for their save.
     jobs: What the trainer is asked.
