@@ -1,4 +1,6 @@
-"""Whether the programs of benchmarks/ take the words of commands: in a process of its own, since to load one has effects.
+"""Whether the programs of benchmarks/ take the words of commands.
+
+In a process of its own, since loading one has effects:
 
     python -m tests.support.benchmark_options < COMMANDS.json > COMPLAINTS.json
 

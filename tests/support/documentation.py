@@ -27,7 +27,10 @@ INLINE = re.compile(rf"`((?:{COMMANDS}) [^`]+)`")
 
 
 def parse_options(command: Any, words: list[str]) -> dict[str, Any]:
-    """Options as a command of click's would get them. Raises click's exceptions for words that it does not take."""
+    """Options as a command of click's would get them.
+
+    Raises click's exceptions for words that it does not take.
+    """
     if hasattr(command, "commands"):
         name, *words = words
         command = command.commands[name]

@@ -25,7 +25,17 @@ from vllm.entrypoints.cli.run_batch import RunBatchSubcommand
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from tests.support.documentation import PAGES, ROOT, Block, anchors, blocks, commands, inline_commands, links, parse_options
+from tests.support.documentation import (
+    PAGES,
+    ROOT,
+    Block,
+    anchors,
+    blocks,
+    commands,
+    inline_commands,
+    links,
+    parse_options,
+)
 from vllm_longctx import BOOKLM, plugin
 from vllm_longctx.cli.engine import longctx_config
 from vllm_longctx.cli.main import app
@@ -110,7 +120,9 @@ def complaints() -> dict[tuple[str, ...], str | None]:
     every += [words for page in PAGES for words in inline_commands(page)]
     asked = [words[1:] for words in every if words[0] == "python" and words[1].startswith("benchmarks/")]
     command = [sys.executable, "-m", "tests.support.benchmark_options"]
-    done = subprocess.run(command, input=json.dumps(asked), cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, input=json.dumps(asked), cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return dict(zip(map(tuple, asked), json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
