@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -23,6 +24,17 @@ FENCE = re.compile(r"(?:^<!-- (\w+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE 
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]+))?\)")
 COMMANDS = "|".join(("make", "python", "pip", "vllm", "vllm-longctx"))
 INLINE = re.compile(rf"`((?:{COMMANDS}) [^`]+)`")
+
+
+def parse_options(command: Any, words: list[str]) -> dict[str, Any]:
+    """Options as a command of click's would get them.
+
+    Raises click's exceptions for words that it does not take.
+    """
+    if hasattr(command, "commands"):
+        name, *words = words
+        command = command.commands[name]
+    return command.make_context(command.name, words).params
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ leads somewhere.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import re
@@ -13,10 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-import click
 import msgspec
 import pytest
-import typer
 import vllm
 import yaml
 from typer.main import get_command
@@ -26,7 +25,17 @@ from vllm.entrypoints.cli.run_batch import RunBatchSubcommand
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from tests.support.documentation import PAGES, ROOT, Block, anchors, blocks, commands, inline_commands, links
+from tests.support.documentation import (
+    PAGES,
+    ROOT,
+    Block,
+    anchors,
+    blocks,
+    commands,
+    inline_commands,
+    links,
+    parse_options,
+)
 from vllm_longctx import BOOKLM, plugin
 from vllm_longctx.cli.engine import longctx_config
 from vllm_longctx.cli.main import app
@@ -72,19 +81,8 @@ def check_vllm(words: list[str], parser: argparse.ArgumentParser) -> None:
     parsed(parser, words[1:])
 
 
-def parse_click(command: click.Command, words: list[str]) -> dict[str, Any]:
-    """The options as the command would get them.
-
-    Raises click.ClickException for words that it does not take.
-    """
-    if isinstance(command, click.Group):
-        name, *words = words
-        command = command.commands[name]
-    return command.make_context(command.name, words).params
-
-
 def check_longctx(words: list[str]) -> None:
-    options = parse_click(get_command(app), words[1:])
+    options = parse_options(get_command(app), words[1:])
     if "preset" in options:
         longctx_config(options["longctx"], options["preset"])
 
@@ -111,12 +109,21 @@ def check_python(words: list[str]) -> None:
             [sys.executable, path, "--help"], capture_output=True, text=True, check=True
         ).stdout
         assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[\w-]+", shown))
-    elif path.parents[0].name == "benchmarks" or path.parents[1].name == "benchmarks":
-        module = load(path)
-        one = typer.Typer()
-        if not hasattr(module, "app"):
-            one.command()(module.main)
-        parse_click(get_command(getattr(module, "app", one)), words[2:])
+    elif words[1].startswith("benchmarks/"):
+        assert (complaint := complaints()[tuple(words[1:])]) is None, complaint
+
+
+@functools.cache
+def complaints() -> dict[tuple[str, ...], str | None]:
+    """What the programs of benchmarks/ say to each command on any page."""
+    every = [words for block in SHELL for words in commands(block.text)]
+    every += [words for page in PAGES for words in inline_commands(page)]
+    asked = [words[1:] for words in every if words[0] == "python" and words[1].startswith("benchmarks/")]
+    command = [sys.executable, "-m", "tests.support.benchmark_options"]
+    done = subprocess.run(
+        command, input=json.dumps(asked), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return dict(zip(map(tuple, asked), json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 def check_make(words: list[str]) -> None:
