@@ -1,4 +1,4 @@
-"""What a user may ask for, and every check of it. Names: README, "Configuration".
+"""What a user may ask for, and every check of it. Names: docs/configuration.md.
 
 A configuration is a plain dict under `additional_config["longctx"]`, so that it reaches every process and
 enters vLLM's compile-cache hash. `LongContextConfig.parse` checks it by itself; `for_model` fills in lengths

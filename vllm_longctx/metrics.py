@@ -1,6 +1,4 @@
-"""Prometheus metrics of long requests beside vLLM's own, under the same labels; README, "Watching a
-server".
-"""
+"""Prometheus metrics of long requests beside vLLM's own, under the same labels; see docs/metrics.md."""
 
 import contextlib
 import re
