@@ -217,7 +217,7 @@ def additional_config_from_flags(
     longctx: Mapping[str, Any] | None,
     preset: str | None,
 ) -> dict[str, Any]:
-    """`--plugin longctx`, `--longctx` and `--longctx-preset` as `additional_config`; see docs/configuration.md.
+    """`--plugin longctx`, `--longctx` and `--longctx-preset` as `additional_config` (docs/configuration.md).
 
     Raises LongContextError where a flag contradicts another or `additional_config` itself.
     """
