@@ -13,7 +13,7 @@ from vllm_longctx.cpu.runner import LongContextRunner
 from vllm_longctx.engine.kv_cache import MemorySpec
 from vllm_longctx.engine.layers import LayerSite
 from vllm_longctx.engine.lookup import ClosedWindow, covering
-from vllm_longctx.engine.step import copied_blocks
+from vllm_longctx.engine.step import StepInfo, copied_blocks
 from vllm_longctx.modes import Role
 
 
@@ -36,7 +36,11 @@ class MemoryRunner(LongContextRunner):
         for site in self.memory_sites:
             memory_impl(site).bind_kv_cache(site.layer.kv_cache, self.memory_isa)
 
-    def copy_blocks(self) -> None:
+    def begin_step(self, scheduler_output: SchedulerOutput, info: StepInfo) -> None:
+        super().begin_step(scheduler_output, info)
+        self._copy_blocks()
+
+    def _copy_blocks(self) -> None:
         """Of requests that were hit in another one's open window, before anything is written in the step."""
         if copies := copied_blocks(self.step.windows.values()):
             sources, targets = copies
