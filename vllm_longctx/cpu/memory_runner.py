@@ -10,8 +10,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm_longctx.cpu.memory import MemoryImpl, close_window
 from vllm_longctx.cpu.rows import WindowRow
 from vllm_longctx.cpu.runner import LongContextRunner
-from vllm_longctx.engine.kv_cache import MemorySpec
-from vllm_longctx.engine.layers import LayerSite
+from vllm_longctx.engine.layers import LayerSite, SiteGroup, site_groups
 from vllm_longctx.engine.lookup import ClosedWindow, covering
 from vllm_longctx.engine.step import StepInfo, copied_blocks
 from vllm_longctx.modes import Role
@@ -20,21 +19,17 @@ from vllm_longctx.modes import Role
 class MemoryRunner(LongContextRunner):
     """Private methods of vLLM's that are overridden here: see `vllm_longctx.seams`."""
 
-    memory_sites: list[LayerSite]
-    memory_group: int  # of the KV cache, in which the memory layers are
+    memory_groups: list[SiteGroup]
     memory_isa: str  # of the CPU kernel, by which it packs blocks
     mem_dtype: torch.dtype
 
     def bind_kv_cache(self) -> None:
-        self.memory_sites = [site for site in self.sites if site.role == Role.MEMORY]
-        groups = self.kv_cache_config.kv_cache_groups
-        self.memory_group = next(
-            n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MemorySpec)
-        )
-        self.memory_isa = self.isa(self.memory_group)
-        self.mem_dtype = getattr(torch, self.memory_sites[0].settings.memory.dtype)
-        for site in self.memory_sites:
-            memory_impl(site).bind_kv_cache(site.layer.kv_cache, self.memory_isa)
+        self.memory_groups = site_groups(self.sites, Role.MEMORY, self.kv_cache_config)
+        self.memory_isa = self.isa(self.memory_groups[0].number)
+        self.mem_dtype = getattr(torch, self.memory_groups[0].sites[0].settings.memory.dtype)
+        for group in self.memory_groups:
+            for site in group.sites:
+                memory_impl(site).bind_kv_cache(site.layer.kv_cache, self.memory_isa)
 
     def begin_step(self, scheduler_output: SchedulerOutput, info: StepInfo) -> None:
         super().begin_step(scheduler_output, info)
@@ -44,7 +39,7 @@ class MemoryRunner(LongContextRunner):
         """Of requests that were hit in another one's open window, before anything is written in the step."""
         if copies := copied_blocks(self.step.windows.values()):
             sources, targets = copies
-            for site in self.memory_sites:
+            for site in (site for group in self.memory_groups for site in group.sites):
                 site.layer.kv_cache[targets] = site.layer.kv_cache[sources]
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
@@ -57,19 +52,19 @@ class MemoryRunner(LongContextRunner):
         # Slots are computed; what still reads positions is the model.
         self.positions[: scheduler_output.total_num_scheduled_tokens] -= starts.repeat_interleave(lengths)
         self.rows.windows = tuple(WindowRow(row, start) for row, start in enumerate(starts.tolist()) if start)
-        self._close_windows()
+        for group in self.memory_groups:
+            self._close_windows(group)
         return prepared
 
-    def _close_windows(self) -> None:
-        table = self.input_batch.block_table[self.memory_group].get_cpu_tensor()
-        block_size = self.kv_cache_config.kv_cache_groups[self.memory_group].kv_cache_spec.block_size
+    def _close_windows(self, group: SiteGroup) -> None:
+        table = self.input_batch.block_table[group.number].get_cpu_tensor()
         for row, request_id in enumerate(self.input_batch.req_ids):
             window = self.step.windows[request_id]
             if window.closes is None:
                 continue
-            blocks = covering(table[row], window.closes, window.start, block_size)
+            blocks = covering(table[row], window.closes, window.start, group.block_size)
             closed = ClosedWindow(window.closes, window.closes, window.start, blocks)
-            for site in self.memory_sites:
+            for site in group.sites:
                 close_window(site.layer.kv_cache, closed, site.rotary, self.mem_dtype, self.memory_isa)
                 memory_impl(site).summarise(closed)
 

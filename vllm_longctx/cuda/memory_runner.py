@@ -19,8 +19,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm_longctx.cuda.memory import LookupImpl, close_window
 from vllm_longctx.cuda.rows import StepRows
 from vllm_longctx.cuda.runner import LongContextRunner
-from vllm_longctx.engine.kv_cache import MemorySpec
-from vllm_longctx.engine.layers import LayerSite
+from vllm_longctx.engine.layers import LayerSite, SiteGroup, site_groups
 from vllm_longctx.engine.lookup import ClosedWindow, covering
 from vllm_longctx.engine.lora import SlotLoRAManager
 from vllm_longctx.engine.step import RequestWindow, copied_blocks
@@ -51,8 +50,7 @@ class MemoryRunner(LongContextRunner, GPUModelRunner):
     model_state: WindowedModelState
     lora_manager: SlotLoRAManager
     windows: dict[str, RequestWindow]
-    memory_sites: list[LayerSite]
-    memory_group: int  # of the KV cache, in which the memory layers are
+    memory_groups: list[SiteGroup]
     mem_dtype: torch.dtype
 
     def begin(self, sites: Sequence[LayerSite], rows: StepRows) -> None:
@@ -61,27 +59,23 @@ class MemoryRunner(LongContextRunner, GPUModelRunner):
         stock: object = self.model_state
         if type(stock) is not DefaultModelState or stock.rope_state is not None:
             raise RuntimeError(f"longctx cannot count the positions of {type(stock).__name__} from windows")
-        stock.__class__ = (
-            WindowedModelState  # vLLM makes it while the model is loaded, of a class that it names
-        )
+        # vLLM makes it while the model is loaded, of a class that it names.
+        stock.__class__ = WindowedModelState
         self.model_state.window_positions = torch.zeros_like(self.input_buffers.positions)
 
     def bind_kv_cache(self) -> None:
-        self.memory_sites = [site for site in self.sites if site.role == Role.MEMORY]
-        groups = self.kv_cache_config.kv_cache_groups
-        self.memory_group = next(
-            n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MemorySpec)
-        )
-        self.mem_dtype = getattr(torch, self.memory_sites[0].settings.memory.dtype)
-        looking = [
-            (impl, site.layer.kv_cache)
-            for site in self.memory_sites
-            if isinstance(impl := site.layer.impl, LookupImpl)
-        ]
-        for impl, kv_cache in looking:
-            impl.bind_kv_cache(kv_cache)
-        for impl, kv_cache in looking[:1]:
-            impl.warm_up(kv_cache, self.block_tables.input_block_tables[self.memory_group])
+        self.memory_groups = site_groups(self.sites, Role.MEMORY, self.kv_cache_config)
+        self.mem_dtype = getattr(torch, self.memory_groups[0].sites[0].settings.memory.dtype)
+        for group in self.memory_groups:
+            looking = [
+                (impl, site.layer.kv_cache)
+                for site in group.sites
+                if isinstance(impl := site.layer.impl, LookupImpl)
+            ]
+            for impl, kv_cache in looking:
+                impl.bind_kv_cache(kv_cache)
+            for impl, kv_cache in looking[:1]:
+                impl.warm_up(kv_cache, self.block_tables.input_block_tables[group.number])
 
     def prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         batch = super().prepare_inputs(scheduler_output, *args, **kwargs)
@@ -101,25 +95,25 @@ class MemoryRunner(LongContextRunner, GPUModelRunner):
     def prepare_attn(self, input_batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
         block_tables, slot_mappings = super().prepare_attn(input_batch)
         self._copy_blocks()
-        self._close_windows(input_batch.req_ids, block_tables[self.memory_group])
+        for group in self.memory_groups:
+            self._close_windows(group, input_batch.req_ids, block_tables[group.number])
         return block_tables, slot_mappings
 
     def _copy_blocks(self) -> None:
         """Of requests that were hit in another one's open window."""
         if copies := copied_blocks(self.windows.values()):
             sources, targets = async_tensor_h2d(np.array(copies, dtype=np.int64), device=self.device)
-            for site in self.memory_sites:
+            for site in (site for group in self.memory_groups for site in group.sites):
                 site.layer.kv_cache[targets] = site.layer.kv_cache[sources]
 
-    def _close_windows(self, request_ids: list[str], table: Tensor) -> None:
-        block_size = self.kv_cache_config.kv_cache_groups[self.memory_group].kv_cache_spec.block_size
+    def _close_windows(self, group: SiteGroup, request_ids: list[str], table: Tensor) -> None:
         for row, request_id in enumerate(request_ids):
             window = self.windows[request_id]
             if window.closes is None:
                 continue
-            blocks = covering(table[row], window.closes, window.start, block_size)
+            blocks = covering(table[row], window.closes, window.start, group.block_size)
             closed = ClosedWindow(window.closes, window.closes, window.start, blocks)
-            for site in self.memory_sites:
+            for site in group.sites:
                 close_window(site.layer.kv_cache, closed, site.rotary, self.mem_dtype)
                 if isinstance(site.layer.impl, LookupImpl):
                     site.layer.impl.summarise(site.layer.kv_cache, closed)

@@ -72,6 +72,8 @@ class TopKMetadataBuilder(LambdaMetadataBuilder):
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
     impl: "TopKImpl"
     rows: StepRows
+    # The last ends that were built from: those of a step before are none of a step that vLLM makes up.
+    _seen: NDArray[np.int64] | None = None
 
     def __init__(
         self,
@@ -90,7 +92,8 @@ class TopKMetadataBuilder(LambdaMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> TopKMetadata:
         m = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        ends, self.rows.middle_ends = self.rows.middle_ends, None
+        ends = None if self.rows.middle_ends is self._seen else self.rows.middle_ends
+        self._seen = self.rows.middle_ends
         decodes, middles = m.decodes, None
         if decodes is not None:
             rows = len(decodes.seq_lens)

@@ -13,8 +13,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm_longctx.cuda.kernels.lookup import WORKSPACE
 from vllm_longctx.cuda.runner import LongContextRunner
 from vllm_longctx.cuda.top_k import TopKImpl, turn_back
-from vllm_longctx.engine.kv_cache import MiddleSpec
-from vllm_longctx.engine.layers import LayerSite
+from vllm_longctx.engine.layers import SiteGroup, site_groups
 from vllm_longctx.engine.lora import SlotLoRAManager
 from vllm_longctx.modes import Role
 
@@ -23,50 +22,48 @@ class TopKRunner(LongContextRunner, GPUModelRunner):
     """vLLM's Model Runner V2. Methods of its that are overridden here: see `vllm_longctx.seams`."""
 
     lora_manager: SlotLoRAManager
-    kept_sites: list[LayerSite]
-    kept_group: int  # of the KV cache, in which the layers with a branch are
+    kept_groups: list[SiteGroup]
 
     def bind_kv_cache(self) -> None:
-        self.kept_sites = [site for site in self.sites if site.role == Role.KEPT]
-        groups = self.kv_cache_config.kv_cache_groups
-        self.kept_group = next(
-            n for n, group in enumerate(groups) if isinstance(group.kv_cache_spec, MiddleSpec)
-        )
-        first = self.kept_sites[0].layer
-        assert isinstance(first.impl, TopKImpl)
-        first.impl.warm_up(first.kv_cache, self.block_tables.input_block_tables[self.kept_group])
+        self.kept_groups = site_groups(self.sites, Role.KEPT, self.kv_cache_config)
+        for group in self.kept_groups:
+            first = group.sites[0].layer
+            assert isinstance(first.impl, TopKImpl)
+            first.impl.warm_up(first.kv_cache, self.block_tables.input_block_tables[group.number])
 
     def prepare_attn(self, input_batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
         block_tables, slot_mappings = super().prepare_attn(input_batch)
-        positions = input_batch.num_computed_tokens_np.astype(
-            np.int64
-        )  # of the first query of each row, a writing one's only
+        # Of the first query of each row, a writing one's only.
+        positions = input_batch.num_computed_tokens_np.astype(np.int64)
         last = self.req_states.prompt_len.np[input_batch.idx_mapping_np] - 1
-        geometry = self.kept_sites[0].settings.geometry
+        geometry = self.kept_groups[0].sites[0].settings.geometry
         assert geometry.n_local is not None
         ends = np.where(positions >= last, positions + 1 - geometry.n_local, 0)
         # Since the step before one token has left the window; at the prompt's last, none was turned back
         # before.
         starts = np.where(positions == last, geometry.n_global, np.maximum(ends - 1, geometry.n_global))
         self.rows.middle_ends = ends
-        self._unrotate_middles(block_tables[self.kept_group], starts, ends)
+        for group in self.kept_groups:
+            self._unrotate_middles(group, block_tables[group.number], starts, ends)
         return block_tables, slot_mappings
 
-    def _unrotate_middles(self, table: Tensor, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
-        """Un-rotate the keys starts ..
+    def _unrotate_middles(
+        self, group: SiteGroup, table: Tensor, starts: NDArray[np.int64], ends: NDArray[np.int64]
+    ) -> None:
+        """Un-rotate the keys from `starts` up to `ends`, exclusive, of each row.
 
-        ends - 1 of each row. A long prompt's middle comes in parts, within bounded memory.
+        A long prompt's middle comes in parts, within bounded memory.
         """
-        impl = self.kept_sites[0].layer.impl
+        impl = group.sites[0].layer.impl
         assert isinstance(impl, TopKImpl) and impl.rotary is not None
         lengths = np.maximum(ends - starts, 0)
         rows = np.repeat(np.arange(len(lengths)), lengths)
         positions = np.arange(len(rows)) + np.repeat(starts - lengths.cumsum() + lengths, lengths)
         both, at_once = np.stack((rows, positions)), WORKSPACE // (4 * impl.num_kv_heads * impl.head_size)
-        block_size = self.kept_sites[0].layer.kv_cache.shape[2]
+        block_size = group.block_size
         for first in range(0, len(rows), at_once):
             row, position = async_tensor_h2d(both[:, first : first + at_once], device=self.device)
             blocks, offsets = table[row, position // block_size].long(), position % block_size
             cos, sin = impl.rotary.cos_sin(-position[:, None])
-            for site in self.kept_sites:
+            for site in group.sites:
                 turn_back(site.layer.kv_cache, blocks, offsets, impl.rotary, cos, sin)

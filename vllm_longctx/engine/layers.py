@@ -1,6 +1,6 @@
 """What both platforms do to a loaded model: find its attention layers, and give them exact rotary angles."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
 
 from vllm_longctx.engine.rows import Timed
 from vllm_longctx.models.properties import rope_parameters
@@ -38,6 +38,33 @@ class LayerSite:
     settings: Settings
     vllm_config: VllmConfig
     device: torch.device
+
+
+@dataclass(frozen=True)
+class SiteGroup:
+    """Layers of one role in one KV cache group: vLLM may split the layers of a role among several.
+
+    number: Of the group, by which block tables are found.
+    block_size: In tokens.
+    """
+
+    number: int
+    block_size: int
+    sites: list[LayerSite]
+
+
+def site_groups(sites: Sequence[LayerSite], role: Role, kv_cache_config: KVCacheConfig) -> list[SiteGroup]:
+    """The layers of a role, by KV cache group."""
+    of_role = {site.name: site for site in sites if site.role == role}
+    groups = [
+        SiteGroup(
+            number,
+            group.kv_cache_spec.block_size,
+            [of_role[name] for name in group.layer_names if name in of_role],
+        )
+        for number, group in enumerate(kv_cache_config.kv_cache_groups)
+    ]
+    return [group for group in groups if group.sites]
 
 
 def find_layers(
