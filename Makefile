@@ -28,8 +28,9 @@ IN_TWO := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations 20
 fast: setup
 	$(IN_TWO) $(SELECTED) tests/fast
 
+# One after the other: some tests hold a process to its time, and each engine uses all cores.
 engine: setup
-	$(IN_TWO) $(SELECTED) tests/engine
+	$(BIN)/pytest -q --durations 20 $(SELECTED) tests/engine
 
 demo: setup
 	$(BIN)/python benchmarks/demo.py

@@ -67,9 +67,8 @@ def made_layers(model: nn.Module, config: VllmConfig) -> tuple[list[LayerSite], 
 
 
 def places(firsts: list[int], ends: list[int], tables: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Of a step's tokens, first ..
-
-    end - 1 of each request: positions [tokens], and slots by the tables [groups, tokens].
+    """Of a step's tokens, from `first` up to `end` of each request: positions [tokens], and slots by the
+    tables [groups, tokens].
     """
     positions = torch.cat([torch.arange(first, end) for first, end in zip(firsts, ends, strict=True)])
     row = torch.repeat_interleave(torch.arange(len(ends)), torch.tensor(ends) - torch.tensor(firsts))

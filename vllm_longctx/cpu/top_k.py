@@ -19,9 +19,10 @@ from vllm_longctx.settings import TopK
 
 @dataclass(frozen=True)
 class TopKChunkPart(ChunkPart):
-    """middle: Of the request whose blocks are block_table, int64: its un-rotated tokens begin ..
+    """Queries that may have a top-k branch.
 
-    end - 1; None if unseen.
+    middle: (begin, end) of the un-rotated tokens, the end exclusive. None if they are not seen.
+    block_table: The request's blocks up to that end, int64.
     """
 
     middle: tuple[int, int] | None

@@ -55,9 +55,7 @@ def tile_size(n_local: int) -> int:
 def plan_chunk(
     geometry: Geometry, context: int, length: int, alibi_slopes: Tensor | None = None
 ) -> ChunkPlan:
-    """A chunk of `length` queries at positions context ..
-
-    context + length - 1, all of them past the window: context >= N.
+    """A chunk of `length` queries from position `context` on, all of them past the window: context >= N.
 
     alibi_slopes [heads]: for a model that has these instead of a rotation.
     """

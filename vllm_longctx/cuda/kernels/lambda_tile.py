@@ -353,9 +353,9 @@ def attend_first(
     ALIBI: tl.constexpr,
     SOFT_CAP: tl.constexpr,
 ):
-    """The first tokens begin ..
+    """The first tokens from `begin` up to `end`, exclusive.
 
-    end - 1, each seen by the queries whose window has left it behind (`geometry.global_branch`).
+    Each is seen by the queries whose window has left it behind (`geometry.global_branch`).
 
     positions [rows]: of the queries. end: no larger than n_global and the last query's window start.
     """

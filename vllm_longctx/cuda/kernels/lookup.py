@@ -195,9 +195,9 @@ def _best_blocks(query: Tensor, memories: Memories, count: int, summaries: Summa
 def _block_scores(
     query: Tensor, memories: Memories, first: int, count: int, summaries: Summaries | None
 ) -> Tensor:
-    """Of the blocks in columns first ..
+    """Of the blocks in `count` columns from `first` on the best product or bound.
 
-    first + count - 1 the best product or bound: packed, [rows, T, heads, count].
+    Packed, [rows, T, heads, count].
     """
     rows, length, heads, _ = query.shape
     kv_heads, constants = memories.kv_heads, memories.constants(heads)
