@@ -54,7 +54,18 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+# All tests of a variant share an engine. `make test` runs most of them over three variants only.
+EVERY = pytest.mark.parametrize("variant", VARIANTS, indirect=True, scope="module")
+THREE = ("lm_infinite", "streaming", "first_tokens_over_blocks")
+SOME = pytest.mark.parametrize(
+    "variant",
+    [name if name in THREE else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS],
+    indirect=True,
+    scope="module",
+)
+
+
+@pytest.fixture(scope="module")
 def variant(request: pytest.FixtureRequest) -> Variant:
     return VARIANTS[request.param]
 
@@ -70,6 +81,7 @@ def reference(tiny_llama: Path) -> ReferenceLlama:
     return ReferenceLlama(tiny_llama)
 
 
+@EVERY
 def test_prompts_and_tokens_written_equal_the_reference(
     llm: LLM, variant: Variant, reference: ReferenceLlama
 ) -> None:
@@ -81,6 +93,7 @@ def test_prompts_and_tokens_written_equal_the_reference(
     assert worst <= TOLERANCE
 
 
+@EVERY
 def test_a_prefix_hit_over_a_freed_middle_changes_nothing(
     llm: LLM, variant: Variant, reference: ReferenceLlama
 ) -> None:
@@ -94,6 +107,7 @@ def test_a_prefix_hit_over_a_freed_middle_changes_nothing(
             assert output.num_cached_tokens == cut // 32 * 32
 
 
+@SOME
 def test_a_turn_is_written_again_from_the_cache(
     llm: LLM, reference: ReferenceLlama, variant: Variant
 ) -> None:
@@ -111,6 +125,7 @@ def test_a_turn_is_written_again_from_the_cache(
         assert end != text or again.outputs[0].token_ids == first.outputs[0].token_ids[:20]
 
 
+@SOME
 def test_together_is_as_alone(llm: LLM) -> None:
     prompts = [prompt(n, seed=2) for n in (600, 40, 129, 64, 300, 65, 1, 500, 96, 410)]
     together = generate(llm, prompts, 30)
@@ -119,6 +134,7 @@ def test_together_is_as_alone(llm: LLM) -> None:
         assert tokens_of(a) == tokens_of(b)
 
 
+@SOME
 def test_a_seed_gives_the_same_tokens_however_its_prompt_is_cut(llm: LLM) -> None:
     """In the crowd the prompts are cut elsewhere than alone, and chunks share steps with other requests'
     decodes.
@@ -131,6 +147,7 @@ def test_a_seed_gives_the_same_tokens_however_its_prompt_is_cut(llm: LLM) -> Non
     assert sample(prompts) == [sample([p])[0] for p in prompts]
 
 
+@SOME
 def test_what_others_left_in_a_block_does_not_matter(llm: LLM) -> None:
     """Before: stock's kernel let NaN in unused slots of a request's last block into its output, and scratch
     blocks kept it.
@@ -144,6 +161,7 @@ def test_what_others_left_in_a_block_does_not_matter(llm: LLM) -> None:
         assert (logprobs_of(clean) - logprobs_of(poisoned)).abs().max() <= TOLERANCE
 
 
+@SOME
 def test_all_blocks_come_back(llm: LLM) -> None:
     generate(llm, [prompt(700, seed=3)] * 3, 5)
     assert metric(llm, "vllm:kv_cache_usage_perc") == 0

@@ -84,6 +84,7 @@ def test_a_chat_goes_on_past_the_trained_length(address: str, book: Path) -> Non
     assert cached[-1] > TRAINED
 
 
+@pytest.mark.slow
 def test_a_book_is_remembered_and_written_on(address: str, book: Path, workplace: Path) -> None:
     shown = run("remember_a_book.py", address, str(book), "--name", "topics", "--max-tokens", "40")
     assert "the adapter is saved as 'topics'" in shown
@@ -91,6 +92,7 @@ def test_a_book_is_remembered_and_written_on(address: str, book: Path, workplace
     assert len(shown.split("\n", 1)[1].strip()) > 40
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_text_falls_by_learning(address: str, book: Path) -> None:
     shown = run("score_a_text.py", address, str(book))
     rows = [line.split() for line in shown.splitlines()[1:]]
@@ -99,6 +101,7 @@ def test_the_loss_of_a_text_falls_by_learning(address: str, book: Path) -> None:
     assert learned[-1] < plain[-1] - 0.1
 
 
+@pytest.mark.slow
 def test_a_memory_answers_about_a_document(memory_address: str, workplace: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(BOOKLM_MEMORY, model_max_length=1 << 60)
     trials = Task(tokenizer).trials(1500, [Geometry(10, TRAINED)], 4, seed=0)
@@ -115,6 +118,7 @@ def exported(address: str) -> dict[str, set[str]]:
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 
 
+@pytest.mark.slow
 def test_the_dashboard_asks_for_what_the_servers_export(address: str, memory_address: str) -> None:
     model = httpx.get(f"{address}/v1/models").json()["data"][0]["id"]
     body = {"model": model, "prompt": "a", "max_tokens": 1, "mx_tokens": 1}  # a field that vLLM ignores

@@ -1,6 +1,6 @@
 """Every family and every kind of positions, on random weights, against the dense float64 reference."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,6 @@ class Family:
     config: dict[str, Any]
     reference: type[Reference]
     method: tuple[dict[str, Any], Geometry] = LM_INFINITE
-    engine: dict[str, Any] = field(default_factory=dict)
 
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
@@ -73,12 +72,10 @@ FAMILIES = {
     ),
     "qwen2, YaRN": Family("Qwen2", rope("yarn", **YARN), ReferenceLlama),
     "qwen2, YaRN, streaming": Family("Qwen2", rope("yarn", **YARN), ReferenceLlama, STREAMING),
-    "qwen3, llama3": Family(
-        "Qwen3", rope("llama3", **LLAMA3), ReferenceLlama, engine={"enforce_eager": False}
-    ),
+    "qwen3, llama3": Family("Qwen3", rope("llama3", **LLAMA3), ReferenceLlama),
     "gptj": Family("GPTJ", GPTJ, ReferenceGPTJ),
     "bloom": Family("Bloom", BLOOM, ReferenceBloom),
-    "mpt": Family("Mpt", MPT, ReferenceMpt, engine={"enforce_eager": False}),
+    "mpt": Family("Mpt", MPT, ReferenceMpt),
     "mpt, streaming": Family("Mpt", MPT, ReferenceMpt, STREAMING),
 }
 
@@ -100,12 +97,18 @@ def make(family: Family, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_it_equals_the_reference(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "eager"),
+    [
+        *((name, True) for name in FAMILIES),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("qwen3, llama3", "mpt")),
+    ],
+)
+def test_it_equals_the_reference(name: str, eager: bool, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model = make(family, tmp_path)
     attention, geometry = family.method
-    with running_here(model, attention, **family.engine) as llm:
+    with running_here(model, attention, enforce_eager=eager) as llm:
         outputs = generate(llm, [prompt(n) for n in LENGTHS], 40, prompt_logprobs=0)
     reference = family.reference(model)
     for output in outputs:

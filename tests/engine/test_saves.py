@@ -65,14 +65,15 @@ def position(directory: Path) -> int:
     return json.loads((directory / "longctx.json").read_text())["position"]
 
 
-def test_what_is_saved_can_be_started_from_at_once(llm: LLM, adapters: Path) -> None:
+@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_what_is_saved_can_be_started_from_at_once(llm: LLM, adapters: Path, times: int) -> None:
     saved = metric(llm, SAVED)
-    for number in range(20):
+    for number in range(times):
         output = write(llm, number + 10, save_as=f"at-once-{number}")
         assert position(adapters / f"at-once-{number}") == len(PROMPT) + number + 10
         assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("length", None)
         assert len(write(llm, 3, start_from=f"at-once-{number}").outputs[0].token_ids) == 3
-    assert metric(llm, SAVED) == saved + 20 and metric(llm, FAILED) == 0
+    assert metric(llm, SAVED) == saved + times and metric(llm, FAILED) == 0
 
 
 def test_one_name_for_many_is_the_last_ones(llm: LLM, adapters: Path) -> None:

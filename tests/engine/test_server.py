@@ -329,6 +329,7 @@ def test_fields_that_vllm_ignores_are_counted(address: str, path: str) -> None:
     assert sample in httpx.get(f"{address}/metrics").text.splitlines()
 
 
+@pytest.mark.slow
 def test_vllms_own_load_generator_runs(address: str, tmp_path: Path) -> None:
     words = [
         "--base-url",

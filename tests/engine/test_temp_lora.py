@@ -176,7 +176,7 @@ def add(llm: LLM, name: str, length: int, tokens: int, **options: Any) -> None:
     llm.llm_engine.add_request(name, tokens_input(prompt(length, 1)), params)
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_trainer_that_dies_or_hangs_costs_no_token(stepped: LLM, fault: signal.Signals) -> None:
     restarts = metric(stepped, "vllm:longctx_trainer_restarts")
     seen: list[RequestOutput] = []

@@ -49,6 +49,7 @@ def test_rope_and_alibi_attend_as_the_geometry_says() -> None:
                 assert torch.allclose(out[i, head], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_reference_is_longllama(goldens: Path) -> None:
     case = goldens / "longllama_a"
     ids = np.load(case / "input_ids.npy").flatten().tolist()

@@ -16,6 +16,7 @@ PAGES = sorted(
         "examples/*.md",
         "benchmarks/**/*.md",
         "patches/*.md",
+        "tests/*.md",
         "vllm_longctx/**/*.md",
     )
     for path in ROOT.glob(pattern)

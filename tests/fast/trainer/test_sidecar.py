@@ -229,9 +229,7 @@ def test_running_out_of_memory_is_answered(tiny_llama: Path):
     slots.close()
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)], ids=["killed", "hangs"]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
 def test_a_trainer_that_fails_while_training_is_replaced(
     client: TrainerClient, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ):
@@ -363,7 +361,7 @@ def run_engine(checkpoint: Path, connection) -> None:
     signal.pause()
 
 
-@pytest.mark.parametrize("loaded", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("loaded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_trainer_ends_with_its_engine(checkpoint: Path, loaded: bool):
     context = multiprocessing.get_context("fork")  # what is imported need not be imported again
     ours, theirs = context.Pipe()

@@ -367,17 +367,26 @@ def test_decode_kernel_programs_fill_the_device_and_each_has_work(rows: int, kv_
     assert decode_splits(view, rows, kv_heads, sms, 128) == 1  # texts too short to split
 
 
-def test_the_kernels_compile_for_an_h100() -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        [
+            "lambda decode, head 32 float16",
+            "lambda prefill, head 32 float16",
+            "lookup, 8B bfloat16 by blocks",
+        ],
+        pytest.param(
+            ["lambda decode, 8B bfloat16", "lambda prefill, 8B bfloat16", "lookup, 8B bfloat16, chunk"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["small", "large"],
+)
+def test_the_kernels_compile_for_an_h100(names: list[str]) -> None:
     """The interpreter takes types, shapes and sizes that the compiler refuses.
 
     `compile_kernels.py` has more cases.
     """
-    names = [
-        f"lambda {which}, {name}"
-        for which in ("decode", "prefill")
-        for name in ("head 32 float16", "8B bfloat16")
-    ]
-    names += ["lookup, 8B bfloat16 by blocks", "lookup, 8B bfloat16, chunk"]
     script = Path(__file__).parents[3] / "support" / "compile_kernels.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script, *names], capture_output=True, text=True, env=environment)
