@@ -128,10 +128,10 @@ def _prefill(
     query_ptr, key_cache, value_cache, out_ptr, lse, block_table, seq_lens, query_start_loc,
     cos, sin, key_cos, key_sin, alibi_slopes, rows,
     n_global, n_local, ceiling, scale, soft_cap, v_scale,
-    stride_query, stride_query_head, stride_out, stride_out_head, stride_table, stride_block, stride_slot,
-    stride_head,
-    GROUP: tl.constexpr, TOKENS: tl.constexpr, WRITE_LSE: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    stride_query, stride_query_head, stride_out, stride_out_head,
+    stride_table, stride_block, stride_slot, stride_head,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, WRITE_LSE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
     HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, FIRST_KEYS: tl.constexpr,
     ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, TURN_QUERIES: tl.constexpr, TURN_KEYS: tl.constexpr,
     BOTH_PRODUCTS: tl.constexpr, IN_CACHE: tl.constexpr, ALIBI: tl.constexpr, SOFT_CAP: tl.constexpr,
@@ -157,16 +157,9 @@ def _prefill(
     last_start = tl.maximum(last_query - n_local + 1, 0)
     slopes = lambda_tile.load_slopes(alibi_slopes, heads, active, ALIBI)
     cache = lambda_tile.cache_of(
-        key_cache,
-        value_cache,
-        block_table,
-        row,
-        kv_head,
-        stride_table,
-        stride_block,
-        stride_slot,
-        stride_head,
-    )
+        key_cache, value_cache, block_table, row, kv_head,
+        stride_table, stride_block, stride_slot, stride_head,
+    )  # fmt: skip
     softmax = lambda_tile.nothing_seen(ROWS, PADDED_HEAD)
 
     first_end = tl.minimum(last_start, n_global)

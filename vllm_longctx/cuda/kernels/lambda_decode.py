@@ -128,8 +128,8 @@ def _decode(
     query_ptr, key_cache, value_cache, out_ptr, lse, partial, partial_lse, block_table, seq_lens,
     cos, sin, key_cos, key_sin, alibi_slopes,
     n_global, n_local, ceiling, scale, soft_cap, v_scale,
-    stride_query, stride_query_head, stride_out, stride_out_head, stride_table, stride_block, stride_slot,
-    stride_head,
+    stride_query, stride_query_head, stride_out, stride_out_head,
+    stride_table, stride_block, stride_slot, stride_head,
     GROUP: tl.constexpr, SPLIT: tl.constexpr, WRITE_LSE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, FIRST_KEYS: tl.constexpr,
     ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, TURN_QUERIES: tl.constexpr, TURN_KEYS: tl.constexpr,
@@ -158,16 +158,9 @@ def _decode(
     positions = tl.zeros((ROWS,), tl.int32) + (seq_len - 1)
     slopes = lambda_tile.load_slopes(alibi_slopes, heads, active, ALIBI)
     cache = lambda_tile.cache_of(
-        key_cache,
-        value_cache,
-        block_table,
-        row,
-        kv_head,
-        stride_table,
-        stride_block,
-        stride_slot,
-        stride_head,
-    )
+        key_cache, value_cache, block_table, row, kv_head,
+        stride_table, stride_block, stride_slot, stride_head,
+    )  # fmt: skip
     softmax = lambda_tile.nothing_seen(ROWS, PADDED_HEAD)
 
     begin = split * tiles

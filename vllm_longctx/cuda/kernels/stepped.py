@@ -70,11 +70,11 @@ def stepped_attention(
 def _stepped(
     query_ptr, key_cache, value_cache, out_ptr, block_table, starts, seq_lens, query_start_loc,
     further, further_lse, rows, scale,
-    stride_query, stride_query_head, stride_out, stride_out_head, stride_table, stride_block, stride_slot,
-    stride_head,
+    stride_query, stride_query_head, stride_out, stride_out_head,
+    stride_table, stride_block, stride_slot, stride_head,
     GROUP: tl.constexpr, TOKENS: tl.constexpr, FURTHER: tl.constexpr, UNSEEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
     row, row_begin, query_len, tile_begin = tile_of(query_start_loc, tl.program_id(0), rows, TOKENS)
@@ -103,16 +103,9 @@ def _stepped(
     # All queries see the whole tiles before the first of them.
     whole_end = begin + (first_query + 1 - begin) // KEYS * KEYS
     cache = lambda_tile.cache_of(
-        key_cache,
-        value_cache,
-        block_table,
-        row,
-        kv_head,
-        stride_table,
-        stride_block,
-        stride_slot,
-        stride_head,
-    )
+        key_cache, value_cache, block_table, row, kv_head,
+        stride_table, stride_block, stride_slot, stride_head,
+    )  # fmt: skip
     softmax = lambda_tile.attend_window(
         query, positions, positions, softmax, cache, begin, whole_end, UNSEEN, scale, 0.0,
         KEYS, False, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, False, False,
