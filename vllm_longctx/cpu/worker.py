@@ -17,7 +17,7 @@ from vllm_longctx.cpu.host_memory import allocate_apart
 from vllm_longctx.cpu.rows import StepRows
 from vllm_longctx.cpu.runner import LongContextRunner, clear_last_blocks, seeds_of_finished_prompts
 from vllm_longctx.cpu.sliding import scratch_layout
-from vllm_longctx.engine.step import StepInfo, StepReport
+from vllm_longctx.engine.step import StepInfo
 from vllm_longctx.engine.worker import LongContextWorkerBase
 from vllm_longctx.modes import Role, load
 
@@ -49,12 +49,6 @@ class LongContextWorker(LongContextWorkerBase, CPUWorker):
     def sample_tokens(self, grammar_output: Any) -> Any:
         with seeds_of_finished_prompts(self.model_runner):
             return super().sample_tokens(grammar_output)
-
-    def report_step(self) -> StepReport:
-        runner = self.model_runner
-        return StepReport(
-            runner.rows.take_selection_seconds(), runner.take_swap_seconds(), runner.take_failed_adapters()
-        )
 
     def with_scratch_room(self, kv_cache_config: KVCacheConfig) -> KVCacheConfig:
         """The same pool, with room for scratch blocks behind each layer's blocks; the scheduler never hears

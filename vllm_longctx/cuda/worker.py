@@ -13,7 +13,7 @@ from vllm_longctx.cuda.memory import pool_beside_lookups
 from vllm_longctx.cuda.rows import StepRows
 from vllm_longctx.cuda.runner import runner_class
 from vllm_longctx.cuda.sliding import LambdaImpl
-from vllm_longctx.engine.step import StepInfo, StepReport
+from vllm_longctx.engine.step import StepInfo
 from vllm_longctx.engine.worker import LongContextWorkerBase
 from vllm_longctx.models.properties import model_dtype
 from vllm_longctx.modes import Role
@@ -65,8 +65,8 @@ class LongContextWorker(LongContextWorkerBase, Worker):
             )
             raise LongContextError(
                 f"lookups need {(available - left) / 2**30:.2f} GiB of GPU memory, but beside the model "
-                f"there are "
-                f"{available / 2**30:.2f} GiB for them and the KV cache; raise gpu_memory_utilization{remedy}"
+                f"there are {available / 2**30:.2f} GiB for them and the KV cache; "
+                f"raise gpu_memory_utilization{remedy}"
             )
         return left
 
@@ -75,11 +75,9 @@ class LongContextWorker(LongContextWorkerBase, Worker):
         if need >= available:
             raise LongContextError(
                 f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB on {self.device}, but the "
-                f"engine has no more "
-                f"than {available / 2**30:.2f} GiB there for it and the KV cache; lower adaptation.slots, "
-                f"adaptation.rank or "
-                "adaptation.block_tokens, raise gpu_memory_utilization, or name another GPU in "
-                "adaptation.trainer.device"
+                f"engine has no more than {available / 2**30:.2f} GiB there for it and the KV cache; "
+                "lower adaptation.slots, adaptation.rank or adaptation.block_tokens, "
+                "raise gpu_memory_utilization, or name another GPU in adaptation.trainer.device"
             )
         return available - need
 
@@ -89,12 +87,6 @@ class LongContextWorker(LongContextWorkerBase, Worker):
 
     def begin_step(self, scheduler_output: SchedulerOutput, info: StepInfo) -> None:
         self.model_runner.begin_step(scheduler_output, info)
-
-    def report_step(self) -> StepReport:
-        runner = self.model_runner
-        return StepReport(
-            runner.rows.take_selection_seconds(), runner.take_swap_seconds(), runner.take_failed_adapters()
-        )
 
     def shutdown(self) -> None:
         super().shutdown()

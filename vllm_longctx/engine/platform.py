@@ -7,7 +7,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_longctx.engine.layers import LayerSite
 from vllm_longctx.engine.rows import StepTimes
-from vllm_longctx.engine.step import StepInfo, StepReport
+from vllm_longctx.engine.step import StepInfo
 
 
 class Platform(Protocol):
@@ -15,7 +15,7 @@ class Platform(Protocol):
 
     All is called in the worker's process, by its one thread, in this order: `new_rows` and `make_layer` once
     the weights are loaded, before anything is computed or compiled; `bind_kv_cache` once the KV cache is
-    there; then for each step `begin_step` and `report_step`.
+    there; then `begin_step` for each step.
     """
 
     def new_rows(self) -> StepTimes:
@@ -43,10 +43,6 @@ class Platform(Protocol):
         """Before a step's inputs are prepared: what its requests compute with, and what is to be done before
         they do.
         """
-        ...
-
-    def report_step(self) -> StepReport:
-        """What happened since the last report. Does not wait for the device."""
         ...
 
 

@@ -94,11 +94,17 @@ class LongContextWorkerBase(WorkerBase, Platform):
         output = super().sample_tokens(grammar_output)
         if isinstance(output, AsyncModelRunnerOutput):
             return ReportedOutput(output, self.report_step())
-        if (
-            isinstance(output, ModelRunnerOutput) and output.req_ids
-        ):  # else it may be vLLM's one empty output, which all share
+        # An output without requests may be vLLM's one empty output, which all steps share.
+        if isinstance(output, ModelRunnerOutput) and output.req_ids:
             self.report_step().send_with(output)
         return output
+
+    def report_step(self) -> StepReport:
+        """What happened since the last report. Does not wait for the device."""
+        runner = self.model_runner
+        return StepReport(
+            runner.rows.take_selection_seconds(), runner.take_swap_seconds(), runner.take_failed_adapters()
+        )
 
     def shutdown(self) -> None:
         end_without_collecting()
