@@ -257,10 +257,13 @@ class Settings:
             ]
         return parts
 
-    def role(self, layer: int) -> Role:
-        """What the model's layer of this number is in the mode. Raises RuntimeError in mode plain."""
+    def role(self, layer: int, has_window: bool) -> Role:
+        """What the model's layer of this number is in the mode. Raises RuntimeError in mode plain.
+
+        has_window: The model gives the layer a sliding window of its own.
+        """
         roles = self.mode.layers
-        if Role.KEPT in roles and layer in self.top_k.layers:
+        if Role.KEPT in roles and layer in self.top_k.layers and not has_window:
             return Role.KEPT
         if Role.MEMORY in roles and layer in self.memory.layers:
             return Role.MEMORY

@@ -96,6 +96,7 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
         )
     choose_backend(args)
     args.worker_cls, args.scheduler_cls = worker, scheduler
+    args.language_model_only = True  # of a model for images too; of others it says nothing
     if config.adaptation is not None:
         adaptation = with_recommended(_with_root(config.adaptation), args)
         config = config.model_copy(update={"adaptation": adaptation})
