@@ -269,17 +269,22 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
                 rotary=self.rotary,
                 scale=self.scale,
                 further=self._further(query[rows], kv_cache, chunk),
+                soft_cap=self.logits_soft_cap,
+                sinks=self.sinks,
             )
         return output
 
     def _further(self, query: Tensor, kv_cache: Tensor, chunk: ChunkPart) -> tuple[Tensor, Tensor] | None:
-        """Scores [T, heads, k] and values [T, heads, k, d] of keys beside those of Λ attention; here there
-        are none.
+        """Scores [T, heads, k], capped, and values [T, heads, k, d] of keys beside those of Λ attention;
+        here there are none.
         """
         return None
 
     def _kernel(self, part: KernelPart, query: Tensor, output: Tensor) -> None:
         key_cache, value_cache = self.kernel_cache
+        sinks = self.sinks
+        if sinks is not None and sinks.dtype == torch.float16:
+            sinks = sinks.float()  # the kernel takes bfloat16 or float32
         whole_step = part.tokens is None
         query = query if whole_step else query[part.tokens]
         out = output[: len(query)] if whole_step else torch.empty_like(query)
@@ -297,7 +302,7 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
             block_table=part.tables.block_table,
             softcap=self.logits_soft_cap,
             scheduler_metadata=part.scheduler_metadata,
-            s_aux=None,
+            s_aux=sinks,
         )
         if not whole_step:
             output[part.tokens] = out
