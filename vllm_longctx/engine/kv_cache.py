@@ -36,7 +36,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from vllm_longctx.geometry import Geometry, SteppedWindows
-from vllm_longctx.models.properties import model_dtype, trained_length
+from vllm_longctx.models.properties import model_dtype
 from vllm_longctx.modes import Role
 from vllm_longctx.settings import Settings, active_settings
 
@@ -717,7 +717,9 @@ def layer_spec(kind: str, spec: AttentionSpec, vllm_config: VllmConfig) -> KVCac
     if kind == "MiddleSpec":
         return MiddleSpec.of(spec)
     if kind == "SteppedSpec":
-        return SteppedSpec.from_attention_spec(spec, trained_length(vllm_config.model_config))
+        a = settings.temp_lora
+        most_tokens = min(max(a.window_tokens, a.plain_tokens), vllm_config.model_config.max_model_len)
+        return SteppedSpec.from_attention_spec(spec, most_tokens)
     windows = settings.memory.windows
     if kind == "WindowSpec":
         return WindowSpec.of(spec, windows, vllm_config.max_concurrent_batches)
