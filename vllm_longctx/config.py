@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -28,10 +28,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "temp-lora-economic": {"attention": {"method": "none"}, "adaptation": {"method": "temp_lora"}},
     "temp-lora-quality": {"attention": {"method": "none"}, "adaptation": {"method": "temp_lora"}},
 }
-# How many blocks fill the window by default: in the paper (arXiv 2401.11504, section 4) the economic setting
-# has blocks of half the window; the official code's own sizes are a quarter.
-BLOCKS_PER_WINDOW = {"temp-lora-economic": 2}
-DEFAULT_BLOCKS_PER_WINDOW = 4
+
+
+class DefaultSizes(NamedTuple):
+    """Temp-LoRA's sizes where the user gives none, in tokens.
+
+    window, block: At most; the paper's (arXiv 2401.11504, section 4), whatever more a model was trained on.
+    blocks_per_window: So many fill a window that is smaller.
+    """
+
+    window: int
+    block: int
+    blocks_per_window: int
+
+
+SIZES_OF_PRESET = {"temp-lora-economic": DefaultSizes(4096, 2048, 2)}
+DEFAULT_SIZES = DefaultSizes(24576, 1024, 4)  # of the paper's setting for quality
 DEFAULT_PRESET = "lm-infinite"
 MAX_RANK = 512  # vLLM's largest `max_lora_rank`
 SIZES = (
@@ -111,8 +123,9 @@ class AttentionSection(_Section):
     """First tokens that every query sees. Default: 10; with `streaming` 4."""
     n_local: int | None = Field(default=None, ge=1)
     """Size of the window in tokens, the query included. With `lm_infinite` and `streaming` it slides, with
-    `focused` it steps. Default: the trained length; with distances `in_cache`, the trained length less
-    `n_global`; with `focused`, rounded down to whole KV blocks if prefixes are cached."""
+    `focused` it steps. Default: the trained length, or less if the KV cache holds less of a sliding window;
+    with distances `in_cache`, the trained length less `n_global`; with `focused`, rounded down to whole KV
+    blocks if prefixes are cached."""
     distance_ceiling: int | None = Field(default=None, ge=1)
     """No key looks farther away than this many tokens. Only with `relative` distances. Default: the trained
     length."""
@@ -211,18 +224,24 @@ class AttentionSection(_Section):
         return self.method == "streaming" or self.distances == "in_cache"
 
     def for_model(
-        self, trained_length: int, num_layers: int, checkpoint: Mapping[str, Any], cached_block: int = 1
+        self,
+        trained_length: int,
+        num_layers: int,
+        checkpoint: Mapping[str, Any],
+        cached_block: int = 1,
+        room: int | None = None,
     ) -> "AttentionSection":
         """Every value filled in and checked against the model's trained length (tokens), layers and own
         configuration.
 
         cached_block: tokens of a KV block where prefixes are cached, else 1.
+        room: the largest sliding window that the KV cache holds, in tokens; None for any.
         """
         if self.method == "focused":
             return self._focused_for_model(trained_length, num_layers, checkpoint, cached_block)
         n_global = DEFAULT_N_GLOBAL[self.method] if self.n_global is None else self.n_global
-        room = trained_length - n_global if self.in_cache else trained_length
-        n_local = max(room, 1) if self.n_local is None else self.n_local
+        widest = trained_length - n_global if self.in_cache else trained_length
+        n_local = _at_most(room, max(widest, 1)) if self.n_local is None else self.n_local
         ceiling = None if self.in_cache else (self.distance_ceiling or trained_length)
         if n_global > n_local:
             raise LongContextError(
@@ -372,13 +391,17 @@ class AdaptationSection(_Section):
     method: Literal["temp_lora"] = "temp_lora"
     """The only way to adapt so far."""
     block_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of a block, the unit that is trained at once. Default: a quarter of the window; with
-    `temp-lora-economic`, half of it."""
+    """Tokens of a block, the unit that is trained at once. Default: a quarter of the window, at most 1,024;
+    with `temp-lora-economic` half of it, at most 2,048."""
     context_tokens: int | None = Field(default=None, ge=1)
     """Tokens that a new pass computes again when the window is full. Not with Λ attention. Default: half the
     window, or less if a block and a KV block would not fit beside it."""
     window_tokens: int | None = Field(default=None, ge=1)
-    """Largest live context in tokens. Not with Λ attention. Default: the trained length."""
+    """Largest live context in tokens. Not with Λ attention. Default: the trained length, at most 24,576; with
+    `temp-lora-economic` 4,096. Less if the KV cache holds less."""
+    plain_tokens: int | None = Field(default=None, ge=1)
+    """Longest prompt and answer, together, of a request that does not learn. Not with Λ attention. Default:
+    the trained length, or less if the KV cache holds less."""
     train_context_tokens: int | None = Field(default=None, ge=0)
     """Tokens before a block that its training also sees, without a loss on them. Default: as many as a block
     has, if the trained length has room for both."""
@@ -453,21 +476,29 @@ class AdaptationSection(_Section):
         kv_block: int,
         max_num_seqs: int,
         preset: str | None,
+        room: int | None = None,
     ) -> Self:
-        """Every size filled in and checked. trained_length, kv_block: tokens. attention: filled in, too."""
+        """Every size filled in and checked. trained_length, kv_block: tokens. attention: filled in, too.
+
+        room: the largest stepped window that the KV cache holds, in tokens; None for any.
+        """
         sliding = attention.method in SLIDING_METHODS
         max_rank = self.rank if self.max_rank is None else self.max_rank
         policy = self.kv_policy or ("keep" if sliding else "reuse")
-        window = self.window_tokens or attention.n_local or trained_length
-        block = self.block_tokens or max(
-            window // BLOCKS_PER_WINDOW.get(preset or "", DEFAULT_BLOCKS_PER_WINDOW), 1
+        sizes = SIZES_OF_PRESET.get(preset or "", DEFAULT_SIZES)
+        # A user's own sizes find room in it.
+        usual = max(
+            sizes.window, sizes.blocks_per_window * (self.block_tokens or 0), 2 * (self.context_tokens or 0)
         )
+        window = self.window_tokens or attention.n_local or _at_most(room, min(trained_length, usual))
+        block = self.block_tokens or max(min(window // sizes.blocks_per_window, sizes.block), 1)
         context = self.context_tokens or max(min(window // 2, window - block - kv_block), 1)
         train_context = self.train_context_tokens
         filled = self.model_copy(
             update={
                 "kv_policy": policy,
                 "window_tokens": window,
+                "plain_tokens": self.plain_tokens or _at_most(room, trained_length),
                 "block_tokens": block,
                 "context_tokens": context,
                 "train_context_tokens": min(block, max(trained_length - block - 1, 0))
@@ -480,17 +511,18 @@ class AdaptationSection(_Section):
             }
         )
         if sliding:
-            for name in ("window_tokens", "context_tokens"):
+            for name in ("window_tokens", "context_tokens", "plain_tokens"):
                 if getattr(self, name) is not None:
                     raise LongContextError(
                         f"adaptation.{name} has no effect beside attention.method {attention.method}, whose "
                         "window slides; leave it out, or set attention.method none"
                     )
-        if window > trained_length:
-            raise LongContextError(
-                f"adaptation.window_tokens = {window}, but the model was trained on {trained_length} tokens; "
-                f"lower it"
-            )
+        for name in ("window_tokens", "plain_tokens"):
+            if (tokens := getattr(filled, name)) > trained_length:
+                raise LongContextError(
+                    f"adaptation.{name} = {tokens}, but the model was trained on {trained_length} tokens; "
+                    f"lower it"
+                )
         if self.keep_first > kv_block:
             raise LongContextError(
                 f"adaptation.keep_first = {self.keep_first} is more than a KV block of {kv_block} tokens; "
@@ -624,23 +656,31 @@ class LongContextConfig(_Section):
         checkpoint: Mapping[str, Any],
         caches_prefixes: bool = True,
         max_num_seqs: int = DEFAULT_SLOTS,
+        room: int | None = None,
     ) -> "LongContextConfig":
         """Every value filled in.
 
         trained_length, kv_block: tokens. checkpoint: the model's own configuration.
+        room: the largest default window, in tokens; None for any.
         """
         attention = self.attention
         if attention.method != "none":
             cached_block = kv_block if caches_prefixes else 1
-            attention = attention.for_model(trained_length, num_layers, checkpoint, cached_block)
+            attention = attention.for_model(trained_length, num_layers, checkpoint, cached_block, room)
         adaptation = self.adaptation
         if adaptation is not None:
-            adaptation = adaptation.for_model(trained_length, attention, kv_block, max_num_seqs, self.preset)
+            adaptation = adaptation.for_model(
+                trained_length, attention, kv_block, max_num_seqs, self.preset, room
+            )
         return self.model_copy(update={"attention": attention, "adaptation": adaptation})
 
     def dump(self) -> dict[str, Any]:
         """As plain JSON values, `parse`-able again."""
         return self.model_dump(exclude_none=True)
+
+
+def _at_most(limit: int | None, value: int) -> int:
+    return value if limit is None else min(limit, value)
 
 
 def checked_json(text: str) -> dict[str, Any]:

@@ -20,11 +20,15 @@ def attention(
     rotary: Rotary | None = None,
     alibi_slopes: Tensor | None = None,
     margins: list[float] | None = None,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention over branches, in float64.
 
     query [T, heads, d], key and value [S, kv_heads, d]: not rotated. branches: masks and distances [T, S].
-    rotary: rotates each pair by its distance. alibi_slopes [heads]: adds -slope * distance. Returns [T,
+    rotary: rotates each pair by its distance. alibi_slopes [heads]: adds -slope * distance. soft_cap: scores
+    become cap * tanh(score / cap) before that (Gemma 2, arXiv 2408.00118, section 2); 0 for no cap. sinks
+    [heads]: scores of one more key per head, whose value is zero (gpt-oss, arXiv 2508.10925). Returns [T,
     heads, d].
 
     margins: takes, of a branch of which only the best keys are seen, the smallest difference between the
@@ -37,6 +41,8 @@ def attention(
     scores = torch.full((query.shape[1], len(query), len(key)), -torch.inf, dtype=torch.float64)
     for branch in branches:
         pair_scores = _scores_at(query, key, branch.distance, rotary) * scale
+        if soft_cap:
+            pair_scores = soft_cap * torch.tanh(pair_scores / soft_cap)
         if alibi_slopes is not None:
             pair_scores = pair_scores - alibi_slopes.double()[:, None, None] * branch.distance
         seen = branch.visible
@@ -46,7 +52,10 @@ def attention(
             if margins is not None:
                 margins.append(float((best[..., -2] - best[..., -1]).nan_to_num(torch.inf).min()))
         scores = torch.where(seen, pair_scores, scores)
-    return torch.einsum("hts,shd->thd", scores.softmax(-1), value)
+    if sinks is not None:
+        of_sinks = sinks.double()[:, None, None].expand(-1, len(query), 1)
+        scores = torch.cat((scores, of_sinks), -1)
+    return torch.einsum("hts,shd->thd", scores.softmax(-1)[..., : len(key)], value)
 
 
 def _scores_at(query: Tensor, key: Tensor, distance: Tensor, rotary: Rotary | None) -> Tensor:

@@ -14,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SCALINGS = ("default", "llama3", "linear", "dynamic", "yarn")
+SCALINGS = ("default", "llama3", "linear", "dynamic", "ntk", "yarn", "longrope", "proportional")
 
 
 def inverse_frequencies(
-    rotary_dim: int, rope_parameters: Mapping[str, Any], max_positions: int = 0
+    rotary_dim: int, rope_parameters: Mapping[str, Any], max_positions: int = 0, length: int = 0
 ) -> Tensor:
     """Radians per token of each rotated pair: float64 [rotary_dim / 2].
 
-    rope_parameters: the entry of that name in a Hugging Face config. max_positions: its
-    max_position_embeddings, which only dynamic NTK with `max_trained_positions` reads. Raises ValueError for
-    a scaling not in SCALINGS.
+    rope_parameters: The entry of that name in a Hugging Face config.
+    max_positions: The config's max_position_embeddings. Only dynamic NTK with `max_trained_positions` reads
+        it.
+    length: The longest distance between a query and a key, in tokens. Only LongRoPE reads it.
+
+    Raises ValueError for a scaling not in SCALINGS, KeyError where a parameter is missing.
     """
     scaling = rope_parameters.get("rope_type", "default")
     if scaling not in SCALINGS:
@@ -32,9 +35,18 @@ def inverse_frequencies(
     base = float(rope_parameters.get("rope_theta", 10000.0))
     if scaling == "dynamic":
         base *= _dynamic_ntk_growth(rope_parameters, max_positions) ** (rotary_dim / (rotary_dim - 2))
+    if scaling == "ntk":
+        return _ntk(rotary_dim, base, rope_parameters)
     frequencies = base ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
     if scaling == "linear":
         return frequencies / rope_parameters["factor"]
+    if scaling == "longrope":
+        is_long = length > rope_parameters["original_max_position_embeddings"]
+        factors = rope_parameters["long_factor" if is_long else "short_factor"]
+        return frequencies / torch.tensor(factors, dtype=torch.float64)
+    if scaling == "proportional":  # pairs past the share do not turn
+        pairs = int(rotary_dim * rope_parameters.get("partial_rotary_factor", 1.0)) // 2
+        return frequencies.where(torch.arange(len(frequencies)) < pairs, 0.0)
     if scaling == "llama3":
         return _llama3(frequencies, rope_parameters)
     if scaling == "yarn":
@@ -42,9 +54,17 @@ def inverse_frequencies(
     return frequencies
 
 
-def attention_factor(rope_parameters: Mapping[str, Any]) -> float:
-    """What rotated queries and keys are multiplied by: YaRN's (arXiv 2309.00071, section 3.4), else 1."""
+def attention_factor(rope_parameters: Mapping[str, Any], max_positions: int = 0, length: int = 0) -> float:
+    """What rotated queries and keys are multiplied by. Arguments as of `inverse_frequencies`.
+
+    YaRN's (arXiv 2309.00071, section 3.4), LongRoPE's (arXiv 2402.13753, section 3.2), else 1.
+    """
     p = rope_parameters
+    if p.get("rope_type") == "longrope":
+        original = p["original_max_position_embeddings"]
+        own = p.get("long_mscale" if length > original else "short_mscale")
+        growth = max_positions / original
+        return own or (math.sqrt(1 + math.log(growth) / math.log(original)) if growth > 1 else 1.0)
     if p.get("rope_type") != "yarn":
         return 1.0
     if p.get("attention_factor") is not None:
@@ -67,6 +87,15 @@ def _dynamic_ntk_growth(p: Mapping[str, Any], max_positions: int) -> float:
     if "alpha" in p:
         return p["alpha"]
     return p["factor"] * max_positions / p.get("max_trained_positions", max_positions) - (p["factor"] - 1)
+
+
+def _ntk(rotary_dim: int, base: float, p: Mapping[str, Any]) -> Tensor:
+    """NTK-aware scaling with a fixed factor, or `mixed_b`'s, which divides faster pairs by less."""
+    factor, pairs = p["factor"], torch.arange(0, rotary_dim, 2, dtype=torch.float64)
+    if (mixed := p.get("mixed_b")) is None:
+        return (base * factor) ** -(pairs / rotary_dim) / factor ** (2 / rotary_dim)
+    growth = math.log(factor) / (rotary_dim / 2) ** mixed
+    return base ** -(pairs / rotary_dim) / torch.exp(growth * (pairs / 2 + 1) ** mixed)
 
 
 def _llama3(frequencies: Tensor, p: Mapping[str, Any]) -> Tensor:
@@ -121,11 +150,18 @@ class Rotary(nn.Module):
         self.register_buffer("turns_per_token", inverse_frequencies / (2 * math.pi), persistent=False)
         self._step: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
+    @property
+    def turns(self) -> bool:
+        """False for `no_turn`."""
+        return bool(self.inverse_frequencies.any())
+
     def forward(
         self, positions: Tensor, query: Tensor, key: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """positions [tokens], int; query, key [tokens, heads * head_size]: returned rotated, same shape and
-        dtype.
+        """Rotate queries and keys; same shapes and dtypes.
+
+        positions: int [tokens]; with M-RoPE [3, tokens], of a text three times the same.
+        query, key: [tokens, heads * head_size] or [tokens, heads, head_size].
         """
         cos_sin = self._step_cos_sin(positions)
         return self._rotate_flat(query, cos_sin), None if key is None else self._rotate_flat(key, cos_sin)
@@ -139,9 +175,9 @@ class Rotary(nn.Module):
         object.
         """
         if torch.compiler.is_compiling():
-            return self.scaled_cos_sin(positions.flatten())
+            return self.scaled_cos_sin(_of_text(positions))
         if self._step is None or self._step[0] is not positions:
-            self._step = positions, self.scaled_cos_sin(positions.flatten())
+            self._step = positions, self.scaled_cos_sin(_of_text(positions))
         return self._step[1]
 
     def scaled_cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +189,8 @@ class Rotary(nn.Module):
 
     def _rotate_flat(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = (t.unsqueeze(-2) for t in cos_sin)
-        return self.rotate(x.unflatten(-1, (-1, self.head_size)), cos, sin).view(x.shape)
+        heads = x.unflatten(-1, (-1, self.head_size)) if x.dim() == 2 else x
+        return self.rotate(heads, cos, sin).view(x.shape)
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """float32 [*positions, rotary_dim / 2] each, from float64 angles.
@@ -186,6 +223,15 @@ class Rotary(nn.Module):
         if self.rotary_dim == x.shape[-1]:
             return rotated.to(x.dtype)
         return torch.cat((rotated.to(x.dtype), x[..., self.rotary_dim :]), -1)
+
+
+def _of_text(positions: Tensor) -> Tensor:
+    return positions[0] if positions.dim() == 2 else positions
+
+
+def no_turn(head_size: int) -> Rotary:
+    """A rotation by nothing, for code that turns keys of layers without positions as others."""
+    return Rotary(head_size, 2, True, torch.zeros(1, dtype=torch.float64))
 
 
 class NoRotation(nn.Module):

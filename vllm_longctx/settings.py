@@ -100,6 +100,7 @@ class Adaptation(AdaptationSection):
     block_tokens: int
     context_tokens: int
     window_tokens: int
+    plain_tokens: int
     train_context_tokens: int
     kv_policy: KVPolicy
     slots: int
@@ -131,12 +132,13 @@ class Adaptation(AdaptationSection):
                 f"{trained_length} tokens; lower one of them"
             )
         if not sliding and self.context_tokens + kv_block + self.keep_first > self.window_tokens:
+            or_raise = ", or raise window_tokens" if self.window_tokens < trained_length else ""
             raise LongContextError(
                 f"adaptation.context_tokens = {self.context_tokens} leaves no room in "
                 f"adaptation.window_tokens = "
                 f"{self.window_tokens}: a new pass keeps them, up to {kv_block - 1} more and "
                 f"{self.keep_first} first ones; "
-                f"give at most {self.window_tokens - kv_block - self.keep_first}"
+                f"give at most {self.window_tokens - kv_block - self.keep_first}{or_raise}"
             )
 
     def for_request(self, options: RequestOptions, trained_length: int, kv_block: int) -> Self | None:
@@ -257,10 +259,13 @@ class Settings:
             ]
         return parts
 
-    def role(self, layer: int) -> Role:
-        """What the model's layer of this number is in the mode. Raises RuntimeError in mode plain."""
+    def role(self, layer: int, has_window: bool) -> Role:
+        """What the model's layer of this number is in the mode. Raises RuntimeError in mode plain.
+
+        has_window: The model gives the layer a sliding window of its own.
+        """
         roles = self.mode.layers
-        if Role.KEPT in roles and layer in self.top_k.layers:
+        if Role.KEPT in roles and layer in self.top_k.layers and not has_window:
             return Role.KEPT
         if Role.MEMORY in roles and layer in self.memory.layers:
             return Role.MEMORY

@@ -1,8 +1,12 @@
 """What users may write, and the message each mistake gets."""
 
-import pytest
+from typing import Any
 
-from vllm_longctx.config import LongContextConfig, LongContextError, RequestOptions
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_longctx.config import PRESETS, LongContextConfig, LongContextError, RequestOptions
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.settings import Adaptation, Settings, for_model
 
@@ -185,6 +189,78 @@ def adaptation(value: dict) -> Adaptation:
     return Settings.of(for_model(LongContextConfig.parse(value), TRAINED, KV_BLOCK, NUM_LAYERS, {})).temp_lora
 
 
+def sizes(trained: int, adaptation: dict[str, Any], room: int | None = None, **value: Any) -> Adaptation:
+    config = LongContextConfig.parse({"preset": "temp-lora-quality", **value, "adaptation": adaptation})
+    return Settings.of(for_model(config, trained, KV_BLOCK, NUM_LAYERS, {}, room=room)).temp_lora
+
+
+SIZES = ("window_tokens", "plain_tokens", "block_tokens", "context_tokens", "train_context_tokens")
+
+
+@pytest.mark.parametrize(
+    ("preset", "trained", "expected"),
+    [
+        ("temp-lora-quality", 128, (128, 128, 32, 64, 32)),
+        ("temp-lora-quality", 512, (512, 512, 128, 256, 128)),
+        ("temp-lora-economic", 512, (512, 512, 256, 224, 255)),
+        ("temp-lora-quality", 4095, (4095, 4095, 1023, 2047, 1023)),
+        ("temp-lora-quality", 4100, (4100, 4100, 1024, 2050, 1024)),
+        ("temp-lora-quality", 24576, (24576, 24576, 1024, 12288, 1024)),
+        ("temp-lora-quality", 24577, (24576, 24577, 1024, 12288, 1024)),
+        ("temp-lora-quality", 131072, (24576, 131072, 1024, 12288, 1024)),
+        ("temp-lora-economic", 4096, (4096, 4096, 2048, 2016, 2047)),
+        ("temp-lora-economic", 4097, (4096, 4097, 2048, 2016, 2048)),
+        ("temp-lora-economic", 131072, (4096, 131072, 2048, 2016, 2048)),
+    ],
+)
+def test_default_sizes_are_the_papers_whatever_more_a_model_was_trained_on(
+    preset: str, trained: int, expected: tuple[int, ...]
+) -> None:
+    found = sizes(trained, {}, preset=preset)
+    assert tuple(getattr(found, name) for name in SIZES) == expected
+
+
+@given(
+    preset=st.sampled_from([*PRESETS, None]),
+    adapts=st.booleans(),
+    trained=st.integers(64, 10_000_000),
+    room=st.none() | st.integers(64, 10_000_000),
+)
+def test_every_default_goes_with_every_trained_length(
+    preset: str | None, adapts: bool, trained: int, room: int | None
+) -> None:
+    value = ({} if preset is None else {"preset": preset}) | ({"adaptation": {}} if adapts else {})
+    config = LongContextConfig.parse(value)
+    room = None if room is None else max(room, min(trained, 1024))  # as `startup.pool` gives it
+    filled = for_model(config, trained, KV_BLOCK, NUM_LAYERS, {}, room=room)
+    windows = [filled.attention.n_local]
+    if (a := filled.adaptation) is not None:
+        assert a.block_tokens is not None and a.block_tokens <= 2048
+        assert a.train_context_tokens is not None and a.train_context_tokens + a.block_tokens < trained
+        windows += [a.window_tokens, a.plain_tokens if filled.attention.method == "none" else None]
+    assert all(window <= min(trained, room or trained) for window in windows if window is not None)
+
+
+def test_a_default_window_has_room_for_the_users_own_sizes() -> None:
+    assert sizes(131072, {"block_tokens": 8192}).window_tokens == 32768
+    assert sizes(131072, {"context_tokens": 20000}).window_tokens == 40000
+    assert sizes(32768, {"context_tokens": 20000}).window_tokens == 32768
+    assert sizes(131072, {"block_tokens": 3000}, preset="temp-lora-economic").window_tokens == 6000
+
+
+def test_default_windows_are_those_that_the_kv_cache_holds() -> None:
+    room = 10_000
+    found = sizes(131072, {}, room)
+    assert [getattr(found, name) for name in SIZES] == [10_000, 10_000, 1024, 5000, 1024]
+    config = LongContextConfig.parse({}).for_model(131072, KV_BLOCK, NUM_LAYERS, {}, room=room)
+    assert Settings.of(config).geometry == Geometry(10, 10_000, 131072)
+    for own in (9_000, 20_000):
+        config = LongContextConfig.parse({"attention": {"n_local": own}})
+        assert config.for_model(131072, KV_BLOCK, NUM_LAYERS, {}, room=room).attention.n_local == own
+        assert sizes(131072, {"window_tokens": own, "plain_tokens": own}, room).plain_tokens == own
+        assert sizes(131072, {"window_tokens": own}, room).window_tokens == own
+
+
 def test_temp_lora_takes_its_sizes_from_the_window() -> None:
     quality, economic = (
         adaptation({"preset": "temp-lora-quality"}),
@@ -209,6 +285,21 @@ def test_temp_lora_takes_its_sizes_from_the_window() -> None:
             "none",
             {"window_tokens": 8192},
             r"adaptation.window_tokens = 8192, but the model was trained on 4096 tokens; lower it",
+        ),
+        (
+            "none",
+            {"plain_tokens": 4097},
+            r"adaptation.plain_tokens = 4097, but the model was trained on 4096 tokens; lower it",
+        ),
+        (
+            "lm_infinite",
+            {"plain_tokens": 64},
+            r"plain_tokens has no effect beside attention.method lm_infinite",
+        ),
+        (
+            "none",
+            {"window_tokens": 1000, "context_tokens": 968},
+            r"in adaptation.window_tokens = 1000: .*; give at most 967, or raise window_tokens",
         ),
         (
             "none",

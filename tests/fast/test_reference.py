@@ -14,24 +14,32 @@ from vllm_longctx.reference import attention
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 
 
-def one_query(q, k, v, distances, scale, rotary=None, slope=0.0):
+def one_query(q, k, v, distances, scale, rotary=None, slope=0.0, soft_cap=math.inf, sink=-math.inf):
     """Softmax over the keys with a distance, for one head; the query is rotated to each distance in turn."""
     scores = []
     for key, d in zip(k, distances, strict=True):
         turned = q if rotary is None else rotary.turn(q[None], torch.tensor([d]))[0]
-        scores.append(float(turned.double() @ key.double()) * scale - slope * d)
-    weights = [math.exp(s - max(scores)) for s in scores]
-    return sum(w * x.double() for w, x in zip(weights, v, strict=True)) / sum(weights)
+        score = float(turned.double() @ key.double()) * scale
+        scores.append((score if soft_cap == math.inf else soft_cap * math.tanh(score / soft_cap)) - slope * d)
+    weights = [math.exp(s) for s in scores]
+    total = sum(weights) + math.exp(sink)
+    return sum(w * x.double() for w, x in zip(weights, v, strict=True)) / total
 
 
-def test_rope_and_alibi_attend_as_the_geometry_says() -> None:
+def test_rope_alibi_caps_and_sinks_are_as_written_out() -> None:
     geometry, n, heads, d = Geometry(2, 5, 4), 12, 4, 16
     rotary = Rotary(d, 8, False, inverse_frequencies(8, {"rope_theta": 100.0}))
     query, key, value = torch.randn(n, heads, d), torch.randn(n, 2, d), torch.randn(n, 2, d)
     positions = torch.arange(n)
     both = branches(geometry, positions, positions)
     slopes = alibi_slopes(heads)
-    for kwargs in ({"rotary": rotary}, {"alibi_slopes": slopes}):
+    sinks = torch.tensor([0.5, -2.0, 30.0, -torch.inf])
+    for kwargs in (
+        {"rotary": rotary},
+        {"alibi_slopes": slopes},
+        {"rotary": rotary, "soft_cap": 1.5, "sinks": sinks},
+        {"alibi_slopes": slopes, "soft_cap": 1.5},
+    ):
         out = attention(query, key, value, both, 0.3, **kwargs)
         for i in (0, 4, 5, 6, 11):
             sees = [j for j in range(i + 1) if j < 2 or i - j < 5]
@@ -45,6 +53,8 @@ def test_rope_and_alibi_attend_as_the_geometry_says() -> None:
                     0.3,
                     kwargs.get("rotary"),
                     float(slopes[head]) if "alibi_slopes" in kwargs else 0.0,
+                    kwargs.get("soft_cap", math.inf),
+                    float(sinks[head]) if "sinks" in kwargs else -math.inf,
                 )
                 assert torch.allclose(out[i, head], expected, atol=1e-6)
 

@@ -84,9 +84,9 @@ def test_turning_does_not_repeat_the_attention_factor() -> None:
 
 def test_an_unknown_scaling_is_named() -> None:
     with pytest.raises(
-        ValueError, match="rope_type is 'longrope'; longctx knows default, llama3, linear, dynamic, yarn"
+        ValueError, match="rope_type is 'fourier'; longctx knows default, llama3, linear, dynamic, ntk, yarn"
     ):
-        inverse_frequencies(64, {"rope_type": "longrope"})
+        inverse_frequencies(64, {"rope_type": "fourier"})
 
 
 @pytest.mark.parametrize("neox", [True, False])

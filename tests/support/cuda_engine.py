@@ -38,6 +38,7 @@ from vllm_longctx.cuda.rows import StepRows
 from vllm_longctx.cuda.worker import LongContextWorker
 from vllm_longctx.engine.layers import LayerSite
 from vllm_longctx.engine.lora import with_slots
+from vllm_longctx.engine.positions import Run
 from vllm_longctx.engine.step import StepInfo
 from vllm_longctx.settings import active_settings
 
@@ -58,12 +59,14 @@ def to_cpu(config: VllmConfig) -> VllmConfig:
     return config
 
 
-def made_layers(model: nn.Module, config: VllmConfig) -> tuple[list[LayerSite], StepRows]:
-    """What the worker does to a loaded model."""
+def made_layers(
+    model: nn.Module, config: VllmConfig, run: Run | None = None
+) -> tuple[list[LayerSite], StepRows]:
+    """What the worker does to a loaded model. run: how to run it, if it is none of vLLM's."""
     worker = object.__new__(LongContextWorker)
     worker.vllm_config, worker.settings, worker.device = config, active_settings(config), CPU
     rows = StepRows(config.scheduler_config.max_num_seqs, CPU)
-    return worker.make_layers(model, rows), rows
+    return worker.make_layers(model, rows, run), rows
 
 
 def places(firsts: list[int], ends: list[int], tables: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -95,6 +95,7 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
 
     from vllm_longctx.config import LongContextConfig
     from vllm_longctx.engine.kv_cache import prefix_caching
+    from vllm_longctx.models.properties import trained_length
     from vllm_longctx.settings import active_settings, plugin_configs
 
     additional_config = longctx_config(longctx, preset)
@@ -106,8 +107,13 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
     settings, worker = active_settings(config), config.parallel_config.worker_cls
     for key, value in mode_rows(settings.mode, worker):
         table.add_row(key, value)
+    table.add_row("trained length", f"{trained_length(config.model_config):,}")
     for key, value in plugin_configs(config)["longctx"]["attention"].items():
         table.add_row(f"attention.{key}", str(value))
+    if (a := settings.adaptation) is not None:
+        stepped = () if settings.mode.slides else ("window_tokens", "context_tokens", "plain_tokens")
+        for key in (*stepped, "block_tokens", "train_context_tokens", "slots", "max_rank"):
+            table.add_row(f"adaptation.{key}", str(getattr(a, key)))
     table.add_row("max_model_len", f"{config.model_config.max_model_len:,}")
     table.add_row("block_size", str(config.cache_config.block_size))
     table.add_row("prefix caching", prefix_caching(settings, config.cache_config))

@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_longctx.cpu.kernels.branches import additive, attend
+from vllm_longctx.cpu.kernels.branches import additive, attend, with_sinks
 from vllm_longctx.cpu.kernels.retrieval import Codes, Memory, Pages, attend_best
 from vllm_longctx.cpu.kernels.scratch import as_kernel_caches, packed_order, unpack
 from vllm_longctx.cpu.rows import StepRows, WindowRow
@@ -154,10 +154,12 @@ class MemoryImpl(TakenOver, CPUAttentionBackendImpl):
     def _look_up(self, query: Tensor, lookups: Lookups, lookup: Lookup) -> Tensor:
         memory = Memory(self.pages, lookups.block_table, 0, lookups.start, self.codes)
         window = self._window(query, lookups)
-        return attend_best(query, memory, window, lookup.top_k, self.scale, lookup.share)
+        return attend_best(
+            query, memory, window, lookup.top_k, self.scale, lookup.share, self.logits_soft_cap
+        )
 
     def _window(self, query: Tensor, lookups: Lookups) -> tuple[Tensor, Tensor]:
-        """Attention over the window: output [T, heads, d], log-sum-exp [T, heads]."""
+        """Attention over the window and the sinks: output [T, heads, d], log-sum-exp [T, heads]."""
         cache, block_size = self.pages.cache, self.pages.cache.shape[2]
         blocks = covering(lookups.block_table, lookups.start, lookups.end, block_size)
         skip, length = lookups.start % block_size, lookups.end - lookups.start
@@ -166,8 +168,10 @@ class MemoryImpl(TakenOver, CPUAttentionBackendImpl):
         )
         places = torch.arange(length)
         mask = additive(places[None] <= places[length - len(query) :, None])
-        attended, lse = attend(query.transpose(0, 1)[None], keys, values, mask, self.scale)
-        return attended[0].transpose(0, 1), lse[0].transpose(0, 1)
+        attended, lse = attend(
+            query.transpose(0, 1)[None], keys, values, mask, self.scale, self.logits_soft_cap
+        )
+        return with_sinks((attended[0].transpose(0, 1), lse[0].transpose(0, 1)), self.sinks)
 
 
 def close_window(

@@ -33,7 +33,6 @@ from vllm_longctx.engine.layers import LayerSite, TakenOver
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.models.properties import model_dtype
 from vllm_longctx.rotary import Rotary
-from vllm_longctx.settings import active_settings
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,11 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         device: torch.device,
     ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.geometry = active_settings(vllm_config).geometry
         self._last_tables: KernelTables | None = None
-        self.layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
+        layers = vllm_config.compilation_config.static_forward_context
+        self.layers = [layers[name] for name in layer_names]
         self.impl: LambdaImpl = self.layers[0].impl
+        self.geometry = self.impl.geometry
         self.places = packed_order(self.block_size, self.head_dim, kv_cache_spec.dtype, self.isa)
         for layer in self.layers:
             layer.impl.places = self.places
@@ -105,28 +105,25 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
     @functools.cached_property
     def scratch(self) -> Scratch:
         """Built in the first step, when the KV cache is there."""
-        num_blocks = self.vllm_config.cache_config.num_gpu_blocks
-        assert num_blocks is not None  # the KV cache is there
-        layout = scratch_layout(self.vllm_config, self.impl, self.block_size, num_blocks)
+        layout, blocks = self.impl.scratch, self.impl.layer_blocks
         caches = [layer.kv_cache for layer in self.layers]
-        blocks = layout.first_block + layout.num_blocks
-        for number, cache in enumerate(caches):
-            if cache.storage_offset() != caches[0].storage_offset() + number * blocks * cache.stride(0):
-                raise RuntimeError(
-                    "layers of a KV cache group do not stand one behind the other; vLLM's layout changed"
-                )
-        whole = extend(caches[0], len(caches) * blocks)
-        n_global = self.geometry.n_global
+        first = min(caches, key=Tensor.storage_offset)
+        offsets = [cache.storage_offset() - first.storage_offset() for cache in caches]
+        if any(offset % first.stride(0) for offset in offsets):
+            raise RuntimeError(
+                "layers of a KV cache group do not begin where a block does; vLLM's layout changed"
+            )
+        layer_first = [offset // first.stride(0) for offset in offsets]
         for layer, cache in zip(self.layers, caches, strict=True):
             layer.impl.kernel_cache = as_kernel_caches(extend(cache, blocks))
-        return Scratch(layout, whole, len(caches), n_global, self.places, self.impl.rotary, self.isa)
+        whole = extend(first, max(layer_first) + blocks)
+        n_global = self.geometry.n_global
+        return Scratch(layout, whole, layer_first, n_global, self.places, self.impl.rotary, self.isa)
 
     def build(  # type: ignore[override]  # what it returns is read by LambdaImpl alone
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LambdaMetadata:
         m = common_attn_metadata
-        if self.impl.rotary is not None:
-            self.impl.rotary.new_step()
         self.scratch.forget_written(m.slot_mapping)
         starts, seq_lens, table = m.query_start_loc, m.seq_lens, m.block_table_tensor
         query_lens = starts.diff()
@@ -216,18 +213,23 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
 
     The metadata builder sets what is known later.
 
-    places: `packed_order`. kernel_cache: Keys and values as the kernel takes them, scratch blocks included.
+    places: `packed_order`.
+    scratch: Of its KV cache group.
+    layer_blocks: Of a layer's KV cache, with the scratch blocks of all groups.
+    kernel_cache: Keys and values as the kernel takes them, scratch blocks included.
     """
 
     alibi_slopes: Tensor | None  # type: ignore[assignment]  # vLLM makes it of the list that it is given
     geometry: Geometry
     rotary: Rotary | None
     places: tuple[Tensor, Tensor]
+    scratch: ScratchLayout
+    layer_blocks: int
     kernel_cache: tuple[Tensor, Tensor]
 
     @classmethod
     def over(cls, site: LayerSite, **own: Any) -> Self:
-        geometry = site.settings.geometry
+        geometry = site.geometry
         if geometry.n_local is None:
             raise RuntimeError(f"{site.name}: a sliding layer needs a window")
         made = cls.of(site.layer.impl, geometry=geometry, rotary=site.rotary, **own)
@@ -267,17 +269,22 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
                 rotary=self.rotary,
                 scale=self.scale,
                 further=self._further(query[rows], kv_cache, chunk),
+                soft_cap=self.logits_soft_cap,
+                sinks=self.sinks,
             )
         return output
 
     def _further(self, query: Tensor, kv_cache: Tensor, chunk: ChunkPart) -> tuple[Tensor, Tensor] | None:
-        """Scores [T, heads, k] and values [T, heads, k, d] of keys beside those of Λ attention; here there
-        are none.
+        """Scores [T, heads, k], capped, and values [T, heads, k, d] of keys beside those of Λ attention;
+        here there are none.
         """
         return None
 
     def _kernel(self, part: KernelPart, query: Tensor, output: Tensor) -> None:
         key_cache, value_cache = self.kernel_cache
+        sinks = self.sinks
+        if sinks is not None and sinks.dtype == torch.float16:
+            sinks = sinks.float()  # the kernel takes bfloat16 or float32
         whole_step = part.tokens is None
         query = query if whole_step else query[part.tokens]
         out = output[: len(query)] if whole_step else torch.empty_like(query)
@@ -295,7 +302,7 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
             block_table=part.tables.block_table,
             softcap=self.logits_soft_cap,
             scheduler_metadata=part.scheduler_metadata,
-            s_aux=None,
+            s_aux=sinks,
         )
         if not whole_step:
             output[part.tokens] = out
@@ -304,13 +311,3 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
         """Keys and values [length, kv_heads, head_size] from `skip` tokens into the first of `blocks` on."""
         keys, values = unpack(kv_cache[blocks], self.places)
         return keys[skip : skip + length], values[skip : skip + length]
-
-
-def scratch_layout(
-    vllm_config: VllmConfig, impl: LambdaImpl, block_size: int, num_blocks: int
-) -> ScratchLayout:
-    max_num_seqs, mode = vllm_config.scheduler_config.max_num_seqs, active_settings(vllm_config).mode
-    alibi = impl.alibi_slopes is not None
-    return ScratchLayout.plan(
-        impl.geometry, block_size, num_blocks, max_num_seqs, alibi=alibi, top_k=mode.top_k
-    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from vllm.utils.math_utils import cdiv
 
+from vllm_longctx.cpu.kernels.branches import capped
 from vllm_longctx.cpu.kernels.retrieval import Memory, Pages, top_k
 from vllm_longctx.cpu.sliding import ChunkPart, LambdaBackend, LambdaImpl, LambdaMetadataBuilder
 from vllm_longctx.engine.layers import LayerSite
@@ -68,4 +69,4 @@ class TopKImpl(LambdaImpl):
         query = self.rotary.turn(query, torch.full((1, 1), self.top_k.insert_at - chunk.plan.context))
         memory = Memory(Pages(kv_cache, self.places), chunk.block_table, *chunk.middle)
         best = top_k(query, memory, self.top_k.k, self.scale)
-        return best.scores, memory.values(best.positions)
+        return capped(best.scores, self.logits_soft_cap), memory.values(best.positions)

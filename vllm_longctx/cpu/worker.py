@@ -6,6 +6,7 @@ layer would not know the rotary module that rotated its queries.
 """
 
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
@@ -13,13 +14,17 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_longctx.config import LongContextError
 from vllm_longctx.cpu.host_memory import allocate_apart
+from vllm_longctx.cpu.kernels.tables import ScratchLayout
 from vllm_longctx.cpu.rows import StepRows
 from vllm_longctx.cpu.runner import LongContextRunner, clear_last_blocks, seeds_of_finished_prompts
-from vllm_longctx.cpu.sliding import scratch_layout
+from vllm_longctx.cpu.sliding import LambdaImpl
+from vllm_longctx.engine.layers import has_alibi, site_groups
 from vllm_longctx.engine.step import StepInfo
 from vllm_longctx.engine.worker import LongContextWorkerBase
 from vllm_longctx.modes import Role, load
+from vllm_longctx.temp_lora.client import trainer_bytes
 
 
 class LongContextWorker(LongContextWorkerBase, CPUWorker):
@@ -34,6 +39,20 @@ class LongContextWorker(LongContextWorkerBase, CPUWorker):
 
     def new_rows(self) -> StepRows:
         return StepRows()
+
+    def determine_available_memory(self) -> int:
+        available = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes or not self.settings.mode.adapts:
+            return available
+        need = trainer_bytes(self.vllm_config, self.device) // self.parallel_config.world_size
+        if need >= available:
+            raise LongContextError(
+                f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB beside each worker, but there "
+                f"are no more than {available / 2**30:.2f} GiB for it and the KV cache; "
+                "lower adaptation.slots, adaptation.rank or adaptation.block_tokens, "
+                "set adaptation.trainer.recompute true, or use dtype bfloat16"
+            )
+        return available - need
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(self.with_scratch_room(kv_cache_config))
@@ -54,22 +73,39 @@ class LongContextWorker(LongContextWorkerBase, CPUWorker):
         """The same pool, with room for scratch blocks behind each layer's blocks; the scheduler never hears
         of them.
 
-        In engines whose layers are all in one group; in others the groups' scratch blocks would be the same
-        memory.
+        KV cache groups are laid over the same memory, so each group has scratch blocks of its own there.
         """
-        if not kv_cache_config.kv_cache_tensors or self.settings.mode.layers.keys() != {Role.SLIDING}:
-            return kv_cache_config
-        (tensor,) = kv_cache_config.kv_cache_tensors
-        num_blocks = kv_cache_config.num_blocks
-        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        if tensor.layer_stride != num_blocks * tensor.block_stride or tensor.offset:
-            raise RuntimeError(f"longctx expects a KV cache of layers one behind the other, not {tensor}")
-        layer = self.vllm_config.compilation_config.static_forward_context[tensor.layers[0]]
-        scratch = scratch_layout(self.vllm_config, layer.impl, block_size, num_blocks)
-        room = scratch.num_blocks * tensor.block_stride
-        tensor = copy(tensor)
-        tensor.size += room * len(tensor.layers)
-        tensor.layer_stride += room
+        tensors, layer_blocks = kv_cache_config.kv_cache_tensors, kv_cache_config.num_blocks
+        are_alike = (
+            all(t.layer_stride == layer_blocks * t.block_stride and t.offset == 0 for t in tensors)
+            and len({t.block_stride for t in tensors}) == 1
+        )
+        groups = site_groups(self.sites, Role.SLIDING, kv_cache_config) if are_alike else []
+        layouts: dict[str, ScratchLayout] = {}
+        for group in groups:
+            layout = ScratchLayout.plan(
+                group.sites[0].geometry,
+                group.block_size,
+                kv_cache_config.num_blocks,
+                self.scheduler_config.max_num_seqs,
+                alibi=has_alibi(group.sites[0].layer),
+            )
+            layout = replace(layout, first_block=layer_blocks)
+            layer_blocks += layout.num_blocks
+            layouts |= {site.name: layout for site in group.sites}
+        for site in self.sites:
+            if isinstance(site.layer.impl, LambdaImpl):
+                nothing = ScratchLayout(kv_cache_config.num_blocks, 0, 0)
+                site.layer.impl.scratch = layouts.get(site.name, nothing)
+                site.layer.impl.layer_blocks = layer_blocks
+        room = (layer_blocks - kv_cache_config.num_blocks) * tensors[0].block_stride if layouts else 0
         config = copy(kv_cache_config)
-        config.kv_cache_tensors = [tensor]
+        config.kv_cache_tensors = [
+            replace(
+                t,
+                size=t.size + room * max(len(t.layers) for t in tensors),
+                layer_stride=t.layer_stride + room,
+            )
+            for t in tensors
+        ]
         return config

@@ -5,27 +5,13 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_longctx.models.properties import LINEAR_MODULES, model_dtype
+from vllm_longctx.models.properties import LINEAR_MODULES
 from vllm_longctx.settings import active_settings
 from vllm_longctx.temp_lora import base_model
 from vllm_longctx.temp_lora import shared_weights as shared
-from vllm_longctx.temp_lora.client import weight_bytes
 from vllm_longctx.temp_lora.slots import Slots
-from vllm_longctx.temp_lora.training_memory import Shape
 
 logger = init_logger("vllm.longctx")
-
-
-def trainer_bytes(vllm_config: VllmConfig, device: torch.device) -> int:
-    """What the trainer will take of this worker's GPU."""
-    settings, model = active_settings(vllm_config).temp_lora, vllm_config.model_config
-    if settings.trainer.address is not None or torch.device(settings.trainer.device) != device:
-        return 0
-    shares = vllm_config.instance_id in shared.shared_by_engine
-    weights = (
-        0 if shares else weight_bytes(model.model, model_dtype(model), base_model.resolved_config(model))
-    )
-    return weights + Shape.of(model.hf_text_config, model_dtype(model)).training_bytes(settings)
 
 
 def share_weights(model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> Tensor | None:

@@ -105,7 +105,7 @@ class LambdaBackend(AttentionBackend):
 
     @classmethod
     def make_layer(cls, site: LayerSite) -> "LambdaImpl":
-        return taken_over(site, site.settings.geometry)
+        return taken_over(site, site.geometry)
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
@@ -190,8 +190,6 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
     ) -> LambdaMetadata:
         m = common_attn_metadata
         assert m.positions is not None  # both of vLLM's model runners give them
-        if self.impl.rotary is not None:
-            self.impl.rotary.new_step()
         turn = self._write_turn(m.positions[: m.num_actual_tokens])
         num_decodes, num_chunks, first_token, _ = split_decodes_and_prefills(m, decode_threshold=1)
         decodes = chunks = None

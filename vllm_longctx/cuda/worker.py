@@ -8,7 +8,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_longctx.config import LongContextError
 from vllm_longctx.cuda.host_memory import HostMemory, allocate_apart, check_host_memory
-from vllm_longctx.cuda.lora import share_weights, trainer_bytes
+from vllm_longctx.cuda.lora import share_weights
 from vllm_longctx.cuda.memory import pool_beside_lookups
 from vllm_longctx.cuda.rows import StepRows
 from vllm_longctx.cuda.runner import runner_class
@@ -18,6 +18,7 @@ from vllm_longctx.engine.worker import LongContextWorkerBase
 from vllm_longctx.models.properties import model_dtype
 from vllm_longctx.modes import Role
 from vllm_longctx.settings import Lookup
+from vllm_longctx.temp_lora.client import trainer_bytes
 
 
 class LongContextWorker(LongContextWorkerBase, Worker):

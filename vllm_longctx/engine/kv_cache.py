@@ -36,7 +36,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from vllm_longctx.geometry import Geometry, SteppedWindows
-from vllm_longctx.models.properties import model_dtype, trained_length
+from vllm_longctx.models.properties import model_dtype
 from vllm_longctx.modes import Role
 from vllm_longctx.settings import Settings, active_settings
 
@@ -58,12 +58,10 @@ class LambdaSpec(SlidingWindowSpec):
 
     @classmethod
     def from_attention_spec(cls, spec: AttentionSpec, geometry: Geometry) -> "LambdaSpec":
-        """The spec of the same layer under `geometry`.
-
-        Raises TypeError for a layer that has a window of its own.
-        """
-        if isinstance(spec, SlidingWindowSpec) or geometry.n_local is None:
-            raise TypeError(f"cannot give {spec} the geometry {geometry}")
+        """The spec of the same layer under `geometry`, or under the window that the model gives it."""
+        if isinstance(spec, SlidingWindowSpec):
+            geometry = Geometry(0, spec.sliding_window)
+        assert geometry.n_local is not None
         common = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
         return cls(**common, sliding_window=geometry.n_local, n_global=geometry.n_global)
 
@@ -103,6 +101,10 @@ class PrivateRequests(SingleTypeKVCacheManager):
         super().__init__(*args, **kwargs)
         self.most_blocks: dict[str, int] = {}
 
+    def most_blocks_of(self, window_tokens: int) -> int:
+        """Blocks that a request holds at once, at most. window_tokens: of its passes, if it has any."""
+        raise NotImplementedError
+
     def make_private(self, request_id: str, most_blocks: int) -> None:
         self.most_blocks[request_id] = most_blocks
 
@@ -133,6 +135,10 @@ class LambdaManager(PrivateRequests):
         # Free and cached, but not worth keeping; the oldest first. With the hash, since other groups use the
         # same pool.
         self._middles: dict[int, tuple[KVCacheBlock, BlockHashWithGroupId]] = {}
+
+    def most_blocks_of(self, window_tokens: int) -> int:
+        assert self.max_admission_blocks_per_request is not None
+        return self.max_admission_blocks_per_request
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """None: the callers in the base class take what is skipped to be a prefix."""
@@ -331,9 +337,11 @@ def _first_window_block(spec: LambdaSpec, computed_tokens: int) -> int:
 
 
 def full_attention_fields(spec: AttentionSpec) -> dict[str, Any]:
-    if not isinstance(spec, FullAttentionSpec) or spec.sliding_window is not None:
-        raise TypeError(f"cannot take over a layer with {spec}")
-    return {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
+    """Of a spec that keeps all KV. A layer with a window of its own keeps it as if it had none."""
+    common = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
+    if isinstance(spec, FullAttentionSpec):
+        common |= {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
+    return common
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,7 +355,6 @@ class SteppedSpec(FullAttentionSpec):
 
     @classmethod
     def from_attention_spec(cls, spec: AttentionSpec, most_tokens: int) -> "SteppedSpec":
-        """The spec of the same layer. Raises TypeError for a layer with a window of its own."""
         return cls(**full_attention_fields(spec), most_tokens=most_tokens)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
@@ -355,13 +362,16 @@ class SteppedSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list["SteppedSpec"]) -> "SteppedSpec":
-        if any(spec != specs[0] for spec in specs):
-            raise TypeError(f"stepped windows need the same KV in all layers, not {set(specs)}")
+        # vLLM takes an AssertionError to mean that layers belong to different groups.
+        assert all(spec == specs[0] for spec in specs), "layers with KV of other sizes"
         return specs[0]
 
 
 class SteppedManager(PrivateRequests, FullAttentionManager):
     """Full attention, but for requests whose window steps."""
+
+    def most_blocks_of(self, window_tokens: int) -> int:
+        return cdiv(window_tokens, self.block_size) + 1
 
     def roll_back(self, request_id: str, position: int) -> None:
         """Give back all blocks; `position` is what the request computes next, null blocks stand before it."""
@@ -409,12 +419,8 @@ class WindowSpec(LambdaSpec):
 
     @classmethod
     def of(cls, spec: AttentionSpec, windows: SteppedWindows, steps: int = 1) -> "WindowSpec":
-        common = LambdaSpec.from_attention_spec(spec, Geometry(0, windows.tokens))
-        return cls(
-            **{f.name: getattr(common, f.name) for f in fields(LambdaSpec) if f.init},
-            windows=windows,
-            steps=steps,
-        )
+        common = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
+        return cls(**common, sliding_window=windows.tokens, n_global=0, windows=windows, steps=steps)
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         """Those of as many windows as steps are under way, since no step goes past a window's end; the first
@@ -481,7 +487,6 @@ class MemorySpec(FullAttentionSpec):
 
     @classmethod
     def of(cls, spec: AttentionSpec, windows: SteppedWindows, memory_blocks: int | None) -> "MemorySpec":
-        """The spec of the same layer. Raises TypeError for a layer with a window of its own."""
         return cls(**full_attention_fields(spec), windows=windows, memory_blocks=memory_blocks)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
@@ -678,7 +683,6 @@ class MiddleSpec(FullAttentionSpec):
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> "MiddleSpec":
-        """The spec of the same layer. Raises TypeError for a layer with a window of its own."""
         return cls(**full_attention_fields(spec))
 
     @classmethod
@@ -706,8 +710,6 @@ def layer_spec(kind: str, spec: AttentionSpec, vllm_config: VllmConfig) -> KVCac
     """What the pool keeps of a layer.
 
     kind: the name of the spec in `modes.MODES`. spec: what vLLM would keep of it.
-
-    Raises TypeError for a layer with a window of its own.
     """
     settings = active_settings(vllm_config)
     if kind == "LambdaSpec":
@@ -715,7 +717,9 @@ def layer_spec(kind: str, spec: AttentionSpec, vllm_config: VllmConfig) -> KVCac
     if kind == "MiddleSpec":
         return MiddleSpec.of(spec)
     if kind == "SteppedSpec":
-        return SteppedSpec.from_attention_spec(spec, trained_length(vllm_config.model_config))
+        a = settings.temp_lora
+        most_tokens = min(max(a.window_tokens, a.plain_tokens), vllm_config.model_config.max_model_len)
+        return SteppedSpec.from_attention_spec(spec, most_tokens)
     windows = settings.memory.windows
     if kind == "WindowSpec":
         return WindowSpec.of(spec, windows, vllm_config.max_concurrent_batches)

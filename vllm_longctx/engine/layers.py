@@ -1,5 +1,6 @@
-"""What both platforms do to a loaded model: find its attention layers, and give them exact rotary angles."""
+"""What both platforms do to a loaded model: find its attention layers, and what each of them is."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -8,15 +9,19 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
 
+from vllm_longctx.config import LongContextError
+from vllm_longctx.engine.positions import Run, rotations, running
+from vllm_longctx.engine.rotaries import replace_modules
 from vllm_longctx.engine.rows import Timed
-from vllm_longctx.models.properties import rope_parameters
+from vllm_longctx.geometry import Geometry
+from vllm_longctx.models.properties import trained_length
 from vllm_longctx.modes import Role
-from vllm_longctx.rotary import NoRotation, Rotary, attention_factor, inverse_frequencies
+from vllm_longctx.rotary import NoRotation, Rotary, no_turn
 from vllm_longctx.settings import Settings, active_settings
 
 
@@ -25,19 +30,23 @@ class LayerSite:
     """An attention layer of a loaded model, and what is known where it stands.
 
     name: vLLM's, by which a forward finds its KV cache and metadata.
-    parent: The module around it, whose rotary module rotates its queries and keys.
     role: What it is in the engine's mode.
+    window: The sliding window of its own that the model gives it, in tokens; None for a layer that sees all.
     rotary: The rotation of the layer's queries and keys; None for a layer without: ALiBi, or no positions.
     """
 
     name: str
     layer: Attention
-    parent: nn.Module
     role: Role
+    window: int | None
     rotary: Rotary | None
     settings: Settings
-    vllm_config: VllmConfig
     device: torch.device
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of a sliding layer: a window of its own stays as it is."""
+        return self.settings.geometry if self.window is None else Geometry(0, self.window)
 
 
 @dataclass(frozen=True)
@@ -68,68 +77,129 @@ def site_groups(sites: Sequence[LayerSite], role: Role, kv_cache_config: KVCache
 
 
 def find_layers(
-    model: nn.Module, vllm_config: VllmConfig, impl: type[AttentionImpl[Any]], device: torch.device
+    model: nn.Module,
+    vllm_config: VllmConfig,
+    impl: type[AttentionImpl[Any]],
+    device: torch.device,
+    run: Run | None = None,
 ) -> list[LayerSite]:
     """The attention layers of a loaded model, which now has exact rotary angles, if it has RoPE.
 
-    impl: The class of every layer's implementation, as vLLM made it. Must come before the first forward,
-    which compiles the model. Raises RuntimeError for a layer that is not a plain decoder layer with ALiBi
-    slopes or with the model's one rotary module beside it (vLLM's `get_rope` gives all layers the same).
+    impl: The class of every layer's implementation, as vLLM made it.
+    run: How to run the model; by default as vLLM runs it.
+
+    Must come before the first forward, which compiles the model. Raises LongContextError naming a layer that
+    the engine's mode cannot serve, and why.
     """
     settings = active_settings(vllm_config)
-    layers = vllm_config.compilation_config.static_forward_context
-    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in layers}
-    stock_rotaries = {id(r): r for r in (getattr(parent, "rotary_emb", None) for parent in parents.values())}
-    if len(stock_rotaries) != 1:
-        raise RuntimeError(f"longctx needs one rotation in all layers, but there are {len(stock_rotaries)}")
-    (stock_rotary,) = stock_rotaries.values()
-    for name, layer in layers.items():
-        if not (
-            isinstance(layer, Attention)
-            and type(layer.impl) is impl
-            and layer.impl.attn_type == "decoder"  # type: ignore[attr-defined]  # both platforms' classes have it
-            and layer.impl.sinks is None  # type: ignore[attr-defined]  # likewise
-            and layer.sliding_window is None
-            and (
-                isinstance(stock_rotary, RotaryEmbedding)
-                if layer.impl.alibi_slopes is None  # type: ignore[attr-defined]  # likewise
-                else stock_rotary is None
-            )
-        ):
-            raise RuntimeError(
-                f"longctx cannot take over {name} ({type(layer).__name__}, {type(stock_rotary).__name__})"
-            )
-
-    rotary = None if stock_rotary is None else exact_rotary(stock_rotary, vllm_config)
+    layers = attention_layers(vllm_config, impl)
+    run = run or running(model, vllm_config, device)
+    found = rotations(model, layers, vllm_config, longest_distance(settings, vllm_config), run)
     sites = []
     for name, layer in layers.items():
-        parent, role, own = parents[name], settings.role(extract_layer_index(name)), rotary
-        if rotary is not None:
-            parent.rotary_emb = rotary
+        role, rotary = settings.role(extract_layer_index(name), layer.sliding_window is not None), found[name]
+        if role in (Role.KEPT, Role.MEMORY):
+            check_keeps_all(name, layer, role)
+        if role == Role.KEPT and rotary is None:
+            rotary = no_turn(layer.head_size).to(device)
         if role == Role.MEMORY and not settings.memory.has_positions:
-            parent.rotary_emb, own = NoRotation(), None
-        sites.append(LayerSite(name, layer, parent, role, own, settings, vllm_config, device))
+            without_rotation(model, name, rotary)
+            rotary = None
+        sites.append(LayerSite(name, layer, role, layer.sliding_window, rotary, settings, device))
     return sites
 
 
-def exact_rotary(stock: RotaryEmbedding, vllm_config: VllmConfig) -> Rotary:
-    """The same rotation with float64 angles, on its device.
+def plan(sites: Sequence[LayerSite]) -> str:
+    """What each kind of layer is, for users: `5 × own window 1,024 (untouched), 1 × full → Λ 10 + 8,192`."""
+    kinds = Counter(described(site) for site in sites)
+    return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
 
-    Raises RuntimeError if it differs from vLLM's own table.
+
+def described(site: LayerSite) -> str:
+    """The kind of a layer, and what the engine's mode makes of it."""
+    if site.window is not None:
+        return f"own window {site.window:,} (untouched)"
+    has_positions = site.rotary is not None and site.rotary.turns
+    kind = "full, ALiBi" if has_alibi(site.layer) else "full" if has_positions else "full, no positions"
+    attention = site.settings.attention
+    if site.role in (Role.SLIDING, Role.KEPT):
+        geometry = site.geometry
+        made = f"Λ {geometry.n_global:,} + {geometry.n_local:,}"
+        made += f", best {site.settings.top_k.k:,} between" if site.role == Role.KEPT else ""
+        if not has_positions and not has_alibi(site.layer) and geometry.distance_ceiling is not None:
+            made += ", where the distance ceiling has no effect"
+    elif site.role == Role.MEMORY:
+        made = f"memory, {attention.lookup or 'all'} of its keys"
+    else:
+        made = "the window" if attention.n_local is None else f"window {attention.n_local:,}"
+    return f"{kind} → {made}"
+
+
+def has_alibi(layer: Attention) -> bool:
+    return layer.impl.alibi_slopes is not None  # type: ignore[attr-defined]  # both platforms' classes have it
+
+
+def without_rotation(model: nn.Module, name: str, rotary: Rotary | None) -> None:
+    """Leave queries and keys of a layer as they are.
+
+    Raises LongContextError where all layers share a module.
     """
-    parameters = rope_parameters(vllm_config.model_config)
-    if parameters is None:
-        raise RuntimeError(f"{type(stock).__name__} rotates, but the model's config has no RoPE parameters")
-    frequencies = inverse_frequencies(stock.rotary_dim, parameters, stock.max_position_embeddings)
-    rotary = Rotary(
-        stock.head_size, stock.rotary_dim, stock.is_neox_style, frequencies, attention_factor(parameters)
-    )
-    positions = torch.arange(min(64, len(stock.cos_sin_cache)))
-    ours = torch.cat(rotary.scaled_cos_sin(positions), -1)
-    theirs = stock.cos_sin_cache[: len(positions)].float().cpu()
-    if not torch.allclose(ours, theirs, atol=1e-5 + torch.finfo(stock.cos_sin_cache.dtype).eps):
-        raise RuntimeError(f"the rotary angles of {type(stock).__name__} are not those of {dict(parameters)}")
-    return rotary.to(stock.cos_sin_cache.device)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if rotary is not None and not replace_modules(parent, {id(rotary): NoRotation()}):
+        raise LongContextError(
+            f"attention.mem_positionals = false, but layer {name} has no rotary module of its own to leave "
+            "out; leave mem_positionals at true"
+        )
+
+
+def longest_distance(settings: Settings, vllm_config: VllmConfig) -> int:
+    """At which a query of a full layer sees a key, in tokens."""
+    attention, trained = settings.attention, trained_length(vllm_config.model_config)
+    if not settings.mode.slides:
+        return attention.n_local or trained
+    geometry = settings.geometry
+    if geometry.distances == "in_cache":
+        return geometry.n_global + (geometry.n_local or 0)
+    return max(geometry.n_local or 0, geometry.distance_ceiling or trained)
+
+
+def attention_layers(vllm_config: VllmConfig, impl: type[AttentionImpl[Any]]) -> dict[str, Attention]:
+    """By name. Raises LongContextError naming a layer whose kind cannot be served."""
+    layers: dict[str, Attention] = {}
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if not isinstance(layer, AttentionLayerBase):  # experts, for one
+            continue
+        reason = None
+        if type(layer) is not Attention:
+            reason = f"it is {type(layer).__name__}, and longctx serves plain attention"
+        elif layer.attn_type != AttentionType.DECODER:
+            reason = f"it is {layer.attn_type} attention, and longctx serves decoders"
+        elif layer.kv_sharing_target_layer_name is not None:
+            reason = f"it reads the KV cache of layer {layer.kv_sharing_target_layer_name}"
+        elif layer.head_size_v != layer.head_size:
+            reason = f"its values have {layer.head_size_v} elements, and its keys {layer.head_size}"
+        elif type(layer.impl) is not impl:
+            reason = f"vLLM gave it {type(layer.impl).__name__}, and longctx knows {impl.__name__}"
+        if reason is not None:
+            raise LongContextError(f"longctx cannot serve layer {name}: {reason}")
+        layers[name] = layer
+    if not layers:
+        raise LongContextError("longctx cannot serve this model: it has no attention layers")
+    return layers
+
+
+def check_keeps_all(name: str, layer: Attention, role: Role) -> None:
+    """Raises LongContextError for a layer that cannot look up keys."""
+    reason = None
+    if layer.sliding_window is not None:
+        reason = f"it has a window of its own ({layer.sliding_window} tokens)"
+    elif has_alibi(layer):
+        reason = "it has ALiBi, by which no key looks as if it were elsewhere"
+    if reason is not None:
+        option = "mem_layers" if role == Role.MEMORY else "top_k_from_layer and top_k_to_layer"
+        raise LongContextError(
+            f"layer {name} cannot look up keys: {reason}; leave it out of attention.{option}"
+        )
 
 
 class TakenOver:
@@ -148,12 +218,17 @@ class TakenOver:
 
 
 def engine_backend(
-    backend: type[AttentionBackend], rows: Any, make_spec: Callable[[AttentionSpec], KVCacheSpec]
+    backend: type[AttentionBackend],
+    rows: Any,
+    make_spec: Callable[[AttentionSpec], KVCacheSpec],
+    rotation: int,
 ) -> type[AttentionBackend]:
     """The backend for one engine's layers of one role.
 
     rows: What its metadata builders read of a step, the platform's `StepRows`.
     make_spec: What the pool must keep of its layers.
+    rotation: Number of the layers' rotation. vLLM makes one metadata builder for backends of the same name,
+        so a builder's layers have one rotation.
 
     vLLM constructs builders itself and gives them nothing of ours, so both come as attributes of classes.
     """
@@ -163,4 +238,4 @@ def engine_backend(
         "get_builder_cls": staticmethod(lambda: builder),
         "customize_spec": classmethod(lambda cls, spec: make_spec(spec)),
     }
-    return type(backend.__name__, (backend,), own)
+    return type(f"{backend.__name__}{rotation}", (backend,), own)

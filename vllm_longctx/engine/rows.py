@@ -1,13 +1,21 @@
 """What metadata builders are told of a step, and the time they take."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
+
+from vllm_longctx.rotary import Rotary
 
 
 class StepTimes:
-    """Of a worker. selection_seconds: spent in metadata builders since they were last taken."""
+    """Of a worker.
+
+    selection_seconds: Spent in metadata builders since they were last taken.
+    rotaries: Of the model's layers; each keeps the angles of a step's positions.
+    """
 
     selection_seconds = 0.0
+    rotaries: Sequence[Rotary] = ()
 
     def take_selection_seconds(self) -> float:
         seconds, self.selection_seconds = self.selection_seconds, 0.0
@@ -21,6 +29,8 @@ class Timed:
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
+        for rotary in self.rows.rotaries:
+            rotary.new_step()
         try:
             return super().build(*args, **kwargs)  # type: ignore[misc]  # of the builder behind
         finally:

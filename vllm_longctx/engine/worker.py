@@ -8,21 +8,26 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerBase
 
+from vllm_longctx import refusals
 from vllm_longctx.engine.kv_cache import layer_spec
-from vllm_longctx.engine.layers import LayerSite, engine_backend, find_layers
+from vllm_longctx.engine.layers import LayerSite, engine_backend, find_layers, plan
 from vllm_longctx.engine.lora import with_slots
 from vllm_longctx.engine.platform import Platform
+from vllm_longctx.engine.positions import Run
 from vllm_longctx.engine.rows import StepTimes
 from vllm_longctx.engine.step import StepInfo, StepReport
 from vllm_longctx.engine.waiting import limit_reader_sleep
 from vllm_longctx.modes import BACKENDS, Role, load
 from vllm_longctx.processes import end_without_collecting
 from vllm_longctx.settings import Settings, active_settings
+
+logger = init_logger("vllm.longctx")
 
 
 class ReportedOutput(AsyncModelRunnerOutput):
@@ -60,20 +65,23 @@ class LongContextWorkerBase(WorkerBase, Platform):
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
         rows = self.new_rows()
-        self.sites = self.make_layers(self.get_model(), rows)
+        with refusals.reported(self.vllm_config):
+            self.sites = self.make_layers(self.get_model(), rows)
+        if self.rank == 0:
+            logger.info("longctx: layers: %s", plan(self.sites))
         self.model_runner.begin(self.sites, rows)
 
-    def make_layers(self, model: nn.Module, rows: StepTimes) -> list[LayerSite]:
-        sites = find_layers(model, self.vllm_config, self.stock_impl, self.device)
-        backends = {
-            role: engine_backend(
-                self.backend(role), rows, partial(layer_spec, kind, vllm_config=self.vllm_config)
-            )
-            for role, kind in self.settings.mode.layers.items()
-        }
+    def make_layers(self, model: nn.Module, rows: StepTimes, run: Run | None = None) -> list[LayerSite]:
+        """run: as of `find_layers`."""
+        sites = find_layers(model, self.vllm_config, self.stock_impl, self.device, run)
+        rotaries = list(dict.fromkeys(site.rotary for site in sites))
+        rows.rotaries = [rotary for rotary in rotaries if rotary is not None]
         for site in sites:
             self.make_layer(site)
-            site.layer.attn_backend = backends[site.role]
+            kind = self.settings.mode.layers[site.role]
+            make_spec = partial(layer_spec, kind, vllm_config=self.vllm_config)
+            number = rotaries.index(site.rotary)
+            site.layer.attn_backend = engine_backend(self.backend(site.role), rows, make_spec, number)
         return sites
 
     def backend(self, role: Role) -> Any:

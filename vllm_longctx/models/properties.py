@@ -1,11 +1,14 @@
 """What the engine has to know of a model: its rotation, its trained length, its linear layers."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
+from vllm.transformers_utils.config import get_config, get_hf_text_config
 
 from vllm_longctx.config import LongContextError
 
@@ -16,6 +19,8 @@ LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "pt", "npcache", "mistral")
 # The entries of a Hugging Face config that may hold the trained length: Llama's and GPT-J's, MPT's, BLOOM's.
 LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "seq_length")
+# Our own entry of that config: the sliding window, in tokens, that every layer was trained with.
+TRAINED_WINDOW = "longctx_trained_window"
 
 
 def rope_parameters(model_config: ModelConfig) -> Mapping[str, Any] | None:
@@ -35,9 +40,12 @@ def model_dtype(model_config: ModelConfig) -> torch.dtype:
 
 
 def trained_length(model_config: ModelConfig) -> int:
-    """Tokens the model was trained (or its positions rescaled) for.
+    """Tokens the model was trained (or its positions rescaled) for: a query never saw more of them.
 
-    Raises LongContextError if its config has none.
+    That is the sliding window where every layer was trained with one. What vLLM deletes of it
+    (`--disable-sliding-window`) counts after `keep_trained_window`.
+
+    Raises LongContextError if the model's config has none.
     """
     hf_config = model_config.hf_text_config
     length = next((v for key in LENGTH_KEYS if (v := getattr(hf_config, key, None)) is not None), None)
@@ -47,13 +55,81 @@ def trained_length(model_config: ModelConfig) -> int:
             f"({', '.join(LENGTH_KEYS)}); "
             f"""give it, for example --hf-overrides '{{"{LENGTH_KEYS[-1]}": 2048}}'"""
         )
-    parameters = rope_parameters(model_config) or {}
-    scaling = parameters.get("rope_type")
-    if scaling == "linear":
-        return int(length * parameters["factor"])
+    window = getattr(hf_config, TRAINED_WINDOW, None) or _window_of_all_layers(hf_config)
+    positions = _rescaled(length, getattr(hf_config, "rope_parameters", None) or {})
+    return positions if window is None else min(positions, window)
+
+
+def keep_trained_window(model_config: ModelConfig) -> None:
+    """Note the sliding window that all layers were trained with in the config that every process gets.
+
+    vLLM deletes it from there if it is disabled, so it is read from the checkpoint again.
+    """
+    hf_config = model_config.hf_text_config
+    window = _window_of_all_layers(_config_as_read(model_config))
+    if window is not None:
+        hf_config.update({TRAINED_WINDOW: window})
+
+
+def _config_as_read(model_config: ModelConfig) -> PretrainedConfig:
+    """The model's text config with the user's overrides, before vLLM changes it."""
+    if not model_config.disable_sliding_window:
+        return model_config.hf_text_config
+    overrides = model_config.hf_overrides
+    is_function = callable(overrides)
+    hf_config = get_config(
+        model_config.hf_config_path or model_config.model,
+        model_config.trust_remote_code,
+        model_config._hf_config_revision or model_config.revision,
+        model_config.code_revision,
+        model_config.config_format,
+        hf_overrides_kw=None
+        if is_function
+        else {k: v for k, v in overrides.items() if not isinstance(v, dict)},
+        hf_overrides_fn=overrides if is_function else None,
+        token=model_config.hf_token,
+    )
+    return get_hf_text_config(hf_config)
+
+
+def _window_of_all_layers(hf_config: PretrainedConfig) -> int | None:
+    """The sliding window in tokens, if every layer has it, by the rules of vLLM's cache config."""
+    window = getattr(hf_config, "sliding_window", None)
+    layer_types = getattr(hf_config, "layer_types", None)
+    if layer_types is None:
+        # Configs of before there were layer types: every n-th layer sees all.
+        is_mixed = bool(getattr(hf_config, "sliding_window_pattern", None))
+    else:
+        is_mixed = any(layer_type != "sliding_attention" for layer_type in layer_types)
+    if not window or is_mixed or not getattr(hf_config, "use_sliding_window", True):
+        return None
+    return int(window)
+
+
+def _rescaled(length: int, parameters: Mapping[str, Any]) -> int:
+    """The trained length, in tokens, of a config that says `length` and has these RoPE parameters.
+
+    With LongRoPE, Llama 3's and dynamic NTK's it says the whole length. So it does where each layer type has
+    a rotation of its own (Gemma 3), also with the linear one; then full attention's counts.
+    """
+    is_per_layer_type = any(isinstance(value, dict) for value in parameters.values())
+    own = parameters.get("full_attention", {}) if is_per_layer_type else parameters
+    scaling = own.get("rope_type")
+    if scaling == "linear" and not is_per_layer_type:
+        return int(length * own["factor"])
     if scaling == "yarn":
-        return int(parameters["original_max_position_embeddings"] * parameters["factor"])
+        return int(own["original_max_position_embeddings"] * own["factor"])
     return length
+
+
+def num_parameters(model_config: ModelConfig) -> int | None:
+    """Number of the model's weights, counted without making any; None if transformers does not know it."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(deepcopy(model_config.hf_text_config))
+    except Exception:  # whatever transformers says of a config that it does not know
+        return None
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_load_format(load: LoadConfig) -> None:

@@ -25,7 +25,6 @@ from functools import partial
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.engine import EngineCoreOutputs
@@ -37,7 +36,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_longctx import refusals
 from vllm_longctx.config import KEY, LongContextError, RequestOptions
-from vllm_longctx.engine.kv_cache import LambdaManager, PrivateRequests, SteppedManager
+from vllm_longctx.engine.kv_cache import PrivateRequests, SteppedManager
 from vllm_longctx.engine.step import Pass, SlotsMemory, SlotUse, StepInfo
 from vllm_longctx.engine.waiting import limit_reader_sleep
 from vllm_longctx.metrics import StepStats
@@ -151,11 +150,7 @@ class TempLoraScheduler(LongContextScheduler):
 
     def _kv_blocks_of(self, settings: Adaptation) -> int:
         """The most KV blocks that a request with these settings has at a time."""
-        manager = self.private_managers[0]
-        if not isinstance(manager, LambdaManager):
-            return cdiv(settings.window_tokens, self.block_size) + 1
-        assert manager.max_admission_blocks_per_request is not None
-        return manager.max_admission_blocks_per_request
+        return sum(manager.most_blocks_of(settings.window_tokens) for manager in self.private_managers)
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         adapting = self.adapting.get(request.request_id)
@@ -176,7 +171,8 @@ class TempLoraScheduler(LongContextScheduler):
             return False
         self.reserved_blocks += adapting.kv_blocks
         for manager in self.private_managers:
-            manager.make_private(adapting.request_id, adapting.kv_blocks)
+            blocks = manager.most_blocks_of(adapting.settings.window_tokens)
+            manager.make_private(adapting.request_id, blocks)
         adapting.admitted = True
         if adapting.needs_slot:
             adapting.slot = self.free_slots.popleft()

@@ -130,8 +130,7 @@ def limit_requests() -> None:
             if isinstance(defaults, dict):
                 defaults.setdefault("max_tokens", settings.serving.default_max_tokens)
             if hasattr(handler, "beam_search") and not settings.mode.extends:
-                trained = trained_length(vllm_config.model_config)
-                handler.beam_search = _within_trained(handler.beam_search, trained)
+                handler.beam_search = _within(handler.beam_search, settings.temp_lora.plain_tokens)
 
     app_state.init_endpoint_plugins_state = limit
 
@@ -361,7 +360,8 @@ def check_engine_requests() -> None:
             _check_room(request, self.model_config.max_model_len)
             _check_priority(request, self.scheduler_config.policy)
         if not adapts and not settings.mode.extends:
-            _limit_to_trained(request, params, trained_length(self.model_config), settings.serving.strict)
+            trained = trained_length(self.model_config)
+            _limit_plain(request, params, settings.temp_lora.plain_tokens, trained, settings.serving.strict)
         return request
 
     InputProcessor.process_inputs = process  # type: ignore[method-assign]  # a seam
@@ -416,37 +416,41 @@ def _check_streamed(settings: Settings) -> None:
         )
 
 
-def _limit_to_trained(request: EngineCoreRequest, params: Any, trained: int, strict: bool) -> None:
-    """End a request that does not adapt at the trained length: all its queries see all tokens before them."""
+def _limit_plain(request: EngineCoreRequest, params: Any, most: int, trained: int, strict: bool) -> None:
+    """End a request that does not adapt at its limit: all its queries see all tokens before them.
+
+    most: the limit, `adaptation.plain_tokens`; at most the trained length.
+    """
     if request.sampling_params is None:
         return
     prompt = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
     asked = request.sampling_params.max_tokens
     assert asked is not None  # vLLM has filled it in
+    why = ", on which it was trained" if most == trained else " on this server (adaptation.plain_tokens)"
     remedy = EXAMPLE if over_http() else OFFLINE_EXAMPLE
-    if prompt >= trained:
+    if prompt >= most:
         raise RequestError(  # as vLLM does for a prompt that is too long
-            f"This model's maximum context length is {trained} tokens, on which it was trained. However, "
+            f"This model's maximum context length is {most} tokens{why}. However, "
             f"your prompt contains {prompt} input tokens, and this request does not adapt. Please reduce the "
             f"length of the input prompt, or ask for {remedy}",
             "input_tokens",
         )
     explicit = _output_limit.get() is not None if over_http() else params.max_tokens is not None
-    if strict and explicit and prompt + asked > trained:
+    if strict and explicit and prompt + asked > most:
         raise RequestError(
-            f"prompt of {prompt} tokens and max_tokens = {asked}: this request does not adapt, and the model "
-            f"was trained on {trained} tokens; shorten it, or ask for {remedy}",
+            f"prompt of {prompt} tokens and max_tokens = {asked}: this request does not adapt, and its limit "
+            f"is {most} tokens{why}; shorten it, or ask for {remedy}",
             "max_tokens",
         )
-    request.sampling_params.max_tokens = min(asked, trained - prompt)
+    request.sampling_params.max_tokens = min(asked, most - prompt)
 
 
-def _within_trained(beam_search: Any, trained: int) -> Any:
-    """As `_limit_to_trained`, for a handler's beam search, which sends its prompt again for every token."""
+def _within(beam_search: Any, most: int) -> Any:
+    """As `_limit_plain`, for a handler's beam search, which sends its prompt again for every token."""
 
     @functools.wraps(beam_search)
     def limited(prompt: Any, request_id: str, params: BeamSearchParams, **kwargs: Any) -> Any:
-        room = trained - len(prompt.get("prompt_token_ids") or ())
+        room = most - len(prompt.get("prompt_token_ids") or ())
         if room > 0:  # else the first request is refused
             params.max_tokens = min(params.max_tokens, room)
         return beam_search(prompt=prompt, request_id=request_id, params=params, **kwargs)

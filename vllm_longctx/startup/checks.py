@@ -9,68 +9,37 @@ from vllm.platforms import current_platform
 from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError
 from vllm_longctx.engine.kv_cache import FP8
 from vllm_longctx.models import longllama
-from vllm_longctx.models.properties import ADAPTABLE, check_load_format, rope_parameters
-from vllm_longctx.rotary import SCALINGS
+from vllm_longctx.models.properties import ADAPTABLE, check_load_format
 from vllm_longctx.startup.platform import attention_backend, check_capability, platform
 from vllm_longctx.startup.trainer import check_trainer
 
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "GPTJForCausalLM",
-    "BloomForCausalLM",
-    "MptForCausalLM",
-    "MPTForCausalLM",
-    longllama.ARCHITECTURE,
-)
-# Those whose layers can be given a memory: each has its rotary module beside its attention, and nothing else
-# is positional.
-FOCUSABLE = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    longllama.ARCHITECTURE,
-)
-
 
 def check_model(model: ModelConfig) -> None:
-    """Raises LongContextError naming why the model cannot be run, and what can be done."""
+    """Refuse what the model's config tells; its layers tell the rest once it is loaded (`engine.layers`).
+
+    Raises LongContextError naming why the model cannot be run, and what can be done.
+    """
     name = f"model {model.model} ({', '.join(model.architectures)})"
-    parameters = rope_parameters(model)
-    scaling = (parameters or {}).get("rope_type", "default")
-    sliding_window = model.get_sliding_window()
     backend = attention_backend()
     attention = platform().attention
     head_size, head_sizes = model.get_head_size(), backend.get_supported_head_sizes()
+    dual_chunk = getattr(model.hf_text_config, "dual_chunk_attention_config", None)
     reasons = {
         "is an encoder-decoder": model.is_encoder_decoder,
-        "is multimodal": model.is_multimodal_model,
         "has MLA layers (a compressed KV cache)": model.use_mla,
-        "has Mamba or linear-attention layers": model.is_hybrid or model.has_inner_state,
-        "has no attention": model.is_attention_free,
-        f"has a sliding window of its own ({sliding_window} tokens); --disable-sliding-window replaces it by "
-        "longctx's": sliding_window is not None,
-        "has dual chunk attention of its own": getattr(
-            model.hf_text_config, "dual_chunk_attention_config", None
-        )
-        is not None,
-        "has neither one set of RoPE positions nor ALiBi, but learned ones or several sets": (
-            parameters is None and not model.uses_alibi
+        "has Mamba or linear-attention layers, whose state has no window": (
+            model.is_hybrid or model.has_inner_state
         ),
+        "has no attention": model.is_attention_free,
+        "has dual chunk attention of its own": dual_chunk is not None,
         f"has heads of {head_size} elements; {attention} takes {', '.join(map(str, head_sizes))}": head_size
         not in head_sizes,
         f"computes in {model.dtype}; {attention} takes {', '.join(map(str, backend.supported_dtypes))}; give "
         "--dtype": (model.dtype not in backend.supported_dtypes),
-        f"has rope_type {scaling!r}, not one of {', '.join(SCALINGS)}": scaling not in SCALINGS,
     }
     for reason, holds in reasons.items():
         if holds:
             raise LongContextError(f"longctx cannot run {name}: it {reason}")
-    if not set(model.architectures) & set(ARCHITECTURES):
-        raise LongContextError(f"longctx was not tested with {name}; it runs {', '.join(ARCHITECTURES)}")
 
 
 def check_settings(vllm_config: VllmConfig) -> None:
@@ -89,9 +58,6 @@ def check_settings(vllm_config: VllmConfig) -> None:
         ),
         f"runner = {model.runner_type!r}; leave it out: longctx is for models that write": model.runner_type
         != "generate",
-        f"model_impl = {model.model_impl!r}, whose attention longctx does not know; leave it at 'auto'": (
-            model.using_transformers_backend()
-        ),
         "enable_sleep_mode is set; leave it out": model.enable_sleep_mode,
         # vLLM's launcher of several front ends has this rank.
         "the Rust front end is chosen, which passes by longctx's checks; unset VLLM_USE_RUST_FRONTEND": (
@@ -211,9 +177,10 @@ def check_memory(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     name = f"model {model.model} ({', '.join(model.architectures)})"
     refused = {
-        f"{name} is none of those whose layers can have a memory: {', '.join(FOCUSABLE)}": (
-            not set(model.architectures) & set(FOCUSABLE)
+        f"{name} has positions for images too (M-RoPE), and windows count positions of their own": (
+            model.uses_mrope
         ),
+        f"{name} has ALiBi, by which no key looks as if it were elsewhere": model.uses_alibi,
         "disable_hybrid_kv_cache_manager is set, and memory layers keep what the others free; "
         "leave it out": bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
         f"pipeline_parallel_size = {vllm_config.parallel_config.pipeline_parallel_size}; set it to 1": (
@@ -223,7 +190,8 @@ def check_memory(vllm_config: VllmConfig) -> None:
     for reason, holds in refused.items():
         if holds:
             raise LongContextError(f"longctx cannot look up keys here: {reason}")
-    try:
-        longllama.check_weights(model.model, model.hf_text_config)
-    except ValueError as e:
-        raise LongContextError(str(e)) from None
+    if model.hf_config.model_type == longllama.MODEL_TYPE:
+        try:
+            longllama.check_weights(model.model, model.hf_text_config)
+        except ValueError as e:
+            raise LongContextError(str(e)) from None

@@ -21,7 +21,7 @@ from vllm.logger import init_logger
 from vllm_longctx.config import KEY, AdaptationSection, LongContextConfig, LongContextError
 from vllm_longctx.engine.kv_cache import memory_blocks
 from vllm_longctx.models import longllama
-from vllm_longctx.models.properties import trained_length
+from vllm_longctx.models.properties import keep_trained_window, trained_length
 from vllm_longctx.settings import Settings, for_model, plugin_configs
 from vllm_longctx.startup.checks import (
     check_adaptation,
@@ -31,7 +31,7 @@ from vllm_longctx.startup.checks import (
     check_settings_on_cuda,
 )
 from vllm_longctx.startup.platform import CUDA, choose_backend, platform, worker_of_platform
-from vllm_longctx.startup.pool import check_pool, fit_memory
+from vllm_longctx.startup.pool import check_pool, fit_memory, log_windows, window_room
 from vllm_longctx.startup.recommended import RECOMMENDED, with_recommended
 
 logger = init_logger("vllm.longctx")
@@ -96,6 +96,7 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
         )
     choose_backend(args)
     args.worker_cls, args.scheduler_cls = worker, scheduler
+    args.language_model_only = True  # of a model for images too; of others it says nothing
     if config.adaptation is not None:
         adaptation = with_recommended(_with_root(config.adaptation), args)
         config = config.model_copy(update={"adaptation": adaptation})
@@ -166,6 +167,7 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bo
     mode, cache, scheduler = config.mode, vllm_config.cache_config, vllm_config.scheduler_config
     if mode.is_plain:
         return
+    keep_trained_window(vllm_config.model_config)
     check_model(vllm_config.model_config)
     check_settings(vllm_config)
     if scheduler.async_scheduling:  # only now vLLM has decided
@@ -180,7 +182,7 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bo
         check_settings_on_cuda(config, vllm_config)
     if not mode.caches_prefixes:
         cache.enable_prefix_caching = False
-    config = _for_model(config, vllm_config)
+    config = _fitted(config, vllm_config)
     settings = Settings.of(config)
     check_pool(settings, vllm_config)
     if (blocks := memory_blocks(settings, vllm_config)) is not None:
@@ -188,7 +190,20 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bo
     vllm_config.additional_config = {**plugin_configs(vllm_config), KEY: config.dump()}
 
 
-def _for_model(config: LongContextConfig, vllm_config: VllmConfig) -> LongContextConfig:
+def _fitted(config: LongContextConfig, vllm_config: VllmConfig) -> LongContextConfig:
+    """Filled in, with default windows that the KV cache holds."""
+    full = _for_model(config, vllm_config)
+    room = window_room(Settings.of(full), vllm_config)
+    if room is None:
+        return full
+    fitted = _for_model(config, vllm_config, room)
+    log_windows(Settings.of(full), Settings.of(fitted), vllm_config)
+    return fitted
+
+
+def _for_model(
+    config: LongContextConfig, vllm_config: VllmConfig, room: int | None = None
+) -> LongContextConfig:
     """Filled in; what the checkpoint recommends is left out where it does not go with what the user says."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     sizes = (
@@ -198,6 +213,7 @@ def _for_model(config: LongContextConfig, vllm_config: VllmConfig) -> LongContex
         model.hf_text_config.to_dict(),
         cache.enable_prefix_caching,
         vllm_config.scheduler_config.max_num_seqs,
+        room,
     )
     try:
         return for_model(config, *sizes)

@@ -1,13 +1,27 @@
 """Whether a request, or a memory, fits into the pool of KV blocks."""
 
-from vllm.config import VllmConfig
+from dataclasses import dataclass
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.utils.math_utils import cdiv
 
 from vllm_longctx.config import LongContextError
 from vllm_longctx.engine.kv_cache import bytes_per_layer_block, max_blocks_per_request
-from vllm_longctx.models.properties import trained_length
-from vllm_longctx.settings import Settings
-from vllm_longctx.startup.platform import platform
+from vllm_longctx.models.properties import model_dtype, num_parameters, trained_length
+from vllm_longctx.settings import Adaptation, Settings
+from vllm_longctx.startup.platform import CPU, platform
+from vllm_longctx.temp_lora.training_memory import Shape
+
+logger = init_logger("vllm.longctx")
+
+MIN_WINDOW = 1024  # tokens; a default that is smaller than that, and than the model's, is not worth an engine
+# Of the memory that vLLM may take. Where a request's KV takes less, nobody need know what the weights leave.
+SMALL_SHARE = 0.1
+# Of what the weights leave; activations and what else an engine needs take the rest. An estimate.
+KV_SHARE = 0.75
 
 
 def fit_memory(settings: Settings, vllm_config: VllmConfig, blocks: int) -> None:
@@ -41,38 +55,145 @@ def fit_memory(settings: Settings, vllm_config: VllmConfig, blocks: int) -> None
         model.max_model_len = min(model.max_model_len, tokens)
 
 
+def window_room(settings: Settings, vllm_config: VllmConfig) -> int | None:
+    """Tokens of the largest default window with which the pool holds a request; None for any.
+
+    settings: With the defaults for the model, whatever the machine. None, too, where the pool is so small
+        that no such window would be of use: `check_pool` refuses it.
+    """
+    if settings.mode.grows:
+        return None
+    pool, cache = pool_of(settings, vllm_config), vllm_config.cache_config
+    if pool is None or pool.blocks > _blocks_per_request(settings, vllm_config):
+        return None
+    if settings.mode.slides:
+        first = cdiv(settings.geometry.n_global, cache.block_size)
+        room = (pool.blocks - 2 - first) * cache.block_size - vllm_config.max_in_flight_tokens + 1
+    else:
+        room = (pool.blocks - 2) * cache.block_size
+    least = min(MIN_WINDOW, trained_length(vllm_config.model_config))
+    return room if room >= least else None
+
+
+def log_windows(full: Settings, fitted: Settings, vllm_config: VllmConfig) -> None:
+    """Log which default windows are smaller than the model's, so that the pool holds a request."""
+    pool = pool_of(full, vllm_config)
+    before, after = _windows(full), _windows(fitted)
+    smaller = [
+        f"{name} is {after[name]}, not {before[name]}" for name in before if after[name] != before[name]
+    ]
+    if pool is not None and smaller:
+        logger.warning(
+            "longctx: %s, since %s gives %d blocks of %d tokens; to have more, raise %s",
+            "; ".join(smaller),
+            pool.given,
+            pool.blocks,
+            vllm_config.cache_config.block_size,
+            platform().pool_settings[0],
+        )
+
+
+def _windows(settings: Settings) -> dict[str, int | None]:
+    windows = {"attention.n_local": settings.attention.n_local}
+    if (a := settings.adaptation) is not None and not settings.mode.slides:
+        windows |= {"adaptation.window_tokens": a.window_tokens, "adaptation.plain_tokens": a.plain_tokens}
+    return windows
+
+
 def check_pool(settings: Settings, vllm_config: VllmConfig) -> None:
     """Raises LongContextError if the pool, where its size is known, has fewer blocks than one request may
     hold.
     """
-    cache, model, geometry = vllm_config.cache_config, vllm_config.model_config, settings.geometry
-    in_flight = vllm_config.max_in_flight_tokens
     if settings.mode.grows:  # vLLM fits max_model_len to the pool, or says that it does not fit
         return
+    cache, geometry, in_flight = (
+        vllm_config.cache_config,
+        settings.geometry,
+        vllm_config.max_in_flight_tokens,
+    )
+    blocks, pool = _blocks_per_request(settings, vllm_config), known_pool(vllm_config)
     if settings.mode.slides:
-        blocks = max_blocks_per_request(geometry, cache.block_size, in_flight, model.max_model_len)
         why = f"n_global {geometry.n_global}, n_local {geometry.n_local}, {in_flight} tokens in flight"
         remedy = "max_num_batched_tokens or attention.n_local"
     else:
-        blocks = cdiv(trained_length(model), cache.block_size) + 1
-        why, remedy = f"the trained length of {trained_length(model)} tokens", "block_size"
-    if cache.num_gpu_blocks_override is not None:
-        pool, given = (
-            cache.num_gpu_blocks_override,
-            f"num_gpu_blocks_override = {cache.num_gpu_blocks_override}",
-        )
-    elif cache.kv_cache_memory_bytes is not None:
-        pool = cache.kv_cache_memory_bytes // _bytes_per_block(vllm_config)
-        names = ", ".join(platform().pool_settings[1])
-        given = f"the KV cache of {cache.kv_cache_memory_bytes} bytes ({names})"
-    else:
-        return
-    if pool < blocks + 1:
+        a = settings.temp_lora
+        why = f"adaptation.window_tokens {a.window_tokens}, adaptation.plain_tokens {a.plain_tokens}"
+        remedy = "both of these"
+    if pool is not None and pool.blocks < blocks + 1:
         raise LongContextError(
-            f"{given} gives {pool} blocks, but one request holds up to {blocks} ({why}, block_size "
-            f"{cache.block_size}) and "
-            f"vLLM keeps one; give at least {blocks + 1} blocks, or lower {remedy}"
+            f"{pool.given} gives {pool.blocks} blocks, but one request holds up to {blocks} ({why}, "
+            f"block_size {cache.block_size}) and vLLM keeps one; give at least {blocks + 1} blocks, "
+            f"or lower {remedy}"
         )
+
+
+def _blocks_per_request(settings: Settings, vllm_config: VllmConfig) -> int:
+    """The most KV blocks that one request holds."""
+    cache, longest = vllm_config.cache_config, vllm_config.model_config.max_model_len
+    if settings.mode.slides:
+        in_flight = vllm_config.max_in_flight_tokens
+        return max_blocks_per_request(settings.geometry, cache.block_size, in_flight, longest)
+    a = settings.temp_lora
+    return cdiv(min(max(a.window_tokens, a.plain_tokens), longest), cache.block_size) + 1
+
+
+@dataclass(frozen=True)
+class Pool:
+    """vLLM's pool of KV blocks on a rank.
+
+    blocks: Their number, with the null block.
+    given: What decides it, for messages.
+    """
+
+    blocks: int
+    given: str
+
+
+def known_pool(vllm_config: VllmConfig) -> Pool | None:
+    """The pool that the user asks for; None where vLLM takes the memory that is left."""
+    cache = vllm_config.cache_config
+    if (blocks := cache.num_gpu_blocks_override) is not None:
+        return Pool(blocks, f"num_gpu_blocks_override = {blocks}")
+    if (size := cache.kv_cache_memory_bytes) is not None:
+        names = ", ".join(platform().pool_settings[1])
+        return Pool(size // _bytes_per_block(vllm_config), f"the KV cache of {size} bytes ({names})")
+    return None
+
+
+def pool_of(settings: Settings, vllm_config: VllmConfig) -> Pool | None:
+    """The pool that the user asks for, or about the one that vLLM will make; None if nobody can tell."""
+    known = known_pool(vllm_config)
+    if known is not None:
+        return known
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    memory = int(_memory_of_a_rank() * vllm_config.cache_config.gpu_memory_utilization)
+    if _blocks_per_request(settings, vllm_config) * _bytes_per_block(vllm_config) < SMALL_SHARE * memory:
+        return None  # and models need not be made to be counted
+    parameters = num_parameters(model)
+    if parameters is None:
+        return None
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    left = memory - parameters * model_dtype(model).itemsize // ranks
+    if settings.mode.adapts:
+        left -= _trainer_bytes(settings.temp_lora, model, parameters) // ranks
+    blocks = max(int(KV_SHARE * left), 0) // _bytes_per_block(vllm_config)
+    return Pool(blocks, f"the KV cache of about {blocks * _bytes_per_block(vllm_config) / 2**30:.1f} GiB")
+
+
+def _trainer_bytes(adaptation: Adaptation, model: ModelConfig, parameters: int) -> int:
+    """What the trainer takes of the memory where the engine is."""
+    trainer, dtype = adaptation.trainer, model_dtype(model)
+    if trainer.address is not None or trainer.device != ("cpu" if platform() is CPU else "cuda:0"):
+        return 0
+    weights = 0 if platform().trains_beside_engine else parameters * dtype.itemsize
+    return weights + Shape.of(model.hf_text_config, dtype).training_bytes(adaptation)
+
+
+def _memory_of_a_rank() -> int:
+    """Bytes of which vLLM takes `gpu_memory_utilization`."""
+    if platform() is CPU:
+        return get_memory_node_info(get_visible_memory_node()[0]).total_memory
+    return current_platform.get_device_total_memory()
 
 
 def _bytes_per_block(vllm_config: VllmConfig) -> int:

@@ -26,7 +26,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_longctx.config import KEY, LongContextError
-from vllm_longctx.models.properties import ADAPTABLE, check_load_format, model_dtype
+from vllm_longctx.models.properties import ADAPTABLE, TRAINED_WINDOW, check_load_format, model_dtype
 from vllm_longctx.settings import Adaptation
 from vllm_longctx.temp_lora.messages import Ready
 
@@ -56,10 +56,8 @@ LOAD_SETTINGS = ("load_format", "download_dir")
 def resolved_config(model: ModelConfig) -> dict[str, Any]:
     """The Hugging Face config that the engine computes with, after all overrides."""
     config = json.loads(model.hf_text_config.to_json_string(use_diff=False))
-    for key in (
-        "model_max_length",
-        "auto_map",
-    ):  # we set the first; the second names code of the checkpoint, which is not run
+    # We set the first two; the last names code of the checkpoint, which is not run.
+    for key in ("model_max_length", TRAINED_WINDOW, "auto_map"):
         config.pop(key, None)
     return config | {"architectures": [a for a in model.architectures if a in ADAPTABLE]}
 

@@ -9,23 +9,23 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import torch
 import zmq
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 
 from vllm_longctx.config import LongContextError
 from vllm_longctx.models.properties import model_dtype
 from vllm_longctx.processes import SOCKETS
-from vllm_longctx.settings import Adaptation, TrainerSettings
+from vllm_longctx.settings import Adaptation, TrainerSettings, active_settings
 from vllm_longctx.temp_lora import base_model
 from vllm_longctx.temp_lora import messages as m
-from vllm_longctx.temp_lora.shared_weights import SharedWeights, skeleton
+from vllm_longctx.temp_lora.shared_weights import SharedWeights, shared_by_engine, skeleton
 from vllm_longctx.temp_lora.slots import Slots
 from vllm_longctx.temp_lora.training_memory import Shape, free_bytes
 
@@ -62,9 +62,47 @@ def trainer_client(
         max_rank=settings.max_rank,
         num_slots=settings.slots,
         probe=base_model.probe(model, settings),
-        training_bytes=Shape.of(model.hf_text_config, model_dtype(model)).training_bytes(settings),
+        training=training_need(model, settings),
         share=None if shared is None else shared.message,
     )
+
+
+@dataclass(frozen=True)
+class TrainingNeed:
+    """What training needs beside the model's weights.
+
+    bytes: Of memory.
+    sizes: The settings that decide it, with their values, for messages.
+    """
+
+    bytes: int
+    sizes: str
+
+
+NOTHING = TrainingNeed(0, "adaptation.slots")
+HOST_KV = "VLLM_CPU_KVCACHE_SPACE, kv_cache_memory_bytes, gpu_memory_utilization"
+
+
+def training_need(model: ModelConfig, settings: Adaptation) -> TrainingNeed:
+    rank = "rank" if settings.rank == settings.max_rank else "max_rank"
+    *most, last = (
+        f"adaptation.{name} = {getattr(settings, name)}"
+        for name in ("block_tokens", "train_context_tokens", "slots", rank)
+    )
+    shape = Shape.of(model.hf_text_config, model_dtype(model))
+    return TrainingNeed(shape.training_bytes(settings), f"{', '.join(most)} or {last}")
+
+
+def trainer_bytes(vllm_config: VllmConfig, device: torch.device) -> int:
+    """What the trainer will take of the memory of this worker's device."""
+    settings, model = active_settings(vllm_config).temp_lora, vllm_config.model_config
+    if settings.trainer.address is not None or torch.device(settings.trainer.device) != device:
+        return 0
+    shares = vllm_config.instance_id in shared_by_engine
+    weights = (
+        0 if shares else weight_bytes(model.model, model_dtype(model), base_model.resolved_config(model))
+    )
+    return weights + training_need(model, settings).bytes
 
 
 class TrainerClient:
@@ -75,7 +113,7 @@ class TrainerClient:
     max_rank: Largest rank of an adapter in a slot.
     num_slots: Number of slots in the shared memory.
     probe: Token ids of the text of which `messages.Ready` has the log-probabilities.
-    training_bytes: What a trainer on a GPU needs beside the model's weights.
+    training: What a trainer needs beside the model's weights.
     share: Makes the message by which a new process uses the engine's weights. None where it loads its own.
 
     slots: The shared memory of the slots. None until the trainer is ready. The caller may clear slots.
@@ -90,13 +128,13 @@ class TrainerClient:
         max_rank: int,
         num_slots: int,
         probe: Sequence[int] = (),
-        training_bytes: int = 0,
+        training: TrainingNeed = NOTHING,
         share: Callable[[], m.Share] | None = None,
     ):
         self.slots: Slots | None = None
         self.probe = list(probe)
         self._options, self._trainer = options, trainer
-        self._training_bytes, self._share = training_bytes, share
+        self._training, self._share = training, share
         self._mismatch: Callable[[m.Ready], str | None] = lambda ready: None
         self._ready_report: m.Ready | None = None
         self._reason: str | None = None
@@ -126,7 +164,7 @@ class TrainerClient:
         if self._joins:
             self._connect(self._options.address)
         else:
-            check_memory(self._options, self._training_bytes)
+            check_memory(self._options, self._training)
             self._spawn()
 
     def wait_until_ready(self, mismatch: Callable[[m.Ready], str | None]) -> None:
@@ -357,36 +395,31 @@ class TrainerClient:
         self._ready = False
 
 
-def check_memory(options: m.Options, training_bytes: int) -> None:
+def check_memory(options: m.Options, training: TrainingNeed) -> None:
     """Raises LongContextError if there is not enough free memory for the trainer.
 
-    In host memory it needs a second copy of the checkpoint's weights. On a GPU it also needs what training
-    needs.
+    It needs memory to train, and for a copy of the checkpoint's weights unless it shares the engine's.
 
-    training_bytes: What training needs beside the weights.
+    Called when the engine has its weights and its KV cache.
     """
     dtype = getattr(torch, options.dtype)
     weights = 0 if options.shares else weight_bytes(options.model, dtype, options.config)
     device = torch.device(options.device)
-    if device.type == "cuda":
-        need, free = weights + training_bytes, free_bytes(device)
-        if need > free:
-            raise LongContextError(
-                f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB on {device} "
-                f"({weights / 2**30:.2f} for its own copy of the {options.dtype} weights of {options.model}, "
-                f"{training_bytes / 2**30:.2f} to train), but only {free / 2**30:.2f} GiB are free there; "
-                "lower gpu_memory_utilization, adaptation.slots, adaptation.rank or "
-                "adaptation.block_tokens, or name another GPU in adaptation.trainer.device"
-            )
+    need, free = weights + training.bytes, free_bytes(device)
+    if need <= free:
         return
-    free = psutil.virtual_memory().available
-    if weights > free:
-        raise LongContextError(
-            f"longctx.adaptation: the trainer needs {weights / 2**30:.2f} GiB for its own copy of the "
-            f"{options.dtype} weights of {options.model}, but only {free / 2**30:.2f} GiB of memory are "
-            "free; use a smaller model, dtype bfloat16 or a smaller VLLM_CPU_KVCACHE_SPACE, "
-            "or leave adaptation out"
-        )
+    on_gpu = device.type == "cuda"
+    where = str(device) if on_gpu else "the host"
+    less = [] if options.recompute else ["set adaptation.trainer.recompute true"]
+    less.append(f"lower {training.sizes}")
+    less.append("lower gpu_memory_utilization" if on_gpu else f"give the KV cache less ({HOST_KV})")
+    less.append("name another GPU in adaptation.trainer.device" if on_gpu else "use dtype bfloat16")
+    raise LongContextError(
+        f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB on {where} "
+        f"({weights / 2**30:.2f} for its own copy of the {options.dtype} weights of {options.model}, "
+        f"{training.bytes / 2**30:.2f} to train), but only {free / 2**30:.2f} GiB are free there; "
+        f"{', '.join(less[:-1])}, or {less[-1]}"
+    )
 
 
 def weight_bytes(model: str, dtype: torch.dtype, config: Mapping[str, Any] | None = None) -> int:

@@ -8,16 +8,19 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import import_pynvml
 
 from vllm_longctx.settings import Adaptation
+from vllm_longctx.temp_lora.host_memory import free_host_bytes
 
 # Of a process on a GPU, in bytes: its CUDA context, cuBLAS's workspace, fragmentation. An estimate.
 OVERHEAD = 1 << 30
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a GPU.
+    """Free memory of a GPU, or of the host.
 
-    Asked of its driver: torch would take half a GiB of it for a CUDA context of this process.
+    A GPU's is asked of its driver: torch would take half a GiB of it for a CUDA context of this process.
     """
+    if device.type != "cuda":
+        return free_host_bytes()
     nvml = import_pynvml()
     try:
         nvml.nvmlInit()

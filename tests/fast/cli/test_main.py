@@ -71,6 +71,16 @@ def test_doctor_finds_every_seam_and_says_what_it_would_set() -> None:
     assert "prefix caching │ in steps of 32 tokens" in output
 
 
+def test_doctor_shows_the_sizes_of_temp_lora() -> None:
+    for preset, shown in (("temp-lora-quality", 512), ("lm-infinite", None)):
+        adaptation = '{"adaptation": {}}' if shown is None else "{}"
+        code, output = run("doctor", "--model", "booklm", "--preset", preset, "--longctx", adaptation)
+        assert code == 0 and "trained length │ 512" in output
+        assert "adaptation.block_tokens │ 128" in output
+        for name in ("window", "plain"):
+            assert (f"adaptation.{name}_tokens │ {shown}" in output) == (shown is not None)
+
+
 @pytest.mark.parametrize("names", ["", "other", "other,another"])
 def test_commands_load_what_vllm_plugins_leaves_out_and_doctor_says_so(
     names: str, monkeypatch: pytest.MonkeyPatch

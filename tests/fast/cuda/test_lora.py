@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from tests.support.cuda_engine import CPU, to_cpu
 from tests.support.engine_args import create
 from vllm_longctx.config import LongContextConfig, LongContextError
-from vllm_longctx.cuda.lora import share_weights, trainer_bytes, why_not_shared
+from vllm_longctx.cuda.lora import share_weights, why_not_shared
 from vllm_longctx.cuda.runner import LongContextRunner, runner_class
 from vllm_longctx.cuda.worker import LongContextWorker
 from vllm_longctx.engine.lora import Adapts, with_slots
@@ -33,6 +33,7 @@ from vllm_longctx.scheduling.temp_lora import AsyncTempLoraScheduler, TempLoraSc
 from vllm_longctx.settings import active_settings
 from vllm_longctx.startup import checks
 from vllm_longctx.temp_lora import shared_weights as shared
+from vllm_longctx.temp_lora.client import trainer_bytes
 from vllm_longctx.temp_lora.slots import Slots, StaleSlot
 
 pytestmark = pytest.mark.usefixtures("one_thread")

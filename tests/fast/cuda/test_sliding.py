@@ -22,6 +22,7 @@ from tests.support.cuda_engine import made_layers
 from tests.support.engine_args import create
 from tests.support.reference_model import ReferenceLlama
 from vllm_longctx import reference
+from vllm_longctx.config import LongContextError
 from vllm_longctx.cuda import sliding as cuda
 from vllm_longctx.cuda import worker as worker_cuda
 from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, LambdaMetadata, LambdaMetadataBuilder
@@ -233,7 +234,8 @@ def test_the_worker_takes_over_once_the_weights_are_there(monkeypatch: pytest.Mo
     done: list[Any] = []
     monkeypatch.setattr(worker_cuda.Worker, "load_model", lambda self, **kwargs: done.append(kwargs))
     worker = object.__new__(worker_cuda.LongContextWorker)
-    worker.settings = SimpleNamespace(mode=SimpleNamespace(adapts=False))
+    worker.settings, worker.vllm_config = SimpleNamespace(mode=SimpleNamespace(adapts=False)), None
+    worker.rank = 1
     worker.model_runner = SimpleNamespace(get_model=lambda: "model", begin=lambda *args: done.append(args))
     worker.new_rows, worker.make_layers = lambda: "rows", lambda *args: done.append(args) or "sites"
     worker.load_model(load_dummy_weights=False)
@@ -418,10 +420,8 @@ def test_a_model_of_vllms_gives_the_references_log_probabilities(loaded: Loaded,
 
 
 def test_a_layer_of_another_backend_is_not_taken_over(loaded: Loaded) -> None:
-    next(iter(loaded.layers.values())).impl = SimpleNamespace(
-        attn_type="decoder", sinks=None, alibi_slopes=None
-    )
+    next(iter(loaded.layers.values())).impl = SimpleNamespace()
     with pytest.raises(
-        RuntimeError, match=r"longctx cannot take over model.layers.0.self_attn.attn \(Attention, RotaryEmb"
+        LongContextError, match=r"layer model.layers.0.self_attn.attn: vLLM gave it SimpleNamespace"
     ):
         made_layers(loaded.model, loaded.config)

@@ -305,9 +305,9 @@ def test_a_request_that_does_not_fit_is_not_admitted() -> None:
     )
 
 
-def test_a_layer_with_a_window_of_its_own_is_refused() -> None:
+def test_a_layer_with_a_window_of_its_own_keeps_it() -> None:
     window = SlidingWindowSpec(
         block_size=BS, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=8
     )
-    with pytest.raises(TypeError, match="cannot give"):
-        LambdaSpec.from_attention_spec(window, Geometry(2, 8, 8))
+    spec = LambdaSpec.from_attention_spec(window, Geometry(2, 16, 16))
+    assert (spec.n_global, spec.sliding_window) == (0, 8)

@@ -208,6 +208,19 @@ def test_what_does_not_adapt_ends_at_the_trained_length_offline(strict: bool) ->
         assert add([5] * 500, max_tokens=300).sampling_params.max_tokens == 12
 
 
+def test_a_limit_of_the_users_for_what_does_not_adapt() -> None:
+    value = {"preset": "temp-lora-quality", "serving": {"strict": True}, "adaptation": {"plain_tokens": 300}}
+    add = front_end({"longctx": value}, max_model_len=4096)
+    assert add([5] * 299, max_tokens=None).sampling_params.max_tokens == 1
+    limit = r"300 tokens on this server \(adaptation.plain_tokens\)"
+    with pytest.raises(RequestError, match=f"context length is {limit}. However, .* 300 input tokens"):
+        add([5] * 300, max_tokens=1)
+    with pytest.raises(RequestError, match=f"max_tokens = 2: .* does not adapt, and its limit is {limit}"):
+        add([5] * 299, max_tokens=2)
+    adapts = {"longctx": {"temp_lora": True}}
+    assert add([5] * 600, max_tokens=3, extra_args=adapts).sampling_params.max_tokens == 3
+
+
 def test_requests_of_other_engines_are_vllms_affair() -> None:
     front_end(LM_INFINITE)
     for config in ({}, {"longctx": {"attention": {"method": "none"}}}):

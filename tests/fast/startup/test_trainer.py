@@ -13,10 +13,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, MistralForCausalLM
 from vllm.platforms import current_platform
+from vllm.v1.worker.cpu_worker import CPUWorker
 
+from tests.support.engine_args import create
 from vllm_longctx import BOOKLM
 from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError, TrainerSection
-from vllm_longctx.settings import Adaptation, TrainerSettings
+from vllm_longctx.cpu.worker import LongContextWorker
+from vllm_longctx.settings import Adaptation, TrainerSettings, active_settings
 from vllm_longctx.startup.trainer import check_trainer
 from vllm_longctx.temp_lora import client
 from vllm_longctx.temp_lora import training_memory as device
@@ -164,11 +167,70 @@ def test_too_little_memory_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch
     options = Options(address="", model=str(BOOKLM), dtype="float32", device="cuda:1")
     need = client.weight_bytes(str(BOOKLM), torch.float32) + 2**30
     monkeypatch.setattr(client, "free_bytes", lambda where: need if where == torch.device("cuda:1") else 0)
-    client.check_memory(options, 2**30)
+    client.check_memory(options, training(2**30))
     with pytest.raises(
-        LongContextError, match=r"on cuda:1 \(.*, 1\.00 to train\).* lower gpu_memory_utilization, adapt"
+        LongContextError,
+        match=r"on cuda:1 \(.*, 1\.00 to train\).* recompute true, lower adaptation.block_tokens = 32, "
+        r"adaptation.train_context_tokens = 31, adaptation.slots = 2 or adaptation.rank = 4, "
+        r"lower gpu_memory_utilization, or name another GPU",
     ):
-        client.check_memory(options, 2**30 + 1)
+        client.check_memory(options, training(2**30 + 1))
+
+
+def training(size: int) -> client.TrainingNeed:
+    need = client.training_need(SimpleNamespace(hf_text_config=LLAMA_2_7B, dtype=torch.bfloat16), settings())
+    assert need.bytes == Shape.of(LLAMA_2_7B, torch.bfloat16).training_bytes(settings())
+    return client.TrainingNeed(size, need.sizes)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training_is_counted_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch, recompute: bool):
+    options = Options(address="", model=str(BOOKLM), dtype="float32", recompute=recompute)
+    need = client.weight_bytes(str(BOOKLM), torch.float32) + 5 * 2**30
+    monkeypatch.setattr(device, "free_host_bytes", lambda: need)
+    client.check_memory(options, training(5 * 2**30))
+    less = (
+        "lower adaptation.block_tokens = 32" if recompute else "set adaptation.trainer.recompute true, lower"
+    )
+    with pytest.raises(
+        LongContextError,
+        match=rf"needs 5\.02 GiB on the host \(0\.02 for .*, 5\.00 to train\), but only 5\.02 GiB are free "
+        rf"there; {less}.* or adaptation.rank = 4, give the KV cache less \(VLLM_CPU_KVCACHE_SPACE, .*\), or",
+    ):
+        client.check_memory(options, training(5 * 2**30 + 1))
+
+
+def test_the_cpus_automatic_kv_cache_leaves_room_for_the_trainer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    config = create(additional_config={"longctx": {"preset": "temp-lora-quality"}})
+    need = client.trainer_bytes(config, torch.device("cpu"))
+    adaptation = active_settings(config).temp_lora
+    model = config.model_config
+    assert (
+        need == client.weight_bytes(str(BOOKLM), model.dtype) + client.training_need(model, adaptation).bytes
+    )
+    worker = object.__new__(LongContextWorker)
+    worker.vllm_config, worker.cache_config = config, config.cache_config
+    worker.parallel_config, worker.device = config.parallel_config, torch.device("cpu")
+    worker.settings = active_settings(config)
+    left = need + 1000
+    monkeypatch.setattr(CPUWorker, "determine_available_memory", lambda self: left)
+    assert worker.determine_available_memory() == 1000
+    left = need
+    with pytest.raises(
+        LongContextError, match=r"the trainer needs .* beside each worker, .* lower adaptation"
+    ):
+        worker.determine_available_memory()
+    config.parallel_config.world_size = 2
+    assert worker.determine_available_memory() == need - need // 2
+    config.cache_config.kv_cache_memory_bytes = left = 5000
+    assert worker.determine_available_memory() == 5000
+
+
+def test_a_limit_of_the_rank_is_named_by_its_own_name():
+    more = settings(max_rank=8)
+    model = SimpleNamespace(hf_text_config=LLAMA_2_7B, dtype=torch.bfloat16)
+    assert client.training_need(model, more).sizes.endswith("adaptation.slots = 2 or adaptation.max_rank = 8")
 
 
 def test_free_memory_is_the_drivers(monkeypatch: pytest.MonkeyPatch):

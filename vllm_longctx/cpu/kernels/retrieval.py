@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_longctx.cpu.kernels.branches import capped
 from vllm_longctx.engine.lookup import LEVELS, SCANNED, SHARE, pack, place_of, score_of, weigh
 
 TILE = 1 << 21  # elements of a temporary: 8 MiB of float32
@@ -321,11 +322,13 @@ def attend_best(
     k: int,
     scale: float,
     share: float | None = None,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     """One softmax over a branch and the memory's k best keys of each query and head: float32 [T, heads, d].
 
     query [T, heads, d]; branch: output [T, heads, d] and log-sum-exp [T, heads]. share: of the blocks to read
-    (`best_blocks`), or None to find the best keys exactly. Extra memory does not grow with T or the memory.
+    (`best_blocks`), or None to find the best keys exactly. soft_cap: as in `branches`; it does not change
+    which keys are best. Extra memory does not grow with T or the memory.
     """
     look_up = functools.partial(top_k, memory=memory, k=k, scale=scale)
     if share is not None:
@@ -334,9 +337,8 @@ def attend_best(
     per_tile = max(1, TILE // (query.shape[1] * query.shape[2] * k))
     for tile, output, lse in zip(*(x.split(QUERY_TILE) for x in (query, *branch)), strict=True):
         best = look_up(tile)
-        for part in zip(
-            *(x.split(per_tile) for x in (output, lse, best.scores, best.positions)), strict=True
-        ):
+        scores = capped(best.scores, soft_cap)
+        for part in zip(*(x.split(per_tile) for x in (output, lse, scores, best.positions)), strict=True):
             merged.append(merge_selected(part[:2], part[2], memory.values(part[3])))
     return torch.cat(merged)
 

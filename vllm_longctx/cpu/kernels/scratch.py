@@ -6,6 +6,7 @@ shows in a slot mapping.
 """
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -58,16 +59,18 @@ def unpack(pages: Tensor, places: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor
 
 
 class Scratch:
-    """One KV cache group's scratch blocks.
+    """The scratch blocks of layers that are alike: of one KV cache group, with one rotation.
 
-    cache: all layers' KV cache, one behind the other, [layers * blocks, kv_heads, block_size, 2 * head_size].
+    cache: The memory that all layers' KV caches are in, by block, [blocks, kv_heads, block_size, 2 *
+        head_size].
+    layer_first: The place there of each layer's first block.
     """
 
     def __init__(
         self,
         layout: ScratchLayout,
         cache: Tensor,
-        num_layers: int,
+        layer_first: Sequence[int],
         n_global: int,
         places: tuple[Tensor, Tensor],
         rotary: Rotary | None,
@@ -76,7 +79,8 @@ class Scratch:
         self.layout, self.cache, self.places, self.rotary, self.isa = layout, cache, places, rotary, isa
         _, kv_heads, self.block_size, width = cache.shape
         self.kernel_cache = as_kernel_caches(cache)
-        self.layer_base = np.arange(num_layers)[:, None] * (layout.first_block + layout.num_blocks)
+        num_layers = len(layer_first)
+        self.layer_base = np.array(layer_first)[:, None]
         self.layer_slots = self.layer_base[..., None] * self.block_size
         rows = layout.rows
         self.first_keys = torch.empty(num_layers, rows, n_global, kv_heads, width // 2, dtype=cache.dtype)

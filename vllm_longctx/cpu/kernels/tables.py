@@ -32,7 +32,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ScratchLayout:
-    """Scratch blocks stand right behind the pool's blocks in every layer's KV cache.
+    """A KV cache group's scratch blocks, which stand behind the pool's blocks in every layer's KV cache.
 
     first_block: id of the first one. blocks_per_row: for one request. rows: requests that can have some in
         one step.
@@ -54,17 +54,15 @@ class ScratchLayout:
         num_blocks: int,
         max_num_seqs: int,
         alibi: bool = False,
-        top_k: bool = False,
     ) -> "ScratchLayout":
         """Room for the first tokens and a ragged head, for every request whose window can be in the pool at
         once.
 
         A window shorter than a block has no block in place; without first tokens the kernel masks the head by
         itself. ALiBi's bias comes from places in the table, where first tokens can stand at in-cache
-        distances only. With a top-k branch some layers keep more blocks than others, in groups whose scratch
-        blocks would be the same memory.
+        distances only.
         """
-        beyond_kernel = top_k or (alibi and geometry.distances == "relative")
+        beyond_kernel = alibi and geometry.distances == "relative"
         if (
             geometry.n_local is None
             or geometry.n_global == 0

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_longctx.cpu.kernels.branches import additive, attend, merge, scores_of
+from vllm_longctx.cpu.kernels.branches import additive, attend, merge, scores_of, with_sinks
 from vllm_longctx.cpu.kernels.retrieval import merge_selected
 from vllm_longctx.geometry import Geometry, global_branch
 from vllm_longctx.rotary import Rotary
@@ -109,6 +109,8 @@ def attend_chunk(
     rotary: Rotary | None,
     scale: float,
     further: tuple[Tensor, Tensor] | None = None,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of one layer.
 
@@ -117,8 +119,8 @@ def attend_chunk(
     context: (keys, values) [N - 1, kv_heads, d] right before the chunk; first: those of the first tokens, [G,
         ...].
     rotary: None for a model without, whose plan has ALiBi's bias. further: scores [T, heads, k] and values
-    [T, heads, k, d] of keys of each query and head's own. Returns [T, heads, d] in the query's dtype, or
-    float32 where branches were merged.
+    [T, heads, k, d] of keys of each query and head's own, capped already. soft_cap, sinks: as in `branches`.
+    Returns [T, heads, d] in the query's dtype, or float32 where branches were merged or there are sinks.
     """
     length = len(query)
     padding = plan.num_tiles * plan.tile - length
@@ -128,12 +130,18 @@ def attend_chunk(
     keys, values = (
         _windows(plan, before, chunk, padding) for before, chunk in zip(context, (key, value), strict=True)
     )
-    output, lse = attend(tiled_query, keys, values, plan.local_mask, scale)
+    output, lse = attend(tiled_query, keys, values, plan.local_mask, scale, soft_cap)
     output, lse = output.transpose(1, 2).flatten(0, 1)[:length], lse.transpose(1, 2).flatten(0, 1)[:length]
+    output, lse = with_sinks((output, lse), sinks)
     if not plan.global_parts and further is None:
         return output
     scores = [
-        scores_of(_turned(rotary, query, part.turn_queries), _turned(rotary, first[0], part.turn_keys), scale)
+        scores_of(
+            _turned(rotary, query, part.turn_queries),
+            _turned(rotary, first[0], part.turn_keys),
+            scale,
+            soft_cap,
+        )
         + part.mask
         for part in plan.global_parts
     ]

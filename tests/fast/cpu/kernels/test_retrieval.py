@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_longctx import reference
 from vllm_longctx.cpu.kernels import retrieval
-from vllm_longctx.cpu.kernels.branches import additive, attend
+from vllm_longctx.cpu.kernels.branches import additive, attend, with_sinks
 from vllm_longctx.cpu.kernels.retrieval import (
     Codes,
     Memory,
@@ -83,9 +83,13 @@ def a_memory(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     run=st.booleans(),
     kernel_order=st.booleans(),
+    soft_cap=st.sampled_from([0.0, 1.5]),
+    has_sinks=st.booleans(),
 )
-@example(4, 64, 0, 1, 70, torch.float32, True, True)  # decode, whole blocks, every key
-@example(1, 13, 13, 3, 5, torch.float32, True, True)  # no memory yet
+@example(4, 64, 0, 1, 70, torch.float32, True, True, 0.0, False)  # decode, whole blocks, every key
+@example(4, 64, 0, 1, 70, torch.float32, True, True, 1.5, True)  # fewer keys than k under a cap
+@example(1, 13, 13, 3, 5, torch.float32, True, True, 0.0, False)  # no memory yet
+@example(1, 13, 13, 3, 5, torch.float32, True, True, 1.5, True)
 def test_attention_over_the_best_keys_is_the_references(
     group: int,
     context: int,
@@ -95,6 +99,8 @@ def test_attention_over_the_best_keys_is_the_references(
     dtype: torch.dtype,
     run: bool,
     kernel_order: bool,
+    soft_cap: float,
+    has_sinks: bool,
 ) -> None:
     """A window that begins at `context`, and the memory from `begin` on before it."""
     torch.manual_seed(context * 100 + begin)
@@ -105,15 +111,19 @@ def test_attention_over_the_best_keys_is_the_references(
     start = torch.full_like(positions, context)
     local, memory = local_branch(positions, keys, start), memory_branch(positions, keys, start, k)
     memory = replace(memory, visible=memory.visible & (keys >= begin))
-    expected = reference.attention(query, key, value, [local, memory], SCALE, ROTARY)
+    sinks = torch.randn(group * KV_HEADS) if has_sinks else None
+    expected = reference.attention(
+        query, key, value, [local, memory], SCALE, ROTARY, soft_cap=soft_cap, sinks=sinks
+    )
 
     q, own = ROTARY.turn(query, positions[:, None]), ROTARY.turn(key.float(), keys[:, None])
     by_head = (x.transpose(0, 1)[None] for x in (q, own[context:], value[context:].float()))
-    output, lse = attend(*by_head, additive(local.visible[:, context:]), SCALE)
+    output, lse = attend(*by_head, additive(local.visible[:, context:]), SCALE, soft_cap)
     blocks = table(-(-length // BS), run)
     stored_memory = Memory(stored(key, value, blocks, layout(kernel_order)), blocks, begin, context)
     turned = ROTARY.turn(query, (positions - context)[:, None])
-    got = attend_best(turned, stored_memory, (output[0].transpose(0, 1), lse[0].transpose(0, 1)), k, SCALE)
+    window = with_sinks((output[0].transpose(0, 1), lse[0].transpose(0, 1)), sinks)
+    got = attend_best(turned, stored_memory, window, k, SCALE, soft_cap=soft_cap)
 
     products = torch.einsum(
         "thd,shd->ths", turned.double(), key[begin:context].double().repeat_interleave(group, 1)

@@ -23,7 +23,7 @@ def test_each_step_reads_what_its_own_table_says() -> None:
     layout = ScratchLayout.plan(GEOMETRY, BS, num_blocks=24, max_num_seqs=3)
     blocks = layout.first_block + layout.num_blocks
     cache = torch.zeros(LAYERS * blocks, KV_HEADS, BS, 2 * D)
-    scratch = Scratch(layout, cache, LAYERS, GEOMETRY.n_global, places, rotary, ISA)
+    scratch = Scratch(layout, cache, [0, blocks], GEOMETRY.n_global, places, rotary, ISA)
     layer_slots = torch.arange(LAYERS)[:, None] * blocks * BS
 
     def write(slots: torch.Tensor) -> None:
@@ -62,7 +62,7 @@ def test_nan_of_a_row_before_does_not_stay() -> None:
     blocks = layout.first_block + layout.num_blocks
     cache = torch.randn(LAYERS * blocks, KV_HEADS, BS, 2 * D)
     places = packed_order(BS, D, torch.float32, ISA)
-    scratch = Scratch(layout, cache, LAYERS, GEOMETRY.n_global, places, rotary, ISA)
+    scratch = Scratch(layout, cache, [0, blocks], GEOMETRY.n_global, places, rotary, ISA)
     for layer in range(LAYERS):
         cache[layer * blocks + 1 : layer * blocks + 7] = torch.nan
     for first, length in [(1, 104), (1, 130), (10, 127), (10, 128)]:
