@@ -36,7 +36,14 @@ METHODS = {
         {"method": "streaming", "n_global": 4, "n_local": 60}, Geometry(4, 60, distances="in_cache")
     ),
     "top_k": Method(
-        lambda _: {"n_global": 5, "n_local": 50, "top_k": 3, "top_k_from_layer": 1, "top_k_insert_at": 40},
+        lambda _: {
+            "n_global": 5,
+            "n_local": 50,
+            "distance_ceiling": TRAINED,
+            "top_k": 3,
+            "top_k_from_layer": 1,
+            "top_k_insert_at": 40,
+        },
         lambda _, length: with_top_k(Geometry(5, 50, TRAINED), length, range(1, LAYERS), 3, 40),
         scores_prompts=False,
     ),
