@@ -106,6 +106,21 @@ def _window_of_all_layers(hf_config: PretrainedConfig) -> int | None:
     return int(window)
 
 
+def layer_windows(model_config: ModelConfig) -> list[int | None]:
+    """Each layer's own sliding window in tokens; None for a layer that sees all.
+
+    As far as the config says it.
+    """
+    hf_config = model_config.hf_text_config
+    window = getattr(hf_config, "sliding_window", None)
+    layer_types = getattr(hf_config, "layer_types", None) or ["sliding_attention"] * (
+        model_config.get_total_num_hidden_layers()
+    )
+    if model_config.disable_sliding_window or not getattr(hf_config, "use_sliding_window", True):
+        window = None
+    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+
+
 def _rescaled(length: int, parameters: Mapping[str, Any]) -> int:
     """The trained length, in tokens, of a config that says `length` and has these RoPE parameters.
 
