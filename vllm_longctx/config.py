@@ -243,8 +243,8 @@ class AttentionSection(_Section):
         widest = trained_length - n_global if self.in_cache else trained_length
         n_local = _at_most(room, max(widest, 1)) if self.n_local is None else self.n_local
         short = _short_length(checkpoint)
-        ceiling = self.distance_ceiling or (short if n_local <= short else trained_length)
-        ceiling = None if self.in_cache else ceiling
+        longest = short if n_local <= short else trained_length
+        ceiling = None if self.in_cache else (self.distance_ceiling or longest)
         if n_global > n_local:
             raise LongContextError(
                 f"attention.n_global = {n_global} is more than attention.n_local = {n_local}; lower n_global"
