@@ -120,6 +120,8 @@ class WindowImpl(TakenOver, LambdaImpl):
             self.scale,
             out,
             branch,
+            self.logits_soft_cap,
+            self.sinks,
         )
         return output
 
