@@ -126,7 +126,7 @@ class LookupImpl(WindowImpl):
             query = torch.zeros(
                 length, self.num_heads, self.head_size, dtype=key_cache.dtype, device=kv_cache.device
             )
-            best = attend_best(query[None], memories, self.lookup.top_k, self.scale, self.lookup.share)
+            best = self._attend_best(query[None], memories)
             ends = ones * length
             starts = torch.stack((zeros[0], ends[0]))
             branch = best[0][0], best[1][0]
@@ -143,6 +143,8 @@ class LookupImpl(WindowImpl):
                 self.scale,
                 out,
                 branch,
+                self.logits_soft_cap,
+                self.sinks,
             )
 
     def summarise(self, kv_cache: Tensor, window: ClosedWindow) -> None:
@@ -182,10 +184,14 @@ class LookupImpl(WindowImpl):
                 self.summaries,
             )
             queries = query[part.tokens].unflatten(0, (rows, -1))
-            best = attend_best(queries, memories, self.lookup.top_k, self.scale, self.lookup.share)
+            best = self._attend_best(queries, memories)
             for whole, found in zip(branch, best, strict=True):
                 whole[part.tokens] = found.flatten(0, 1)
         return branch
+
+    def _attend_best(self, query: Tensor, memories: Memories) -> tuple[Tensor, Tensor]:
+        lookup = self.lookup
+        return attend_best(query, memories, lookup.top_k, self.scale, lookup.share, self.logits_soft_cap)
 
 
 def close_window(

@@ -76,17 +76,15 @@ def _config_as_read(model_config: ModelConfig) -> PretrainedConfig:
     if not model_config.disable_sliding_window:
         return model_config.hf_text_config
     overrides = model_config.hf_overrides
-    is_function = callable(overrides)
+    values, function = ({}, overrides) if callable(overrides) else (overrides, None)
     hf_config = get_config(
         model_config.hf_config_path or model_config.model,
         model_config.trust_remote_code,
         model_config._hf_config_revision or model_config.revision,
         model_config.code_revision,
         model_config.config_format,
-        hf_overrides_kw=None
-        if is_function
-        else {k: v for k, v in overrides.items() if not isinstance(v, dict)},
-        hf_overrides_fn=overrides if is_function else None,
+        hf_overrides_kw={k: v for k, v in values.items() if not isinstance(v, dict)},
+        hf_overrides_fn=function,
         token=model_config.hf_token,
     )
     return get_hf_text_config(hf_config)
@@ -104,6 +102,21 @@ def _window_of_all_layers(hf_config: PretrainedConfig) -> int | None:
     if not window or is_mixed or not getattr(hf_config, "use_sliding_window", True):
         return None
     return int(window)
+
+
+def layer_windows(model_config: ModelConfig) -> list[int | None]:
+    """Each layer's own sliding window in tokens; None for a layer that sees all.
+
+    As far as the config says it.
+    """
+    hf_config = model_config.hf_text_config
+    window = getattr(hf_config, "sliding_window", None)
+    layer_types = getattr(hf_config, "layer_types", None) or ["sliding_attention"] * (
+        model_config.get_total_num_hidden_layers()
+    )
+    if model_config.disable_sliding_window or not getattr(hf_config, "use_sliding_window", True):
+        window = None
+    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
 
 
 def _rescaled(length: int, parameters: Mapping[str, Any]) -> int:

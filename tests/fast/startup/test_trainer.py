@@ -170,7 +170,7 @@ def test_too_little_memory_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch
     client.check_memory(options, training(2**30))
     with pytest.raises(
         LongContextError,
-        match=r"on cuda:1 \(.*, 1\.00 to train\).* recompute true, lower adaptation.block_tokens = 32, "
+        match=r"on cuda:1 \(.*, 1\.00 to train\).*recompute true, lower adaptation.block_tokens = 32, "
         r"adaptation.train_context_tokens = 31, adaptation.slots = 2 or adaptation.rank = 4, "
         r"lower gpu_memory_utilization, or name another GPU",
     ):
