@@ -54,7 +54,8 @@ class Architecture:
     unrotated: Layers whose queries and keys are not rotated, in a model with RoPE.
     own_windows: Layers with a sliding window of the model's own.
     window: Its size in tokens in vLLM, the query included.
-    scaled_at: The length for which a scaling that depends on it is computed.
+    scaled_at: For transformers, the length of a text at which it scales RoPE as vLLM does at any; None where
+        the longest distance decides (LongRoPE), or none does.
     served_as: The architecture in the checkpoint that vLLM reads, and the names and layout of its weights,
         where they are not transformers'.
     """
@@ -66,7 +67,7 @@ class Architecture:
     unrotated: tuple[int, ...] = ()
     own_windows: tuple[int, ...] = ()
     window: int = OWN_WINDOW
-    scaled_at: int = TRAINED
+    scaled_at: int | None = None
     served_as: str | None = None
     converted: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 

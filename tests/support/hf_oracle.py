@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PreTrainedModel
 
-from tests.support.architectures import Architecture
+from tests.support.architectures import TRAINED, Architecture
 from tests.support.reference_model import PLAIN, Layers, alike
 from vllm_longctx.geometry import Geometry, alibi_slopes, branches
 from vllm_longctx.reference import attention
@@ -74,9 +74,14 @@ def modules(model: nn.Module, name: str) -> list[Any]:
 
 
 class Oracle:
-    """margins: Of the last text; see `reference.attention`."""
+    """A checkpoint of transformers'.
 
-    def __init__(self, architecture: Architecture, path: Path):
+    longest: The distance in tokens that no key exceeds; LongRoPE has factors for short ones and for long.
+    margins: Of the last text; see `reference.attention`.
+    """
+
+    def __init__(self, architecture: Architecture, path: Path, longest: int = TRAINED):
+        self.longest = architecture.scaled_at or longest
         self.architecture, self.margins = architecture, list[float]()
         by_hand = BY_HAND.get(architecture.family)
         self.model = in_float64(architecture, path, "eager" if by_hand else OURS)
@@ -138,7 +143,7 @@ class Oracle:
     def _stop_turning(self, module: Any) -> None:
         """Keeps the module's frequencies. What it is asked for is the factor of its scaling only."""
         head_size = getattr(self.model.config, "head_dim", None) or 32
-        last = torch.tensor([[self.architecture.scaled_at - 1]])
+        last = torch.tensor([[self.longest - 1]])
         still: dict[str | None, tuple[Tensor, Tensor]] = {}
         for layer_type in getattr(module, "layer_types", [None]):
             with Exact():

@@ -17,12 +17,14 @@ class Method:
     seen: What layers without a window of their own see, for a prompt of so many tokens.
     lengths: Of prompts: inside the window, at its edge, and past it.
     scores_prompts: A prompt's tokens are compared, too.
+    longest: The distance in tokens that no key exceeds.
     """
 
     attention: Callable[[Architecture], dict[str, Any] | None]
     seen: Callable[[Architecture, int], Layers]
     lengths: tuple[int, ...] = (1, 31, 63, 64, 65, 97, 200)
     scores_prompts: bool = True
+    longest: int = 64
 
 
 def _sliding(attention: dict[str, Any], geometry: Geometry) -> Method:
@@ -30,7 +32,7 @@ def _sliding(attention: dict[str, Any], geometry: Geometry) -> Method:
 
 
 METHODS = {
-    "vLLM": Method(lambda _: None, lambda *_: alike(Geometry()), (1, 31, 63, 64, 65, TRAINED - 20)),
+    "vLLM": Method(lambda _: None, lambda *_: alike(Geometry()), (1, 31, 63, 64, 65, 108), longest=TRAINED),
     "lm_infinite": _sliding({"n_global": 10, "n_local": 64, "distance_ceiling": 64}, Geometry(10, 64, 64)),
     "streaming": _sliding(
         {"method": "streaming", "n_global": 4, "n_local": 60}, Geometry(4, 60, distances="in_cache")
@@ -46,6 +48,7 @@ METHODS = {
         },
         lambda _, length: with_top_k(Geometry(5, 50, TRAINED), length, range(1, LAYERS), 3, 40),
         scores_prompts=False,
+        longest=TRAINED,
     ),
     "memory": Method(
         lambda row: {
