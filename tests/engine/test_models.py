@@ -3,48 +3,43 @@
 What the engine says is compared with transformers' own model in float64, with our geometry as its attention.
 """
 
-import json
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from vllm import LLM
 from vllm.model_executor.models.transformers.base import Base
 
 from tests.support.architectures import ARCHITECTURES, Checkpoint, made
 from tests.support.engines import generate, logprobs_of, prompt, running_here, tokens_of
 from tests.support.hf_oracle import Oracle
-from tests.support.matrix import COLUMNS, METHODS, REFUSED, TEMP_LORA
+from tests.support.matrix import METHODS, REFUSED, TEMP_LORA, TOLERANCE, attention_of
 from tests.support.model_table import record
-from tests.support.temp_lora_engine import STEPPED, asked, assert_equal, replayed
+from tests.support.temp_lora_engine import STEPPED, assert_equal, replayed, written_together
 
 WRITTEN = 20
-TOLERANCE = 1e-4
 # Two keys whose scores differ by less are equally good to float32; which of them a lookup takes, shows.
 TIE = 1e-5
-# Of the other methods, `make test` runs what differs in their layers.
-SOME = ("Llama", "Gemma 2", "Gemma 3", "Cohere 2", "SmolLM3", "gpt-oss", "Falcon, ALiBi")
-Made = Callable[[str], tuple[Checkpoint, Oracle]]
+# The rows of which `make test` runs every method: each has layers that no other one of them has.
+WHOLE = ("Llama", "Gemma 2", "Gemma 3", "Cohere 2", "SmolLM3", "gpt-oss", "BLOOM")
+Making = Callable[[str, int], tuple[Checkpoint, Oracle]]
 
 
 def cells(*columns: str) -> pytest.MarkDecorator:
-    """Row by row, so that a row's oracle is made once."""
     found = []
     for row in ARCHITECTURES:
         for column in columns:
-            quick = (row, column) not in REFUSED and (column == "lm_infinite" or row in SOME)
-            marks = () if quick and column not in ("vLLM", TEMP_LORA) else pytest.mark.slow
+            is_whole = row in WHOLE and column not in ("vLLM", TEMP_LORA)
+            quick = (is_whole or column == "lm_infinite") and (row, column) not in REFUSED
+            marks = () if quick else (pytest.mark.slow,)
             found.append(pytest.param(row, column, id=f"{row}, {column}", marks=marks))
     return pytest.mark.parametrize(("row", "column"), found)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _classes_stay_transformers() -> Iterator[None]:
-    """vLLM decorates the classes of transformers' that it runs, to compile them, which no engine here does:
-    what remains would be asked for an engine's config when the oracle uses them.
+    """vLLM decorates the classes of transformers' that it runs, to compile them, which no engine here does.
+
+    Decorated, they ask for an engine's config wherever they are used, so also in the oracle.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Base, "_decorate_for_torch_compile", lambda _: None)
@@ -52,41 +47,80 @@ def _classes_stay_transformers() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    last: dict[str, tuple[Checkpoint, Oracle]] = {}
+def making(tmp_path_factory: pytest.TempPathFactory) -> Making:
+    """A row's checkpoint, made once, and an oracle for it."""
+    checkpoints: dict[str, Checkpoint] = {}
 
-    def of(row: str) -> tuple[Checkpoint, Oracle]:
-        if row not in last:
-            last.clear()
-            checkpoint = made(ARCHITECTURES[row], tmp_path_factory.mktemp("model"))
-            last[row] = checkpoint, Oracle(ARCHITECTURES[row], checkpoint.transformers)
-        return last[row]
+    def of(row: str, longest: int) -> tuple[Checkpoint, Oracle]:
+        if row not in checkpoints:
+            checkpoints[row] = made(ARCHITECTURES[row], tmp_path_factory.mktemp("model"))
+        return checkpoints[row], Oracle(ARCHITECTURES[row], checkpoints[row].transformers, longest)
 
     return of
 
 
 @cells(*METHODS)
-def test_the_engine_equals_transformers(row: str, column: str, made_once: Made) -> None:
-    """Log-probabilities of prompts, and of what is written, which is what the oracle would write."""
-    checkpoint, oracle = made_once(row)
+def test_the_engine_equals_transformers(row: str, column: str, making: Making) -> None:
+    """Log-probabilities of prompts and of what is written, which is what the oracle would write."""
     architecture, method = ARCHITECTURES[row], METHODS[column]
-    attention = method.attention(architecture)
+    checkpoint, oracle = making(row, method.longest)
+    attention = attention_of(architecture, method)
     if (row, column) in REFUSED:
-        refuses(row, column, checkpoint, attention)
+        with (
+            pytest.raises(ValueError, match=REFUSED[row, column]),
+            running_here(checkpoint.served, attention),
+        ):
+            pass
+        record(row, column, REFUSED[row, column])
         return
     options = {"prompt_logprobs": 0} if method.scores_prompts else {}
     with running_here(checkpoint.served, attention) as llm:
         outputs = generate(llm, [prompt(n) for n in method.lengths], WRITTEN, **options)
     differences = []
     for length, output in zip(method.lengths, outputs, strict=True):
-        ids = tokens_of(output)
-        expected = oracle.logprobs(ids, method.seen(architecture, length))[:-1]
-        if min(oracle.margins, default=1.0) < TIE:
+        ids, got = tokens_of(output), logprobs_of(output)
+        seen = method.seen(architecture, length), method.seen_by_own(architecture, length)
+        expected = oracle.logprobs(ids, *seen)[:-1]
+        if min(oracle.margins, default=TIE) < TIE:
             continue
         of_ids = expected.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
-        got = logprobs_of(output)
         differences.append(float((got - of_ids[-len(got) :]).abs().max()))
         assert (expected.max(-1).values - of_ids)[-WRITTEN:].max() <= 2 * TOLERANCE
+    assert max(differences) <= TOLERANCE
     assert len(differences) >= len(outputs) - 1
     record(row, column, max(differences))
-    assert max(differences) <= TOLERANCE
+
+
+@cells(TEMP_LORA)
+def test_what_a_request_learns_equals_the_replay(row: str, column: str, making: Making) -> None:
+    """Past the window, in two passes, with two blocks trained."""
+    checkpoint, _ = making(row, STEPPED["window_tokens"])
+    adaptation = {**STEPPED, "slots": 2, "trainer": {"timeout_s": 20.0}}
+    engine = checkpoint.served, {"method": "none"}, adaptation
+    if (row, column) in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[row, column]), running_here(*engine):
+            pass
+        record(row, column, REFUSED[row, column])
+        return
+    case = 70, 90, {}
+    with running_here(*engine) as llm:
+        (output,) = written_together(llm, [case])
+    expected = replayed(checkpoint.transformers, 0, case, STEPPED)
+    assert_equal(output, expected)
+    want = torch.tensor(expected.prompt_logprobs + expected.logprobs, dtype=torch.float64)
+    record(row, column, float((logprobs_of(output) - want).abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["Qwen3", "Gemma 3", "MPT"])
+def test_compiled_models_equal_transformers(row: str, making: Making) -> None:
+    method = METHODS["lm_infinite"]
+    checkpoint, oracle = making(row, method.longest)
+    attention = attention_of(ARCHITECTURES[row], method)
+    with running_here(checkpoint.served, attention, enforce_eager=False) as llm:
+        outputs = generate(llm, [prompt(n) for n in method.lengths], WRITTEN, prompt_logprobs=0)
+    for length, output in zip(method.lengths, outputs, strict=True):
+        ids = tokens_of(output)
+        expected = oracle.logprobs(ids, method.seen(ARCHITECTURES[row], length))[:-1]
+        of_ids = expected.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+        assert (logprobs_of(output) - of_ids).abs().max() <= TOLERANCE

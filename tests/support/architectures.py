@@ -47,7 +47,7 @@ MULTIPLIERS = {
 class Architecture:
     """A row.
 
-    name: As in the table.
+    name, about: As in the table; `about` says what its layers have.
     family: `{family}Config` and `{family}ForCausalLM` are transformers' classes.
     config: Of the config, beside `COMMON`; None takes an entry of `COMMON` away.
     interleaved: A rotated pair is (x[2k], x[2k + 1]); else (x[k], x[k + rotary_dim / 2]).
@@ -61,6 +61,7 @@ class Architecture:
     """
 
     name: str
+    about: str
     family: str
     config: dict[str, Any] = field(default_factory=dict)
     interleaved: bool = False
@@ -72,15 +73,15 @@ class Architecture:
     converted: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     @property
-    def open_layers(self) -> list[int]:
-        """Those without a window of their own: the ones that a method changes."""
-        return [layer for layer in range(LAYERS) if layer not in self.own_windows]
+    def memory_layer(self) -> int:
+        """The last one without a window of its own; where all have one, the last."""
+        return max((layer for layer in range(LAYERS) if layer not in self.own_windows), default=LAYERS - 1)
 
     @property
     def config_class(self) -> type[PreTrainedConfig]:
-        found: type[PreTrainedConfig] = getattr(
-            transformers, f"{self.family}TextConfig", None
-        ) or getattr(transformers, f"{self.family}Config")
+        found: type[PreTrainedConfig] = getattr(transformers, f"{self.family}TextConfig", None) or getattr(
+            transformers, f"{self.family}Config"
+        )
         return found
 
     @property
@@ -146,15 +147,17 @@ LLAMA = {**HEADS_OF_32, "tie_word_embeddings": False}
 ARCHITECTURES = {
     row.name: row
     for row in (
-        Architecture("Llama", "Llama", {**LLAMA, **rope("linear", factor=4.0)}),
+        Architecture("Llama", "RoPE, scaled linearly", "Llama", {**LLAMA, **rope("linear", factor=4.0)}),
         Architecture(
             "Mistral v0.1",
+            "windows of its own in all layers",
             "Mistral",
             {**LLAMA, "sliding_window": OWN_WINDOW},
             own_windows=tuple(range(LAYERS)),
         ),
         Architecture(
             "Mistral",
+            "RoPE, scaled by dynamic NTK",
             "Mistral",
             {
                 **LLAMA,
@@ -164,22 +167,32 @@ ARCHITECTURES = {
             # transformers grows the base as texts outgrow 128 tokens, vLLM once, for 64 tokens' growth to 128
             scaled_at=2 * TRAINED,
         ),
-        Architecture("Mixtral", "Mixtral", {**LLAMA, **experts(num_local_experts=4)}),
-        Architecture("Qwen2", "Qwen2", rope("yarn", **YARN)),
+        Architecture("Mixtral", "RoPE; experts", "Mixtral", {**LLAMA, **experts(num_local_experts=4)}),
+        Architecture("Qwen2", "RoPE, scaled by YaRN; biases", "Qwen2", rope("yarn", **YARN)),
         Architecture(
             "Qwen2-MoE",
+            "RoPE; experts, also a shared one",
             "Qwen2Moe",
             experts(num_experts=4, moe_intermediate_size=128, shared_expert_intermediate_size=128),
         ),
-        Architecture("Qwen3", "Qwen3", {**HEADS_OF_32, **rope("llama3", **LLAMA3)}),
+        Architecture(
+            "Qwen3",
+            "RoPE, scaled as Llama 3's; norms of heads",
+            "Qwen3",
+            {**HEADS_OF_32, **rope("llama3", **LLAMA3)},
+        ),
         Architecture(
             "Qwen3-MoE",
+            "RoPE; norms of heads; experts",
             "Qwen3Moe",
             {**HEADS_OF_32, **experts(num_experts=4, moe_intermediate_size=128), "norm_topk_prob": True},
         ),
-        Architecture("Phi-2", "Phi", {"partial_rotary_factor": 0.5}),
+        Architecture(
+            "Phi-2", "partial RoPE; attention beside the MLP", "Phi", {"partial_rotary_factor": 0.5}
+        ),
         Architecture(
             "Phi-3",
+            "LongRoPE; fused weights",
             "Phi3",
             {
                 "num_hidden_layers": LAYERS,
@@ -189,13 +202,15 @@ ARCHITECTURES = {
         ),
         Architecture(
             "Phi-MoE",
+            "RoPE; experts by SparseMixer",
             "Phimoe",
             {**experts(num_local_experts=4), "attention_bias": True, "lm_head_bias": True},
             served_as="PhiMoEForCausalLM",
         ),
-        Architecture("Gemma", "Gemma", HEADS_OF_32),
+        Architecture("Gemma", "RoPE; scaled embeddings", "Gemma", HEADS_OF_32),
         Architecture(
             "Gemma 2",
+            "windows in every other layer; soft caps",
             "Gemma2",
             {
                 **HEADS_OF_32,
@@ -209,6 +224,7 @@ ARCHITECTURES = {
         ),
         Architecture(
             "Gemma 3",
+            "windows in three of four layers, which have a RoPE of their own; norms of heads",
             "Gemma3",
             {
                 **HEADS_OF_32,
@@ -224,11 +240,13 @@ ARCHITECTURES = {
         ),
         Architecture(
             "GPT-NeoX",
+            "partial RoPE; attention beside the MLP",
             "GPTNeoX",
             {"num_key_value_heads": None, **rope("default", partial_rotary_factor=0.25)},
         ),
         Architecture(
             "GPT-J",
+            "partial RoPE of neighbouring pairs",
             "GPTJ",
             {
                 "n_embd": 128,
@@ -249,11 +267,14 @@ ARCHITECTURES = {
             },
             interleaved=True,
         ),
-        Architecture("StarCoder2", "Starcoder2", {"tie_word_embeddings": False}),
-        Architecture("StableLM", "StableLm", {"use_qkv_bias": True, "partial_rotary_factor": 0.25}),
-        Architecture("OLMo 2", "Olmo2"),
+        Architecture("StarCoder2", "RoPE; biases", "Starcoder2", {"tie_word_embeddings": False}),
+        Architecture(
+            "StableLM", "partial RoPE", "StableLm", {"use_qkv_bias": True, "partial_rotary_factor": 0.25}
+        ),
+        Architecture("OLMo 2", "RoPE; norms after the sublayers", "Olmo2"),
         Architecture(
             "OLMo 3",
+            "windows in three of four layers, YaRN in the fourth",
             "Olmo3",
             {
                 "sliding_window": OWN_WINDOW,
@@ -265,9 +286,10 @@ ARCHITECTURES = {
             },
             own_windows=(0, 1, 2),
         ),
-        Architecture("OLMoE", "Olmoe", experts(num_experts=4)),
+        Architecture("OLMoE", "RoPE; experts", "Olmoe", experts(num_experts=4)),
         Architecture(
             "Falcon",
+            "RoPE; grouped heads",
             "Falcon",
             {
                 "new_decoder_architecture": True,
@@ -279,6 +301,7 @@ ARCHITECTURES = {
         ),
         Architecture(
             "Falcon, ALiBi",
+            "ALiBi",
             "Falcon",
             {
                 "alibi": True,
@@ -290,9 +313,16 @@ ARCHITECTURES = {
                 "num_key_value_heads": None,
             },
         ),
-        Architecture("Command-R", "Cohere", {"logit_scale": 0.5, "use_qk_norm": True}, interleaved=True),
+        Architecture(
+            "Command-R",
+            "RoPE of neighbouring pairs; norms of heads",
+            "Cohere",
+            {"logit_scale": 0.5, "use_qk_norm": True},
+            interleaved=True,
+        ),
         Architecture(
             "Cohere 2",
+            "windows in three of four layers, no positions in the fourth",
             "Cohere2",
             {"logit_scale": 0.5, "sliding_window": OWN_WINDOW, "layer_types": ONE_IN_FOUR},
             interleaved=True,
@@ -300,22 +330,39 @@ ARCHITECTURES = {
             own_windows=(0, 1, 2),
             window=OWN_WINDOW + 1,  # as it was trained, vLLM says; in transformers OWN_WINDOW
         ),
-        Architecture("Granite", "Granite", MULTIPLIERS),
-        Architecture("Granite-MoE", "GraniteMoe", {**MULTIPLIERS, **experts(num_local_experts=4)}),
-        Architecture("SmolLM3", "SmolLM3", {"no_rope_layers": [1, 0, 1, 0]}, unrotated=(1, 3)),
+        Architecture("Granite", "RoPE; multipliers", "Granite", MULTIPLIERS),
         Architecture(
-            "GLM-4", "Glm4", {**HEADS_OF_32, **rope("default", partial_rotary_factor=0.5)}, interleaved=True
+            "Granite-MoE",
+            "RoPE; multipliers; experts",
+            "GraniteMoe",
+            {**MULTIPLIERS, **experts(num_local_experts=4)},
+        ),
+        Architecture(
+            "SmolLM3",
+            "RoPE, in every other layer no positions",
+            "SmolLM3",
+            {"no_rope_layers": [1, 0, 1, 0]},
+            unrotated=(1, 3),
+        ),
+        Architecture(
+            "GLM-4",
+            "partial RoPE of neighbouring pairs",
+            "Glm4",
+            {**HEADS_OF_32, **rope("default", partial_rotary_factor=0.5)},
+            interleaved=True,
         ),
         Architecture(
             "InternLM2",
+            "RoPE; fused weights",
             "Llama",
             {**LLAMA, "rms_norm_eps": 1e-5},
             served_as="InternLM2ForCausalLM",
             converted=internlm2,
         ),
-        Architecture("InternLM3", "Llama", LLAMA, served_as="InternLM3ForCausalLM"),
+        Architecture("InternLM3", "RoPE", "Llama", LLAMA, served_as="InternLM3ForCausalLM"),
         Architecture(
             "EXAONE 4",
+            "windows in three of four layers, no positions in the fourth; norms of heads",
             "Exaone4",
             {"sliding_window": OWN_WINDOW, "layer_types": ONE_IN_FOUR, **rope("llama3", **LLAMA3)},
             unrotated=(3,),
@@ -323,6 +370,7 @@ ARCHITECTURES = {
         ),
         Architecture(
             "gpt-oss",
+            "windows in every other layer; sinks; YaRN; experts",
             "GptOss",
             {
                 **HEADS_OF_32,
@@ -333,9 +381,10 @@ ARCHITECTURES = {
             },
             own_windows=(0, 2),
         ),
-        Architecture("Baichuan", "Llama", LLAMA, served_as="BaichuanForCausalLM"),
+        Architecture("Baichuan", "RoPE; fused weights", "Llama", LLAMA, served_as="BaichuanForCausalLM"),
         Architecture(
             "BLOOM",
+            "ALiBi",
             "Bloom",
             {
                 "hidden_size": 192,
@@ -355,6 +404,7 @@ ARCHITECTURES = {
         ),
         Architecture(
             "MPT",
+            "ALiBi (our own model, since vLLM dropped it after 0.28)",
             "Mpt",
             {
                 "d_model": 192,
@@ -374,12 +424,18 @@ ARCHITECTURES = {
             },
         ),
         # More that vLLM runs through transformers' own code, or with a part that no row above has.
-        Architecture("OLMo", "Olmo", {"clip_qkv": 2.0}),
-        Architecture("GLM", "Glm", {**HEADS_OF_32, **rope("default", partial_rotary_factor=0.5)}, True),
-        Architecture("Nemotron", "Nemotron", rope("default", partial_rotary_factor=0.5)),
-        Architecture("ERNIE 4.5", "Ernie4_5", HEADS_OF_32, interleaved=True),
-        Architecture("Seed-OSS", "SeedOss", {**HEADS_OF_32, "attention_out_bias": False}),
-        Architecture("Arcee", "Arcee", HEADS_OF_32),
+        Architecture("OLMo", "RoPE; norms without weights", "Olmo", {"clip_qkv": 2.0}),
+        Architecture(
+            "GLM",
+            "partial RoPE of neighbouring pairs",
+            "Glm",
+            {**HEADS_OF_32, **rope("default", partial_rotary_factor=0.5)},
+            True,
+        ),
+        Architecture("Nemotron", "partial RoPE", "Nemotron", rope("default", partial_rotary_factor=0.5)),
+        Architecture("ERNIE 4.5", "RoPE of neighbouring pairs", "Ernie4_5", HEADS_OF_32, interleaved=True),
+        Architecture("Seed-OSS", "RoPE; biases", "SeedOss", {**HEADS_OF_32, "attention_out_bias": False}),
+        Architecture("Arcee", "RoPE", "Arcee", HEADS_OF_32),
     )
 }
 
@@ -416,8 +472,11 @@ def made(architecture: Architecture, path: Path) -> Checkpoint:
     served = path / "served"
     served.mkdir()
     weights = load_file(path / "transformers" / "model.safetensors")
-    save_file(weights if architecture.converted is None else architecture.converted(weights),
-              served / "model.safetensors", {"format": "pt"})
+    save_file(
+        weights if architecture.converted is None else architecture.converted(weights),
+        served / "model.safetensors",
+        {"format": "pt"},
+    )
     as_json = json.loads((path / "transformers" / "config.json").read_text())
     (served / "config.json").write_text(json.dumps(as_json | {"architectures": [architecture.served_as]}))
     return Checkpoint(served, path / "transformers")

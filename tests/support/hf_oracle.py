@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from tests.support.architectures import TRAINED, Architecture
 from tests.support.reference_model import PLAIN, Layers, alike
-from vllm_longctx.geometry import Geometry, alibi_slopes, branches
+from vllm_longctx.geometry import Geometry, alibi_slopes
 from vllm_longctx.reference import attention
 from vllm_longctx.rotary import Rotary
 
@@ -94,22 +94,21 @@ class Oracle:
             if by_hand is not None:
                 by_hand(self, module)
 
-    def logprobs(self, ids: list[int], seen: Geometry | Layers = PLAIN) -> Tensor:
+    def logprobs(
+        self, ids: list[int], seen: Geometry | Layers = PLAIN, seen_by_own: Layers | None = None
+    ) -> Tensor:
         """float64 [tokens, vocab]: log-probabilities of the token after each position.
 
-        seen: Of layers without a window of their own.
+        seen: By layers without a window of their own. seen_by_own: By those with one; by default that.
         """
         self.layers = alike(seen) if isinstance(seen, Geometry) else seen
+        self.own_layers = seen_by_own or alike(Geometry(0, self.architecture.window))
         self.margins.clear()
         tokens = torch.tensor([ids])
         with Exact(), torch.no_grad():
             # Only GPT-J has angles elsewhere than in a rotary module: none at position 0.
             output = self.model(input_ids=tokens, position_ids=torch.zeros_like(tokens), use_cache=False)
             return output.logits[0].log_softmax(-1)
-
-    def token_logprobs(self, ids: list[int], seen: Geometry | Layers = PLAIN) -> Tensor:
-        """float64 [tokens - 1]: log-probability of each token after the first."""
-        return self.logprobs(ids, seen)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
 
     def attend(
         self,
@@ -127,10 +126,8 @@ class Oracle:
         """
         layer, row = module.layer_idx, self.architecture
         assert (window is not None) == (layer in row.own_windows)
-        positions = torch.arange(query.shape[2])
-        seen, rotates = self.layers(layer, positions)
-        if window is not None:
-            seen, rotates = branches(Geometry(0, row.window), positions, positions), True
+        layers = self.layers if window is None else self.own_layers
+        seen, rotates = layers(layer, torch.arange(query.shape[2]))
         rotary = self._rotary(layer) if rotates and layer not in row.unrotated else None
         tokens = (x[0].transpose(0, 1) for x in (query, key, value))
         return attention(*tokens, seen, scale, rotary, self.slopes, self.margins, **own)[None]
