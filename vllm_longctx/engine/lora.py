@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.lora import LoRAConfig, MaxLoRARanks
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
@@ -386,7 +386,8 @@ def trained_model(vllm_config: VllmConfig) -> PreTrainedModel:
     """The trainer's model without weights, on `meta`."""
     model = vllm_config.model_config
     dtype = str(model_dtype(model)).removeprefix("torch.")
-    return skeleton(model.model, dtype, "sdpa", base_model.resolved_config(model))
+    with set_current_vllm_config(vllm_config):  # for classes of transformers' that vLLM has made its own
+        return skeleton(model.model, dtype, "sdpa", base_model.resolved_config(model))
 
 
 class Adapts:
