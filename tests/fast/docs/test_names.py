@@ -45,7 +45,7 @@ def rows(page: Path, first_column: str) -> Iterator[list[str]]:
     tables = prose(page).split("\n\n")
     (table,) = [table for table in tables if table.startswith(f"| {first_column} |")]
     for line in table.splitlines()[2:]:
-        yield [cell.strip() for cell in line.strip("| ").split(" | ")]
+        yield [cell.strip() for cell in line.split("|")[1:-1]]
 
 
 def words(text: str) -> list[str]:
@@ -60,8 +60,8 @@ def test_the_table_of_modes_is_that_of_the_code() -> None:
     for mode in MODES:
         scheduler, runner = (path.rpartition(".")[2] for path in (mode.scheduler, mode.runner))
         layers = ", ".join(f"{role}: `{spec}`" for role, spec in mode.layers.items())
-        ours = [f"`{scheduler}`", layers, f"`{runner}`"]
-        assert shown[mode.name] == (["vLLM's"] * 3 if mode.is_plain else ours)
+        ours = f"`{scheduler}`", layers, f"`{runner}`"
+        assert shown[mode.name] == (("vLLM's",) * 3 if mode.is_plain else ours)
 
 
 def test_the_table_of_roles_is_that_of_the_code() -> None:
