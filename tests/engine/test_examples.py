@@ -15,16 +15,14 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from server import running_server
-from transformers import AutoTokenizer
 
+from tests.support.documentation import blocks, commands
 from vllm_longctx import BOOKLM
-from vllm_longctx.cli.passkey import Task, tells
-from vllm_longctx.geometry import Geometry
+from vllm_longctx.cli.passkey import tells
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 BOOKLM_MEMORY = ROOT / "benchmarks" / "booklm-memory"
-QUESTION = "What is the pass key? The pass key is"
 TRAINED = 512
 QUICK = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "512"]
 
@@ -103,13 +101,16 @@ def test_the_loss_of_a_text_falls_by_learning(address: str, book: Path) -> None:
 
 @pytest.mark.slow
 def test_a_memory_answers_about_a_document(memory_address: str, workplace: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(BOOKLM_MEMORY, model_max_length=1 << 60)
-    trials = Task(tokenizer).trials(1500, [Geometry(10, TRAINED)], 4, seed=0)
-    trial = next(t for t in trials if t.place == "outside")
-    document = workplace / "manual.txt"
-    document.write_text(tokenizer.decode(trial.prompt, skip_special_tokens=True).removesuffix(QUESTION))
-    shown = run("ask_a_document.py", memory_address, str(document), QUESTION)
-    assert tells(shown.split("]", 1)[1], trial.key), shown
+    """The made-up manual of examples/README.md, and its question."""
+    (block,) = [block for block in blocks(EXAMPLES / "README.md") if "manual.txt" in block.text]
+    (_, *made, _, name), (_, program, _, question) = commands(block.text)
+    manual = workplace / name
+    manual.write_text(subprocess.run([sys.executable, *made], capture_output=True, text=True).stdout)
+    shown = run(Path(program).name, memory_address, str(manual), question)
+    read, answer = shown.removeprefix("[read ").split(" tokens]\n")
+    (key,) = set(re.findall(r"\d{5}", manual.read_text()))
+    assert int(read.replace(",", "")) > 3 * TRAINED
+    assert tells(answer, key), shown
 
 
 def exported(address: str) -> dict[str, set[str]]:

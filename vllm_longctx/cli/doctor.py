@@ -35,8 +35,9 @@ def doctor(
         str | None, typer.Option(help="Show the state of the server at http://HOST:PORT instead.")
     ] = None,
 ) -> None:
-    """Check this machine, or a server; exit code 1 if something that longctx needs is missing, 2 if no
-    longctx serves there.
+    """Check this machine, or a server.
+
+    The exit code is 1 if something that longctx needs is missing, and 2 if a server does not run longctx.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     output = tables()

@@ -176,15 +176,17 @@ def score(
     ] = None,
     longctx: Longctx = None,
     preset: Preset = None,
-    baseline: Annotated[bool, typer.Option(help="Score with stock vLLM too.")] = False,
-    bucket_tokens: Annotated[int | None, typer.Option(help="Equal buckets of so many tokens.", min=1)] = None,
+    baseline: Annotated[bool, typer.Option(help="Score with stock vLLM, too.")] = False,
+    bucket_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a bucket. Default: buckets that double.", min=1)
+    ] = None,
     json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot", help="Draw NLL against position.")] = None,
     dtype: Dtype = "auto",
     max_num_batched_tokens: BatchedTokens = 2048,
     enforce_eager: EnforceEager = False,
 ) -> None:
-    """Mean negative log-likelihood of a text per position bucket, in nats per token."""
+    """Print how well a model predicts a text: the mean NLL by position, in nats per token."""
     with errors_for_users():
         additional_config = longctx_config(longctx, preset)
         tokens = tokenize(model, read_text(text), max_tokens)
