@@ -132,13 +132,16 @@ class Adaptation(AdaptationSection):
                 f"{trained_length} tokens; lower one of them"
             )
         if not sliding and self.context_tokens + kv_block + self.keep_first > self.window_tokens:
-            or_raise = ", or raise window_tokens" if self.window_tokens < trained_length else ""
+            most = self.window_tokens - kv_block - self.keep_first
+            remedy = f"give at most {most}" if most > 0 else "give a smaller block_size or keep_first"
+            if self.window_tokens < trained_length:
+                remedy += ", or raise window_tokens"
             raise LongContextError(
                 f"adaptation.context_tokens = {self.context_tokens} leaves no room in "
                 f"adaptation.window_tokens = "
                 f"{self.window_tokens}: a new pass keeps them, up to {kv_block - 1} more and "
                 f"{self.keep_first} first ones; "
-                f"give at most {self.window_tokens - kv_block - self.keep_first}{or_raise}"
+                f"{remedy}"
             )
 
     def for_request(self, options: RequestOptions, trained_length: int, kv_block: int) -> Self | None:

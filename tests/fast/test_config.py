@@ -303,6 +303,11 @@ def test_temp_lora_takes_its_sizes_from_the_window() -> None:
         ),
         (
             "none",
+            {"window_tokens": 33},
+            r"window_tokens = 33: .*; give a smaller block_size or keep_first, or raise window_tokens",
+        ),
+        (
+            "none",
             {"context_tokens": 4090},
             r"context_tokens = 4090 leaves no room in adaptation.window_tokens = 4096",
         ),
