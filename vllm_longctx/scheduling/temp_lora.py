@@ -37,8 +37,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_longctx import refusals
 from vllm_longctx.config import KEY, LongContextError, RequestOptions
 from vllm_longctx.engine.adapted_layers import AdaptedLayers, kinds
-from vllm_longctx.engine.kv_cache import PrivateRequests, SteppedManager
+from vllm_longctx.engine.sliding_kv import PrivateRequests
 from vllm_longctx.engine.step import Pass, SlotsMemory, SlotUse, StepInfo, Weights
+from vllm_longctx.engine.stepped_kv import SteppedManager
 from vllm_longctx.engine.waiting import limit_reader_sleep
 from vllm_longctx.metrics import StepStats
 from vllm_longctx.scheduling.adapting_request import AdaptingRequest

@@ -7,7 +7,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError
-from vllm_longctx.engine.kv_cache import FP8
+from vllm_longctx.engine.memory_kv import FP8
 from vllm_longctx.models import longllama
 from vllm_longctx.models.properties import check_load_format, why_not_adaptable
 from vllm_longctx.startup.platform import attention_backend, check_capability, platform

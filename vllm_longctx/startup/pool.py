@@ -9,7 +9,8 @@ from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memo
 from vllm.utils.math_utils import cdiv
 
 from vllm_longctx.config import LongContextError
-from vllm_longctx.engine.kv_cache import bytes_per_layer_block, max_blocks_per_request
+from vllm_longctx.engine.memory_kv import bytes_per_layer_block
+from vllm_longctx.engine.sliding_kv import max_blocks_per_request
 from vllm_longctx.models.properties import model_dtype, num_parameters, trained_length
 from vllm_longctx.settings import Adaptation, Settings
 from vllm_longctx.startup.platform import CPU, platform

@@ -16,7 +16,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from tests.support.scheduler_steps import BS, Steps
-from vllm_longctx.engine.kv_cache import MemoryManager, MemorySpec
+from vllm_longctx.engine.memory_kv import MemoryManager, MemorySpec
 from vllm_longctx.engine.step import StepInfo, copied_blocks
 from vllm_longctx.settings import active_settings
 
