@@ -30,6 +30,8 @@ from vllm_longctx.geometry import Geometry, SteppedWindows
 from vllm_longctx.modes import Mode, Role
 
 T = TypeVar("T")
+# Tokens that every request may train on at once, whatever the server's sizes, for which memory was counted.
+SMALL_EXAMPLE = 512
 
 
 @dataclass(frozen=True)
@@ -181,11 +183,17 @@ class Adaptation(AdaptationSection):
                 raise LongContextError(
                     f"{name} = {given[name]} is beyond this server's limit; give {allowed}"
                 )
+        most = max(self.block_tokens + self.train_context_tokens, SMALL_EXAMPLE)
         if "block_tokens" in given and "train_context_tokens" not in given:
-            room = max(trained_length - given["block_tokens"] - 1, 0)
+            room = max(min(trained_length - 1, most) - given["block_tokens"], 0)
             given["train_context_tokens"] = min(self.train_context_tokens, room)
         own = self.model_copy(update=given)
         own.check(trained_length, self.kv_policy == "keep", kv_block)
+        if (example := own.block_tokens + own.train_context_tokens) > most:
+            raise LongContextError(
+                f"block_tokens + train_context_tokens = {example} is beyond this server's limit; give at "
+                f"most {most} (adaptation.block_tokens + adaptation.train_context_tokens)"
+            )
         return own
 
     def _saved_rank(self, name: str) -> int:
