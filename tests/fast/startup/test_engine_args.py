@@ -333,7 +333,7 @@ def test_settings_that_do_not_go_with_temp_lora_are_refused(kwargs: dict[str, An
 def test_a_model_whose_layers_take_no_lora_is_refused(tmp_path: Path) -> None:
     config = GPTJConfig(n_embd=64, n_layer=2, n_head=2, n_positions=96, vocab_size=64, rotary_dim=16)
     with pytest.raises(
-        LongContextError, match="has no LoRA support for its linear layers; Temp-LoRA runs LlamaForCausalLM"
+        LongContextError, match="has no LoRA support in vLLM \\(GPTJForCausalLM\\); leave adaptation out"
     ):
         create(save(tmp_path, config, "GPTJForCausalLM"), QUALITY)
 
