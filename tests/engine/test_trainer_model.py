@@ -24,6 +24,8 @@ NONE = {"method": "none"}
 ADAPTATION = {**STEPPED, "slots": 2}
 OPTIONS = Options(**{key: value for key, value in STEPPED.items() if key != "dropout"})
 
+pytestmark = pytest.mark.alone
+
 
 def copied(model: Path, path: Path, **entries: Any) -> Path:
     """A checkpoint with the same weights and other entries in its config."""
@@ -76,10 +78,11 @@ def test_overrides_reach_the_trainer_and_its_check_leaves_nothing_behind(
     )
 
 
+@pytest.mark.parametrize("start", [running_here, pytest.param(running, marks=pytest.mark.slow)])
 def test_a_revision_reaches_the_trainer(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a model that is known by its name, in a cache with two of them, read by an engine in processes of
+    """Of a model that is known by its name, in a cache with two of them; also by an engine in processes of
     its own.
     """
     repository = tmp_path / "hub/models--org--model"
@@ -95,7 +98,7 @@ def test_a_revision_reaches_the_trainer(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    with running("org/model", NONE, ADAPTATION, revision="v1") as llm:
+    with start("org/model", NONE, ADAPTATION, revision="v1") as llm:
         output = generate(llm, [prompt(90)], 40, prompt_logprobs=0, **asked({}))[0]
     assert_equal(output, replay(tiny_llama, prompt(90), 40, OPTIONS))
 

@@ -242,7 +242,11 @@ def test_running_out_of_memory_is_answered(tiny_llama: Path):
     slots.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGSTOP],
+    ids=["killed", "hangs"],
+)
 def test_a_trainer_that_fails_while_training_is_replaced(
     client: TrainerClient, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ):
@@ -390,13 +394,15 @@ def test_the_trainer_ends_with_its_engine(checkpoint: Path, loaded: bool):
     wait_until(lambda: is_gone(trainer) and not os.path.exists(directory))
 
 
-def test_close_leaves_nothing(checkpoint: Path):
+@pytest.mark.parametrize("loaded", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_close_leaves_nothing(checkpoint: Path, loaded: bool):
     gc.collect()
     files = len(os.listdir("/proc/self/fd"))
     client = client_of(checkpoint)
     client.start()
     pid, directory = client.process_id, client._directory
-    hear(client, m.Ready)
+    if loaded:
+        hear(client, m.Ready)
     client.close()
     client.close()
     gc.collect()
