@@ -252,7 +252,8 @@ def as_json(score: Score, bucket_tokens: int | None) -> dict[str, Any]:
 
 
 def segment_table(parts: list[Segment]) -> Table:
-    table = Table("positions", "base", "Temp-LoRA", "change", title="perplexity")
+    caption = "base has the same windows and learns nothing"
+    table = Table("positions", "base", "Temp-LoRA", "change", title="perplexity", caption=caption)
     for p in parts:
         table.add_row(
             f"{p.start:,} – {p.end:,}", f"{p.ppl_base:.2f}", f"{p.ppl:.2f}", f"{p.ppl / p.ppl_base - 1:+.1%}"
