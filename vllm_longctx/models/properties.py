@@ -12,6 +12,18 @@ from vllm.transformers_utils.config import get_config, get_hf_text_config
 
 from vllm_longctx.config import LongContextError
 
+# Architectures whose outputs are compared with a dense reference, end to end (tests/engine/test_models.py).
+TESTED = (
+    "BloomForCausalLM",
+    "GPTJForCausalLM",
+    "LlamaForCausalLM",
+    "LongLlamaForCausalLM",
+    "MPTForCausalLM",
+    "MistralForCausalLM",
+    "MptForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
 # Those whose linear layers vLLM adapts, under Hugging Face's names for them.
 ADAPTABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
