@@ -216,18 +216,20 @@ class Settings:
 
     mode: The row of `modes.MODES` that the engine runs.
     attention, serving: As the user wrote them, every value filled in.
+    self_check: Whether layers are checked at start; None where the architecture says it.
     """
 
     mode: Mode
     attention: AttentionSection
     serving: ServingSection
     adaptation: Adaptation | None
+    self_check: bool | None
 
     @classmethod
     def of(cls, config: LongContextConfig) -> Self:
         """config: filled in by `for_model`."""
         adaptation = None if config.adaptation is None else Adaptation.of(config.adaptation)
-        return cls(config.mode, config.attention, config.serving, adaptation)
+        return cls(config.mode, config.attention, config.serving, adaptation, config.self_check)
 
     @property
     def temp_lora(self) -> Adaptation:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -33,10 +34,12 @@ class LayerSite:
     role: What it is in the engine's mode.
     window: The sliding window of its own that the model gives it, in tokens; None for a layer that sees all.
     rotary: The rotation of the layer's queries and keys; None for a layer without: ALiBi, or no positions.
+    stock: A copy of its implementation as vLLM made it: scale, soft cap, sinks, ALiBi slopes.
     """
 
     name: str
     layer: Attention
+    stock: Any
     role: Role
     window: int | None
     rotary: Rotary | None
@@ -105,7 +108,9 @@ def find_layers(
         if role == Role.MEMORY and not settings.memory.has_positions:
             without_rotation(model, name, rotary)
             rotary = None
-        sites.append(LayerSite(name, layer, role, layer.sliding_window, rotary, settings, device))
+        sites.append(
+            LayerSite(name, layer, copy(layer.impl), role, layer.sliding_window, rotary, settings, device)
+        )
     return sites
 
 

@@ -22,6 +22,7 @@ from vllm_longctx.engine.lora import with_slots
 from vllm_longctx.engine.platform import Platform
 from vllm_longctx.engine.positions import Run
 from vllm_longctx.engine.rows import StepTimes
+from vllm_longctx.engine.self_check import self_check
 from vllm_longctx.engine.step import StepInfo, StepReport
 from vllm_longctx.engine.waiting import limit_reader_sleep
 from vllm_longctx.modes import BACKENDS, Role, load
@@ -94,6 +95,9 @@ class LongContextWorkerBase(WorkerBase, Platform):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]  # of the platform's worker
         self.bind_kv_cache(kv_cache_config)
+        runner = self.model_runner
+        with refusals.reported(self.vllm_config):
+            self_check(self.sites, runner.attn_groups, runner.rows, self.vllm_config, self.rank == 0)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         self.begin_step(scheduler_output, StepInfo.of(scheduler_output))

@@ -14,6 +14,18 @@ from vllm.transformers_utils.config import get_config, get_hf_text_config
 
 from vllm_longctx.config import LongContextError
 
+# Architectures whose outputs are compared with a dense reference, end to end (tests/engine/test_models.py).
+TESTED = (
+    "BloomForCausalLM",
+    "GPTJForCausalLM",
+    "LlamaForCausalLM",
+    "LongLlamaForCausalLM",
+    "MPTForCausalLM",
+    "MistralForCausalLM",
+    "MptForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
 # Those of vLLM's whose files transformers can read. The others stream, cut or make up the weights.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "pt", "npcache", "mistral")
 # The entries of a Hugging Face config that may hold the trained length: Llama's and GPT-J's, MPT's, BLOOM's.
