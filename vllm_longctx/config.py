@@ -602,6 +602,9 @@ class LongContextConfig(_Section):
     """Temp-LoRA. Without this section, no request can learn."""
     serving: ServingSection = ServingSection()
     """How the server treats HTTP requests."""
+    self_check: bool | None = None
+    """Whether one attention layer of each kind is compared with an exact computation at start, and the engine
+    refuses to start if one differs. Default: true for architectures that longctx was not tested with."""
 
     @model_validator(mode="before")
     @classmethod
@@ -633,6 +636,11 @@ class LongContextConfig(_Section):
         if self.mode.is_plain and "serving" in self.model_fields_set:
             raise ValueError(
                 "serving has no effect with attention.method none, which leaves vLLM as it is; leave it out"
+            )
+        if self.mode.is_plain and self.self_check is not None:
+            raise ValueError(
+                "self_check has no effect with attention.method none, which leaves vLLM as it is; leave it "
+                "out"
             )
         return self
 

@@ -22,7 +22,7 @@ from tests.support.cuda_engine import made_layers, metadata_of, places
 from tests.support.engine_args import create
 from vllm_longctx import reference
 from vllm_longctx.cuda.memory_runner import MemoryRunner
-from vllm_longctx.engine.kv_cache import MemorySpec, WindowSpec
+from vllm_longctx.engine.memory_kv import MemorySpec, WindowSpec
 from vllm_longctx.engine.step import RequestWindow, StepInfo
 from vllm_longctx.geometry import SteppedWindows, local_branch, memory_branch
 from vllm_longctx.rotary import Rotary, inverse_frequencies

@@ -35,8 +35,9 @@ def doctor(
         str | None, typer.Option(help="Show the state of the server at http://HOST:PORT instead.")
     ] = None,
 ) -> None:
-    """Check this machine, or a server; exit code 1 if something that longctx needs is missing, 2 if no
-    longctx serves there.
+    """Check this machine, or a server.
+
+    The exit code is 1 if something that longctx needs is missing, and 2 if a server does not run longctx.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     output = tables()
@@ -96,7 +97,6 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
     load_plugin()
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_longctx.config import LongContextConfig
     from vllm_longctx.engine.kv_cache import prefix_caching
     from vllm_longctx.models.properties import trained_length
     from vllm_longctx.settings import active_settings, plugin_configs
@@ -104,10 +104,10 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
     additional_config = longctx_config(longctx, preset)
     config = EngineArgs(model=model_path(model), additional_config=additional_config).create_engine_config()
     table = Table("setting", Column("value", overflow="fold"), title=f"For {model}")
-    if LongContextConfig.parse(plugin_configs(config)["longctx"]).mode.is_plain:
+    settings, worker = active_settings(config), config.parallel_config.worker_cls
+    if settings.mode.is_plain:
         table.add_row("mode", "plain: vLLM is left as it is")
         return table
-    settings, worker = active_settings(config), config.parallel_config.worker_cls
     for key, value in mode_rows(settings.mode, worker):
         table.add_row(key, value)
     table.add_row("layers, by the model's config", planned_layers(config, settings))

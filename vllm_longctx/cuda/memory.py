@@ -21,9 +21,9 @@ from vllm_longctx.cuda.kernels.lookup import WORKSPACE, Memories, Summaries, att
 from vllm_longctx.cuda.kernels.stepped import stepped_attention
 from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, taken_over
 from vllm_longctx.cuda.window import WindowImpl, WindowMetadata, WindowMetadataBuilder
-from vllm_longctx.engine.kv_cache import blocks_apart
 from vllm_longctx.engine.layers import LayerSite
 from vllm_longctx.engine.lookup import ClosedWindow
+from vllm_longctx.engine.memory_kv import blocks_apart
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.rotary import Rotary
 from vllm_longctx.settings import Lookup, Settings

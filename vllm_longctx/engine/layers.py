@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -33,10 +34,12 @@ class LayerSite:
     role: What it is in the engine's mode.
     window: The sliding window of its own that the model gives it, in tokens; None for a layer that sees all.
     rotary: The rotation of the layer's queries and keys; None for a layer without: ALiBi, or no positions.
+    stock: A copy of its implementation as vLLM made it: scale, soft cap, sinks, ALiBi slopes.
     """
 
     name: str
     layer: Attention
+    stock: Any
     role: Role
     window: int | None
     rotary: Rotary | None
@@ -105,7 +108,9 @@ def find_layers(
         if role == Role.MEMORY and not settings.memory.has_positions:
             without_rotation(model, name, rotary)
             rotary = None
-        sites.append(LayerSite(name, layer, role, layer.sliding_window, rotary, settings, device))
+        sites.append(
+            LayerSite(name, layer, copy(layer.impl), role, layer.sliding_window, rotary, settings, device)
+        )
     return sites
 
 
@@ -132,12 +137,16 @@ def described(site: LayerSite) -> str:
 
 def made_of(settings: Settings, role: Role, window: int | None) -> str:
     """What a layer with this role is. window: as of a `LayerSite`."""
+    n_local = settings.attention.n_local
+    if window is not None and role == Role.WINDOW:
+        return f"own window {window:,}, inside of " + (
+            "passes" if n_local is None else f"windows of {n_local:,}"
+        )
     if window is not None:
         return f"own window {window:,} (untouched)"
     if role == Role.MEMORY:
         return f"full → memory, {settings.attention.lookup or 'all'} of its keys"
     if role == Role.WINDOW:
-        n_local = settings.attention.n_local
         return "full → windows" + ("" if n_local is None else f" of {n_local:,}")
     geometry = settings.geometry
     made = f"full → Λ {geometry.n_global:,} + {geometry.n_local:,}"

@@ -15,12 +15,14 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_longctx import refusals
+from vllm_longctx.engine.adapted_layers import AdaptedLayers
 from vllm_longctx.engine.kv_cache import layer_spec
 from vllm_longctx.engine.layers import LayerSite, engine_backend, find_layers, plan
 from vllm_longctx.engine.lora import with_slots
 from vllm_longctx.engine.platform import Platform
 from vllm_longctx.engine.positions import Run
 from vllm_longctx.engine.rows import StepTimes
+from vllm_longctx.engine.self_check import self_check
 from vllm_longctx.engine.step import StepInfo, StepReport
 from vllm_longctx.engine.waiting import limit_reader_sleep
 from vllm_longctx.modes import BACKENDS, Role, load
@@ -93,6 +95,9 @@ class LongContextWorkerBase(WorkerBase, Platform):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]  # of the platform's worker
         self.bind_kv_cache(kv_cache_config)
+        runner = self.model_runner
+        with refusals.reported(self.vllm_config):
+            self_check(self.sites, runner.attn_groups, runner.rows, self.vllm_config, self.rank == 0)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         self.begin_step(scheduler_output, StepInfo.of(scheduler_output))
@@ -113,6 +118,10 @@ class LongContextWorkerBase(WorkerBase, Platform):
         return StepReport(
             runner.rows.take_selection_seconds(), runner.take_swap_seconds(), runner.take_failed_adapters()
         )
+
+    def adapted_layers(self) -> AdaptedLayers:
+        """The layers that Temp-LoRA adapts here. Called by its scheduler as the engine starts."""
+        return self.model_runner.lora_manager.adapted
 
     def shutdown(self) -> None:
         end_without_collecting()

@@ -1,20 +1,31 @@
-"""What the engine has to know of a model: its rotation, its trained length, its linear layers."""
+"""What the engine has to know of a model: its rotation, its trained length, whether it can be adapted."""
 
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
+from vllm.model_executor.models import supports_lora
 from vllm.transformers_utils.config import get_config, get_hf_text_config
 
 from vllm_longctx.config import LongContextError
 
-# Those whose linear layers vLLM adapts, under Hugging Face's names for them.
-ADAPTABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Architectures whose outputs are compared with a dense reference, end to end (tests/engine/test_models.py).
+TESTED = (
+    "BloomForCausalLM",
+    "GPTJForCausalLM",
+    "LlamaForCausalLM",
+    "LongLlamaForCausalLM",
+    "MPTForCausalLM",
+    "MistralForCausalLM",
+    "MptForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
 # Those of vLLM's whose files transformers can read. The others stream, cut or make up the weights.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "pt", "npcache", "mistral")
 # The entries of a Hugging Face config that may hold the trained length: Llama's and GPT-J's, MPT's, BLOOM's.
@@ -143,6 +154,30 @@ def num_parameters(model_config: ModelConfig) -> int | None:
     except Exception:  # whatever transformers says of a config that it does not know
         return None
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def trained_architectures(model_config: ModelConfig) -> list[str]:
+    """Those of the model's architectures that transformers has a class for, which the trainer needs."""
+    return [name for name in model_config.architectures if hasattr(transformers, name)]
+
+
+def why_not_adaptable(model_config: ModelConfig) -> str | None:
+    """The reason for which no adapter of the model can be trained and used; None if one can."""
+    quantized = model_config.quantization or getattr(model_config.hf_config, "quantization_config", None)
+    if quantized is not None:
+        return (
+            f"is quantized ({quantized}), and the trainer loads unquantized weights only; give the "
+            "unquantized checkpoint"
+        )
+    if not trained_architectures(model_config):
+        return (
+            f"has no class in transformers {transformers.__version__}, with which the trainer computes (it "
+            "runs no code of a checkpoint); leave adaptation out"
+        )
+    kind, _ = model_config.registry.resolve_model_cls(model_config.architectures, model_config=model_config)
+    if not supports_lora(kind):
+        return f"has no LoRA support in vLLM ({kind.__name__}); leave adaptation out"
+    return None
 
 
 def check_load_format(load: LoadConfig) -> None:

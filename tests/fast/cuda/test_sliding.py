@@ -26,7 +26,7 @@ from vllm_longctx.config import LongContextError
 from vllm_longctx.cuda import sliding as cuda
 from vllm_longctx.cuda import worker as worker_cuda
 from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, LambdaMetadata, LambdaMetadataBuilder
-from vllm_longctx.engine.kv_cache import LambdaSpec
+from vllm_longctx.engine.sliding_kv import LambdaSpec
 from vllm_longctx.geometry import Geometry, alibi_slopes, branches
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 

@@ -36,7 +36,8 @@ from vllm_longctx.cuda.runner import runner_class
 from vllm_longctx.cuda.sliding import Decodes, LambdaImpl
 from vllm_longctx.cuda.top_k import Middles, TopKImpl, TopKMetadata
 from vllm_longctx.cuda.top_k_runner import TopKRunner
-from vllm_longctx.engine.kv_cache import LambdaSpec, MiddleSpec
+from vllm_longctx.engine.memory_kv import MiddleSpec
+from vllm_longctx.engine.sliding_kv import LambdaSpec
 from vllm_longctx.geometry import Geometry, branches, middle_branch
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 from vllm_longctx.scheduling.memory import AsyncTopKScheduler, TopKScheduler
