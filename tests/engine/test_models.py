@@ -14,9 +14,8 @@ from vllm.model_executor.models.transformers.base import Base
 from tests.support.architectures import ARCHITECTURES, Checkpoint, made
 from tests.support.engines import generate, logprobs_of, prompt, running_here, tokens_of
 from tests.support.hf_oracle import Oracle
-from tests.support.matrix import METHODS, REFUSED, TEMP_LORA, TOLERANCE, attention_of
+from tests.support.matrix import METHODS, REFUSED, TOLERANCE, attention_of
 from tests.support.model_table import record
-from tests.support.temp_lora_engine import STEPPED, assert_equal, replayed, written_together
 
 WRITTEN = 20
 # Two keys whose scores differ by less are equally good to float32; which of them a lookup takes, shows.
@@ -24,17 +23,6 @@ TIE = 1e-5
 # The rows of which `make test` runs every method: each has layers that no other one of them has.
 WHOLE = ("Llama", "Gemma 2", "Gemma 3", "Cohere 2", "SmolLM3", "gpt-oss", "BLOOM")
 Making = Callable[[str, int], tuple[Checkpoint, Oracle]]
-
-
-def cells(*columns: str) -> pytest.MarkDecorator:
-    found = []
-    for row in ARCHITECTURES:
-        for column in columns:
-            is_whole = row in WHOLE and column not in ("vLLM", TEMP_LORA)
-            quick = (is_whole or column == "lm_infinite") and (row, column) not in REFUSED
-            marks = () if quick else (pytest.mark.slow,)
-            found.append(pytest.param(row, column, id=f"{row}, {column}", marks=marks))
-    return pytest.mark.parametrize(("row", "column"), found)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,7 +56,19 @@ def refuses(row: str, column: str, *args: Any, **kwargs: Any) -> None:
     record(row, column, REFUSED[row, column])
 
 
-@cells(*METHODS)
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        pytest.param(
+            row,
+            column,
+            id=f"{row}, {column}",
+            marks=() if row in WHOLE or column == "lm_infinite" else (pytest.mark.slow,),
+        )
+        for row in ARCHITECTURES
+        for column in METHODS
+    ],
+)
 def test_the_engine_equals_transformers(row: str, column: str, making: Making) -> None:
     """Log-probabilities of prompts and of what is written, which is what the oracle would write."""
     architecture, method = ARCHITECTURES[row], METHODS[column]
@@ -94,24 +94,6 @@ def test_the_engine_equals_transformers(row: str, column: str, making: Making) -
     assert max(differences) <= TOLERANCE
     assert len(differences) >= len(outputs) - 1
     record(row, column, max(differences))
-
-
-@cells(TEMP_LORA)
-def test_what_a_request_learns_equals_the_replay(row: str, column: str, making: Making) -> None:
-    """Past the window, in two passes, with two blocks trained."""
-    checkpoint, _ = making(row, STEPPED["window_tokens"])
-    adaptation = {**STEPPED, "slots": 2, "trainer": {"timeout_s": 20.0}}
-    engine = checkpoint.served, {"method": "none"}, adaptation
-    if (row, column) in REFUSED:
-        refuses(row, column, *engine)
-        return
-    case = 70, 90, {}
-    with running_here(*engine) as llm:
-        (output,) = written_together(llm, [case])
-    expected = replayed(checkpoint.transformers, 0, case, STEPPED)
-    assert_equal(output, expected)
-    want = torch.tensor(expected.prompt_logprobs + expected.logprobs, dtype=torch.float64)
-    record(row, column, float((logprobs_of(output) - want).abs().max()))
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.support.architectures import ARCHITECTURES, LAYERS, TRAINED, Architecture
+from tests.support.architectures import LAYERS, TRAINED, Architecture
 from tests.support.reference_model import Layers, alike, focused, with_top_k
 from vllm_longctx.geometry import Branch, Geometry, SteppedWindows, local_branch
 
@@ -16,7 +16,7 @@ from vllm_longctx.geometry import Branch, Geometry, SteppedWindows, local_branch
 class Method:
     """A column.
 
-    attention: The section of the configuration; None for vLLM without one.
+    attention: The section of the configuration.
     seen: What layers without a window of their own see, for a prompt of so many tokens.
     seen_by_own: The same of those with one.
     lengths: Of prompts: inside the window, at its edge, and past it.
@@ -25,7 +25,7 @@ class Method:
     max_model_len: A layer that keeps all keys keeps so many.
     """
 
-    attention: Callable[[Architecture], dict[str, Any] | None]
+    attention: Callable[[Architecture], dict[str, Any]]
     seen: Callable[[Architecture, int], Layers]
     lengths: tuple[int, ...] = (1, 31, 63, 64, 65, 97, 200)
     scores_prompts: bool = True
@@ -52,13 +52,6 @@ def _sliding(attention: dict[str, Any], geometry: Geometry) -> Method:
 
 
 METHODS = {
-    "vLLM": Method(
-        lambda _: None,
-        lambda *_: alike(Geometry()),
-        (1, 31, 63, 64, 65, 108),
-        longest=TRAINED,
-        max_model_len=TRAINED,
-    ),
     "lm_infinite": _sliding({"n_global": 10, "n_local": 64, "distance_ceiling": 64}, Geometry(10, 64, 64)),
     "streaming": _sliding(
         {"method": "streaming", "n_global": 4, "n_local": 60}, Geometry(4, 60, distances="in_cache")
@@ -89,24 +82,18 @@ METHODS = {
     ),
 }
 TOLERANCE = 1e-4  # of log-probabilities, in nats
-TEMP_LORA = "temp_lora"
-COLUMNS = (*METHODS, TEMP_LORA)
 
 ALIBI = "has ALiBi, by which no key looks as if it were elsewhere"
-NOT_ADAPTED = "has no LoRA support for its linear layers"
-ADAPTED = ("Llama", "Mistral", "Qwen2", "Qwen3")
-# Cells that do not run, and a part of the error: vLLM's own where it is in vLLM's column, too, else ours.
+# Cells that do not run, and a part of the error.
 REFUSED: dict[tuple[str, str], str] = {
-    **{(row, TEMP_LORA): NOT_ADAPTED for row in ARCHITECTURES if row not in ADAPTED},
     **{(row, column): ALIBI for row in ("BLOOM", "MPT", "Falcon, ALiBi") for column in ("top_k", "memory")},
     ("Mistral v0.1", "memory"): "has a window of its own",
     ("Mistral v0.1", "top_k"): "finds nothing to look up: layers 1 to 3 have windows of their own",
-    **{("Baichuan", column): "was supported in vLLM until v0.23.0" for column in COLUMNS},
+    **{("Baichuan", column): "was supported in vLLM until v0.23.0" for column in METHODS},
 }
 
 
-def attention_of(row: Architecture, method: Method) -> dict[str, Any] | None:
+def attention_of(row: Architecture, method: Method) -> dict[str, Any]:
     """Where all layers have a window of their own, the model was trained on no more than that."""
-    section = method.attention(row)
     beyond = {"allow_beyond_trained": True} if len(row.own_windows) == LAYERS else {}
-    return None if section is None else {**section, **beyond}
+    return {**method.attention(row), **beyond}

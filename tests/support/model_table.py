@@ -10,18 +10,16 @@ import re
 from pathlib import Path
 
 from tests.support.architectures import ARCHITECTURES
-from tests.support.matrix import COLUMNS
+from tests.support.matrix import METHODS
 
 RESULTS = Path(__file__).with_name("model_results.json")
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 TABLE = re.compile(r"(<!-- matrix -->\n).*?(<!-- /matrix -->)", re.DOTALL)
 NAMES = {
-    "vLLM": "vLLM alone",
     "lm_infinite": "`lm_infinite`",
     "streaming": "`streaming`",
     "top_k": "top-k branch",
     "memory": "memory",
-    "temp_lora": "Temp-LoRA",
 }
 
 
@@ -37,24 +35,24 @@ def record(row: str, column: str, found: float | str) -> None:
         return
     kept = results() if RESULTS.exists() else {}
     kept.setdefault(row, {})[column] = found if isinstance(found, str) else float(f"{found:.1e}")
-    ordered = {r: {c: kept[r][c] for c in COLUMNS if c in kept[r]} for r in ARCHITECTURES if r in kept}
+    ordered = {r: {c: kept[r][c] for c in METHODS if c in kept[r]} for r in ARCHITECTURES if r in kept}
     RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
 
 
 def table() -> str:
     """Markdown: a row for each architecture, and the reasons for what does not run."""
     lines = [
-        f"| model | its layers | {' | '.join(NAMES[c] for c in COLUMNS)} | largest difference |",
-        "|---" * (len(COLUMNS) + 3) + "|",
+        f"| model | its layers | {' | '.join(NAMES[c] for c in METHODS)} | largest difference |",
+        "|---" * (len(METHODS) + 3) + "|",
     ]
     reasons: dict[str, dict[str, list[str]]] = {}
     for row, cells in results().items():
-        marks = ["–" if isinstance(cells[c], str) else "✓" for c in COLUMNS]
+        marks = ["" if c not in cells else "–" if isinstance(cells[c], str) else "✓" for c in METHODS]
         numbers = [x for x in cells.values() if not isinstance(x, str)]
         largest = f"{max(numbers):.0e}" if numbers else ""
         lines.append(f"| {row} | {ARCHITECTURES[row].about} | {' | '.join(marks)} | {largest} |")
-        for column in COLUMNS:
-            if isinstance(reason := cells[column], str):
+        for column in METHODS:
+            if isinstance(reason := cells.get(column), str):
                 reasons.setdefault(reason, {}).setdefault(row, []).append(NAMES[column])
     lines += ["", "What has no ✓ is refused, with this in the message:", ""]
     for reason, rows in reasons.items():
