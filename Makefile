@@ -6,15 +6,17 @@ BIN := $(VENV)/bin
 PIP_QUIETLY := install --quiet --disable-pip-version-check --no-deps
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
+# Or each of the many processes compiles all of vLLM's and torch's modules anew, which takes it twenty seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Tests marked `slow` are left to `make test-all`.
-SELECTED := -m "not slow"
+QUICK := and not slow
 
 .PHONY: test test-all demo setup lint docs format fast engine clients clean
 
 test: lint docs fast engine
 
-test-all: SELECTED :=
+test-all: QUICK :=
 test-all: lint docs fast engine
 
 lint: setup
@@ -26,11 +28,12 @@ lint: setup
 IN_TWO := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations 20
 
 fast: setup
-	$(IN_TWO) $(SELECTED) tests/fast
+	$(IN_TWO) -m "not alone $(QUICK)" tests/fast
 
-# One after the other: some tests hold a process to its time, and each engine uses all cores.
+# A trainer, whose priority is low, would starve on a core that its engine shares with another one.
 engine: setup
-	$(BIN)/pytest -q --durations 20 $(SELECTED) tests/engine
+	$(IN_TWO) -m "not alone $(QUICK)" tests/engine
+	$(BIN)/pytest -q --durations 20 -m "alone $(QUICK)" tests/engine
 
 demo: setup
 	$(BIN)/python benchmarks/demo.py

@@ -138,8 +138,9 @@ def main(
         )
         config = {"longctx": {"preset": "temp-lora-quality"}}
         with running_engine("booklm", config, learn_tokens + 2, **kwargs) as (engine, meter):
-            base = score_in(engine, meter, tokens[:learn_tokens], "base", options=BASE)
-            learned = score_in(engine, meter, tokens[:learn_tokens], "Temp-LoRA", options=LEARNS)
+            part, reads = tokens[:learn_tokens], f"reads {learn_tokens:,} tokens"
+            base = score_in(engine, meter, part, f"{reads} without learning", options=BASE)
+            learned = score_in(engine, meter, part, f"{reads} and learns", options=LEARNS)
         out.print(segment_table(segments(learned, base, None)))
 
 

@@ -429,7 +429,7 @@ def memory(run: Comparison, lengths: str = "4096,8192,16384,32768") -> None:
         longest = run.ways.longest(sizes)
 
     def rows(engine: "LLMEngine", meter: PeakBlocks, model: str, name: str) -> list[Row]:
-        from vllm_longctx.engine.kv_cache import bytes_per_layer_block
+        from vllm_longctx.engine.memory_kv import bytes_per_layer_block
 
         layer = bytes_per_layer_block(engine.vllm_config)
         block = layer * round(

@@ -8,6 +8,7 @@ The server needs an `adaptation` section with `adapters_root`, as in examples/se
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from openai import OpenAI
@@ -34,6 +35,7 @@ def main() -> None:
         extra = {"vllm_xargs": {"longctx": json.dumps({"temp_lora": True, **options})}}
         return client.completions.create(model=model, prompt=prompt, max_tokens=max_tokens, extra_body=extra)
 
+    print("reading and learning; for a long book this takes a while ...", file=sys.stderr)
     read = complete(book, 1, save_as=args.name)  # answered once the adapter is on disk
     refusal = (read.model_extra or {}).get("kv_transfer_params") or {}
     if "longctx" in refusal:

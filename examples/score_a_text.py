@@ -9,6 +9,7 @@ examples/serve.yaml.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -36,6 +37,7 @@ def main() -> None:
     client = OpenAI(base_url=args.url, api_key="none", timeout=3600)
     model = client.models.list().data[0].id
     text = args.text.read_text(encoding="utf-8")
+    print("reading twice, the second time learning; this takes a while ...", file=sys.stderr)
     plain, learned = (losses(client, model, text, learns) for learns in (False, True))
     print(f"{'tokens':>20} {'as it is':>10} {'Temp-LoRA':>10}   (nats per token)")
     for part in range(PARTS):

@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 import sys
@@ -5,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,16 +24,27 @@ if not torch.cuda.is_available():
 
     from triton.runtime import interpreter
 
+    # A third of the time, for a check that compiled kernels do not have either.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+
+    # What is asked for every operation, and takes longer than many of them.
+    scalar_dtype = functools.cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda dtype: (
+        np.dtype(np.uint64) if dtype.scalar.is_ptr() else scalar_dtype(dtype.scalar)
+    )
     patch_language = interpreter._patch_lang
-    languages = triton.language, triton.language.core
+
+    @functools.cache
+    def languages_of(function: Callable[..., Any]) -> list[Any]:
+        known = (triton.language, triton.language.core)
+        return [x for x in function.__globals__.values() if any(x is language for language in known)]
 
     def patch_language_once(function: Callable[..., Any]) -> Any:
         """A function that a kernel calls finds it patched.
 
         To look through all of it again takes longer than the function.
         """
-        known = [x for x in function.__globals__.values() if any(x is language for language in languages)]
-        if any(triton.language.core.is_builtin(language.load) for language in known):
+        if any(triton.language.core.is_builtin(language.load) for language in languages_of(function)):
             return patch_language(function)
         return interpreter._LangPatchScope()
 

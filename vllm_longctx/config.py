@@ -242,7 +242,9 @@ class AttentionSection(_Section):
         n_global = DEFAULT_N_GLOBAL[self.method] if self.n_global is None else self.n_global
         widest = trained_length - n_global if self.in_cache else trained_length
         n_local = _at_most(room, max(widest, 1)) if self.n_local is None else self.n_local
-        ceiling = None if self.in_cache else (self.distance_ceiling or trained_length)
+        short = _short_length(checkpoint)
+        longest = short if n_local <= short else trained_length
+        ceiling = None if self.in_cache else (self.distance_ceiling or longest)
         if n_global > n_local:
             raise LongContextError(
                 f"attention.n_global = {n_global} is more than attention.n_local = {n_local}; lower n_global"
@@ -685,6 +687,16 @@ class LongContextConfig(_Section):
     def dump(self) -> dict[str, Any]:
         """As plain JSON values, `parse`-able again."""
         return self.model_dump(exclude_none=True)
+
+
+def _short_length(checkpoint: Mapping[str, Any]) -> int:
+    """Tokens up to which LongRoPE has factors of their own; 0 for other rotations.
+
+    A window that short gets them if the distance ceiling is as short.
+    """
+    parameters = checkpoint.get("rope_parameters") or {}
+    is_longrope = parameters.get("rope_type") == "longrope"
+    return int(parameters["original_max_position_embeddings"]) if is_longrope else 0
 
 
 def _at_most(limit: int | None, value: int) -> int:

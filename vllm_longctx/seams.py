@@ -97,7 +97,7 @@ SEAMS = [
     Seam(
         "SingleTypeKVCacheManager._remove_blocks_in_range, num_cached_block, _get_num_evictable_blocks; "
         "BlockPool.free_block_queue (reordered), cache_full_blocks (with a group id of our own)",
-        "engine/kv_cache.py",
+        "engine/sliding_kv.py, engine/memory_kv.py",
         "free the middle of a request and have it reused first; publish a memory's first window while it is "
         "open",
         _all(
@@ -186,7 +186,7 @@ SEAMS = [
     Seam(
         "Scheduler._make_cached_request_data (overridden), resumed_req_ids of requests that run on; "
         "SingleTypeKVCacheManager.req_to_blocks, num_cached_block, _null_block",
-        "scheduling/temp_lora.py, cuda/passes_runner.py, engine/kv_cache.py",
+        "scheduling/temp_lora.py, cuda/passes_runner.py, engine/stepped_kv.py",
         "begin a new pass: free a running request's KV blocks and compute its window again, never shared "
         "with other requests",
         _all(
@@ -209,7 +209,7 @@ SEAMS = [
     ),
     Seam(
         "CPUWorker.model_runner, Worker._make_model_runner (the runner's class replaced); "
-        "GPUModelRunner.load_lora_model, "
+        "GPUModelRunner.load_model, load_lora_model, "
         "add_lora, remove_lora, pin_lora, list_loras, _prepare_inputs, _get_prompt_logprobs_dict "
         "(overridden), "
         "input_batch.token_ids_cpu (changed while ids are gathered), positions (changed); on CUDA "

@@ -30,6 +30,8 @@ from vllm_longctx.geometry import Geometry, SteppedWindows
 from vllm_longctx.modes import Mode, Role
 
 T = TypeVar("T")
+# Tokens that every request may train on at once, whatever the server's sizes, for which memory was counted.
+SMALL_EXAMPLE = 512
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,16 @@ class Adaptation(AdaptationSection):
                 f"{trained_length} tokens; lower one of them"
             )
         if not sliding and self.context_tokens + kv_block + self.keep_first > self.window_tokens:
-            or_raise = ", or raise window_tokens" if self.window_tokens < trained_length else ""
+            most = self.window_tokens - kv_block - self.keep_first
+            remedy = f"give at most {most}" if most > 0 else "give a smaller block_size or keep_first"
+            if self.window_tokens < trained_length:
+                remedy += ", or raise window_tokens"
             raise LongContextError(
                 f"adaptation.context_tokens = {self.context_tokens} leaves no room in "
                 f"adaptation.window_tokens = "
                 f"{self.window_tokens}: a new pass keeps them, up to {kv_block - 1} more and "
                 f"{self.keep_first} first ones; "
-                f"give at most {self.window_tokens - kv_block - self.keep_first}{or_raise}"
+                f"{remedy}"
             )
 
     def for_request(self, options: RequestOptions, trained_length: int, kv_block: int) -> Self | None:
@@ -178,11 +183,17 @@ class Adaptation(AdaptationSection):
                 raise LongContextError(
                     f"{name} = {given[name]} is beyond this server's limit; give {allowed}"
                 )
+        most = max(self.block_tokens + self.train_context_tokens, SMALL_EXAMPLE)
         if "block_tokens" in given and "train_context_tokens" not in given:
-            room = max(trained_length - given["block_tokens"] - 1, 0)
+            room = max(min(trained_length - 1, most) - given["block_tokens"], 0)
             given["train_context_tokens"] = min(self.train_context_tokens, room)
         own = self.model_copy(update=given)
         own.check(trained_length, self.kv_policy == "keep", kv_block)
+        if (example := own.block_tokens + own.train_context_tokens) > most:
+            raise LongContextError(
+                f"block_tokens + train_context_tokens = {example} is beyond this server's limit; give at "
+                f"most {most} (adaptation.block_tokens + adaptation.train_context_tokens)"
+            )
         return own
 
     def _saved_rank(self, name: str) -> int:

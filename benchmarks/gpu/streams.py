@@ -92,15 +92,13 @@ def trainer_memory(record: "Record", plan: Plan, setting: "Setting") -> None:
     the slot's banks; no block is trained (`epochs` 0), so no activations. Weights, pool and everything else
     of the engine are in both.
     """
-    from vllm_longctx.models.properties import LINEAR_MODULES
-
     check_plugin()
     shape, block = shapes(setting)[0], sizes(setting)["block_tokens"]
     plain = {
         "enable_lora": True,
         "max_loras": 1,
         "max_lora_rank": RANK,
-        "lora_target_modules": list(LINEAR_MODULES),
+        "lora_target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     }
     ways = [(STOCK, plain, None), (learns(setting, RANK, 1), {}, {**LEARNING, "epochs": 0})]
     for row, (config, more, options) in zip(plan, ways, strict=True):

@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server import running_server
 from vllm import LLM, SamplingParams
-from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
@@ -40,6 +39,8 @@ ALL_MODULES = (
     "embed_tokens",
     "lm_head",
 )
+
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture(scope="module")
@@ -343,23 +344,6 @@ def test_each_of_many_mixes_writes_what_it_writes_alone(
     crowd: Mixes, mix: list[tuple[Case, int, int | None]]
 ) -> None:
     crowd.check(mix)
-
-
-def test_without_enable_lora_adapters_are_refused(tiny_llama: Path, adapters: dict[str, LoRARequest]) -> None:
-    """Before anything is scheduled, as stock vLLM does.
-
-    Of today's code: loaded, then `All items are pinned` in a step.
-    """
-    with running_here(tiny_llama, {"method": "none"}, STEPPED) as llm:
-        for _ in range(2):
-            with pytest.raises(VLLMValidationError, match="but LoRA is not enabled!"):
-                write(llm, [(prompt(20), 5, adapters["a"], {})])
-            for call in (llm.llm_engine.add_lora, llm.llm_engine.remove_lora, llm.llm_engine.pin_lora):
-                argument: Any = adapters["a"] if call == llm.llm_engine.add_lora else 1
-                with pytest.raises(RuntimeError, match=r"LoRA is not enabled\. Use --enable-lora"):
-                    call(argument)
-            outputs = write(llm, [(prompt(40, seed), 40, None, ADAPTS if seed else {}) for seed in range(4)])
-            assert all(len(output.outputs[0].token_ids) == 40 for output in outputs)
 
 
 @pytest.mark.slow

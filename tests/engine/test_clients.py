@@ -35,7 +35,7 @@ FLAGS = [
 FLAGS += ["--enforce-eager", "--kv-cache-memory-bytes", "100000000", "--served-model-name", "booklm"]
 FLAGS += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")

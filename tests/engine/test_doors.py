@@ -40,7 +40,13 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.alone) if "adaptation" in config else name
+        for name, config in MODES.items()
+    ],
+)
 def mode(request: pytest.FixtureRequest) -> str:
     return request.param
 

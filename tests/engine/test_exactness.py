@@ -169,6 +169,7 @@ def test_all_blocks_come_back(llm: LLM) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("kv_policy", ["reuse", "recompute"])
 def test_what_others_left_does_not_matter_to_stepped_windows(tiny_llama: Path, kv_policy: str) -> None:
     """Of requests that learn (here nothing, in several passes), beside one that does not."""

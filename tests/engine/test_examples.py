@@ -15,18 +15,17 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from server import running_server
-from transformers import AutoTokenizer
 
+from tests.support.documentation import ROOT, blocks, commands
+from tests.support.example_programs import EXAMPLES, assert_that_a_chat_goes_on, run
 from vllm_longctx import BOOKLM
-from vllm_longctx.cli.passkey import Task, tells
-from vllm_longctx.geometry import Geometry
+from vllm_longctx.cli.passkey import tells
 
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
 BOOKLM_MEMORY = ROOT / "benchmarks" / "booklm-memory"
-QUESTION = "What is the pass key? The pass key is"
 TRAINED = 512
 QUICK = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "512"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")
@@ -67,24 +66,10 @@ def memory_address(workplace: Path) -> Iterator[str]:
         yield address
 
 
-def run(name: str, address: str, *words: str, text: str = "") -> str:
-    command = [sys.executable, str(EXAMPLES / name), *words, "--url", f"{address}/v1"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_chat_goes_on_past_the_trained_length(address: str, book: Path) -> None:
-    words = book.read_text().split()
-    questions = [" ".join(words[k : k + 200]) for k in range(0, 1200, 200)]
-    shown = run("endless_chat.py", address, "--max-tokens", "20", text="\n".join(questions))
-    read, cached = zip(*re.findall(r"\[read ([\d,]+) tokens, ([\d,]+) of them cached\]", shown), strict=True)
-    read, cached = ([int(number.replace(",", "")) for number in numbers] for numbers in (read, cached))
-    assert len(read) == len(questions) and read == sorted(read) and read[-1] > 4 * TRAINED
-    assert cached[-1] > TRAINED
+    assert_that_a_chat_goes_on(address, book.read_text(), TRAINED)
 
 
-@pytest.mark.slow
 def test_a_book_is_remembered_and_written_on(address: str, book: Path, workplace: Path) -> None:
     shown = run("remember_a_book.py", address, str(book), "--name", "topics", "--max-tokens", "40")
     assert "the adapter is saved as 'topics'" in shown
@@ -92,7 +77,6 @@ def test_a_book_is_remembered_and_written_on(address: str, book: Path, workplace
     assert len(shown.split("\n", 1)[1].strip()) > 40
 
 
-@pytest.mark.slow
 def test_the_loss_of_a_text_falls_by_learning(address: str, book: Path) -> None:
     shown = run("score_a_text.py", address, str(book))
     rows = [line.split() for line in shown.splitlines()[1:]]
@@ -101,15 +85,17 @@ def test_the_loss_of_a_text_falls_by_learning(address: str, book: Path) -> None:
     assert learned[-1] < plain[-1] - 0.1
 
 
-@pytest.mark.slow
 def test_a_memory_answers_about_a_document(memory_address: str, workplace: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(BOOKLM_MEMORY, model_max_length=1 << 60)
-    trials = Task(tokenizer).trials(1500, [Geometry(10, TRAINED)], 4, seed=0)
-    trial = next(t for t in trials if t.place == "outside")
-    document = workplace / "manual.txt"
-    document.write_text(tokenizer.decode(trial.prompt, skip_special_tokens=True).removesuffix(QUESTION))
-    shown = run("ask_a_document.py", memory_address, str(document), QUESTION)
-    assert tells(shown.split("]", 1)[1], trial.key), shown
+    """The made-up manual of examples/README.md, and its question."""
+    (block,) = [block for block in blocks(EXAMPLES / "README.md") if "manual.txt" in block.text]
+    (_, *made, _, name), (_, program, _, question) = commands(block.text)
+    manual = workplace / name
+    manual.write_text(subprocess.run([sys.executable, *made], capture_output=True, text=True).stdout)
+    shown = run(Path(program).name, memory_address, str(manual), question)
+    read, answer = shown.removeprefix("[read ").split(" tokens]\n")
+    (key,) = set(re.findall(r"\d{5}", manual.read_text()))
+    assert int(read.replace(",", "")) > 3 * TRAINED
+    assert tells(answer, key), shown
 
 
 def exported(address: str) -> dict[str, set[str]]:
@@ -118,7 +104,6 @@ def exported(address: str) -> dict[str, set[str]]:
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 
 
-@pytest.mark.slow
 def test_the_dashboard_asks_for_what_the_servers_export(address: str, memory_address: str) -> None:
     model = httpx.get(f"{address}/v1/models").json()["data"][0]["id"]
     body = {"model": model, "prompt": "a", "max_tokens": 1, "mx_tokens": 1}  # a field that vLLM ignores

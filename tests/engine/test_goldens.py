@@ -10,7 +10,7 @@ from tests.support.engines import generate, logprobs_of, running, running_here
 from tests.support.reference_model import official_top_k
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.alone])])
 @pytest.mark.parametrize("name", ["lminf_llama_a", "lminf_gptj", "lminf_mpt"])
 def test_lm_infinite(name: str, ranks: int, goldens: Path, request: pytest.FixtureRequest) -> None:
     case = goldens / name
@@ -32,7 +32,7 @@ def test_lm_infinite(name: str, ranks: int, goldens: Path, request: pytest.Fixtu
     assert not greedy or list(scored.outputs[0].token_ids) == greedy
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.alone])])
 def test_longllama(ranks: int, goldens: Path, request: pytest.FixtureRequest) -> None:
     """Two requests at once, in chunks that end elsewhere than the windows do; no configuration but the
     checkpoint's own.

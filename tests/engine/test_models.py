@@ -1,134 +1,126 @@
-"""Every family and every kind of positions, on random weights, against the dense float64 reference."""
+"""The matrix of `docs/models.md`: every architecture with every method, on random weights.
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+What the engine says is compared with transformers' own model in float64, with our geometry as its attention.
+"""
+
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import transformers
+from vllm.model_executor.models.transformers.base import Base
 
+from tests.support.architectures import ARCHITECTURES, Checkpoint, made
 from tests.support.engines import generate, logprobs_of, prompt, running_here, tokens_of
-from tests.support.reference_model import (
-    Reference,
-    ReferenceBloom,
-    ReferenceGPTJ,
-    ReferenceLlama,
-    ReferenceMpt,
-)
-from vllm_longctx.geometry import Geometry
+from tests.support.hf_oracle import Oracle
+from tests.support.matrix import METHODS, REFUSED, TEMP_LORA, TOLERANCE, attention_of
+from tests.support.model_table import record
+from tests.support.temp_lora_engine import STEPPED, assert_equal, replayed, written_together
 
-LENGTHS = [1, 31, 63, 64, 65, 97, 300]
-TRAINED = 128
-LM_INFINITE = {"n_global": 10, "n_local": 64, "distance_ceiling": 64}, Geometry(10, 64, 64)
-STREAMING = {"method": "streaming", "n_global": 4, "n_local": 60}, Geometry(4, 60, distances="in_cache")
-LLAMA = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": TRAINED,
-    "tie_word_embeddings": False,
-}
+WRITTEN = 20
+# Two keys whose scores differ by less are equally good to float32; which of them a lookup takes, shows.
+TIE = 1e-5
+# The rows of which `make test` runs every method: each has layers that no other one of them has.
+WHOLE = ("Llama", "Gemma 2", "Gemma 3", "Cohere 2", "SmolLM3", "gpt-oss", "BLOOM")
+Making = Callable[[str, int], tuple[Checkpoint, Oracle]]
 
 
-def rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
-    return {**LLAMA, "rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
+def cells(*columns: str) -> pytest.MarkDecorator:
+    found = []
+    for row in ARCHITECTURES:
+        for column in columns:
+            is_whole = row in WHOLE and column not in ("vLLM", TEMP_LORA)
+            quick = (is_whole or column == "lm_infinite") and (row, column) not in REFUSED
+            marks = () if quick else (pytest.mark.slow,)
+            found.append(pytest.param(row, column, id=f"{row}, {column}", marks=marks))
+    return pytest.mark.parametrize(("row", "column"), found)
 
 
-@dataclass(frozen=True)
-class Family:
-    name: str
-    config: dict[str, Any]
-    reference: type[Reference]
-    method: tuple[dict[str, Any], Geometry] = LM_INFINITE
+@pytest.fixture(scope="module", autouse=True)
+def _classes_stay_transformers() -> Iterator[None]:
+    """vLLM decorates the classes of transformers' that it runs, to compile them, which no engine here does.
+
+    Decorated, they ask for an engine's config wherever they are used, so also in the oracle.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Base, "_decorate_for_torch_compile", lambda _: None)
+        yield
 
 
-YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-GPTJ = {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": TRAINED, "rotary_dim": 16, "vocab_size": 512}
-BLOOM = {
-    "hidden_size": 192,
-    "n_layer": 3,
-    "n_head": 6,
-    "vocab_size": 512,
-    "seq_length": TRAINED,
-}  # 6: not a power of two
-MPT = {"d_model": 192, "n_layers": 3, "n_heads": 6, "max_seq_len": TRAINED, "vocab_size": 512}
-FAMILIES = {
-    "llama, linear": Family("Llama", rope("linear", factor=4.0), ReferenceLlama),
-    "mistral, dynamic NTK": Family(
-        "Mistral",
-        {**rope("dynamic", factor=2.0, max_trained_positions=64), "sliding_window": None},
-        ReferenceLlama,
-    ),
-    "qwen2, YaRN": Family("Qwen2", rope("yarn", **YARN), ReferenceLlama),
-    "qwen2, YaRN, streaming": Family("Qwen2", rope("yarn", **YARN), ReferenceLlama, STREAMING),
-    "qwen3, llama3": Family("Qwen3", rope("llama3", **LLAMA3), ReferenceLlama),
-    "gptj": Family("GPTJ", GPTJ, ReferenceGPTJ),
-    "bloom": Family("Bloom", BLOOM, ReferenceBloom),
-    "mpt": Family("Mpt", MPT, ReferenceMpt),
-    "mpt, streaming": Family("Mpt", MPT, ReferenceMpt, STREAMING),
-}
+@pytest.fixture(scope="module")
+def making(tmp_path_factory: pytest.TempPathFactory) -> Making:
+    """A row's checkpoint, made once, and an oracle for it."""
+    checkpoints: dict[str, Checkpoint] = {}
+
+    def of(row: str, longest: int) -> tuple[Checkpoint, Oracle]:
+        if row not in checkpoints:
+            checkpoints[row] = made(ARCHITECTURES[row], tmp_path_factory.mktemp("model"))
+        return checkpoints[row], Oracle(ARCHITECTURES[row], checkpoints[row].transformers, longest)
+
+    return of
 
 
-def make(family: Family, path: Path) -> Path:
-    """A random checkpoint whose attention is far from uniform."""
-    torch.manual_seed(5)
-    config = getattr(transformers, f"{family.name}Config")(**family.config, initializer_range=0.08)
-    model = getattr(transformers, f"{family.name}ForCausalLM")(config)
-    for name, weight in model.named_parameters():
-        if name.endswith("bias"):
-            weight.data.normal_(std=0.1)
-        if any(
-            part in name
-            for part in ("q_proj.weight", "k_proj.weight", "query_key_value.weight", "Wqkv.weight")
+@cells(*METHODS)
+def test_the_engine_equals_transformers(row: str, column: str, making: Making) -> None:
+    """Log-probabilities of prompts and of what is written, which is what the oracle would write."""
+    architecture, method = ARCHITECTURES[row], METHODS[column]
+    checkpoint, oracle = making(row, method.longest)
+    attention = attention_of(architecture, method)
+    if (row, column) in REFUSED:
+        with (
+            pytest.raises(ValueError, match=REFUSED[row, column]),
+            running_here(checkpoint.served, attention),
         ):
-            weight.data *= 2.5
-    model.save_pretrained(path)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("name", "eager"),
-    [
-        *((name, True) for name in FAMILIES),
-        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("qwen3, llama3", "mpt")),
-    ],
-)
-def test_it_equals_the_reference(name: str, eager: bool, tmp_path: Path) -> None:
-    family = FAMILIES[name]
-    model = make(family, tmp_path)
-    attention, geometry = family.method
-    with running_here(model, attention, enforce_eager=eager) as llm:
-        outputs = generate(llm, [prompt(n) for n in LENGTHS], 40, prompt_logprobs=0)
-    reference = family.reference(model)
-    for output in outputs:
-        expected = reference.token_logprobs(tokens_of(output), geometry)
-        assert (logprobs_of(output) - expected).abs().max() <= 1e-4
-
-
-def test_the_tests_own_references_are_transformers_models(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Inside the trained length, with plain attention, they are what transformers computes."""
-    ids = prompt(TRAINED)
-    monkeypatch.setattr(ReferenceBloom, "approximate", "tanh")
-    for number, (name, family) in enumerate(FAMILIES.items()):
-        if "streaming" in name:
+            pass
+        record(row, column, REFUSED[row, column])
+        return
+    options = {"prompt_logprobs": 0} if method.scores_prompts else {}
+    with running_here(checkpoint.served, attention) as llm:
+        outputs = generate(llm, [prompt(n) for n in method.lengths], WRITTEN, **options)
+    differences = []
+    for length, output in zip(method.lengths, outputs, strict=True):
+        ids, got = tokens_of(output), logprobs_of(output)
+        seen = method.seen(architecture, length), method.seen_by_own(architecture, length)
+        expected = oracle.logprobs(ids, *seen)[:-1]
+        if min(oracle.margins, default=TIE) < TIE:
             continue
-        path = make(family, tmp_path / str(number))
-        model = getattr(transformers, f"{family.name}ForCausalLM").from_pretrained(path, dtype=torch.float32)
-        if "dynamic" in name:  # transformers does not know vLLM's max_trained_positions
-            continue
-        with torch.no_grad():
-            theirs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        assert (family.reference(path).logprobs(ids) - theirs).abs().max() < 1e-3, name
+        of_ids = expected.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+        differences.append(float((got - of_ids[-len(got) :]).abs().max()))
+        assert (expected.max(-1).values - of_ids)[-WRITTEN:].max() <= 2 * TOLERANCE
+    assert max(differences) <= TOLERANCE
+    assert len(differences) >= len(outputs) - 1
+    record(row, column, max(differences))
+
+
+@cells(TEMP_LORA)
+def test_what_a_request_learns_equals_the_replay(row: str, column: str, making: Making) -> None:
+    """Past the window, in two passes, with two blocks trained."""
+    checkpoint, _ = making(row, STEPPED["window_tokens"])
+    adaptation = {**STEPPED, "slots": 2, "trainer": {"timeout_s": 20.0}}
+    engine = checkpoint.served, {"method": "none"}, adaptation
+    if (row, column) in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[row, column]), running_here(*engine):
+            pass
+        record(row, column, REFUSED[row, column])
+        return
+    case = 70, 90, {}
+    with running_here(*engine) as llm:
+        (output,) = written_together(llm, [case])
+    expected = replayed(checkpoint.transformers, 0, case, STEPPED)
+    assert_equal(output, expected)
+    want = torch.tensor(expected.prompt_logprobs + expected.logprobs, dtype=torch.float64)
+    record(row, column, float((logprobs_of(output) - want).abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["Qwen3", "Gemma 3", "MPT"])
+def test_compiled_models_equal_transformers(row: str, making: Making) -> None:
+    method = METHODS["lm_infinite"]
+    checkpoint, oracle = making(row, method.longest)
+    attention = attention_of(ARCHITECTURES[row], method)
+    with running_here(checkpoint.served, attention, enforce_eager=False) as llm:
+        outputs = generate(llm, [prompt(n) for n in method.lengths], WRITTEN, prompt_logprobs=0)
+    for length, output in zip(method.lengths, outputs, strict=True):
+        ids = tokens_of(output)
+        expected = oracle.logprobs(ids, method.seen(ARCHITECTURES[row], length))[:-1]
+        of_ids = expected.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+        assert (logprobs_of(output) - of_ids).abs().max() <= TOLERANCE

@@ -26,7 +26,7 @@ from tests.support.temp_lora_engine import STEPPED, assert_equal, replayed, writ
 from vllm_longctx import BOOKLM
 from vllm_longctx.geometry import Geometry
 
-pytestmark = pytest.mark.usefixtures("two_cores")
+pytestmark = [pytest.mark.usefixtures("two_cores"), pytest.mark.alone]
 
 
 def test_two_ranks_equal_the_reference(tiny_llama: Path, tmp_path: Path) -> None:

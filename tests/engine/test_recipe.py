@@ -16,6 +16,8 @@ vllm-longctx doctor --model booklm
 vllm-longctx generate --prompt "It was a dark night." --max-tokens 8 --dtype float32 --enforce-eager
 """
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.slow
 def test_the_recipe_works(tmp_path: Path) -> None:

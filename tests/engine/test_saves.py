@@ -38,6 +38,8 @@ SAVED, FAILED, SAVING = (
     "vllm:longctx_num_requests_saving",
 )
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:

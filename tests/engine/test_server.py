@@ -19,11 +19,12 @@ from server import metrics, running_server
 from transformers import AutoTokenizer
 
 from tests.support.engines import CHAT_TEMPLATE, wait_until
+from tests.support.example_programs import assert_that_a_chat_goes_on
 from tests.support.reference_model import ReferenceLlama
 from vllm_longctx import BOOKLM
 from vllm_longctx.geometry import Geometry
 
-LIMIT = 20_000
+TRAINED, LIMIT = 512, 20_000
 DEFAULT_MAX_TOKENS = 24
 CONFIG = f"""
 longctx:
@@ -138,6 +139,10 @@ def test_a_chat_is_the_completion_of_its_tokens(client: OpenAI, text: str) -> No
     )
     chunks = list(client.chat.completions.create(**request, stream=True))
     assert "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices) == written
+
+
+def test_the_example_of_a_chat_goes_on_past_the_trained_length(address: str, text: str) -> None:
+    assert_that_a_chat_goes_on(address, text, TRAINED)
 
 
 def test_an_open_ended_chat_ends_at_the_default_which_is_no_cap(client: OpenAI) -> None:

@@ -51,6 +51,8 @@ FLAGS += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_w
 GREEDY: dict[str, Any] = {"model": "booklm", "temperature": 0}
 HELD, IN_USE = "longctx_num_requests_held", "longctx_adapter_slots_in_use"
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def static_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,12 +15,16 @@ from tests.support.engines import generate, metric, prompt, running, running_her
 from tests.support.temp_lora_engine import STEPPED, asked, assert_equal
 from tests.support.temp_lora_replay import Options, replay
 from vllm_longctx.config import LongContextError
+from vllm_longctx.engine import lora
+from vllm_longctx.engine.adapted_layers import AdaptedLayers, adapted_layers
 from vllm_longctx.temp_lora import base_model
 
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 NONE = {"method": "none"}
 ADAPTATION = {**STEPPED, "slots": 2}
 OPTIONS = Options(**{key: value for key, value in STEPPED.items() if key != "dropout"})
+
+pytestmark = pytest.mark.alone
 
 
 def copied(model: Path, path: Path, **entries: Any) -> Path:
@@ -74,10 +78,11 @@ def test_overrides_reach_the_trainer_and_its_check_leaves_nothing_behind(
     )
 
 
+@pytest.mark.parametrize("start", [running_here, pytest.param(running, marks=pytest.mark.slow)])
 def test_a_revision_reaches_the_trainer(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a model that is known by its name, in a cache with two of them, read by an engine in processes of
+    """Of a model that is known by its name, in a cache with two of them; also by an engine in processes of
     its own.
     """
     repository = tmp_path / "hub/models--org--model"
@@ -93,7 +98,7 @@ def test_a_revision_reaches_the_trainer(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    with running("org/model", NONE, ADAPTATION, revision="v1") as llm:
+    with start("org/model", NONE, ADAPTATION, revision="v1") as llm:
         output = generate(llm, [prompt(90)], 40, prompt_logprobs=0, **asked({}))[0]
     assert_equal(output, replay(tiny_llama, prompt(90), 40, OPTIONS))
 
@@ -113,6 +118,24 @@ def test_another_checkpoint_in_the_trainer_refuses_to_start(
         in message
     )
     assert "with no unusual settings; see whether the checkpoint was changed" in message
+
+
+def test_an_adapter_that_means_something_else_refuses_to_start(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The models are the same, but one takes the keys' adapter for the values'."""
+
+    def confused(*args: Any) -> AdaptedLayers:
+        found = adapted_layers(*args)
+        for parts in found.parts.values():
+            if len(parts) == 3:
+                parts[1:] = parts[:0:-1]
+        return found
+
+    monkeypatch.setattr(lora, "adapted_layers", confused)
+    message = refused(tiny_llama, NONE, ADAPTATION)
+    assert f"the trainer computes an adapter of {tiny_llama} otherwise than the engine: " in message
+    assert "model.layers.*.self_attn.v_proj" in message and message.endswith("; leave adaptation out")
 
 
 def test_what_only_one_of_them_computes_refuses_to_start_in_another_process(tiny_llama: Path) -> None:

@@ -3,40 +3,33 @@ bit.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-PROGRAM = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from tests.support.engines import generate, logprobs_of, prompt, running, tokens_of
-if __name__ == "__main__":
-    import json
-    with running(sys.argv[2], None, max_model_len=128) as llm:
+import pytest
+
+from tests.support.documentation import ROOT
+from tests.support.engines import generate, logprobs_of, prompt, running, running_here, tokens_of
+
+
+def written(model: str | Path, in_processes: bool) -> list[Any]:
+    with (running if in_processes else running_here)(model, None, max_model_len=128) as llm:
         outputs = generate(llm, [prompt(n) for n in (1, 33, 90)], 20, prompt_logprobs=0)
-    print("RESULT", json.dumps([[tokens_of(o), logprobs_of(o).tolist()] for o in outputs]))
-"""
+    return [[tokens_of(output), logprobs_of(output).tolist()] for output in outputs]
 
 
-def run(model: Path, tmp_path: Path, plugins: str) -> list:
-    import os
-
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    command = [sys.executable, str(program), str(Path(__file__).parents[2]), str(model)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "VLLM_PLUGINS": plugins},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
+@pytest.mark.parametrize("in_processes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_outputs_equal_those_of_vllm_without_the_plugin(tiny_llama: Path, in_processes: bool) -> None:
+    command = [sys.executable, "-m", "tests.engine.test_unconfigured", str(tiny_llama), str(in_processes)]
+    environment = {**os.environ, "VLLM_PLUGINS": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
-    return json.loads(line.removeprefix("RESULT "))
+    assert written(tiny_llama, in_processes) == json.loads(line.removeprefix("RESULT "))
 
 
-def test_outputs_equal_those_of_vllm_without_the_plugin(tiny_llama: Path, tmp_path: Path) -> None:
-    assert run(tiny_llama, tmp_path, "longctx") == run(tiny_llama, tmp_path, "")
+if __name__ == "__main__":
+    print("RESULT", json.dumps(written(sys.argv[1], sys.argv[2] == "True")))

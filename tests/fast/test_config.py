@@ -303,6 +303,11 @@ def test_temp_lora_takes_its_sizes_from_the_window() -> None:
         ),
         (
             "none",
+            {"window_tokens": 33},
+            r"window_tokens = 33: .*; give a smaller block_size or keep_first, or raise window_tokens",
+        ),
+        (
+            "none",
             {"context_tokens": 4090},
             r"context_tokens = 4090 leaves no room in adaptation.window_tokens = 4096",
         ),
@@ -358,3 +363,40 @@ def test_requests_adapt_when_they_ask_or_when_all_do() -> None:
         LongContextError, match="rank has no effect without temp_lora; set temp_lora true, or leave it out"
     ):
         opt_in.for_request(RequestOptions(rank=8), TRAINED, KV_BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes_of_request"),
+    [
+        ({"block_tokens": 1024}, (1024, 1024)),
+        ({"block_tokens": 16}, (16, 1024)),
+        ({"block_tokens": 1500}, (1500, 548)),
+        ({"block_tokens": 2048}, (2048, 0)),
+        ({"block_tokens": 1025, "train_context_tokens": 1023}, (1025, 1023)),
+        ({"train_context_tokens": 1025}, 2049),
+        ({"block_tokens": 2049}, 2049),
+        ({"block_tokens": 100_000}, 100_000),
+    ],
+)
+def test_a_request_trains_on_no_more_at_once_than_memory_was_counted_for(
+    options: dict[str, int], sizes_of_request: tuple[int, int] | int
+) -> None:
+    server, asked = sizes(131072, {}), RequestOptions(temp_lora=True, **options)
+    if isinstance(sizes_of_request, tuple):
+        own = server.for_request(asked, 131072, KV_BLOCK)
+        assert own is not None
+        assert (own.block_tokens, own.train_context_tokens) == sizes_of_request
+    else:
+        message = (
+            f"block_tokens \\+ train_context_tokens = {sizes_of_request} .*; give at most 2048 .adaptation"
+        )
+        with pytest.raises(LongContextError, match=message):
+            server.for_request(asked, 131072, KV_BLOCK)
+
+
+def test_a_request_may_always_train_on_a_little() -> None:
+    server = sizes(TRAINED, {"block_tokens": 32, "train_context_tokens": 0})
+    own = server.for_request(RequestOptions(temp_lora=True, block_tokens=512), TRAINED, KV_BLOCK)
+    assert own is not None and own.block_tokens == 512
+    with pytest.raises(LongContextError, match=r"train_context_tokens = 513 .*; give at most 512"):
+        server.for_request(RequestOptions(temp_lora=True, block_tokens=513), TRAINED, KV_BLOCK)

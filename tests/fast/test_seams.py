@@ -44,7 +44,15 @@ def test_they_apply(patches: list[Path], tmp_path: Path) -> None:
         assert text != (SITE_PACKAGES / file).read_text()
         ast.parse(text)
     # F: names that are not defined, imports that are not used
-    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F", *files]
+    command = [
+        Path(sys.executable).parent / "ruff",
+        "check",
+        "--isolated",
+        "--no-cache",
+        "--select",
+        "F",
+        *files,
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -148,10 +148,13 @@ def launch_lambda(
     rows: int = 16,
     tokens: int = 2048,
     with_lse: bool = False,
+    sinks: bool = False,
 ) -> None:
     """One of the two Λ kernels, `decode` (with its merge) or `prefill`, at a model's shape."""
     rotary_dim = 0 if alibi else head_size if rotary_dim is None else rotary_dim
-    view = View(geometry, rotary_dim, is_neox, meta(heads, dtype=torch.float32) if alibi else None, soft_cap)
+    slopes = meta(heads, dtype=torch.float32) if alibi else None
+    of_heads = meta(heads, dtype=dtype) if sinks else None
+    view = View(geometry, rotary_dim, is_neox, slopes, soft_cap, of_heads)
     cache = meta(1000, kv_heads, 32, 2 * head_size, dtype=cache_dtype or dtype).transpose(1, 2)
     queries = rows if which == "decode" else tokens
     query = meta(queries, heads, head_size, dtype=dtype)
@@ -195,6 +198,8 @@ CASES: dict[str, Callable[[], None]] = {
         ("MPT float16, ALiBi", (F16, 32, 32, 128), {"alibi": True}),
         ("MPT bfloat16, ALiBi in the cache", (BF16, 32, 32, 128), {"alibi": True, "geometry": IN_CACHE}),
         ("Gemma bfloat16, head 256, soft cap", (BF16, 16, 8, 256), {"soft_cap": 50.0}),
+        ("gpt-oss bfloat16, sinks", (BF16, 64, 8, 64), {"sinks": True, "with_lse": True}),
+        ("head 32 float32, soft cap and sinks", (F32, 8, 4, 32), {"soft_cap": 50.0, "sinks": True}),
         ("head 80 float16", (F16, 32, 32, 80), {"rotary_dim": 32}),
         ("head 96 bfloat16", (BF16, 32, 32, 96), {}),
         ("head 64 bfloat16, group 7", (BF16, 14, 2, 64), {}),
@@ -213,6 +218,8 @@ def launch_lookup(
     tokens: int = 1,
     block_size: int = 32,
     share: float | None = None,
+    soft_cap: float = 0.0,
+    sinks: bool = False,
 ) -> None:
     """A memory layer's lookup in a million keys and its window: 16 rows that decode, or one that reads
     `tokens` tokens.
@@ -223,11 +230,11 @@ def launch_lookup(
     lens, query = meta(rows, dtype=torch.int32), meta(rows, tokens, heads, head_size, dtype=dtype)
     memories = Memories(*caches, table, lens, lens, 1 << 20, Summaries.like(caches[0]))
     flat = query.flatten(0, 1)
-    branch = [x.flatten(0, 1) for x in attend_best(query, memories, 64, 1.0, share)]
+    output, lse = (x.flatten(0, 1) for x in attend_best(query, memories, 64, 1.0, share, soft_cap))
     starts = meta(rows + 1, dtype=torch.int32)
-    stepped_attention(
-        flat, *caches, table, lens, lens, starts, tokens, 1.0, torch.empty_like(flat), (branch[0], branch[1])
-    )
+    common = (flat, *caches, table, lens, lens, starts, tokens, 1.0, torch.empty_like(flat))
+    of_heads = meta(heads, dtype=dtype) if sinks else None
+    stepped_attention(*common, (output, lse), soft_cap, of_heads)
 
 
 CASES |= {
@@ -240,6 +247,7 @@ CASES |= {
         ("8B bfloat16, chunk by blocks", (BF16, 32, 8, 128), {"tokens": 128, "share": 0.1}),
         ("8B bfloat16, blocks of 16", (BF16, 32, 8, 128), {"block_size": 16}),
         ("8B bfloat16, blocks of 256", (BF16, 32, 8, 128), {"block_size": 256, "share": 0.1}),
+        ("8B bfloat16, soft cap and sinks", (BF16, 32, 8, 128), {"soft_cap": 50.0, "sinks": True}),
         ("8B float32", (F32, 32, 8, 128), {}),
         ("8B float32, chunk by blocks", (F32, 32, 8, 128), {"tokens": 128, "share": 0.1}),
         ("head 80 float16, group 7", (F16, 28, 4, 80), {}),

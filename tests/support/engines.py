@@ -56,19 +56,25 @@ def running(
 
 
 @contextmanager
+def engines_in_this_process() -> Iterator[None]:
+    """Inside, who starts an engine starts no processes for it."""
+    cores = os.sched_getaffinity(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, cores)  # vLLM's worker binds the process that it is in
+
+
+@contextmanager
 def running_here(*args: Any, **kwargs: Any) -> Iterator[LLM]:
     """As `running`, but all in this process: for tests of numbers, not of processes.
 
     Starts in a third of the time.
     """
-    cores = os.sched_getaffinity(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        try:
-            with running(*args, **kwargs) as llm:
-                yield llm
-        finally:
-            os.sched_setaffinity(0, cores)  # vLLM's worker binds the process that it is in
+    with engines_in_this_process(), running(*args, **kwargs) as llm:
+        yield llm
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -12,7 +12,8 @@ from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 
 from tests.support.engines import logprobs_of, tokens_of
-from vllm_longctx.models.properties import LINEAR_MODULES
+
+LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def write_adapter(

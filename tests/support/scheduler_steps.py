@@ -13,7 +13,8 @@ from vllm.v1.request import Request
 from tests.support.cuda_engine import Core
 from tests.support.engine_args import create
 from vllm_longctx.engine import kv_cache
-from vllm_longctx.engine.kv_cache import LambdaSpec, MemorySpec, MiddleSpec, WindowSpec
+from vllm_longctx.engine.memory_kv import MemorySpec, MiddleSpec, WindowSpec
+from vllm_longctx.engine.sliding_kv import LambdaSpec
 from vllm_longctx.modes import Role
 from vllm_longctx.scheduling import temp_lora as temp_lora
 from vllm_longctx.settings import active_settings

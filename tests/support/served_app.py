@@ -193,9 +193,9 @@ def socket_server(app: Any, first: Any = None) -> Iterator[str]:
 
 def post(address: str, path: str, body: dict[str, Any]) -> httpx.Response:
     content = json.dumps(body)  # not httpx's, which refuses NaN
-    return httpx.post(
-        address + path, content=content, headers={"Content-Type": "application/json"}, timeout=60
-    )
+    headers = {"Content-Type": "application/json"}
+    # Else certificates, of no use here, are read for each request.
+    return httpx.post(address + path, content=content, headers=headers, timeout=60, verify=False)
 
 
 def without_chance(text: str) -> str:

@@ -22,8 +22,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ModelRunnerOutput
 
 from tests.support.cuda_engine import BLOCK_SIZE, Core
-from vllm_longctx.engine.kv_cache import LambdaSpec, SteppedSpec
+from vllm_longctx.engine.sliding_kv import LambdaSpec
 from vllm_longctx.engine.step import Pass, SlotUse, StepInfo, Weights
+from vllm_longctx.engine.stepped_kv import SteppedSpec
 from vllm_longctx.scheduling import temp_lora as scheduler
 from vllm_longctx.scheduling.temp_lora import AsyncTempLoraScheduler, TempLoraScheduler
 from vllm_longctx.settings import active_settings

@@ -37,7 +37,7 @@ class Options:
     """The keys of `adaptation` and of requests, by the same names; lengths in tokens.
 
     window_tokens is of no use under `keep`, which needs `attention` instead. kv_block: new passes start at a
-    multiple of it. start_from: a PEFT directory with the adapter of version 0.
+    multiple of it. start_from: a PEFT directory with the adapter of version 0. target_modules: peft's.
     """
 
     block_tokens: int
@@ -60,6 +60,7 @@ class Options:
     kv_block: int = 32
     attention: Lambda | None = None
     start_from: Path | None = None
+    target_modules: str | list[str] = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -261,9 +262,7 @@ class Reader:
 
 
 def with_adapter(model_dir: str | Path, options: Options, attention: Lambda | None = None) -> PeftModel:
-    """The model in float32 with an adapter for every linear layer but lm_head, as `adapter_seed` begins
-    it.
-    """
+    """The model in float32 with an adapter, as `adapter_seed` begins it."""
     implementation = "sdpa"
     if attention is not None:
         implementation = "dense_lambda"
@@ -278,7 +277,7 @@ def with_adapter(model_dir: str | Path, options: Options, attention: Lambda | No
         r=options.rank,
         lora_alpha=options.alpha or options.rank,
         lora_dropout=0.0,
-        target_modules="all-linear",
+        target_modules=options.target_modules,
         task_type="CAUSAL_LM",
     )
     if options.start_from is not None:

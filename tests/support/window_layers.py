@@ -22,7 +22,7 @@ from tests.support.cuda_engine import made_layers, metadata_of, places
 from tests.support.engine_args import create
 from vllm_longctx import reference
 from vllm_longctx.cuda.memory_runner import MemoryRunner
-from vllm_longctx.engine.kv_cache import MemorySpec, WindowSpec
+from vllm_longctx.engine.memory_kv import MemorySpec, WindowSpec
 from vllm_longctx.engine.step import RequestWindow, StepInfo
 from vllm_longctx.geometry import SteppedWindows, local_branch, memory_branch
 from vllm_longctx.rotary import Rotary, inverse_frequencies
@@ -54,7 +54,7 @@ def configure(model: Path, attention: dict[str, Any], **kwargs: Any) -> VllmConf
 class SelfAttention(nn.Module):
     """As vLLM's decoder layers have it: a rotary module beside the attention."""
 
-    def __init__(self, config: VllmConfig, prefix: str):
+    def __init__(self, config: VllmConfig, prefix: str, soft_cap: float):
         super().__init__()
         model = config.model_config
         self.heads = (
@@ -65,7 +65,13 @@ class SelfAttention(nn.Module):
         self.rotary_emb = get_rope(self.head_size, 512, True, model.hf_config.rope_parameters, torch.float32)
         heads, kv_heads = self.heads
         self.attn = Attention(
-            heads, self.head_size, SCALE, kv_heads, cache_config=config.cache_config, prefix=f"{prefix}.attn"
+            heads,
+            self.head_size,
+            SCALE,
+            kv_heads,
+            cache_config=config.cache_config,
+            prefix=f"{prefix}.attn",
+            logits_soft_cap=soft_cap or None,
         )
 
     def forward(self, positions: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -81,18 +87,27 @@ class Engine:
     """
 
     def __init__(
-        self, config: VllmConfig, monkeypatch: pytest.MonkeyPatch, prompts: dict[str, int], length: int
+        self,
+        config: VllmConfig,
+        monkeypatch: pytest.MonkeyPatch,
+        prompts: dict[str, int],
+        length: int,
+        soft_cap: float = 0.0,
+        sinks: Tensor | None = None,
     ):
+        self.scores: dict[str, Any] = {"soft_cap": soft_cap, "sinks": sinks}
         self.config, self.prompts, self.computed = config, prompts, dict.fromkeys(prompts, 0)
         self.open = dict.fromkeys(prompts, 0)
         with set_current_vllm_config(config):
-            self.layers = nn.ModuleList(SelfAttention(config, str(i)) for i in range(2))
+            self.layers = nn.ModuleList(SelfAttention(config, str(i), soft_cap) for i in range(2))
         heads, kv_heads = self.layers[0].heads
         d = self.layers[0].head_size
         some = [torch.randn(16, n, d) for n in (heads, kv_heads, kv_heads)]
         sites, rows = made_layers(
             self.layers, config, lambda positions: [layer(positions, *some) for layer in self.layers]
         )
+        for layer in self.layers:
+            layer.attn.impl.sinks = sinks
         self.texts = {
             name: [[torch.randn(length, n, d) for n in (heads, kv_heads, kv_heads)] for _ in self.layers]
             for name in prompts
@@ -205,6 +220,5 @@ class Engine:
             rotary = Rotary(
                 q.shape[2], q.shape[2], True, inverse_frequencies(q.shape[2], {"rope_theta": 10000.0})
             )
-        return reference.attention(q[-new:], k, v, sees, SCALE, rotary, margins=margins), min(
-            margins, default=1.0
-        )
+        expected = reference.attention(q[-new:], k, v, sees, SCALE, rotary, margins=margins, **self.scores)
+        return expected, min(margins, default=1.0)

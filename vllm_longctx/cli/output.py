@@ -10,7 +10,8 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 console = Console(stderr=True)
 PIPED_WIDTH = 200  # characters; tables of figures are narrower
@@ -32,9 +33,16 @@ def errors_for_users() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+class CountColumn(MofNCompleteColumn):
+    """How many of how many are done; nothing where that is not known."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
 def counting() -> Progress:
     """A bar on stderr that says how many of how many are done."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), CountColumn(), TimeRemainingColumn()
     return Progress(*columns, console=console)
 
 

@@ -274,7 +274,7 @@ def passkey(
     trials: Annotated[int, typer.Option(help="Trials per length and place of the key.", min=1)] = 20,
     longctx: Longctx = None,
     preset: Preset = None,
-    baseline: Annotated[bool, typer.Option(help="Ask stock vLLM too.")] = False,
+    baseline: Annotated[bool, typer.Option(help="Ask stock vLLM, too.")] = False,
     methods: Annotated[str | None, typer.Option(help=f"Compare some of {','.join(METHODS)} instead.")] = None,
     stock_tokens: Annotated[
         int | None, typer.Option(help="Longest prompt for stock vLLM, which is quadratic.", min=1)
@@ -288,7 +288,7 @@ def passkey(
     max_num_batched_tokens: BatchedTokens = 2048,
     enforce_eager: EnforceEager = False,
 ) -> None:
-    """Pass-key retrieval against length, with the key inside and outside of what Λ attention sees."""
+    """Test whether a model can tell a number that it has read, inside and outside of its window."""
     with errors_for_users():
         sizes = parse_lengths(lengths)
         configs = chosen_methods(methods, longctx, preset, baseline)

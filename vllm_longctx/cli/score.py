@@ -146,15 +146,17 @@ def score_in(
     start, output = time.perf_counter(), None
     meter.reset()
     with counting() as progress:
-        # With an adapter the steps are as long as its blocks allow, and tokens of a new pass are computed
-        # again.
         task = progress.add_task(label, total=len(tokens) if options is None else None)
         while engine.has_unfinished_requests():
             output = next(step(engine), output)
             read = min(meter.steps * chunk, len(tokens))
-            progress.update(task, completed=read)
+            if options is None:
+                progress.update(task, completed=read)
+            else:  # steps are as long as its blocks allow, and tokens of a new pass are computed again
+                progress.update(task, description=f"{label}: step {meter.steps:,}")
             if each_step is not None:
                 each_step(read)
+        progress.update(task, description=label, total=len(tokens), completed=len(tokens))
     elapsed = time.perf_counter() - start
     assert output is not None and isinstance(output.prompt_logprobs, FlatLogprobs)
     nll = [-x for x in output.prompt_logprobs.logprobs]
@@ -176,15 +178,17 @@ def score(
     ] = None,
     longctx: Longctx = None,
     preset: Preset = None,
-    baseline: Annotated[bool, typer.Option(help="Score with stock vLLM too.")] = False,
-    bucket_tokens: Annotated[int | None, typer.Option(help="Equal buckets of so many tokens.", min=1)] = None,
+    baseline: Annotated[bool, typer.Option(help="Score with stock vLLM, too.")] = False,
+    bucket_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a bucket. Default: buckets that double.", min=1)
+    ] = None,
     json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot", help="Draw NLL against position.")] = None,
     dtype: Dtype = "auto",
     max_num_batched_tokens: BatchedTokens = 2048,
     enforce_eager: EnforceEager = False,
 ) -> None:
-    """Mean negative log-likelihood of a text per position bucket, in nats per token."""
+    """Print how well a model predicts a text: the mean NLL by position, in nats per token."""
     with errors_for_users():
         additional_config = longctx_config(longctx, preset)
         tokens = tokenize(model, read_text(text), max_tokens)
@@ -195,7 +199,7 @@ def score(
         }
         if adapts(additional_config):
             with running_engine(model, additional_config, len(tokens) + 2, **kwargs) as (engine, meter):
-                base = score_in(engine, meter, tokens, "base", options=BASE)
+                base = score_in(engine, meter, tokens, "base, without learning", options=BASE)
                 ours = score_in(engine, meter, tokens, "Temp-LoRA", options=LEARNS)
             scores = {"base": base, "Temp-LoRA": ours}
         else:
@@ -248,7 +252,8 @@ def as_json(score: Score, bucket_tokens: int | None) -> dict[str, Any]:
 
 
 def segment_table(parts: list[Segment]) -> Table:
-    table = Table("positions", "base", "Temp-LoRA", "change", title="perplexity")
+    caption = "base has the same windows and learns nothing"
+    table = Table("positions", "base", "Temp-LoRA", "change", title="perplexity", caption=caption)
     for p in parts:
         table.add_row(
             f"{p.start:,} – {p.end:,}", f"{p.ppl_base:.2f}", f"{p.ppl:.2f}", f"{p.ppl / p.ppl_base - 1:+.1%}"

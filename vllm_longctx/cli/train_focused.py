@@ -22,10 +22,10 @@ VALIDATION_BATCHES = 2
 
 def train_focused(
     texts: Annotated[
-        list[Path], typer.Option(help="Directory with a document per .txt file; may be given several times.")
+        list[Path], typer.Option(help="Directory with a document per .txt file. May be given several times.")
     ],
     out: Annotated[Path, typer.Option(help="Directory for the LongLLaMA checkpoint and the loss curves.")],
-    mem_layers: Annotated[str, typer.Option(help="Numbers of the layers with memory, from 0, such as 2,4.")],
+    mem_layers: Annotated[str, typer.Option(help="Layers that get a memory, counted from 0, such as 2,4.")],
     model: Annotated[
         str, typer.Option(help="Directory of a Llama, Mistral or LongLLaMA checkpoint, or `booklm`.")
     ] = "booklm",
@@ -35,21 +35,26 @@ def train_focused(
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.", min=1)] = 1000,
     batch: Annotated[int, typer.Option(help="Documents in a batch.", min=1)] = 16,
     schedule: Annotated[
-        str, typer.Option(help="The paper's d over training, equal shares of the steps.")
+        str, typer.Option(help="Values of the paper's d, each for an equal share of the steps.")
     ] = "1,2,4,8",
     context_tokens: Annotated[
-        int | None, typer.Option(help="Of a context; by default the trained length.", min=2)
+        int | None, typer.Option(help="Tokens of a context. Default: the trained length.", min=2)
     ] = None,
-    contexts: Annotated[int, typer.Option(help="Consecutive contexts of each document in a batch.")] = 2,
+    contexts: Annotated[
+        int, typer.Option(help="Consecutive contexts of a document in a row of a batch.")
+    ] = 2,
     mem_positionals: Annotated[bool, typer.Option(help="Rotate queries and keys in memory layers.")] = True,
-    mem_dtype: Annotated[str, typer.Option(help="Of memory keys and values, for the engine.")] = "bfloat16",
+    mem_dtype: Annotated[
+        str, typer.Option(help="Type of memory keys and values in the engine.")
+    ] = "bfloat16",
     last_context_length: Annotated[
-        int | None, typer.Option(help="For the engine; default: half a context.", min=1)
+        int | None,
+        typer.Option(help="Tokens of a prompt's last window in the engine. Default: half a context.", min=1),
     ] = None,
     learning_rate: Annotated[
-        float, typer.Option(help="Peak, of a linear warm-up and a cosine to a tenth.")
+        float, typer.Option(help="Largest rate. It rises linearly, and falls by a cosine to a tenth.")
     ] = 3e-4,
-    dtype: Annotated[str, typer.Option(help="Of the weights as written: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Type of the written weights: float32 or bfloat16.")] = "float32",
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Multiply in bfloat16, for CPUs with AVX512-BF16 or AMX.")
     ] = False,
@@ -57,16 +62,14 @@ def train_focused(
         int, typer.Option(help="Steps between states that --resume can go on from.", min=1)
     ] = 100,
     resume: Annotated[
-        bool, typer.Option(help="Go on after a kill: same words as before, and --resume.")
+        bool, typer.Option(help="Go on after a kill: give the same command, and --resume.")
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(help="Of the CPU; no more than there are free cores.", min=1)
+        int | None, typer.Option(help="CPU threads. Give no more than there are free cores.", min=1)
     ] = None,
     seed: int = 0,
 ) -> None:
-    """CrossBatch training: memory layers that can tell a document's past from others', in a LongLLaMA
-    checkpoint.
-    """
+    """Train memory layers by CrossBatch, and write a LongLLaMA checkpoint."""
     import torch
 
     from vllm_longctx.training.data import Documents

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_longctx.engine.kv_cache import blocks_apart
 from vllm_longctx.engine.layers import LayerSite
+from vllm_longctx.engine.memory_kv import blocks_apart
 
 
 def allocate_apart(sites: Sequence[LayerSite], kv_cache_config: KVCacheConfig) -> None:

@@ -1,6 +1,6 @@
 """vLLM's model runner for the CPU, as all engines of ours have it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,24 +12,15 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_longctx.cpu.lora import SegmentedLoRAManager
 from vllm_longctx.cpu.rows import StepRows
-from vllm_longctx.engine.layers import LayerSite
-from vllm_longctx.engine.lora import Adapts
+from vllm_longctx.engine.runner import RunnerBase
 
 
-class LongContextRunner(Adapts, CPUModelRunner):
+class LongContextRunner(RunnerBase, CPUModelRunner):
     """Private methods of vLLM's that are overridden here: see `vllm_longctx.seams`."""
 
     lora_manager_class = SegmentedLoRAManager
     lora_manager: SegmentedLoRAManager
-    sites: Sequence[LayerSite]
     rows: StepRows
-
-    def begin(self, sites: Sequence[LayerSite], rows: StepRows) -> None:
-        """Once the model is loaded and its layers are made."""
-        self.sites, self.rows = sites, rows
-
-    def bind_kv_cache(self) -> None:
-        """Once the KV cache is there."""
 
     def isa(self, group: int) -> str:
         """Of the CPU kernel for the KV cache's group of this number, by which it packs blocks."""

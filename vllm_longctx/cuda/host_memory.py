@@ -20,8 +20,8 @@ from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_longctx.config import LongContextError
-from vllm_longctx.engine.kv_cache import blocks_apart
 from vllm_longctx.engine.layers import LayerSite
+from vllm_longctx.engine.memory_kv import blocks_apart
 from vllm_longctx.settings import active_settings
 
 GIB = 1 << 30

@@ -1,11 +1,12 @@
 """Adapters in vLLM's GPU engine: memory that is shared with the trainer, or left free for it."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_longctx.models.properties import LINEAR_MODULES
 from vllm_longctx.settings import active_settings
 from vllm_longctx.temp_lora import base_model
 from vllm_longctx.temp_lora import shared_weights as shared
@@ -14,27 +15,33 @@ from vllm_longctx.temp_lora.slots import Slots
 logger = init_logger("vllm.longctx")
 
 
-def share_weights(model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> Tensor | None:
+def share_weights(
+    model: nn.Module,
+    vllm_config: VllmConfig,
+    device: torch.device,
+    modules: Mapping[str, tuple[int, int]],
+) -> Tensor | None:
     """Share with the trainer this worker's weights, and memory of its GPU for the slots, which is returned.
 
     None, with a line in the log, where the trainer has to load its own copy, and slots are in host memory.
+
+    modules: Of each adapted module, by name, the (in, out) features.
     """
     settings = active_settings(vllm_config).temp_lora
     if settings.trainer.address is not None:
         return None
     reason = why_not_shared(vllm_config, device)
     weights = shared.engine_weights(model)
-    name, dtype = vllm_config.model_config.model, str(vllm_config.model_config.dtype).removeprefix("torch.")
     if reason is None:
         try:
-            config = base_model.resolved_config(vllm_config.model_config)
-            views = shared.views(weights, shared.skeleton(name, dtype, "sdpa", config))
+            shared.check_buffers(unloaded := base_model.trained_model(vllm_config))
+            shared.views(weights, unloaded)
         except ValueError as e:
             reason = str(e)
     if reason is not None:
         logger.info("longctx: the trainer loads its own copy of the weights, because %s", reason)
         return None
-    size = Slots.size(shared.adapted_modules(views, LINEAR_MODULES), settings.max_rank, settings.slots)
+    size = Slots.size(modules, settings.max_rank, settings.slots)
     slots = torch.zeros(size, dtype=torch.uint8, device=device)
     shared.shared_by_engine[vllm_config.instance_id] = shared.SharedWeights(weights, slots)
     return slots

@@ -21,9 +21,9 @@ from vllm_longctx.cuda.kernels.lookup import WORKSPACE, Memories, Summaries, att
 from vllm_longctx.cuda.kernels.stepped import stepped_attention
 from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, taken_over
 from vllm_longctx.cuda.window import WindowImpl, WindowMetadata, WindowMetadataBuilder
-from vllm_longctx.engine.kv_cache import blocks_apart
 from vllm_longctx.engine.layers import LayerSite
 from vllm_longctx.engine.lookup import ClosedWindow
+from vllm_longctx.engine.memory_kv import blocks_apart
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.rotary import Rotary
 from vllm_longctx.settings import Lookup, Settings
@@ -126,7 +126,7 @@ class LookupImpl(WindowImpl):
             query = torch.zeros(
                 length, self.num_heads, self.head_size, dtype=key_cache.dtype, device=kv_cache.device
             )
-            best = attend_best(query[None], memories, self.lookup.top_k, self.scale, self.lookup.share)
+            best = self._attend_best(query[None], memories)
             ends = ones * length
             starts = torch.stack((zeros[0], ends[0]))
             branch = best[0][0], best[1][0]
@@ -143,6 +143,8 @@ class LookupImpl(WindowImpl):
                 self.scale,
                 out,
                 branch,
+                self.logits_soft_cap,
+                self.sinks,
             )
 
     def summarise(self, kv_cache: Tensor, window: ClosedWindow) -> None:
@@ -182,10 +184,14 @@ class LookupImpl(WindowImpl):
                 self.summaries,
             )
             queries = query[part.tokens].unflatten(0, (rows, -1))
-            best = attend_best(queries, memories, self.lookup.top_k, self.scale, self.lookup.share)
+            best = self._attend_best(queries, memories)
             for whole, found in zip(branch, best, strict=True):
                 whole[part.tokens] = found.flatten(0, 1)
         return branch
+
+    def _attend_best(self, query: Tensor, memories: Memories) -> tuple[Tensor, Tensor]:
+        lookup = self.lookup
+        return attend_best(query, memories, lookup.top_k, self.scale, lookup.share, self.logits_soft_cap)
 
 
 def close_window(

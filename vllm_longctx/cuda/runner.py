@@ -1,31 +1,21 @@
 """vLLM's model runners for GPUs: both of them where windows slide, Model Runner V2 where they step."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
 
 from vllm_longctx.cuda.rows import StepRows
-from vllm_longctx.engine.layers import LayerSite
-from vllm_longctx.engine.lora import Adapts
+from vllm_longctx.engine.runner import RunnerBase
 from vllm_longctx.modes import BASE_RUNNER, Mode, load
 
 
-class LongContextRunner(Adapts):
+class LongContextRunner(RunnerBase):
     """Mixed into a model runner of vLLM's, before it.
 
     Methods of vLLM's that are overridden: see `vllm_longctx.seams`.
     """
 
-    sites: Sequence[LayerSite]
     rows: StepRows
-
-    def begin(self, sites: Sequence[LayerSite], rows: StepRows) -> None:
-        """Once the model is loaded and its layers are made."""
-        self.sites, self.rows = sites, rows
-
-    def bind_kv_cache(self) -> None:
-        """Once the KV cache is there."""
 
 
 def runner_class(mode: Mode, vllm_config: VllmConfig) -> type[Any]:

@@ -116,6 +116,10 @@ class LambdaBackend(AttentionBackend):
         return [32, 64, 80, 96, 112, 128, 160, 192, 224, 256]
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
         return capability >= MIN_CAPABILITY
 
@@ -230,7 +234,6 @@ class LambdaImpl(AttentionImpl[LambdaMetadata]):
     ALiBi.
     """
 
-    sinks: None = None
     view: View
     key_turn: Turn
     rotary: Rotary | None
@@ -247,10 +250,12 @@ class LambdaImpl(AttentionImpl[LambdaMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
     ):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.alibi_slopes, self.logits_soft_cap = alibi_slopes, logits_soft_cap or 0.0
+        self.sinks = sinks
         self.kv_cache_dtype, self.attn_type = kv_cache_dtype, attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
 
@@ -262,7 +267,7 @@ class LambdaImpl(AttentionImpl[LambdaMetadata]):
             else torch.tensor(self.alibi_slopes, dtype=torch.float32, device=device)
         )
         rotary_dim, is_neox = (0, True) if rotary is None else (rotary.rotary_dim, rotary.neox)
-        self.view = View(geometry, rotary_dim, is_neox, slopes, self.logits_soft_cap)
+        self.view = View(geometry, rotary_dim, is_neox, slopes, self.logits_soft_cap, self.sinks)
         by = self.view.key_turn()
         self.key_turn = None
         if by is not None:

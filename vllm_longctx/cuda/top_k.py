@@ -136,6 +136,7 @@ class TopKImpl(TakenOver, LambdaImpl):
             Memories(key_cache, value_cache, block_table[:1], begins, ends, 1),
             self.top_k.k,
             self.scale,
+            soft_cap=self.logits_soft_cap,
         )
 
     def forward(
@@ -171,7 +172,9 @@ class TopKImpl(TakenOver, LambdaImpl):
             *self._caches(kv_cache), decodes.block_table, middles.begins, middles.ends, middles.longest
         )
         turned = self.rotary.rotate(query[:rows], middles.cos, middles.sin)
-        found, lse = attend_best(turned[:, None], memories, self.top_k.k, self.scale)
+        found, lse = attend_best(
+            turned[:, None], memories, self.top_k.k, self.scale, soft_cap=self.logits_soft_cap
+        )
         weights, rest = weigh(decodes.lse, lse.transpose(1, 2))
         output[:rows] = torch.addcmul(found[:, 0] * weights, output[:rows].float(), rest)
 

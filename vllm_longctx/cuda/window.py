@@ -21,6 +21,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_longctx.config import LongContextError
 from vllm_longctx.cuda.kernels.stepped import stepped_attention
 from vllm_longctx.cuda.rows import StepRows
 from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, taken_over
@@ -49,6 +50,12 @@ class WindowBackend(LambdaBackend):
 
     @classmethod
     def make_layer(cls, site: LayerSite) -> "WindowImpl":
+        """Raises LongContextError for a layer with a window of its own."""
+        if site.window is not None:
+            raise LongContextError(
+                f"layer {site.name} has a window of its own ({site.window} tokens), which goes with "
+                "attention.method lm_infinite and streaming on CUDA; use one of these"
+            )
         return WindowImpl.of(taken_over(site, Geometry()))
 
 
@@ -113,6 +120,8 @@ class WindowImpl(TakenOver, LambdaImpl):
             self.scale,
             out,
             branch,
+            self.logits_soft_cap,
+            self.sinks,
         )
         return output
 

@@ -42,8 +42,10 @@ class LongContextWorker(LongContextWorkerBase, Worker):
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
         if self.settings.mode.adapts:
-            slots = share_weights(self.get_model(), self.vllm_config, self.device)
-            self.model_runner.lora_manager.device_slots = slots
+            manager = self.model_runner.lora_manager
+            manager.device_slots = share_weights(
+                self.get_model(), self.vllm_config, self.device, manager.adapted.modules
+            )
 
     def determine_available_memory(self) -> int:
         available = super().determine_available_memory()

@@ -1,7 +1,7 @@
 """What both platforms do to a loaded model: find its attention layers, and what each of them is."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self
@@ -116,28 +116,41 @@ def find_layers(
 
 def plan(sites: Sequence[LayerSite]) -> str:
     """What each kind of layer is, for users: `5 × own window 1,024 (untouched), 1 × full → Λ 10 + 8,192`."""
-    kinds = Counter(described(site) for site in sites)
-    return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+    return counted(described(site) for site in sites)
+
+
+def counted(kinds: Iterable[str]) -> str:
+    """Each once, with its number."""
+    return ", ".join(f"{count} × {kind}" for kind, count in Counter(kinds).items())
 
 
 def described(site: LayerSite) -> str:
     """The kind of a layer, and what the engine's mode makes of it."""
-    if site.window is not None:
-        return f"own window {site.window:,} (untouched)"
-    has_positions = site.rotary is not None and site.rotary.turns
-    kind = "full, ALiBi" if has_alibi(site.layer) else "full" if has_positions else "full, no positions"
-    attention = site.settings.attention
-    if site.role in (Role.SLIDING, Role.KEPT):
-        geometry = site.geometry
-        made = f"Λ {geometry.n_global:,} + {geometry.n_local:,}"
-        made += f", best {site.settings.top_k.k:,} between" if site.role == Role.KEPT else ""
-        if not has_positions and not has_alibi(site.layer) and geometry.distance_ceiling is not None:
-            made += ", where the distance ceiling has no effect"
-    elif site.role == Role.MEMORY:
-        made = f"memory, {attention.lookup or 'all'} of its keys"
-    else:
-        made = "the window" if attention.n_local is None else f"window {attention.n_local:,}"
-    return f"{kind} → {made}"
+    made = made_of(site.settings, site.role, site.window)
+    if site.window is not None or (site.rotary is not None and site.rotary.turns):
+        return made
+    if has_alibi(site.layer):
+        return f"ALiBi, {made}"
+    has_ceiling = site.settings.mode.slides and site.geometry.distance_ceiling is not None
+    return f"no positions, {made}" + (", where the distance ceiling has no effect" if has_ceiling else "")
+
+
+def made_of(settings: Settings, role: Role, window: int | None) -> str:
+    """What a layer with this role is. window: as of a `LayerSite`."""
+    n_local = settings.attention.n_local
+    if window is not None and role == Role.WINDOW:
+        return f"own window {window:,}, inside of " + (
+            "passes" if n_local is None else f"windows of {n_local:,}"
+        )
+    if window is not None:
+        return f"own window {window:,} (untouched)"
+    if role == Role.MEMORY:
+        return f"full → memory, {settings.attention.lookup or 'all'} of its keys"
+    if role == Role.WINDOW:
+        return "full → windows" + ("" if n_local is None else f" of {n_local:,}")
+    geometry = settings.geometry
+    made = f"full → Λ {geometry.n_global:,} + {geometry.n_local:,}"
+    return f"{made}, best {settings.top_k.k:,} between" if role == Role.KEPT else made
 
 
 def has_alibi(layer: Attention) -> bool:

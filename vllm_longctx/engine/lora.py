@@ -10,7 +10,7 @@ manage, and after them one index for each slot, which the caches never see.
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from typing import Any, get_args
@@ -26,11 +26,14 @@ from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import is_in_target_modules
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.models import supports_lora
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from vllm_longctx.engine.adapted_layers import AdaptedLayers, adapted_layers
 from vllm_longctx.engine.step import SlotUse, StepInfo, Weights
-from vllm_longctx.models.properties import LINEAR_MODULES
 from vllm_longctx.settings import active_settings
+from vllm_longctx.temp_lora import base_model
+from vllm_longctx.temp_lora.linear_layers import experts, linear_layers
 from vllm_longctx.temp_lora.slots import Slots
 
 logger = init_logger("vllm.longctx")
@@ -40,6 +43,8 @@ EMPTY = StepInfo()
 
 class LoRAConfigWithSlots(LoRAConfig):
     """The configuration of LoRA layers whose last indices are the slots'.
+
+    Its `target_modules` are the users', and once the model is loaded, also the layers that slots adapt.
 
     slots: Number of slots.
     users: What the user asked for. None without `enable_lora`.
@@ -54,15 +59,13 @@ def with_slots(vllm_config: VllmConfig) -> VllmConfig:
     adaptation, users = active_settings(vllm_config).adaptation, vllm_config.lora_config
     if adaptation is None:
         return vllm_config
-    base = users or LoRAConfig(target_modules=list(LINEAR_MODULES))
+    base = users or LoRAConfig(target_modules=[])
     assert base.max_cpu_loras is not None
     indices = adaptation.slots + (0 if users is None else users.max_loras)
     rank = max(adaptation.max_rank, 1 if users is None else users.max_lora_rank)
     values = {field.name: getattr(base, field.name) for field in dataclasses.fields(LoRAConfig)}
     values["max_loras"], values["max_cpu_loras"] = indices, max(indices, base.max_cpu_loras)
     values["max_lora_rank"] = next(allowed for allowed in get_args(MaxLoRARanks) if allowed >= rank)
-    if base.target_modules is not None:  # else vLLM wraps all layers that it can
-        values["target_modules"] = list(dict.fromkeys([*base.target_modules, *LINEAR_MODULES]))
     lora_config = LoRAConfigWithSlots(**values)
     lora_config.slots, lora_config.users = adaptation.slots, users
     lora_config.verify_with_model_config(vllm_config.model_config)
@@ -170,6 +173,7 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
 
     step: What the current step's requests compute with.
     in_layers: By slot, the owner and the weights that the layers have for it.
+    adapted: The layers that slots adapt.
     slots: The shared memory of the slots. None until the scheduler has sent it.
     device_slots: Their memory on this GPU, uint8. None where it is host memory.
     swap_seconds: Of each swap since they were last taken.
@@ -184,6 +188,7 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
         super().__init__(*args, **kwargs)
         self.step = EMPTY
         self.in_layers: dict[int, tuple[int, Weights]] = {}
+        self.adapted = AdaptedLayers()
         self.slots: Slots | None = None
         self.device_slots: Tensor | None = None
         self._copies: dict[tuple[int, int, int], SwapCopies] = {}  # by slot, bank, rank
@@ -303,20 +308,23 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
         else:
             assert self.slots is not None
             with self.slots.read(use.slot, use.weights.bank, use.owner, use.weights.version) as weights:
-                for parts, module in self._adapted_layers(self.slots):
-                    if len(parts) > 1:
-                        pairs = [weights[part] for part in parts]
-                        module.set_lora(index, [a for a, _ in pairs], [b for _, b in pairs])
+                for module, pairs in self._adapted_layers(weights):
+                    if len(pairs) > 1:
+                        a, b = zip(*(pair or (None, None) for pair in pairs), strict=True)
+                        module.set_lora(index, list(a), list(b))
                     else:
-                        module.set_lora(index, *weights[parts[0]])
+                        module.set_lora(index, *pairs[0])
         self.in_layers[use.slot] = (use.owner, use.weights)
 
-    def _adapted_layers(self, slots: Slots) -> Iterator[tuple[list[str], Any]]:
-        """The LoRA layers that slots have weights for, each with the names of its parts there."""
-        for name, module in self._adapter_manager.modules.items():
-            parts = self._adapter_manager.packed_modules.get(name, [name])
-            if parts[0] in slots.modules:
-                yield parts, module
+    def _adapted_layers(
+        self, weights: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> Iterator[tuple[Any, list[tuple[Tensor, Tensor] | None]]]:
+        """The LoRA layers that slots adapt, each with the weights of its parts."""
+        for name, parts in self.adapted.parts.items():
+            yield (
+                self._adapter_manager.modules[name],
+                [None if part is None else weights[part] for part in parts],
+            )
 
     def _swap_on_device(self, use: SlotUse, bank: int, index: int) -> None:
         """What `set_lora` does in each layer, in one call. To launch hundreds on a GPU takes long.
@@ -328,14 +336,35 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
             if (copies := self._copies.get((use.slot, bank, rank))) is None:
                 copies = self._copies[use.slot, bank, rank] = SwapCopies([], [], [])
                 weights = self.slots.views(use.slot, bank, rank)
-                for parts, module in self._adapted_layers(self.slots):
-                    for part, a, b in zip(parts, module.lora_a_stacked, module.lora_b_stacked, strict=True):
+                for module, pairs in self._adapted_layers(weights):
+                    for pair, a, b in slices(module, pairs):
                         copies.buffers.extend((a[index, 0], b[index, 0]))
                         copies.targets.extend((a[index, 0, :rank], b[index, 0, :, :rank]))
-                        copies.sources.extend(weights[part])
+                        copies.sources.extend(pair)
             if rank < len(copies.buffers[0]):
                 torch._foreach_zero_(copies.buffers)
             torch._foreach_copy_(copies.targets, copies.sources)
+
+
+def slices(
+    module: Any, pairs: Iterable[tuple[Tensor, Tensor] | None]
+) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor, Tensor]]:
+    """For each slice of a LoRA layer that has an adapter: its A and B, and the layer's own for all indices.
+
+    pairs: Of each part. Its B [rows, rank] may be that of several slices, one below the other.
+    """
+    buffers = zip(module.lora_a_stacked, module.lora_b_stacked, strict=True)
+    for pair in pairs:
+        if pair is None:
+            next(buffers)
+            continue
+        a, b = pair
+        first = 0
+        while first < len(b):
+            a_buffer, b_buffer = next(buffers)
+            rows = b_buffer.shape[-2]
+            yield (a, b[first : first + rows]), a_buffer, b_buffer
+            first += rows
 
 
 def _raise_on_all_ranks(error: Exception | None) -> None:
@@ -365,10 +394,35 @@ class Adapts:
     step = EMPTY
     lora_manager_class: type[SlotLoRAManager] = SlotLoRAManager
     lora_manager: SlotLoRAManager
+    lora_config: LoRAConfig | None
     vllm_config: VllmConfig
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model as without LoRA where only slots adapt: they never adapt experts.
+
+        Else experts would take a kernel that goes with LoRA, which vLLM does not have on the CPU.
+        """
+        lora_config = self.vllm_config.lora_config
+        if isinstance(lora_config, LoRAConfigWithSlots) and lora_config.users is None:
+            self.vllm_config.lora_config = None
+        super().load_model(*args, **kwargs)  # type: ignore[misc]  # of the runner behind
+        self.vllm_config.lora_config = lora_config
+
     def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
+        if not supports_lora(model):
+            raise ValueError(f"vLLM's {type(model).__name__} has no LoRA support")
+        if vllm_config.lora_config is None:  # see `load_model`
+            vllm_config.lora_config = self.lora_config
+        lora_config, adapted = vllm_config.lora_config, AdaptedLayers()
+        if isinstance(lora_config, LoRAConfigWithSlots):
+            trained = base_model.trained_model(vllm_config)
+            adapted = adapted_layers(model, linear_layers(trained), lora_config)
+            if left_out := experts(trained):
+                adapted.left_out["experts have no adapters"] = left_out
+            if lora_config.target_modules is not None:  # else vLLM wraps all layers that it can
+                lora_config.target_modules = [*lora_config.target_modules, *adapted.parts]
         self.lora_manager = self.lora_manager_class(vllm_config, device, model.embedding_modules)
+        self.lora_manager.adapted = adapted
         self.numbers: dict[int, int] = {}
         return self.lora_manager.create_lora_manager(model, vllm_config)
 

@@ -163,12 +163,11 @@ def running(model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> 
     config = vllm_config.model_config
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.get_vocab_size(), (TOKENS,), generator=generator).to(device)
-    further: dict[str, Any] = {}
+    hidden: Any = None
     if not get_pp_group().is_first_rank:
-        hidden: Any = model.make_empty_intermediate_tensors(TOKENS, model_dtype(config), device)  # type: ignore[operator]  # models of vLLM's have it
+        hidden = model.make_empty_intermediate_tensors(TOKENS, model_dtype(config), device)  # type: ignore[operator]  # models of vLLM's have it
         for tensor in hidden.tensors.values():
             tensor.normal_()
-        further["intermediate_tensors"] = hidden
 
     def run(positions: Tensor) -> object:
         positions = positions.to(device)
@@ -179,6 +178,6 @@ def running(model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> 
             set_current_vllm_config(vllm_config),
             set_forward_context(None, vllm_config, num_tokens=TOKENS, skip_compiled=True),
         ):
-            return model(input_ids=tokens, positions=positions, **further)
+            return model(input_ids=tokens, positions=positions, intermediate_tensors=hidden)
 
     return run

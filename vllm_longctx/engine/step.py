@@ -11,6 +11,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 ATTRIBUTE = "longctx"  # of a SchedulerOutput and of a ModelRunnerOutput
+NO_LIMIT = 1 << 62  # tokens of a request in a step
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_longctx import refusals
+from vllm_longctx.engine.adapted_layers import AdaptedLayers
 from vllm_longctx.engine.kv_cache import layer_spec
 from vllm_longctx.engine.layers import LayerSite, engine_backend, find_layers, plan
 from vllm_longctx.engine.lora import with_slots
@@ -117,6 +118,10 @@ class LongContextWorkerBase(WorkerBase, Platform):
         return StepReport(
             runner.rows.take_selection_seconds(), runner.take_swap_seconds(), runner.take_failed_adapters()
         )
+
+    def adapted_layers(self) -> AdaptedLayers:
+        """The layers that Temp-LoRA adapts here. Called by its scheduler as the engine starts."""
+        return self.model_runner.lora_manager.adapted
 
     def shutdown(self) -> None:
         end_without_collecting()

@@ -1,13 +1,15 @@
-"""What the engine has to know of a model: its rotation, its trained length, its linear layers."""
+"""What the engine has to know of a model: its rotation, its trained length, whether it can be adapted."""
 
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
+from vllm.model_executor.models import supports_lora
 from vllm.transformers_utils.config import get_config, get_hf_text_config
 
 from vllm_longctx.config import LongContextError
@@ -24,9 +26,6 @@ TESTED = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-# Those whose linear layers vLLM adapts, under Hugging Face's names for them.
-ADAPTABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Those of vLLM's whose files transformers can read. The others stream, cut or make up the weights.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "pt", "npcache", "mistral")
 # The entries of a Hugging Face config that may hold the trained length: Llama's and GPT-J's, MPT's, BLOOM's.
@@ -88,17 +87,15 @@ def _config_as_read(model_config: ModelConfig) -> PretrainedConfig:
     if not model_config.disable_sliding_window:
         return model_config.hf_text_config
     overrides = model_config.hf_overrides
-    is_function = callable(overrides)
+    values, function = ({}, overrides) if callable(overrides) else (overrides, None)
     hf_config = get_config(
         model_config.hf_config_path or model_config.model,
         model_config.trust_remote_code,
         model_config._hf_config_revision or model_config.revision,
         model_config.code_revision,
         model_config.config_format,
-        hf_overrides_kw=None
-        if is_function
-        else {k: v for k, v in overrides.items() if not isinstance(v, dict)},
-        hf_overrides_fn=overrides if is_function else None,
+        hf_overrides_kw={k: v for k, v in values.items() if not isinstance(v, dict)},
+        hf_overrides_fn=function,
         token=model_config.hf_token,
     )
     return get_hf_text_config(hf_config)
@@ -116,6 +113,21 @@ def _window_of_all_layers(hf_config: PretrainedConfig) -> int | None:
     if not window or is_mixed or not getattr(hf_config, "use_sliding_window", True):
         return None
     return int(window)
+
+
+def layer_windows(model_config: ModelConfig) -> list[int | None]:
+    """Each layer's own sliding window in tokens; None for a layer that sees all.
+
+    As far as the config says it.
+    """
+    hf_config = model_config.hf_text_config
+    window = getattr(hf_config, "sliding_window", None)
+    layer_types = getattr(hf_config, "layer_types", None) or ["sliding_attention"] * (
+        model_config.get_total_num_hidden_layers()
+    )
+    if model_config.disable_sliding_window or not getattr(hf_config, "use_sliding_window", True):
+        window = None
+    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
 
 
 def _rescaled(length: int, parameters: Mapping[str, Any]) -> int:
@@ -142,6 +154,30 @@ def num_parameters(model_config: ModelConfig) -> int | None:
     except Exception:  # whatever transformers says of a config that it does not know
         return None
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def trained_architectures(model_config: ModelConfig) -> list[str]:
+    """Those of the model's architectures that transformers has a class for, which the trainer needs."""
+    return [name for name in model_config.architectures if hasattr(transformers, name)]
+
+
+def why_not_adaptable(model_config: ModelConfig) -> str | None:
+    """The reason for which no adapter of the model can be trained and used; None if one can."""
+    quantized = model_config.quantization or getattr(model_config.hf_config, "quantization_config", None)
+    if quantized is not None:
+        return (
+            f"is quantized ({quantized}), and the trainer loads unquantized weights only; give the "
+            "unquantized checkpoint"
+        )
+    if not trained_architectures(model_config):
+        return (
+            f"has no class in transformers {transformers.__version__}, with which the trainer computes (it "
+            "runs no code of a checkpoint); leave adaptation out"
+        )
+    kind, _ = model_config.registry.resolve_model_cls(model_config.architectures, model_config=model_config)
+    if not supports_lora(kind):
+        return f"has no LoRA support in vLLM ({kind.__name__}); leave adaptation out"
+    return None
 
 
 def check_load_format(load: LoadConfig) -> None:

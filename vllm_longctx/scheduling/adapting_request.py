@@ -10,11 +10,9 @@ from enum import Enum, auto
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.request import Request
 
-from vllm_longctx.engine.step import Pass, SlotUse, Weights
+from vllm_longctx.engine.step import NO_LIMIT, Pass, SlotUse, Weights
 from vllm_longctx.settings import Adaptation
 from vllm_longctx.temp_lora.blocks import Blocks, Window
-
-NO_LIMIT = 1 << 62  # tokens
 
 
 class WaitsFor(Enum):

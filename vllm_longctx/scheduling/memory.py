@@ -6,7 +6,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
-from vllm_longctx.engine.kv_cache import MemoryManager
+from vllm_longctx.engine.memory_kv import MemoryManager
 from vllm_longctx.engine.step import RequestWindow, StepInfo
 from vllm_longctx.scheduling.scheduler import LongContextScheduler
 

@@ -16,8 +16,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_longctx.config import KEY
-from vllm_longctx.engine.kv_cache import LambdaManager, MemoryManager, prefix_caching
-from vllm_longctx.engine.step import StepInfo, StepReport
+from vllm_longctx.engine.kv_cache import prefix_caching
+from vllm_longctx.engine.memory_kv import MemoryManager
+from vllm_longctx.engine.sliding_kv import LambdaManager
+from vllm_longctx.engine.step import NO_LIMIT, StepInfo, StepReport
 from vllm_longctx.metrics import StepStats
 from vllm_longctx.models.properties import trained_length
 from vllm_longctx.processes import end_without_collecting
@@ -25,7 +27,6 @@ from vllm_longctx.settings import active_settings
 
 logger = init_logger("vllm.longctx")
 
-NO_LIMIT = 1 << 62  # tokens
 # Tokens of a long prompt in a step. In smaller chunks each token costs more, up to four times as much.
 MIN_SHARE = 256
 
@@ -229,7 +230,7 @@ class LongContextScheduler(Scheduler):
                 ours.live_blocks += sum(m.num_live_blocks(request.request_id) for m in self.lambda_managers)
         for manager in self.lambda_managers:
             ours.freed_blocks += manager.take_num_freed_blocks()
-        for pool in self.memory_pools:  # one at most, since memory layers are one KV cache group
+        for pool in self.memory_pools:  # one for each KV cache group of memory layers; all are used alike
             ours.memory_usage = pool.get_usage()
         stats.kv_connector_stats = {KEY: vars(ours)}
         return stats

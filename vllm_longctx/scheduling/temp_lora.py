@@ -36,8 +36,10 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_longctx import refusals
 from vllm_longctx.config import KEY, LongContextError, RequestOptions
-from vllm_longctx.engine.kv_cache import PrivateRequests, SteppedManager
-from vllm_longctx.engine.step import Pass, SlotsMemory, SlotUse, StepInfo
+from vllm_longctx.engine.adapted_layers import AdaptedLayers, kinds
+from vllm_longctx.engine.sliding_kv import PrivateRequests
+from vllm_longctx.engine.step import Pass, SlotsMemory, SlotUse, StepInfo, Weights
+from vllm_longctx.engine.stepped_kv import SteppedManager
 from vllm_longctx.engine.waiting import limit_reader_sleep
 from vllm_longctx.metrics import StepStats
 from vllm_longctx.scheduling.adapting_request import AdaptingRequest
@@ -45,7 +47,7 @@ from vllm_longctx.scheduling.saves import PendingSaves, ended_by_itself
 from vllm_longctx.scheduling.scheduler import LongContextScheduler
 from vllm_longctx.scheduling.trainer_jobs import TrainerJobs
 from vllm_longctx.settings import Adaptation
-from vllm_longctx.temp_lora import base_model
+from vllm_longctx.temp_lora import base_model, messages
 from vllm_longctx.temp_lora.blocks import Blocks, Window
 from vllm_longctx.temp_lora.client import TrainerClient, trainer_client
 from vllm_longctx.temp_lora.shared_weights import shared_by_engine
@@ -100,19 +102,49 @@ class TempLoraScheduler(LongContextScheduler):
         return self.jobs.trainer
 
     def check_trainer_model(self, executor: Executor) -> None:
-        """Wait for the trainer and compare its model with the engine's.
+        """Wait for the trainer, and compare its model with the engine's, without and with an adapter.
 
-        Raises LongContextError if there is no trainer, or it has another model.
+        Raises LongContextError if there is no trainer, it has another model, or no layer can be adapted.
         """
         trainer, address, begin = self.trainer, self.temp_lora.trainer.address, time.monotonic()
+        adapted: AdaptedLayers = executor.collective_rpc("adapted_layers")[0]
+        adapted.check(self.vllm_config.model_config.model)
+        trainer.modules = list(adapted.modules)
         ours = base_model.probe_logprobs(self, executor, trainer.probe) if trainer.probe else []
-        self.step_stats = StepStats()  # no user's request was in these steps
         waits = f"at {address}" if address else "to load its model"
         logger.info("longctx: waiting for the trainer %s", waits)
         mismatch = partial(base_model.mismatch, ours=ours, vllm_config=self.vllm_config, address=address)
         trainer.wait_until_ready(mismatch)
+        if trainer.probe:
+            self._check_adapter(executor, adapted)
+        self.step_stats = StepStats()  # no user's request was in these steps
         seconds = time.monotonic() - begin
         logger.info("longctx: the trainer was ready, and its model compared, after %.1f s", seconds)
+
+    def _check_adapter(self, executor: Executor, adapted: AdaptedLayers) -> None:
+        """Compute the probe with an adapter of random weights, here and in the trainer.
+
+        Raises LongContextError if the results differ: then the two take one of the weights in another way.
+        """
+        trainer, rank, theirs = self.trainer, self.temp_lora.max_rank, []
+
+        def begin(request_id: str) -> None:
+            adapting = self.adapting[request_id]
+            adapting.slot = self.free_slots.popleft()
+            recipe = messages.Recipe(rank=rank, alpha=rank, dropout=0.0)
+            theirs.extend(
+                trainer.probe_adapter(messages.Probe(adapting.owner, adapting.slot, recipe, trainer.probe))
+            )
+            adapting.versions.load(Weights(version=0, bank=0))
+
+        ours = base_model.probe_logprobs(self, executor, trainer.probe, begin)
+        model = self.vllm_config.model_config
+        difference = base_model.difference_beyond_rounding(ours, theirs, model)
+        if difference is not None:
+            raise LongContextError(
+                f"longctx.adaptation: the trainer computes an adapter of {model.model} otherwise than the "
+                f"engine: {difference}. It would adapt {kinds(adapted.modules)}; leave adaptation out"
+            )
 
     # --- a request's life ---------------------------------------------------------------------------------
 

@@ -7,11 +7,12 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError
-from vllm_longctx.engine.kv_cache import FP8
+from vllm_longctx.engine.memory_kv import FP8
 from vllm_longctx.models import longllama
-from vllm_longctx.models.properties import ADAPTABLE, check_load_format
+from vllm_longctx.models.properties import check_load_format, why_not_adaptable
 from vllm_longctx.startup.platform import attention_backend, check_capability, platform
 from vllm_longctx.startup.trainer import check_trainer
+from vllm_longctx.temp_lora.shared_weights import SOFT_CAP
 
 
 def check_model(model: ModelConfig) -> None:
@@ -124,16 +125,14 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
     )
     name = f"model {model.model} ({', '.join(model.architectures)})"
     most = scheduler.max_num_seqs
-    quantized = getattr(model.hf_config, "quantization_config", None)
+    why_not = why_not_adaptable(model)
     here = platform()
     executor, offload = parallel.distributed_executor_backend, vllm_config.offload_config
     refused = {
-        f"{name} is quantized ({model.quantization or quantized}), and the trainer loads unquantized weights "
-        f"only; give the "
-        "unquantized checkpoint": model.quantization is not None or quantized is not None,
-        f"{name} has no LoRA support for its linear layers; Temp-LoRA runs {', '.join(ADAPTABLE)}": (
-            not set(model.architectures) & set(ADAPTABLE)
-        ),
+        f"{name} {why_not}": why_not is not None,
+        "adaptation.trainer.attention = 'xformers', which has no soft cap of attention logits, but the model "
+        "has one; leave attention out": adaptation.trainer.attention == "xformers"
+        and bool(getattr(model.hf_text_config, SOFT_CAP, None)),
         f"adaptation.slots = {adaptation.slots}, but max_num_seqs = {most} requests run at once; lower "
         f"slots, or raise "
         "max_num_seqs": adaptation.slots is not None and adaptation.slots > most,

@@ -19,7 +19,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 
 from vllm_longctx.config import KEY, AdaptationSection, LongContextConfig, LongContextError
-from vllm_longctx.engine.kv_cache import memory_blocks
+from vllm_longctx.engine.memory_kv import memory_blocks
 from vllm_longctx.models import longllama
 from vllm_longctx.models.properties import keep_trained_window, trained_length
 from vllm_longctx.settings import Settings, for_model, plugin_configs

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_longctx.config import LongContextError
-from vllm_longctx.engine.kv_cache import FP8
+from vllm_longctx.engine.memory_kv import FP8
 
 CUDA_BACKEND = "vllm_longctx.cuda.sliding.LambdaBackend"
 

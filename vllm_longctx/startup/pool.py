@@ -2,17 +2,19 @@
 
 from dataclasses import dataclass
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.utils.math_utils import cdiv
 
 from vllm_longctx.config import LongContextError
-from vllm_longctx.engine.kv_cache import bytes_per_layer_block, max_blocks_per_request
+from vllm_longctx.engine.memory_kv import bytes_per_layer_block
+from vllm_longctx.engine.sliding_kv import max_blocks_per_request
 from vllm_longctx.models.properties import model_dtype, num_parameters, trained_length
 from vllm_longctx.settings import Adaptation, Settings
 from vllm_longctx.startup.platform import CPU, platform
+from vllm_longctx.temp_lora.base_model import trained_model
 from vllm_longctx.temp_lora.training_memory import Shape
 
 logger = init_logger("vllm.longctx")
@@ -175,18 +177,18 @@ def pool_of(settings: Settings, vllm_config: VllmConfig) -> Pool | None:
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     left = memory - parameters * model_dtype(model).itemsize // ranks
     if settings.mode.adapts:
-        left -= _trainer_bytes(settings.temp_lora, model, parameters) // ranks
+        left -= _trainer_bytes(settings.temp_lora, vllm_config, parameters) // ranks
     blocks = max(int(KV_SHARE * left), 0) // _bytes_per_block(vllm_config)
     return Pool(blocks, f"the KV cache of about {blocks * _bytes_per_block(vllm_config) / 2**30:.1f} GiB")
 
 
-def _trainer_bytes(adaptation: Adaptation, model: ModelConfig, parameters: int) -> int:
+def _trainer_bytes(adaptation: Adaptation, vllm_config: VllmConfig, parameters: int) -> int:
     """What the trainer takes of the memory where the engine is."""
-    trainer, dtype = adaptation.trainer, model_dtype(model)
+    trainer, dtype = adaptation.trainer, model_dtype(vllm_config.model_config)
     if trainer.address is not None or trainer.device != ("cpu" if platform() is CPU else "cuda:0"):
         return 0
     weights = 0 if platform().trains_beside_engine else parameters * dtype.itemsize
-    return weights + Shape.of(model.hf_text_config, dtype).training_bytes(adaptation)
+    return weights + Shape.of(trained_model(vllm_config)).training_bytes(adaptation)
 
 
 def _memory_of_a_rank() -> int:

@@ -1,4 +1,4 @@
-"""How the trainer gets the engine's model, and the check that both have the same one.
+"""How the trainer gets the engine's model, and the check that both have the same one, and adapt it alike.
 
 The trainer gets values in place of names where there are any: the Hugging Face config after every override,
 and the files that vLLM loaded. What can still differ (the contents of a file, a model that vLLM and
@@ -9,14 +9,15 @@ before the first request.
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from statistics import pstdev
 from typing import Any
 
 import torch
 import vllm.envs as envs
-from vllm.config import ModelConfig, VllmConfig
+from transformers import PreTrainedModel
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
@@ -26,9 +27,15 @@ from vllm.v1.executor import Executor
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_longctx.config import KEY, LongContextError
-from vllm_longctx.models.properties import ADAPTABLE, TRAINED_WINDOW, check_load_format, model_dtype
+from vllm_longctx.models.properties import (
+    TRAINED_WINDOW,
+    check_load_format,
+    model_dtype,
+    trained_architectures,
+)
 from vllm_longctx.settings import Adaptation
 from vllm_longctx.temp_lora.messages import Ready
+from vllm_longctx.temp_lora.shared_weights import skeleton
 
 logger = init_logger("vllm.longctx")
 
@@ -59,7 +66,15 @@ def resolved_config(model: ModelConfig) -> dict[str, Any]:
     # We set the first two; the last names code of the checkpoint, which is not run.
     for key in ("model_max_length", TRAINED_WINDOW, "auto_map"):
         config.pop(key, None)
-    return config | {"architectures": [a for a in model.architectures if a in ADAPTABLE]}
+    return config | {"architectures": trained_architectures(model)}
+
+
+def trained_model(vllm_config: VllmConfig) -> PreTrainedModel:
+    """The trainer's model without weights, on `meta`."""
+    model = vllm_config.model_config
+    dtype = str(model_dtype(model)).removeprefix("torch.")
+    with set_current_vllm_config(vllm_config):  # for classes of transformers' that vLLM has made its own
+        return skeleton(model.model, dtype, "sdpa", resolved_config(model))
 
 
 def weight_files(vllm_config: VllmConfig) -> list[str]:
@@ -96,11 +111,18 @@ def probe(model: ModelConfig, adaptation: Adaptation) -> list[int]:
     return [*first, *half, *half][:length]
 
 
-def probe_logprobs(scheduler: Scheduler, executor: Executor, tokens: Sequence[int]) -> list[float]:
+def probe_logprobs(
+    scheduler: Scheduler,
+    executor: Executor,
+    tokens: Sequence[int],
+    begin: Callable[[str], None] = lambda request_id: None,
+) -> list[float]:
     """The engine's log-probabilities of the tokens after the first, in nats.
 
     The request for them adapts without training, so its KV is never published to the prefix cache. Raises
     LongContextError if the KV cache does not hold it.
+
+    begin: Called with the request's id once the scheduler has it.
     """
     options = {KEY: {"temp_lora": True, "epochs": 0}}
     params = SamplingParams(
@@ -112,6 +134,7 @@ def probe_logprobs(scheduler: Scheduler, executor: Executor, tokens: Sequence[in
     )
     request = Request("longctx-probe", list(tokens), params, None)
     scheduler.add_request(request)
+    begin(request.request_id)
     logprobs: list[float] = []
     while scheduler.has_requests():
         step = scheduler.schedule()
@@ -161,15 +184,9 @@ def mismatch(
     ours: The engine's, in nats; empty without a probe.
     address: Of a trainer that was joined.
     """
-    if not ours:
-        return None
-    nats, share = logprob_difference(ours, ready.logprobs)
     model = vllm_config.model_config
-    on_gpu = model.dtype == torch.float32 and not current_platform.is_cpu()
-    allowed = TF32_TOLERANCE if on_gpu else TOLERANCES[model_dtype(model)]
-    what = f"{nats:.2g} nats, {share:.2g} of their spread"
-    if share <= allowed:
-        logger.info("longctx: the trainer has the engine's model: log-probabilities differ by %s", what)
+    difference = difference_beyond_rounding(ours, ready.logprobs, model)
+    if difference is None:
         return None
     causes = "; ".join(unusual_settings(vllm_config))
     if address is not None:
@@ -180,10 +197,25 @@ def mismatch(
     else:
         remedy = "see whether the checkpoint was changed while the engine started, or leave adaptation out"
     return (
-        f"has another model than the engine: log-probabilities of the same text differ by {what}, "
-        f"where {model.dtype} explains {allowed:g}. It has {ready.about}, the engine {model.model} with "
-        f"{causes or 'no unusual settings'}; {remedy}"
+        f"has another model than the engine: {difference}. It has {ready.about}, the engine {model.model} "
+        f"with {causes or 'no unusual settings'}; {remedy}"
     )
+
+
+def difference_beyond_rounding(
+    ours: Sequence[float], theirs: Sequence[float], model: ModelConfig
+) -> str | None:
+    """How far log-probabilities of one text differ; None if rounding explains it, or there are none."""
+    if not ours:
+        return None
+    nats, share = logprob_difference(ours, theirs)
+    on_gpu = model.dtype == torch.float32 and not current_platform.is_cpu()
+    allowed = TF32_TOLERANCE if on_gpu else TOLERANCES[model_dtype(model)]
+    what = f"log-probabilities of the same text differ by {nats:.2g} nats, {share:.2g} of their spread"
+    if share > allowed:
+        return f"{what}, where {model.dtype} explains {allowed:g}"
+    logger.info("longctx: the trainer computes what the engine computes: %s", what)
+    return None
 
 
 def unusual_settings(vllm_config: VllmConfig) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import torch
 import zmq
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_longctx.config import LongContextError
@@ -62,7 +62,7 @@ def trainer_client(
         max_rank=settings.max_rank,
         num_slots=settings.slots,
         probe=base_model.probe(model, settings),
-        training=training_need(model, settings),
+        training=training_need(vllm_config, settings),
         share=None if shared is None else shared.message,
     )
 
@@ -83,13 +83,13 @@ NOTHING = TrainingNeed(0, "adaptation.slots")
 HOST_KV = "VLLM_CPU_KVCACHE_SPACE, kv_cache_memory_bytes, gpu_memory_utilization"
 
 
-def training_need(model: ModelConfig, settings: Adaptation) -> TrainingNeed:
+def training_need(vllm_config: VllmConfig, settings: Adaptation) -> TrainingNeed:
     rank = "rank" if settings.rank == settings.max_rank else "max_rank"
     *most, last = (
         f"adaptation.{name} = {getattr(settings, name)}"
         for name in ("block_tokens", "train_context_tokens", "slots", rank)
     )
-    shape = Shape.of(model.hf_text_config, model_dtype(model))
+    shape = Shape.of(base_model.trained_model(vllm_config))
     return TrainingNeed(shape.training_bytes(settings), f"{', '.join(most)} or {last}")
 
 
@@ -102,7 +102,7 @@ def trainer_bytes(vllm_config: VllmConfig, device: torch.device) -> int:
     weights = (
         0 if shares else weight_bytes(model.model, model_dtype(model), base_model.resolved_config(model))
     )
-    return weights + training_need(model, settings).bytes
+    return weights + training_need(vllm_config, settings).bytes
 
 
 class TrainerClient:
@@ -116,6 +116,7 @@ class TrainerClient:
     training: What a trainer needs beside the model's weights.
     share: Makes the message by which a new process uses the engine's weights. None where it loads its own.
 
+    modules: Names of the linear layers that adapters adapt. None for all that the trainer has.
     slots: The shared memory of the slots. None until the trainer is ready. The caller may clear slots.
     process_id: Of the trainer process. None while there is none, or it is joined.
     """
@@ -131,6 +132,7 @@ class TrainerClient:
         training: TrainingNeed = NOTHING,
         share: Callable[[], m.Share] | None = None,
     ):
+        self.modules: Sequence[str] | None = None
         self.slots: Slots | None = None
         self.probe = list(probe)
         self._options, self._trainer = options, trainer
@@ -198,6 +200,23 @@ class TrainerClient:
                 self._active_at = time.monotonic()
             self._unanswered.append(job.owner)
         self._socket.send(m.encode(job), zmq.NOBLOCK)
+
+    def probe_adapter(self, job: m.Probe) -> list[float]:
+        """Have a random adapter made, and block until it is in its slot, before any other job.
+
+        Returns the log-probabilities of the job's text with it. Raises LongContextError if it fails.
+        """
+        self.send(job)
+        while True:
+            for report in self.poll():
+                match report:
+                    case m.Probed():
+                        return report.logprobs
+                    case m.Failed() | m.Dead():
+                        raise LongContextError(f"longctx.adaptation: no adapter works: {report.reason}")
+                    case m.Restarted():
+                        raise LongContextError("longctx.adaptation: the trainer died over its first adapter")
+            self.wait(0.1)
 
     def poll(self) -> list[m.Report]:
         """All reports since the last call, in order; never blocks.
@@ -320,21 +339,28 @@ class TrainerClient:
                 (self._end if self._ready_report is None else self._restart)(report.reason)
                 return
             elif isinstance(report, m.Ready):
-                if (reason := self._mismatch(report)) is not None:
+                if (reason := self._missing(report) or self._mismatch(report)) is not None:
                     self._end(reason)
                     return
                 self._accept(report)
             self._reports.append(report)
+
+    def _missing(self, ready: m.Ready) -> str | None:
+        """Which linear layers the trainer lacks; None if it has all."""
+        missing = sorted(set(self.modules or ()) - ready.modules.keys())
+        return f"has {ready.about}, which has no linear layer {', '.join(missing[:3])}" if missing else None
 
     def _accept(self, ready: m.Ready) -> None:
         """The trainer is ready: open the slots and send the queued jobs."""
         self._ready_report = ready
         # The socket is connected and needs no name. So nothing is left if all processes are killed.
         self._remove_directory()
+        names = list(ready.modules) if self.modules is None else list(self.modules)
         if self.slots is None:
-            self.slots = Slots.create(ready.modules, self._max_rank, self._num_slots)
+            modules = {name: ready.modules[name] for name in names}
+            self.slots = Slots.create(modules, self._max_rank, self._num_slots)
         self._ready = True
-        self.send(m.OpenSlots(self.slots.path, self._max_rank, self._num_slots))
+        self.send(m.OpenSlots(self.slots.path, self._max_rank, self._num_slots, names))
         queued, self._queued = self._queued, []
         for job in queued:
             self.send(job)

@@ -2,13 +2,13 @@
 
 Weights go through `slots`.
 
-A job is a message to the trainer, a report one to the engine. Every Begin, Resume, Train and Save is answered
-once, in the order sent: by Began, Trained, Saved, Failed or SaveFailed.
+A job is a message to the trainer, a report one to the engine. Every Probe, Begin, Resume, Train and Save is
+answered once, in the order sent: by Probed, Began, Trained, Saved, Failed or SaveFailed.
 """
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from pydantic import BaseModel
@@ -148,11 +148,29 @@ class Leave(Message, frozen=True):
 
 
 class OpenSlots(Message, frozen=True):
-    """Where the slots are: arguments of `Slots.open`."""
+    """Where the slots are: arguments of `Slots.open`.
+
+    modules: Names of the linear layers that adapters adapt from now on. None for all of `Ready.modules`.
+    """
 
     path: str
     max_rank: int
     num_slots: int
+    modules: list[str] | None = None
+
+
+class Probe(Message, frozen=True):
+    """Make an adapter of random weights in the slot's bank 0, as version 0, and forget it.
+
+    Answer: Probed or Failed.
+
+    tokens: Token ids of the text of which Probed has the log-probabilities.
+    """
+
+    owner: int
+    slot: int
+    recipe: Recipe
+    tokens: list[int]
 
 
 class Begin(Message, frozen=True):
@@ -216,7 +234,7 @@ class Drop(Message, frozen=True):
 class Ready(Message, frozen=True):
     """The trainer has its model.
 
-    modules: Of every adapted linear layer, under Hugging Face's name, the (in, out) features.
+    modules: Of every linear layer that may have adapters, under Hugging Face's name, the (in, out) features.
     logprobs: Of every token of the probe after its first, in nats.
     about: What the trainer loaded, in words.
     """
@@ -230,6 +248,16 @@ class Unable(Message, frozen=True):
     """In place of Ready, and the last report: the trainer has no model."""
 
     reason: str
+
+
+class Probed(Message, frozen=True):
+    """The slot's bank 0 holds the random adapter as version 0.
+
+    logprobs: Of every token after the first, with this adapter, in nats.
+    """
+
+    owner: int
+    logprobs: list[float]
 
 
 class Began(Message, frozen=True):
@@ -261,9 +289,9 @@ class Trained(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """A Begin, Resume or Train failed. The adapter is as it was before.
+    """A Probe, Begin, Resume or Train failed. The adapter is as it was before.
 
-    version: The version that was not made; 0 for Begin.
+    version: The version that was not made; 0 for Probe and Begin.
     """
 
     owner: int
@@ -311,10 +339,11 @@ class Dead(Message, frozen=True):
     reason: str
 
 
-Job = Share | Join | Leave | OpenSlots | Begin | Resume | Train | Save | Drop
-Report = Ready | Unable | Began | Started | Trained | Failed | Saved | SaveFailed | Lost | Restarted | Dead
-ANSWERED = (Begin, Resume, Train, Save)
-ANSWERS = (Began, Trained, Failed, Saved, SaveFailed)
+Job = Share | Join | Leave | OpenSlots | Probe | Begin | Resume | Train | Save | Drop
+Answer = Probed | Began | Trained | Failed | Saved | SaveFailed
+Report = Ready | Unable | Started | Answer | Lost | Restarted | Dead
+ANSWERED = (Probe, Begin, Resume, Train, Save)
+ANSWERS = get_args(Answer)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_job = msgspec.msgpack.Decoder(Job).decode

@@ -4,7 +4,7 @@ The engine's worker exports them and the trainer on the same GPU maps them. Noth
 never writes to the base model's weights: peft freezes them, and only the adapters have gradients.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from vllm_longctx.temp_lora.messages import Share, SharedTensor
 
 # Layers of vLLM whose rows are those of several layers, in this order: `packed_modules_mapping` of its
 # models.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+SOFT_CAP = "attn_logit_softcapping"  # the entry of a Hugging Face config
 PADDED = ("model.embed_tokens.weight", "lm_head.weight")  # after the vocabulary, to a multiple of 64 rows
 
 
@@ -94,6 +95,17 @@ def model_class(config: Mapping[str, Any]) -> type[PreTrainedModel]:
     return next(found for found in classes if found is not None)
 
 
+def attention_implementation(attention: str, config: PreTrainedConfig) -> str | None:
+    """transformers' `attn_implementation` for `adaptation.trainer.attention`.
+
+    None has transformers take SDPA where the model goes with it, else eager attention. SDPA drops a soft cap
+    of attention logits without a word.
+    """
+    if attention != "sdpa":
+        return attention
+    return "eager" if getattr(config.get_text_config(), SOFT_CAP, None) else None
+
+
 def skeleton(
     model: str,
     dtype: str,
@@ -103,18 +115,21 @@ def skeleton(
     """A checkpoint's Hugging Face model without weights, on `meta`.
 
     model: A directory, or a name in Hugging Face's cache.
-    dtype, attention: torch's name of a dtype; transformers' `attn_implementation`.
+    dtype: torch's name for it.
+    attention: As in `adaptation.trainer`.
     config: A complete Hugging Face config in place of the checkpoint's.
     """
-    settings = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     if config is None:
         hf_config = AutoConfig.from_pretrained(model)
     else:
         config_class = model_class(config).config_class
         assert config_class is not None
         hf_config = config_class.from_dict(dict(config))
+    implementation = attention_implementation(attention, hf_config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config, **settings)
+        return AutoModelForCausalLM.from_config(
+            hf_config, dtype=getattr(torch, dtype), attn_implementation=implementation
+        )
 
 
 def views(weights: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
@@ -145,29 +160,31 @@ def views(weights: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Te
     return found
 
 
+def check_buffers(model: PreTrainedModel) -> None:
+    """Raises ValueError if `fill` cannot make a skeleton's buffers, which no checkpoint has."""
+    for name, module in _with_buffers(model):
+        try:
+            with torch.device("meta"):
+                type(module)(config=model.config)
+        except TypeError:
+            raise ValueError(f"{name} has buffers that are not made from the config alone") from None
+
+
+def _with_buffers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False))
+    ]
+
+
 def fill(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """Give a skeleton the engine's weights, on their device, and new rotary tables. Returns it."""
     own = views(weights, model)
     device = next(iter(own.values())).device
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            with device:
-                model.set_submodule(name, type(module)(config=model.config))
+    for name, module in _with_buffers(model):
+        with device:
+            model.set_submodule(name, type(module)(config=model.config))
     model.load_state_dict(own, strict=False, assign=True)  # a tied output layer has no weights of its own
     model.tie_weights()
     return model.requires_grad_(False)
-
-
-def adapted_modules(
-    weights: Mapping[str, Tensor],
-    linear_layers: Collection[str],
-) -> dict[str, tuple[int, int]]:
-    """The (in, out) features of the adapted layers, as the trainer's `modules`.
-
-    weights: From `views`.
-    linear_layers: Last parts of the names of the layers that have an adapter.
-    """
-    names = (name.removesuffix(".weight") for name in weights if name.endswith(".weight"))
-    adapted = (name for name in names if name.rpartition(".")[2] in linear_layers)
-    shapes = {name: weights[f"{name}.weight"].shape for name in adapted}
-    return {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}

@@ -22,7 +22,7 @@ import msgspec
 import torch
 import zmq
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from vllm_longctx.temp_lora import messages as m
@@ -105,7 +105,7 @@ class Sidecar:
         if join is not None:
             self._adapters_root = join.adapters_root or self._adapters_root
             try:
-                self._send(m.Ready(self._trainer.modules, self._trainer.logprobs(join.probe), self._about))
+                self._send(m.Ready(self._trainer.linear, self._trainer.logprobs(join.probe), self._about))
             except ValueError as e:
                 self._send(m.Unable(f"has {self._about}, and {e}"))
 
@@ -114,8 +114,18 @@ class Sidecar:
         match job:
             case m.OpenSlots():
                 self._close_slots()
+                trainer.adapt(trainer.linear if job.modules is None else job.modules)
                 sizes = trainer.modules, job.max_rank, job.num_slots
                 self._slots = Slots.open(job.path, *sizes, self._device_slots)
+            case m.Probe():
+                trainer.begin(job.owner, job.recipe)
+                try:
+                    trainer.randomize(job.owner)
+                    self._open_slots().write(job.slot, 0, job.owner, 0, trainer.weights(job.owner))
+                    logprobs = trainer.logprobs(job.tokens, job.owner)
+                finally:
+                    trainer.drop(job.owner)
+                self._send(m.Probed(job.owner, logprobs))
             case m.Begin() | m.Resume():
                 slots, rank = self._open_slots(), job.recipe.rank
                 if rank > slots.max_rank:
@@ -184,7 +194,7 @@ def failure_report(job: m.Job, reason: str) -> m.Report:
             return m.SaveFailed(job.owner, job.name, reason)
         case m.Train() | m.Resume():
             return m.Failed(job.owner, job.version, reason)
-        case m.Begin():
+        case m.Begin() | m.Probe():
             return m.Failed(job.owner, 0, reason)
         case _:
             return m.Lost(f"failed: {reason}")
@@ -231,15 +241,19 @@ def make_sidecar(options: m.Options, socket: zmq.Socket[bytes]) -> Sidecar:
 
 def load(options: m.Options) -> PreTrainedModel:
     """Load a copy of the model. Raises ValueError if the files do not have all of its weights."""
-    settings: dict[str, Any] = {
-        "dtype": options.dtype,
-        "attn_implementation": options.attention,
-        "output_loading_info": True,
-    }
     made: Any = AutoModelForCausalLM
+    revision = options.revision or "main"
     if options.config is not None:
         made = shared.model_class(options.config)
-        settings["config"] = made.config_class.from_dict(options.config)
+        config = made.config_class.from_dict(options.config)
+    else:
+        config = AutoConfig.from_pretrained(options.model, revision=revision)
+    settings: dict[str, Any] = {
+        "config": config,
+        "dtype": options.dtype,
+        "attn_implementation": shared.attention_implementation(options.attention, config),
+        "output_loading_info": True,
+    }
     if options.weights:
         weights: dict[str, torch.Tensor] = {}
         for path in options.weights:
@@ -249,7 +263,7 @@ def load(options: m.Options) -> PreTrainedModel:
                 weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         model, found = made.from_pretrained(None, state_dict=weights, **settings)
     else:
-        model, found = made.from_pretrained(options.model, revision=options.revision or "main", **settings)
+        model, found = made.from_pretrained(options.model, revision=revision, **settings)
     if missing := sorted(found["missing_keys"]):  # transformers would initialize them at random
         raise ValueError(f"the weights of {options.model} lack {', '.join(missing[:3])}")
     return model

@@ -24,8 +24,8 @@ from vllm_longctx.cuda.kernels.lookup import WORKSPACE, Memories, Summaries, att
 from vllm_longctx.cuda.memory import close_window
 from vllm_longctx.cuda.memory_runner import MemoryRunner
 from vllm_longctx.cuda.worker import LongContextWorker
-from vllm_longctx.engine.kv_cache import MemoryManager
 from vllm_longctx.engine.lookup import ClosedWindow
+from vllm_longctx.engine.memory_kv import MemoryManager
 from vllm_longctx.geometry import SteppedWindows
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 from vllm_longctx.scheduling.memory import AsyncMemoryScheduler, MemoryScheduler

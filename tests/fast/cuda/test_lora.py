@@ -28,7 +28,6 @@ from vllm_longctx.cuda.worker import LongContextWorker
 from vllm_longctx.engine.lora import Adapts, with_slots
 from vllm_longctx.engine.rows import StepTimes
 from vllm_longctx.engine.step import SlotsMemory, SlotUse, StepInfo, StepReport, Weights
-from vllm_longctx.models.properties import LINEAR_MODULES
 from vllm_longctx.scheduling.temp_lora import AsyncTempLoraScheduler, TempLoraScheduler
 from vllm_longctx.settings import active_settings
 from vllm_longctx.startup import checks
@@ -113,7 +112,15 @@ def test_both_runners_manage_slots(stock: type) -> None:
     runner = runner_class(LongContextConfig().mode, config)
     assert issubclass(runner, stock) and issubclass(runner, Adapts)
     assert runner.load_lora_model is Adapts.load_lora_model
-    others = {"load_lora_model", "add_lora", "remove_lora", "pin_lora", "list_loras", "reload_weights"}
+    others = {
+        "load_model",
+        "load_lora_model",
+        "add_lora",
+        "remove_lora",
+        "pin_lora",
+        "list_loras",
+        "reload_weights",
+    }
     added = {
         name for kind in (Adapts, LongContextRunner) for name in vars(kind) if not name.startswith("__")
     } - others
@@ -147,7 +154,7 @@ def wrapped(one_rank: None, gpus: None, no_gpu_memory: None, lora_on_the_cpu: No
 
 
 def test_a_worker_offers_what_makes_the_same_model(wrapped: Any, tiny_llama: Path) -> None:
-    memory = share_weights(wrapped.model, wrapped.config, CPU)
+    memory = share_weights(wrapped.model, wrapped.config, CPU, wrapped.runner.lora_manager.adapted.modules)
     offered = shared.shared_by_engine[wrapped.config.instance_id]
     assert offered.slots is memory
     model = shared.fill(shared.skeleton(str(tiny_llama), "float32", "sdpa"), offered.weights)
@@ -160,12 +167,9 @@ def test_a_worker_offers_what_makes_the_same_model(wrapped: Any, tiny_llama: Pat
 
 def test_slots_are_swapped_from_device_memory(wrapped: Any) -> None:
     runner, manager = wrapped.runner, wrapped.runner.lora_manager
-    manager.device_slots = share_weights(wrapped.model, wrapped.config, CPU)
+    modules = manager.adapted.modules
+    manager.device_slots = share_weights(wrapped.model, wrapped.config, CPU, modules)
     assert manager.device_slots is not None
-    skeleton = shared.skeleton(wrapped.config.model_config.model, "float32", "sdpa")
-    modules = shared.adapted_modules(
-        shared.views(shared.engine_weights(wrapped.model), skeleton), LINEAR_MODULES
-    )
     assert len(modules) == 3 * 7
     slots = Slots.create(modules, 4, 2)
     trainer = Slots.open(slots.path, modules, 4, 2, manager.device_slots)

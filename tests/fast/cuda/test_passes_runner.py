@@ -288,7 +288,7 @@ def test_a_pool_that_holds_no_request_that_adapts_ends_the_start(engine: PassesE
     assert not engine.scheduler.adapting
 
 
-@pytest.mark.parametrize("engine", [(0, {}), (1, {})], indirect=True)
+@pytest.mark.parametrize("engine", [pytest.param((0, {}), marks=pytest.mark.slow), (1, {})], indirect=True)
 def test_a_preempted_pass_is_computed_again(engine: PassesEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a prompt and of a pass, which the runner gets as a new request: rows of the passes
     before stay.

@@ -26,7 +26,7 @@ from vllm_longctx.config import LongContextError
 from vllm_longctx.cuda import sliding as cuda
 from vllm_longctx.cuda import worker as worker_cuda
 from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, LambdaMetadata, LambdaMetadataBuilder
-from vllm_longctx.engine.kv_cache import LambdaSpec
+from vllm_longctx.engine.sliding_kv import LambdaSpec
 from vllm_longctx.geometry import Geometry, alibi_slopes, branches
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 
@@ -54,6 +54,8 @@ class Engine:
     alibi: bool = False
     device: torch.device = DEVICE
     kv_cache_dtype: str = "auto"
+    soft_cap: float = 0.0
+    sinks: Tensor | None = None
     texts: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     computed: dict[str, int] = field(default_factory=dict)
     tables: dict[str, list[int]] = field(default_factory=dict)
@@ -63,7 +65,16 @@ class Engine:
         if self.rotary is not None:
             self.rotary.to(self.device)
         slopes = alibi_slopes(HEADS).tolist() if self.alibi else None
-        self.impl = LambdaImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, slopes, kv_cache_dtype=self.kv_cache_dtype)
+        self.impl = LambdaImpl(
+            HEADS,
+            HEAD_SIZE,
+            SCALE,
+            KV_HEADS,
+            slopes,
+            kv_cache_dtype=self.kv_cache_dtype,
+            logits_soft_cap=self.soft_cap or None,
+            sinks=None if self.sinks is None else self.sinks.to(self.device),
+        )
         self.impl.take_over(self.geometry, self.rotary, self.device)
         config = SimpleNamespace(
             compilation_config=SimpleNamespace(
@@ -179,7 +190,8 @@ class Engine:
         queries, keys = torch.arange(end - new, end), torch.arange(end)
         seen = branches(self.geometry, queries, keys)
         slopes = alibi_slopes(HEADS) if self.alibi else None
-        return reference.attention(q[-new:], k, v, seen, SCALE, rotary_of(self.alibi), slopes)
+        own = {"soft_cap": self.soft_cap, "sinks": self.sinks}
+        return reference.attention(q[-new:], k, v, seen, SCALE, rotary_of(self.alibi), slopes, **own)
 
 
 def text(length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,13 +201,18 @@ def text(length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.usefixtures("stock_cache_update", "one_thread")
 @pytest.mark.parametrize(
-    ("geometry", "alibi"),
-    [(LAMBDA, False), (Geometry(5, 24, None, "in_cache"), False), (LAMBDA, True)],
-    ids=["relative", "in_cache", "alibi"],
+    ("geometry", "own"),
+    [
+        (LAMBDA, {}),
+        (Geometry(5, 24, None, "in_cache"), {}),
+        (LAMBDA, {"alibi": True}),
+        (LAMBDA, {"soft_cap": 2.0, "sinks": torch.tensor([0.0, 3.0, -9.0, 9.0])}),
+    ],
+    ids=["relative", "in_cache", "alibi", "soft cap and sinks"],
 )
-def test_steps_of_two_requests_attend_as_the_reference(geometry: Geometry, alibi: bool) -> None:
+def test_steps_of_two_requests_attend_as_the_reference(geometry: Geometry, own: dict[str, Any]) -> None:
     """Chunks of a prompt, decodes beside them, decodes alone, and decodes in a padded CUDA graph."""
-    engine = Engine(geometry, alibi, texts={"a": text(120), "b": text(120)})
+    engine = Engine(geometry, texts={"a": text(120), "b": text(120)}, **own)
     graph = engine.capture(rows=3)
 
     def check(tokens: dict[str, int], **kwargs: Any) -> None:
@@ -319,7 +336,7 @@ SUPPORTED = {
         ({"block_size": 24}, "block_size not supported"),
         ({"device_capability": DeviceCapability(7, 5)}, "compute capability not supported"),
         ({"attn_type": "encoder"}, "attention type encoder not supported"),
-        ({"has_sink": True}, "attention sinks not supported"),
+        ({"has_sink": True}, None),
         ({"has_sliding_window": True}, "sliding window not supported"),
         ({"use_mla": True}, "MLA not supported"),
         ({"use_dcp": True}, "DCP not supported"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
@@ -25,16 +26,22 @@ from tests.support.cuda_engine import BLOCK_SIZE, CPU, made_layers, metadata_of,
 from tests.support.cuda_engine import Engine as WholeEngine
 from tests.support.engine_args import create
 from tests.support.reference_model import ReferenceLlama, official_top_k, with_top_k
+from vllm_longctx import reference
 from vllm_longctx.config import LongContextError
 from vllm_longctx.cuda import top_k_runner
+from vllm_longctx.cuda.kernels.lambda_decode import decode_workspace
 from vllm_longctx.cuda.kernels.lookup import WORKSPACE
 from vllm_longctx.cuda.memory import pool_beside_lookups
 from vllm_longctx.cuda.runner import runner_class
+from vllm_longctx.cuda.sliding import Decodes, LambdaImpl
+from vllm_longctx.cuda.top_k import Middles, TopKImpl, TopKMetadata
 from vllm_longctx.cuda.top_k_runner import TopKRunner
-from vllm_longctx.engine.kv_cache import LambdaSpec, MiddleSpec
-from vllm_longctx.geometry import Geometry
+from vllm_longctx.engine.memory_kv import MiddleSpec
+from vllm_longctx.engine.sliding_kv import LambdaSpec
+from vllm_longctx.geometry import Geometry, branches, middle_branch
+from vllm_longctx.rotary import Rotary, inverse_frequencies
 from vllm_longctx.scheduling.memory import AsyncTopKScheduler, TopKScheduler
-from vllm_longctx.settings import Lookup, active_settings
+from vllm_longctx.settings import Lookup, TopK, active_settings
 
 TOP_K = {
     "n_global": 5, "n_local": 24, "distance_ceiling": 24,
@@ -241,6 +248,36 @@ def test_it_is_the_official_code(goldens: Path, monkeypatch: pytest.MonkeyPatch)
     )
     engine.step({"": length - 1})
     assert (engine.step({"": 1})[""][-1] - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_decode_joins_its_middle_under_a_cap_with_sinks() -> None:
+    """The sinks, which are in the output of Λ attention and its log-sum-exps, are counted once."""
+    heads, kv_heads, d, scale, cap = 4, 2, 32, 0.25, 2.0
+    geometry, top_k, length = Geometry(5, 24, 30), TopK(3, 20, range(1)), 60
+    rotary, sinks = Rotary(d, d, True, inverse_frequencies(d, {})), torch.tensor([0.0, 3.0, -9.0, 9.0])
+    query, (key, value) = torch.randn(1, heads, d), torch.randn(2, length, kv_heads, d)
+    at, keys = torch.tensor([length - 1]), torch.arange(length)
+    seen = [*branches(geometry, at, keys), middle_branch(geometry, at, keys, top_k.k, top_k.insert_at, 0)]
+    expected = reference.attention(query, key, value, seen, scale, rotary, soft_cap=cap, sinks=sinks)
+
+    stock = LambdaImpl(heads, d, scale, kv_heads, logits_soft_cap=cap, sinks=sinks)
+    stock.take_over(geometry, rotary, CPU)
+    impl = TopKImpl.of(stock, top_k=top_k)
+    end = length - 24
+    by = torch.where((keys >= 5) & (keys < end), 0, keys)  # the middle is un-rotated
+    text = torch.cat((rotary.turn(key, by[:, None]), value), -1)
+    cache = F.pad(text, (0, 0, 0, 0, 0, 4)).view(4, BLOCK_SIZE, kv_heads, 2 * d).transpose(1, 2)
+    table, lens = torch.arange(4).int()[None], torch.tensor([length]).int()
+    decodes = Decodes(table, lens, rotary.cos_sin(impl.view.query_turn(at)), 2, torch.empty(1, heads))
+    ends = torch.tensor([end]).int()
+    middles = Middles(ends * 0 + 5, ends, end, *rotary.cos_sin(top_k.insert_at - at[:, None]))
+    metadata = TopKMetadata(1, decodes, None, decode_workspace(1, heads, d, 2, CPU), middles)
+    layer = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0)
+    output = impl.forward(
+        layer, rotary.turn(query, at[:, None]), key, value, cache, metadata, torch.empty(1, heads, d)
+    )
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("gpu")

@@ -32,15 +32,19 @@ from vllm_longctx.settings import Lookup
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
 @pytest.mark.usefixtures("gpu", "stock_cache_update", "one_thread")
-@pytest.mark.parametrize("attention", LOOKUPS, ids=["all", "top_k", "blocks"])
+@pytest.mark.parametrize(
+    ("attention", "scores"),
+    [*((a, {}) for a in LOOKUPS), (LOOKUPS[1], {"soft_cap": 2.0, "sinks": torch.tensor([1.0, -3.0])})],
+    ids=["all", "top_k", "blocks", "top_k, soft cap and sinks"],
+)
 def test_windows_become_memory(
-    attention: dict[str, Any], tiny: Path, monkeypatch: pytest.MonkeyPatch
+    attention: dict[str, Any], scores: dict[str, Any], tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two prompts of different lengths in chunks, one beside the other's decodes; both write past their last
     window.
     """
     config = configure(tiny, attention, block_size=BLOCK_SIZE, dtype="float32", max_num_batched_tokens=64)
-    engine = Engine(config, monkeypatch, {"a": 31, "b": 9}, 45)
+    engine = Engine(config, monkeypatch, {"a": 31, "b": 9}, 45, **scores)
     graphs = (
         AttentionCGSupport.NEVER if "lookup" in attention else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     )

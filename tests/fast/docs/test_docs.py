@@ -6,8 +6,9 @@ import argparse
 import functools
 import importlib.util
 import json
+import multiprocessing
+import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from vllm.entrypoints.cli.run_batch import RunBatchSubcommand
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from tests.support import program_options
 from tests.support.documentation import (
     PAGES,
     ROOT,
@@ -46,6 +48,7 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 SHELL = [block for block in BLOCKS if block.language == "bash"]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 DATA = [block for block in BLOCKS if block.language in ("json", "yaml")]
+PROGRAMS = ("benchmarks/", "examples/")
 
 
 @pytest.fixture(scope="module")
@@ -104,26 +107,19 @@ def check_python(words: list[str]) -> None:
         return
     path = ROOT / words[1]
     assert path.is_file(), f"there is no {words[1]}"
-    if path.parent.name == "examples":
-        shown = subprocess.run(
-            [sys.executable, path, "--help"], capture_output=True, text=True, check=True
-        ).stdout
-        assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[\w-]+", shown))
-    elif words[1].startswith("benchmarks/"):
+    if words[1].startswith(PROGRAMS):
         assert (complaint := complaints()[tuple(words[1:])]) is None, complaint
 
 
 @functools.cache
 def complaints() -> dict[tuple[str, ...], str | None]:
-    """What the programs of benchmarks/ say to each command on any page."""
+    """What the programs of benchmarks/ and examples/ say to each command on any page."""
     every = [words for block in SHELL for words in commands(block.text)]
     every += [words for page in PAGES for words in inline_commands(page)]
-    asked = [words[1:] for words in every if words[0] == "python" and words[1].startswith("benchmarks/")]
-    command = [sys.executable, "-m", "tests.support.benchmark_options"]
-    done = subprocess.run(
-        command, input=json.dumps(asked), cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return dict(zip(map(tuple, asked), json.loads(done.stdout.splitlines()[-1]), strict=True))
+    asked = [words[1:] for words in every if words[0] == "python" and words[1].startswith(PROGRAMS)]
+    with multiprocessing.get_context("fork").Pool(1, os.chdir, (ROOT,)) as pool:
+        said = pool.map(program_options.complaint, asked)
+    return dict(zip(map(tuple, asked), said, strict=True))
 
 
 def check_make(words: list[str]) -> None:

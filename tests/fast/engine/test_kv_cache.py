@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request
 
 from vllm_longctx.engine import kv_cache
-from vllm_longctx.engine.kv_cache import LambdaSpec
+from vllm_longctx.engine.sliding_kv import LambdaSpec
 from vllm_longctx.geometry import Geometry
 
 BS = 4

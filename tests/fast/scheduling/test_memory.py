@@ -16,7 +16,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from tests.support.scheduler_steps import BS, Steps
-from vllm_longctx.engine.kv_cache import MemoryManager, MemorySpec
+from vllm_longctx.engine.memory_kv import MemoryManager, MemorySpec
 from vllm_longctx.engine.step import StepInfo, copied_blocks
 from vllm_longctx.settings import active_settings
 
@@ -131,8 +131,10 @@ class Crowd(Steps):
                 self.abort(self.rng.choice(list(self.requests)))
 
 
-@pytest.mark.parametrize("steps_ahead", [0, 1])
-@pytest.mark.parametrize("num_blocks", [30, 200])
+@pytest.mark.parametrize(
+    ("num_blocks", "steps_ahead"),
+    [(30, 1), (200, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((30, 0), (200, 1)))],
+)
 def test_whoever_is_hit_is_given_what_it_would_have_computed(steps_ahead: int, num_blocks: int) -> None:
     """Chats whose turns are written again, by many at once, over a pool that is too small, or not."""
     core = Crowd(1, steps_ahead, num_blocks)

@@ -18,7 +18,7 @@ from vllm.v1.request import Request
 
 from tests.support.engine_args import create
 from tests.support.scheduler_steps import BUDGET, Steps
-from vllm_longctx.engine.kv_cache import LambdaSpec
+from vllm_longctx.engine.sliding_kv import LambdaSpec
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.scheduling import temp_lora as temp_lora
 from vllm_longctx.scheduling.scheduler import AsyncLongContextScheduler, shares_of

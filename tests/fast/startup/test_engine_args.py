@@ -27,7 +27,6 @@ from vllm_longctx.config import PRESETS, LongContextError
 from vllm_longctx.engine.kv_cache import prefix_caching
 from vllm_longctx.engine.lora import LoRAConfigWithSlots, with_slots
 from vllm_longctx.geometry import Geometry, SteppedWindows
-from vllm_longctx.models.properties import LINEAR_MODULES
 from vllm_longctx.settings import active_settings
 
 QUALITY = {"longctx": {"preset": "temp-lora-quality"}}
@@ -216,14 +215,14 @@ def test_temp_lora_asks_vllm_for_its_slots() -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "wrapped"),
-    [(None, None), (["q_proj", "lm_head"], ["q_proj", "lm_head", *LINEAR_MODULES[1:]])],
+    "targets",
+    [None, ["q_proj", "lm_head"]],
 )
-def test_workers_have_places_for_slots_behind_the_users_adapters(targets: Any, wrapped: Any) -> None:
+def test_workers_have_places_for_slots_behind_the_users_adapters(targets: Any) -> None:
     plain = create(additional_config=QUALITY, max_num_seqs=4)
     layers = with_slots(plain).lora_config
     assert layers is not None and plain.lora_config is None
-    assert (layers.max_loras, layers.max_lora_rank, layers.target_modules) == (4, 8, list(LINEAR_MODULES))
+    assert (layers.max_loras, layers.max_lora_rank, layers.target_modules) == (4, 8, [])
     users = {
         "enable_lora": True,
         "max_loras": 3,
@@ -239,7 +238,7 @@ def test_workers_have_places_for_slots_behind_the_users_adapters(targets: Any, w
         7,
         9,
         64,
-        wrapped,
+        targets,
     )
     without = create(max_num_seqs=4, **users)
     assert with_slots(without) is without
@@ -334,7 +333,7 @@ def test_settings_that_do_not_go_with_temp_lora_are_refused(kwargs: dict[str, An
 def test_a_model_whose_layers_take_no_lora_is_refused(tmp_path: Path) -> None:
     config = GPTJConfig(n_embd=64, n_layer=2, n_head=2, n_positions=96, vocab_size=64, rotary_dim=16)
     with pytest.raises(
-        LongContextError, match="has no LoRA support for its linear layers; Temp-LoRA runs LlamaForCausalLM"
+        LongContextError, match="has no LoRA support in vLLM \\(GPTJForCausalLM\\); leave adaptation out"
     ):
         create(save(tmp_path, config, "GPTJForCausalLM"), QUALITY)
 

@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from tests.support.engine_args import TINY, create, save
 from vllm_longctx.config import LongContextError
 from vllm_longctx.cuda.sliding import LambdaBackend
-from vllm_longctx.engine.kv_cache import bytes_per_layer_block
+from vllm_longctx.engine.memory_kv import bytes_per_layer_block
 from vllm_longctx.modes import SCHEDULERS
 from vllm_longctx.scheduling.scheduler import AsyncLongContextScheduler, LongContextScheduler
 from vllm_longctx.startup import platform

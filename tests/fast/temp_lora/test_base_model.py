@@ -20,6 +20,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_longctx import refusals
 from vllm_longctx.config import LongContextError
+from vllm_longctx.models.properties import TRAINED_WINDOW
 from vllm_longctx.settings import active_settings
 from vllm_longctx.temp_lora import base_model
 from vllm_longctx.temp_lora import messages as m
@@ -123,10 +124,11 @@ def test_a_sliding_window_that_is_disabled_is_so_in_the_trainer(tmp_path: Path) 
         "num_key_value_heads": 2,
         "vocab_size": 64,
     }
-    MistralForCausalLM(MistralConfig(num_hidden_layers=1, sliding_window=32, **sizes)).save_pretrained(
+    MistralForCausalLM(MistralConfig(num_hidden_layers=1, sliding_window=64, **sizes)).save_pretrained(
         tmp_path
     )
-    assert loaded(create(tmp_path, disable_sliding_window=True)).config.sliding_window is None
+    config = loaded(create(tmp_path, disable_sliding_window=True)).config
+    assert config.sliding_window is None and not hasattr(config, TRAINED_WINDOW)
 
 
 def test_an_output_layer_of_its_own_is_used_where_the_config_says_tied(

@@ -117,6 +117,19 @@ def test_versions_in_the_slots_are_the_trainers(client: TrainerClient, tiny_llam
         read(client, 2, 1, 1, 1)
 
 
+def test_a_probe_is_computed_with_the_adapter_in_the_slot(client: TrainerClient, tiny_llama: Path):
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32))
+    trainer.begin(1, RECIPE)
+    trainer.randomize(1)
+    logprobs = client.probe_adapter(m.Probe(1, 2, RECIPE, tokens(1)))
+    assert logprobs == pytest.approx(trainer.logprobs(tokens(1), 1), abs=1e-4)
+    assert_equal(read(client, 2, 0, 1, 0), trainer.weights(1))
+    too_large = m.msgspec.structs.replace(RECIPE, rank=9)
+    with pytest.raises(LongContextError, match="no adapter works: ValueError: rank 9 does not fit"):
+        client.probe_adapter(m.Probe(1, 2, too_large, tokens(1)))
+    assert ask(client, m.Begin(1, 2, RECIPE)) == m.Began(1), "a probe leaves no adapter behind"
+
+
 def test_a_failed_block_is_answered_and_the_next_one_trains(client: TrainerClient):
     client.send(m.Begin(1, 0, RECIPE))
     client.send(m.Train(1, 0, 1, 1, tokens(1), 16))
@@ -229,7 +242,11 @@ def test_running_out_of_memory_is_answered(tiny_llama: Path):
     slots.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGSTOP],
+    ids=["killed", "hangs"],
+)
 def test_a_trainer_that_fails_while_training_is_replaced(
     client: TrainerClient, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ):
@@ -377,13 +394,15 @@ def test_the_trainer_ends_with_its_engine(checkpoint: Path, loaded: bool):
     wait_until(lambda: is_gone(trainer) and not os.path.exists(directory))
 
 
-def test_close_leaves_nothing(checkpoint: Path):
+@pytest.mark.parametrize("loaded", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_close_leaves_nothing(checkpoint: Path, loaded: bool):
     gc.collect()
     files = len(os.listdir("/proc/self/fd"))
     client = client_of(checkpoint)
     client.start()
     pid, directory = client.process_id, client._directory
-    hear(client, m.Ready)
+    if loaded:
+        hear(client, m.Ready)
     client.close()
     client.close()
     gc.collect()
@@ -549,6 +568,43 @@ def test_a_joined_trainer_is_compared_and_saves_where_the_engine_says(tiny_llama
     assert reports[1].logprobs == trainer.logprobs([1, 2, 511]) and len(reports[1].logprobs) == 2
     assert reports[2:] == [m.Began(1), m.Saved(1, "mine")] and (tmp_path / "mine").is_dir()
     slots.close()
+
+
+def test_the_engine_says_which_layers_are_adapted(tiny_llama: Path):
+    names = ["model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"]
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as engine:
+        router.bind("inproc://trainer")
+        engine.connect("inproc://trainer")
+        trainer = Trainer(AutoModelForCausalLM.from_pretrained(tiny_llama))
+        modules = {name: trainer.linear[name] for name in names}
+        sidecar, slots = Sidecar(trainer, router, None), Slots.create(modules, 8, 1)
+        jobs = [m.Probe(1, 0, RECIPE, tokens(1)), m.OpenSlots(slots.path, 8, 1, names), m.Begin(1, 0, RECIPE)]
+        for job in [m.Join(), *jobs, m.Train(1, 0, 1, 1, tokens(1), 16)]:
+            engine.send(m.encode(job))
+            sidecar.serve_one()
+        reports = [m.decode_report(engine.recv()) for _ in range(5)]
+    assert len(reports[0].modules) == 21 and reports[0].modules.items() > modules.items()
+    assert reports[1] == m.Failed(1, 0, "RuntimeError: the slots are not open")
+    with slots.read(0, 1, 1, 1) as weights:
+        assert weights.keys() == set(names) and all(b.any() for _, b in weights.values())
+    slots.close()
+
+
+def test_a_joined_trainer_without_a_layer_of_the_engines_is_refused(tmp_path: Path):
+    address = f"ipc://{tmp_path}/trainer"
+    client = client_of("MODEL", address=address)
+    client.modules = ["model.layers.0.up_proj", "model.layers.1.up_proj"]
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.bind(address)
+        client.start()
+        engine, _ = router.recv_multipart()
+        ready = m.Ready({"model.layers.0.up_proj": (8, 16)}, about="OTHER in float32")
+        router.send_multipart([engine, m.encode(ready)])
+        with pytest.raises(
+            LongContextError, match=r"has OTHER in float32, which has no linear layer model.layers.1.up_proj"
+        ):
+            client.wait_until_ready(lambda ready: None)
+        client.close()
 
 
 def test_nobody_at_an_address_ends_the_start(tmp_path: Path):

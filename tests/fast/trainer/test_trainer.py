@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from tests.support import families
 from vllm_longctx import files
 from vllm_longctx.temp_lora.messages import Recipe
 from vllm_longctx.trainer.trainer import NotFinite, Trainer
@@ -160,6 +161,67 @@ def test_modules_are_all_linear_layers_but_the_head(trainer: Trainer):
     assert trainer.modules["model.layers.0.self_attn.k_proj"] == (128, 64)
     assert trainer.modules["model.layers.2.mlp.down_proj"] == (256, 128)
     assert "lm_head" not in trainer.modules
+
+
+def test_the_layers_that_are_adapted_may_be_chosen(tiny_llama: Path, tmp_path: Path):
+    """Some layers of one kind, then all of a kind, then all again."""
+    model, ids = load(tiny_llama), torch.arange(40)[None]
+    logits, trainer = model(ids).logits, Trainer(model)
+    everything = dict(trainer.linear)
+    queries = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)]
+    for chosen, targets in ((queries[:2], queries[:2]), (queries, ["q_proj"])):
+        trainer.adapt(chosen)
+        assert trainer.linear == everything and list(trainer.modules) == chosen
+        assert torch.equal(model(ids).logits, logits)
+        trainer.begin(1, Recipe(**FAST))
+        trainer.train(1, 1, blocks(1, 1)[0], 16)
+        assert trainer.weights(1).keys() == set(chosen) and not torch.equal(model(ids).logits, logits)
+        trainer.save(1, tmp_path / "saved", 0)
+        assert LoraConfig.from_pretrained(str(tmp_path / "saved")).target_modules == set(targets)
+        trainer.drop(1)
+        assert torch.equal(model(ids).logits, logits)
+    trainer.adapt(everything)
+    fresh = Trainer(load(tiny_llama))
+    for one in (trainer, fresh):
+        one.begin(1, Recipe(**FAST))
+        one.train(1, 1, blocks(1, 1)[0], 16)
+    assert equal(trainer.weights(1), fresh.weights(1))
+    trainer.drop(1)
+    with pytest.raises(ValueError, match="the trainer's model has no linear layer lm_head"):
+        trainer.adapt(["lm_head"])
+    with pytest.raises(ValueError, match="no linear layer is to be adapted"):
+        trainer.adapt([])
+
+
+@pytest.mark.parametrize("recipe", [Recipe(rank=4, alpha=4), Recipe(rank=16, alpha=4)], ids=["4", "16"])
+def test_a_random_adapter_is_half_as_large_as_what_it_adapts(tiny_llama: Path, recipe: Recipe):
+    """In any layer; and it is the same one every time."""
+    trainer = Trainer(load(tiny_llama))
+    trainer.begin(1, recipe)
+    trainer.randomize(1)
+    for name, (a, b) in trainer.weights(1).items():
+        weight = trainer._layers[name].get_base_layer().weight
+        assert 0.3 < (b @ a).norm() / weight.norm() < 0.8, name
+    tokens = list(range(40))
+    with_it, without = trainer.logprobs(tokens, 1), trainer.logprobs(tokens)
+    assert max(abs(x - y) for x, y in zip(with_it, without, strict=True)) > 0.1
+    trainer.begin(2, recipe)
+    trainer.randomize(2)
+    assert trainer.logprobs(tokens, 2) == with_it and trainer.logprobs(tokens) == without
+
+
+@pytest.mark.parametrize("family", ["Phi3", "Gemma2", "Qwen2Moe", "Mixtral"])
+def test_other_models_train(tmp_path: Path, family: str):
+    """Fused layers, a soft cap, experts: the loss falls, and nothing but the adapter changes."""
+    model = families.load(families.save(tmp_path, family))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer, tokens = Trainer(model, recompute=True), blocks(1, 1)[0]
+    trainer.begin(1, Recipe(**{**FAST, "epochs": 4}))
+    losses = trainer.train(1, 1, tokens, 16)
+    assert losses[-1] < losses[0]
+    assert all(b.any() for _, b in trainer.weights(1).values())
+    after = {name.replace("base_layer.", ""): value for name, value in model.state_dict().items()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_the_base_model_is_untouched(tiny_llama: Path):

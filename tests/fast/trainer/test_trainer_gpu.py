@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.shared_model import CONFIGS, Engine, load, save
 from tests.support.trainer_client import client_of, hear
-from vllm_longctx.models.properties import LINEAR_MODULES
 from vllm_longctx.temp_lora import messages as m
 from vllm_longctx.temp_lora import shared_weights as shared
+from vllm_longctx.temp_lora.linear_layers import linear_layers
 from vllm_longctx.temp_lora.slots import Slots
 from vllm_longctx.trainer.trainer import Trainer
 
@@ -76,9 +76,7 @@ def test_another_process_trains_on_our_weights_into_our_memory(tmp_path: Path, c
     engine = Engine(original).to(GPU)
     before = {name: p.clone() for name, p in engine.named_parameters()}
     weights = shared.engine_weights(engine)
-    modules = shared.adapted_modules(
-        shared.views(weights, shared.skeleton(str(tmp_path), "bfloat16", "sdpa")), LINEAR_MODULES
-    )
+    modules = linear_layers(original)
     memory = torch.zeros(Slots.size(modules, 4, 2), dtype=torch.uint8, device=GPU)
     client = client_of(
         tmp_path,

@@ -58,9 +58,9 @@ def lambda_attention(
         of a row; it chooses the tile only. turn: cos and sin float32 [tokens, rotary_dim / 2] of
         `view.query_turn`; key_turn: [n_global, rotary_dim / 2] of `view.key_turn`. None where those are None.
         Neither has the attention factor. lse: takes the scores' log-sum-exp, float32 [tokens, heads], by
-        which to join this attention to one over other keys. scale: of the scores. k_scale, v_scale: what the
-        cache's keys and values are to be multiplied by. Raises ValueError for tensors of other strides or
-        shapes.
+        which to join this attention to one over other keys; the view's sinks are in it. scale: of the scores.
+        k_scale, v_scale: what the cache's keys and values are to be multiplied by. Raises ValueError for
+        tensors of other strides or shapes.
     """
     tokens, heads, head_size = query.shape
     kv_heads, rows = key_cache.shape[2], len(seq_lens)
@@ -81,6 +81,7 @@ def lambda_attention(
         query_start_loc,
         *lambda_tile.turn_arguments(view, turn, key_turn, tokens, query),
         query if view.alibi_slopes is None else view.alibi_slopes,
+        lambda_tile.sinks_argument(view.sinks, heads),
         rows,
         *lambda_tile.view_arguments(view, scale * k_scale, v_scale),
         *lambda_tile.stride_arguments(query, out, block_table, key_cache, value_cache),
@@ -126,7 +127,7 @@ def tile_rows(m, tile_begin, query_len, kv_head, GROUP: tl.constexpr, TOKENS: tl
 @triton.jit(do_not_specialize=["rows", "seq_lens", "query_start_loc"])
 def _prefill(
     query_ptr, key_cache, value_cache, out_ptr, lse, block_table, seq_lens, query_start_loc,
-    cos, sin, key_cos, key_sin, alibi_slopes, rows,
+    cos, sin, key_cos, key_sin, alibi_slopes, sinks, rows,
     n_global, n_local, ceiling, scale, soft_cap, v_scale,
     stride_query, stride_query_head, stride_out, stride_out_head,
     stride_table, stride_block, stride_slot, stride_head,
@@ -160,7 +161,7 @@ def _prefill(
         key_cache, value_cache, block_table, row, kv_head,
         stride_table, stride_block, stride_slot, stride_head,
     )  # fmt: skip
-    softmax = lambda_tile.nothing_seen(ROWS, PADDED_HEAD)
+    softmax = lambda_tile.sinks_seen(lambda_tile.nothing_seen(ROWS, PADDED_HEAD), sinks, heads, active)
 
     first_end = tl.minimum(last_start, n_global)
     if first_end > 0:

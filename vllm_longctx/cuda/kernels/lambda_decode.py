@@ -98,6 +98,7 @@ def lambda_decode(
         seq_lens,
         *lambda_tile.turn_arguments(view, turn, key_turn, rows, query),
         query if view.alibi_slopes is None else view.alibi_slopes,
+        lambda_tile.sinks_argument(view.sinks, heads),
         *lambda_tile.view_arguments(view, scale * k_scale, v_scale),
         *lambda_tile.stride_arguments(query, out, block_table, key_cache, value_cache),
         GROUP=group,
@@ -126,7 +127,7 @@ def lambda_decode(
 @triton.jit(do_not_specialize=["seq_lens"])  # of any alignment
 def _decode(
     query_ptr, key_cache, value_cache, out_ptr, lse, partial, partial_lse, block_table, seq_lens,
-    cos, sin, key_cos, key_sin, alibi_slopes,
+    cos, sin, key_cos, key_sin, alibi_slopes, sinks,
     n_global, n_local, ceiling, scale, soft_cap, v_scale,
     stride_query, stride_query_head, stride_out, stride_out_head,
     stride_table, stride_block, stride_slot, stride_head,
@@ -162,6 +163,8 @@ def _decode(
         stride_table, stride_block, stride_slot, stride_head,
     )  # fmt: skip
     softmax = lambda_tile.nothing_seen(ROWS, PADDED_HEAD)
+    of_first_share = m < tl.where(split == 0, GROUP, 0)
+    softmax = lambda_tile.sinks_seen(softmax, sinks, heads, of_first_share)
 
     begin = split * tiles
     if begin < first_tiles:

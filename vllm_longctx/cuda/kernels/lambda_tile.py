@@ -30,6 +30,7 @@ class View:
 
     rotary_dim, is_neox: as in `rotary.Rotary`; rotary_dim is 0 for a model without rotation. alibi_slopes:
     float32 [heads] on the device, or None. soft_cap: scores become cap * tanh(score / cap); 0 for no cap.
+    sinks: scores of one more key per head, whose value is zero; [heads] on the device, or None.
     """
 
     geometry: Geometry
@@ -37,6 +38,7 @@ class View:
     is_neox: bool = True
     alibi_slopes: Tensor | None = None
     soft_cap: float = 0.0
+    sinks: Tensor | None = None
 
     @property
     def window(self) -> int:
@@ -154,6 +156,16 @@ def lse_arguments(lse: Tensor | None, shape: tuple[int, int], unused: Tensor) ->
     return lse
 
 
+def sinks_argument(sinks: Tensor | None, heads: int) -> Tensor | None:
+    """Sinks as kernels take them: without, a kernel has no such parameter.
+
+    Raises ValueError for other sinks than [heads], contiguous.
+    """
+    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_contiguous()):
+        raise ValueError(f"sinks must be contiguous ({heads},), got {tuple(sinks.shape)}")
+    return sinks
+
+
 def view_arguments(view: View, scale: float, v_scale: float) -> tuple[int | float, ...]:
     """scale: of the scores, with the one of the cache's keys."""
     scale = scale if view.soft_cap else scale * LOG2_E
@@ -219,6 +231,18 @@ def cache_of(
 def nothing_seen(ROWS: tl.constexpr, PADDED_HEAD: tl.constexpr):
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     return Softmax(top, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, PADDED_HEAD), tl.float32))
+
+
+@triton.jit
+def sinks_seen(softmax, sinks, heads, active):
+    """The heads' sinks in the same softmax, once for a query. sinks: None for a layer without."""
+    if sinks is not None:
+        score = tl.load(sinks + heads, mask=active, other=float("-inf")).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(softmax.top, score)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        kept = tl.exp2(softmax.top - base)
+        softmax = Softmax(top, softmax.total * kept + tl.exp2(score - base), softmax.acc * kept[:, None])
+    return softmax
 
 
 @triton.jit
@@ -296,12 +320,17 @@ def load_turned(pointers, x, mask, cos, sin, vectors, d, ROTARY_DIM: tl.constexp
 
 
 @triton.jit
+def tanh_of_ratio(scores, soft_cap):
+    """tanh(score / cap), as 1 - 2 / (1 + e^2x)."""
+    return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * scores / soft_cap))
+
+
+@triton.jit
 def finish_scores(products, scale, soft_cap, SOFT_CAP: tl.constexpr):
     """Products to scores in base 2. scale: of the scores, times log2(e) where they are not capped."""
     scores = products * scale
     if SOFT_CAP:
-        # tanh(x) = 1 - 2 / (1 + e^2x)
-        scores = soft_cap * 1.4426950408889634 * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * scores / soft_cap)))
+        scores = soft_cap * 1.4426950408889634 * tanh_of_ratio(scores, soft_cap)
     return scores
 
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from vllm.utils.math_utils import cdiv
 
+from vllm_longctx.cuda.kernels.lambda_tile import tanh_of_ratio
 from vllm_longctx.engine.lookup import LEVELS, SCANNED, place_of
 
 WORKSPACE = 1 << 24  # packed scores of a call: 128 MiB
@@ -103,14 +104,20 @@ class Memories:
 
 
 def attend_best(
-    query: Tensor, memories: Memories, k: int, scale: float, share: float | None = None
+    query: Tensor,
+    memories: Memories,
+    k: int,
+    scale: float,
+    share: float | None = None,
+    soft_cap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention over each query and head's k best keys: output float32 [rows, T, heads, d], log-sum-exp
     [rows, T, heads].
 
     query [rows, T, heads, d], fp16, bf16 or fp32: T of each row, turned to the distance at which its memory
-    is seen. share: of a memory's blocks to read (`best_blocks`), or None to find the best keys exactly. Zeros
-    and -inf for an empty memory.
+    is seen. share: of a memory's blocks to read (`best_blocks`), or None to find the best keys exactly.
+    soft_cap: of the scores, as in `lambda_tile.View`; it does not change which keys are best. Zeros and -inf
+    for an empty memory.
     """
     rows, length, heads, d = query.shape
     output = torch.empty(rows, length, heads, d, dtype=torch.float32, device=query.device)
@@ -121,7 +128,7 @@ def attend_best(
     for of_rows, tokens in _tiles(query, blocks * memories.block_size):
         part, q = memories.rows(of_rows), query[of_rows, tokens]
         best = top_k(q, part, k) if share is None else best_blocks(q, part, k, share, SCANNED)
-        _attend(best, part, scale, output[of_rows, tokens], lse[of_rows, tokens])
+        _attend(best, part, scale, soft_cap, output[of_rows, tokens], lse[of_rows, tokens])
     return output, lse
 
 
@@ -264,7 +271,9 @@ def _best_keys(query: Tensor, memories: Memories, columns: Tensor, k: int) -> Te
     return _highest(out, k)
 
 
-def _attend(best: Tensor, memories: Memories, scale: float, output: Tensor, lse: Tensor) -> None:
+def _attend(
+    best: Tensor, memories: Memories, scale: float, soft_cap: float, output: Tensor, lse: Tensor
+) -> None:
     """Attention over packed keys [rows, T, heads, n], best first, into output [rows, T, heads, d] and lse
     [rows, T, heads].
     """
@@ -283,6 +292,7 @@ def _attend(best: Tensor, memories: Memories, scale: float, output: Tensor, lse:
         n,
         scale,
         KEYS=32,
+        SOFT_CAP=soft_cap,
         **memories.constants(heads),
     )
 
@@ -440,6 +450,7 @@ def _attend_kernel(
     value_block, value_token, value_head, table_row, out_row, out_token, lse_row, lse_token, length, num_best,
     scale,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):  # fmt: skip
     """One token of one head."""
     which = tl.program_id(0).to(tl.int64)
@@ -447,7 +458,10 @@ def _attend_kernel(
     mine = best + (which * tl.num_programs(1) + head) * num_best
     values += (head // GROUP).to(tl.int64) * value_head
     dims = tl.arange(0, D_PAD)
-    highest = tl.maximum(_score(tl.load(mine)) * scale, -3.4e38)  # finite without keys too
+    highest = _score(tl.load(mine)) * scale
+    if SOFT_CAP > 0:
+        highest = SOFT_CAP * tanh_of_ratio(highest, SOFT_CAP)
+    highest = tl.maximum(highest, -3.4e38)  # finite without keys too
     total = 0.0
     sums = tl.zeros((D_PAD,), tl.float32)
     for begin in range(0, num_best, KEYS):
@@ -455,6 +469,8 @@ def _attend_kernel(
         packed = tl.load(mine + number, mask=number < num_best, other=0)
         scores = tl.where(number < num_best, _score(packed) * scale, float("-inf"))
         there = scores > float("-inf")
+        if SOFT_CAP > 0:
+            scores = tl.where(there, SOFT_CAP * tanh_of_ratio(scores, SOFT_CAP), float("-inf"))
         position = tl.where(there, 0xFFFFFFFF - (packed & 0xFFFFFFFF), 0)
         weights = tl.exp(scores - highest)
         block = tl.load(block_table + row * table_row + position // BLOCK, mask=there, other=0).to(tl.int64)

@@ -25,13 +25,15 @@ def stepped_attention(
     scale: float,
     out: Tensor,
     branch: tuple[Tensor, Tensor] | None = None,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> None:
     """Attention of the last query_start_loc[r + 1] - query_start_loc[r] tokens of each row r to its keys from
     starts[r] on.
 
     starts int32 [rows]: positions, none behind a row's first query. branch: output float32 [tokens, heads,
-    head_size] and log-sum-exp float32 [tokens, heads] of further keys, contiguous; -inf where there are none.
-    The rest as in `lambda_attention`.
+    head_size] and log-sum-exp float32 [tokens, heads] of further keys, contiguous; -inf where there are none;
+    without the sinks. soft_cap, sinks: as in `View`. The rest as in `lambda_attention`.
     """
     tokens, heads, head_size = query.shape
     kv_heads, rows = key_cache.shape[2], len(seq_lens)
@@ -53,12 +55,14 @@ def stepped_attention(
         query_start_loc,
         further,
         further_lse,
+        lambda_tile.sinks_argument(sinks, heads),
         rows,
-        scale * lambda_tile.LOG2_E,
+        scale if soft_cap else scale * lambda_tile.LOG2_E,
         *lambda_tile.stride_arguments(query, out, block_table, key_cache, value_cache),
         GROUP=group,
         TOKENS=per_tile,
         FURTHER=branch is not None,
+        SOFT_CAP=soft_cap,
         UNSEEN=lambda_tile.UNBOUNDED,
         **launch.arguments(),
         **lambda_tile.cache_constants(head_size, key_cache.shape[1]),
@@ -69,11 +73,11 @@ def stepped_attention(
 @triton.jit(do_not_specialize=["rows", "block_table", "starts", "seq_lens", "query_start_loc"])
 def _stepped(
     query_ptr, key_cache, value_cache, out_ptr, block_table, starts, seq_lens, query_start_loc,
-    further, further_lse, rows, scale,
+    further, further_lse, sinks, rows, scale,
     stride_query, stride_query_head, stride_out, stride_out_head,
     stride_table, stride_block, stride_slot, stride_head,
-    GROUP: tl.constexpr, TOKENS: tl.constexpr, FURTHER: tl.constexpr, UNSEEN: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, FURTHER: tl.constexpr, SOFT_CAP: tl.constexpr,
+    UNSEEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
@@ -95,6 +99,7 @@ def _stepped(
         total = tl.where(top > float("-inf"), 1.0, 0.0)
         acc = tl.load(further + place[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
         softmax = lambda_tile.Softmax(top, total, acc)
+    softmax = lambda_tile.sinks_seen(softmax, sinks, heads, active)
 
     positions = seq_len - query_len + in_row
     first_query = seq_len - query_len + tile_begin
@@ -107,12 +112,12 @@ def _stepped(
         stride_table, stride_block, stride_slot, stride_head,
     )  # fmt: skip
     softmax = lambda_tile.attend_window(
-        query, positions, positions, softmax, cache, begin, whole_end, UNSEEN, scale, 0.0,
-        KEYS, False, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, False, False,
+        query, positions, positions, softmax, cache, begin, whole_end, UNSEEN, scale, SOFT_CAP,
+        KEYS, False, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, False, SOFT_CAP > 0,
     )  # fmt: skip
     softmax = lambda_tile.attend_window(
-        query, positions, positions, softmax, cache, whole_end, end, UNSEEN, scale, 0.0,
-        KEYS, True, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, False, False,
+        query, positions, positions, softmax, cache, whole_end, end, UNSEEN, scale, SOFT_CAP,
+        KEYS, True, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, False, SOFT_CAP > 0,
     )  # fmt: skip
     acc = softmax.acc / tl.where(softmax.total > 0, softmax.total, 1.0)[:, None]
     lambda_tile.store_output(out_ptr, acc, token, heads, mask, d, stride_out, stride_out_head)

@@ -48,6 +48,8 @@ class Case:
     block_size: int = 16
     dtype: torch.dtype = torch.float32
     slots_first: bool = False
+    soft_cap: float = 0.0
+    sinks: torch.dtype | None = None
     launch: Launch | None = SMALL
 
     def rotary(self) -> Rotary | None:
@@ -60,6 +62,10 @@ class Case:
 
     def slopes(self) -> Tensor | None:
         return alibi_slopes(self.heads).float() if self.alibi else None
+
+    def of_sinks(self) -> Tensor | None:
+        """One far below its head's scores, one far above, the others among them."""
+        return None if self.sinks is None else torch.linspace(-6, 6, self.heads).roll(1).to(self.sinks)
 
 
 CASES = {
@@ -87,6 +93,9 @@ CASES = {
     "ALiBi": Case(alibi=True),
     "ALiBi, ceiling above the window": Case(Geometry(5, 24, 40), alibi=True),
     "ALiBi in the cache": Case(IN_CACHE, alibi=True),
+    "soft cap": Case(Geometry(), soft_cap=2.0),
+    "sinks": Case(IN_CACHE, heads=4, sinks=torch.float32),
+    "soft cap and sinks": Case(Geometry(5, 24, 40), heads=8, kv_heads=2, soft_cap=2.0, sinks=torch.bfloat16),
     "blocks of 32": Case(block_size=32),
     "blocks of 48": Case(block_size=48),
     "slots before heads": Case(heads=4, kv_heads=2, slots_first=True),
@@ -149,7 +158,15 @@ class Batch:
     def view(self) -> View:
         slopes, rotary = self.case.slopes(), self.case.rotary()
         on_device = None if slopes is None else slopes.to(DEVICE)
-        return View(self.case.geometry, rotary.rotary_dim if rotary else 0, self.case.is_neox, on_device)
+        sinks = self.case.of_sinks()
+        return View(
+            self.case.geometry,
+            rotary.rotary_dim if rotary else 0,
+            self.case.is_neox,
+            on_device,
+            self.case.soft_cap,
+            None if sinks is None else sinks.to(DEVICE),
+        )
 
     def turns(self) -> list[tuple[Tensor, ...] | None]:
         """cos and sin for queries and first keys, as a backend makes them."""
@@ -178,7 +195,8 @@ def batch_of(case: Case) -> Batch:
             for n, h in ((step, case.heads), (length, case.kv_heads), (length, case.kv_heads))
         )
         seen = branches(case.geometry, at, keys)
-        expected.append(reference.attention(query, key, value, seen, d**-0.5, rotary, case.slopes()))
+        own = {"soft_cap": case.soft_cap, "sinks": case.of_sinks()}
+        expected.append(reference.attention(query, key, value, seen, d**-0.5, rotary, case.slopes(), **own))
         if rotary is not None:
             query, key = rotary.turn(query, at[:, None]), rotary.turn(key, keys[:, None])
         queries.append(query)
@@ -226,7 +244,7 @@ def test_the_decode_kernel_equals_the_reference(case: Case) -> None:
 
 @pytest.mark.parametrize("splits", [1, 2, 50])
 def test_the_decode_kernel_equals_the_reference_however_split(splits: int) -> None:
-    batch = batch_of(Case(lens=((70, 1), (24, 1))))
+    batch = batch_of(Case(lens=((70, 1), (24, 1)), sinks=torch.float32))
     assert largest_error(batch.decode(splits), batch) < 1e-5
 
 
@@ -284,14 +302,17 @@ def test_padding_rows_and_tokens_of_the_mixed_kernel_are_left_alone() -> None:
     assert largest_error(got[:tokens], batch) < 1e-5
 
 
-def test_the_kernels_give_log_sum_exps_of_their_scores() -> None:
+@pytest.mark.parametrize("sinks", [None, torch.float32])
+def test_the_kernels_give_log_sum_exps_of_their_scores(sinks: torch.dtype | None) -> None:
     """By which an attention over other keys, the memory's say, is joined."""
-    batch = batch_of(Case(Geometry(0, 8), ((30, 1), (5, 1))))
-    expected = []
+    batch = batch_of(Case(Geometry(0, 8), ((30, 1), (5, 1)), sinks=sinks))
+    of_sinks, expected = batch.case.of_sinks(), []
     for row, (length, _) in enumerate(batch.case.lens):
         seen = torch.arange(max(length - 8, 0), length)
         keys = batch.key_cache.cpu()[batch.block_table[row].cpu()[seen // 16].long(), seen % 16, 0].double()
         expected.append((batch.query[row].cpu().double() @ keys.T * batch.case.head_size**-0.5).logsumexp(-1))
+    if of_sinks is not None:
+        expected = [torch.logaddexp(lse, of_sinks.double()) for lse in expected]
     for run in (batch.attention, partial(batch.decode, 1), partial(batch.decode, 3)):
         lse = torch.full(batch.query.shape[:2], torch.nan, device=DEVICE)
         run(lse=lse)
@@ -305,24 +326,6 @@ def test_the_kernels_write_into_strided_outputs() -> None:
     wide[:, heads : 2 * heads] = batch.query
     got = replace(batch, query=wide[:, heads : 2 * heads]).attention()
     assert largest_error(got, batch) < 1e-5
-
-
-def test_the_kernels_cap_scores_softly() -> None:
-    torch.manual_seed(0)
-    length, d, cap = 40, 32, 2.0
-    query, key, value = (torch.randn(n, 1, d, device=DEVICE) for n in (1, length, length))
-    cache = torch.cat((key, value), -1).view(5, 8, 1, 2 * d)
-    table = torch.arange(5, dtype=torch.int32, device=DEVICE)[None]
-    lens = torch.tensor([length], dtype=torch.int32, device=DEVICE)
-    view, out, work = (
-        View(Geometry(), soft_cap=cap),
-        torch.empty_like(query),
-        decode_workspace(1, 1, d, 2, DEVICE),
-    )
-    lambda_decode(query, *cache.split(d, -1), table, lens, None, None, view, 1.0, out, work, 2, launch=SMALL)
-    scores = cap * torch.tanh(query[0].double() @ key[:, 0].double().T / cap)
-    expected = scores.softmax(-1) @ value[:, 0].double()
-    assert (out[0].double() - expected).abs().max() < 1e-5
 
 
 def test_the_kernels_read_float8_caches_with_their_scales() -> None:
@@ -351,6 +354,8 @@ def test_the_kernels_refuse_what_they_would_misread() -> None:
     common = (batch.query, batch.key_cache, batch.value_cache, batch.block_table, batch.seq_lens)
     with pytest.raises(ValueError, match="were not given"):
         lambda_decode(*common, None, None, view, 1.0, out, out, 1)
+    with pytest.raises(ValueError, match=r"sinks must be contiguous \(2,\), got \(3,\)"):
+        lambda_decode(*common, *batch.turns(), replace(view, sinks=torch.empty(3)), 1.0, out, out, 1)
     with pytest.raises(ValueError, match="lse must be contiguous"):
         batch.attention(lse=torch.empty(3))
     with pytest.raises(ValueError, match="the workspace has"):
@@ -373,6 +378,9 @@ def test_decode_kernel_programs_fill_the_device_and_each_has_work(rows: int, kv_
         [
             "lambda decode, head 32 float16",
             "lambda prefill, head 32 float16",
+            "lambda decode, head 32 float32, soft cap and sinks",
+            "lambda prefill, head 32 float32, soft cap and sinks",
+            "lookup, 8B bfloat16, soft cap and sinks",
             "lookup, 8B bfloat16 by blocks",
         ],
         pytest.param(

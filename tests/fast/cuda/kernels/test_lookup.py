@@ -78,22 +78,25 @@ def on_cpu(m: Memories, row: int) -> retrieval.Memory:
     return retrieval.Memory(pages, m.block_table[row].cpu().long(), int(m.begins[row]), end, codes)
 
 
-def dense(query: Tensor, m: Memories, row: int) -> tuple[Tensor, Tensor]:
-    """Scaled products [T, heads, S] and values [S, heads, d] of a row's whole memory, float64."""
+def dense(query: Tensor, m: Memories, row: int, soft_cap: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Scores [T, heads, S] and values [S, heads, d] of a row's whole memory, float64."""
     inside = slice(int(m.begins[row]), int(m.ends[row]))
     group = query.shape[1] // m.kv_heads
     keys, values = (
         x[m.block_table[row].long()].flatten(0, 1)[inside].double().cpu().repeat_interleave(group, 1)
         for x in (m.key_cache, m.value_cache)
     )
-    return torch.einsum("thd,shd->ths", query.double().cpu(), keys) * SCALE, values
+    scores = torch.einsum("thd,shd->ths", query.double().cpu(), keys) * SCALE
+    return soft_cap * torch.tanh(scores / soft_cap) if soft_cap else scores, values
 
 
-def attend_dense(query: Tensor, m: Memories, row: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def attend_dense(
+    query: Tensor, m: Memories, row: int, k: int, soft_cap: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output [T, heads, d] and log-sum-exp [T, heads] over the k best, and where the k-th is clearly better
     than the next.
     """
-    scores, values = dense(query, m, row)
+    scores, values = dense(query, m, row, soft_cap)
     best = scores.topk(min(k + 1, scores.shape[-1]), -1)
     clear = torch.ones(scores.shape[:2], dtype=torch.bool)
     if scores.shape[-1] > k:
@@ -104,17 +107,18 @@ def attend_dense(query: Tensor, m: Memories, row: int, k: int) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kv_heads", "group", "d", "block", "length", "k"),
+    ("dtype", "kv_heads", "group", "d", "block", "length", "k", "soft_cap"),
     [
-        (torch.float32, 2, 4, 16, 16, 1, 5),  # decode
-        (torch.float16, 2, 1, 24, 32, 1, 40),  # a head size that is no power of two; no GQA
-        (torch.bfloat16, 2, 2, 32, 16, 3, 3),  # chunked prefill
-        (torch.float32, 1, 5, 16, 32, 13, 2),  # two tiles of queries, the second ragged
-        (torch.float16, 1, 2, 16, 128, 2, 70),
+        (torch.float32, 2, 4, 16, 16, 1, 5, 0.0),  # decode
+        (torch.float16, 2, 1, 24, 32, 1, 40, 0.0),  # a head size that is no power of two; no GQA
+        (torch.bfloat16, 2, 2, 32, 16, 3, 3, 0.0),  # chunked prefill
+        (torch.float32, 1, 5, 16, 32, 13, 2, 0.0),  # two tiles of queries, the second ragged
+        (torch.float16, 1, 2, 16, 128, 2, 70, 0.0),
+        (torch.float32, 1, 2, 16, 16, 2, 40, 5.0),  # fewer keys than k in one of the memories
     ],
 )
 def test_kernel_finds_and_attends_to_the_best_keys(
-    dtype: torch.dtype, kv_heads: int, group: int, d: int, block: int, length: int, k: int
+    dtype: torch.dtype, kv_heads: int, group: int, d: int, block: int, length: int, k: int, soft_cap: float
 ) -> None:
     """A memory that ends inside a block, one that begins inside one, one of whole blocks; the last alone
     where T is large.
@@ -124,10 +128,10 @@ def test_kernel_finds_and_attends_to_the_best_keys(
     query = torch.randn(3, length, kv_heads * group, d).to(dtype).to(DEVICE)
     if length > 3:
         m, query = m.rows(slice(2, 3)), query[2:]
-    output, lse = (x.cpu() for x in lookup.attend_best(query, m, k, SCALE))
+    output, lse = (x.cpu() for x in lookup.attend_best(query, m, k, SCALE, soft_cap=soft_cap))
     scores, positions = (x.cpu() for x in lookup.unpack(lookup.top_k(query, m, k)))
     for row in range(len(query)):
-        expected, expected_lse, clear = attend_dense(query[row], m, row, k)
+        expected, expected_lse, clear = attend_dense(query[row], m, row, k, soft_cap)
         assert clear.float().mean() > 0.9
         assert (output[row] - expected)[clear].abs().max() < 2e-6
         assert (lse[row] - expected_lse).abs().max() < 2e-6
@@ -244,8 +248,17 @@ def test_kernel_and_window_are_the_reference() -> None:
     assert (merge((output, lse), (found[0][0], found[1][0])).cpu() - expected).abs().max() < 2e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kernel_of_stepped_windows_joins_what_was_found(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "soft_cap", "sinks"),
+    [
+        (torch.float32, 0.0, None),
+        (torch.float16, 0.0, None),
+        (torch.float32, 2.0, torch.tensor([0.0, 3.0, -9.0, 9.0])),
+    ],
+)
+def test_kernel_of_stepped_windows_joins_what_was_found(
+    dtype: torch.dtype, soft_cap: float, sinks: Tensor | None
+) -> None:
     """Two chunks and a decode, whose windows begin inside a block, at one, and at the query; padding at the
     end.
     """
@@ -263,15 +276,14 @@ def test_kernel_of_stepped_windows_joins_what_was_found(dtype: torch.dtype) -> N
         tokens = slice(first[row], first[row + 1])
         for x, found in zip(
             branch,
-            lookup.attend_best(query[None, tokens], m.rows(slice(row, row + 1)), 5, SCALE),
+            lookup.attend_best(query[None, tokens], m.rows(slice(row, row + 1)), 5, SCALE, None, soft_cap),
             strict=True,
         ):
             x[tokens] = found[0]
     bounds = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (starts, lens))
     out = torch.empty_like(query)
-    stepped_attention(
-        query, m.key_cache, m.value_cache, m.block_table, *bounds, begins, max(counts), SCALE, out, branch
-    )
+    common = (query, m.key_cache, m.value_cache, m.block_table, *bounds, begins, max(counts), SCALE, out)
+    stepped_attention(*common, branch, soft_cap, None if sinks is None else sinks.to(DEVICE))
     for row in range(3):
         queries = query[first[row] : first[row + 1]].cpu()
         group = queries.shape[1] // 2
@@ -283,7 +295,13 @@ def test_kernel_of_stepped_windows_joins_what_was_found(dtype: torch.dtype) -> N
         if row != 1:
             best = scores[..., : starts[row]].topk(5, -1).indices
             seen.scatter_(-1, best, True)
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if sinks is not None:
+            of_sinks = sinks.double()[None, :, None].expand(len(scores), -1, -1)
+            scores = torch.cat((scores, of_sinks), -1)
+        weights = scores.softmax(-1)[..., : lens[row]]
         error = (
             (out[first[row] : first[row + 1]].cpu() - torch.einsum("ths,shd->thd", weights, v)).abs().max()
         )
