@@ -18,6 +18,7 @@ from vllm_longctx import reference
 from vllm_longctx.cpu.kernels.tables import ScratchLayout
 from vllm_longctx.cpu.memory import close_window
 from vllm_longctx.cpu.rows import StepRows, WindowRow
+from vllm_longctx.cpu.sliding import LambdaImpl
 from vllm_longctx.engine.kv_cache import layer_spec
 from vllm_longctx.engine.layers import LayerSite, engine_backend
 from vllm_longctx.engine.lookup import ClosedWindow, covering
@@ -84,19 +85,21 @@ class Engine:
         )
         self.layer.impl = backend.make_layer(self.site)
         self.rows = StepRows()
-        self.rows.rotaries = [ROTARY]
         make_spec = partial(layer_spec, self.settings.mode.layers[role], vllm_config=config)
         self.layer.attn_backend = engine_backend(backend, self.rows, make_spec, 0)
 
         columns = cdiv(max(texts.values()), BLOCK_SIZE)
         free = (1 + torch.randperm(len(texts) * columns)).int()
         self.tables = dict(zip(texts, free.split(columns), strict=True))
-        blocks = 1 + len(free)
-        scratch = ScratchLayout(blocks, 0, 0)
+        config.cache_config.num_gpu_blocks = blocks = 1 + len(free)
+        layout = ScratchLayout(blocks, 0, 0)
         if role == Role.SLIDING:
-            scratch = ScratchLayout.plan(self.site.geometry, BLOCK_SIZE, blocks, len(texts))
-        self.layer.impl.scratch, self.layer.impl.layer_blocks = scratch, blocks + scratch.num_blocks
-        cache = torch.zeros(blocks + scratch.num_blocks, KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE, dtype=dtype)
+            seqs = config.scheduler_config.max_num_seqs
+            layout = ScratchLayout.plan(self.site.geometry, BLOCK_SIZE, blocks, seqs)
+        everything = blocks + layout.num_blocks
+        if isinstance(self.layer.impl, LambdaImpl):
+            self.layer.impl.scratch, self.layer.impl.layer_blocks = layout, everything
+        cache = torch.zeros(everything, KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE, dtype=dtype)
         self.layer.kv_cache = cache[:blocks]
         builder = self.layer.attn_backend.get_builder_cls()
         self.builder = builder(self.layer.get_kv_cache_spec(config), [name], config, CPU)
