@@ -128,6 +128,7 @@ class Oracle:
         assert (window is not None) == (layer in row.own_windows)
         layers = self.layers if window is None else self.own_layers
         seen, rotates = layers(layer, torch.arange(query.shape[2]))
+        seen = [branch for branch in seen if branch.visible.any()]
         rotary = self._rotary(layer) if rotates and layer not in row.unrotated else None
         tokens = (x[0].transpose(0, 1) for x in (query, key, value))
         return attention(*tokens, seen, scale, rotary, self.slopes, self.margins, **own)[None]

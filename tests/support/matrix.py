@@ -22,6 +22,7 @@ class Method:
     lengths: Of prompts: inside the window, at its edge, and past it.
     scores_prompts: A prompt's tokens are compared, too.
     longest: The distance in tokens that no key exceeds.
+    max_model_len: A layer that keeps all keys keeps so many.
     """
 
     attention: Callable[[Architecture], dict[str, Any] | None]
@@ -29,6 +30,7 @@ class Method:
     lengths: tuple[int, ...] = (1, 31, 63, 64, 65, 97, 200)
     scores_prompts: bool = True
     longest: int = 64
+    max_model_len: int = 1024
     seen_by_own: Callable[[Architecture, int], Layers] = lambda row, _: alike(Geometry(0, row.window))
 
 
@@ -50,7 +52,13 @@ def _sliding(attention: dict[str, Any], geometry: Geometry) -> Method:
 
 
 METHODS = {
-    "vLLM": Method(lambda _: None, lambda *_: alike(Geometry()), (1, 31, 63, 64, 65, 108), longest=TRAINED),
+    "vLLM": Method(
+        lambda _: None,
+        lambda *_: alike(Geometry()),
+        (1, 31, 63, 64, 65, 108),
+        longest=TRAINED,
+        max_model_len=TRAINED,
+    ),
     "lm_infinite": _sliding({"n_global": 10, "n_local": 64, "distance_ceiling": 64}, Geometry(10, 64, 64)),
     "streaming": _sliding(
         {"method": "streaming", "n_global": 4, "n_local": 60}, Geometry(4, 60, distances="in_cache")
@@ -92,6 +100,7 @@ REFUSED: dict[tuple[str, str], str] = {
     **{(row, TEMP_LORA): NOT_ADAPTED for row in ARCHITECTURES if row not in ADAPTED},
     **{(row, column): ALIBI for row in ("BLOOM", "MPT", "Falcon, ALiBi") for column in ("top_k", "memory")},
     ("Mistral v0.1", "memory"): "has a window of its own",
+    ("Mistral v0.1", "top_k"): "finds nothing to look up: layers 1 to 3 have windows of their own",
     **{("Baichuan", column): "was supported in vLLM until v0.23.0" for column in COLUMNS},
 }
 

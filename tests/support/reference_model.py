@@ -1,4 +1,7 @@
-"""Dense float64 decoders for tests: every layer attends by `attention.reference`, literally."""
+"""A dense float64 decoder for tests: every layer attends by `reference.attention`, literally.
+
+`hf_oracle` has one for every family; this one is Llama's, and says of each layer what it computes.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -9,13 +12,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, silu
+from torch.nn.functional import silu
 
 from vllm_longctx.geometry import (
     Branch,
     Geometry,
     SteppedWindows,
-    alibi_slopes,
     branches,
     local_branch,
     memory_branch,
@@ -75,20 +77,21 @@ def official_top_k(case: Mapping[str, Any]) -> dict[str, Any]:
     return {ours: case[theirs] for ours, theirs in names.items()}
 
 
-class Reference:
-    """A checkpoint directory of Hugging Face's.
-
-    A family says how to embed, what a layer does, and what comes last.
-    """
-
-    rotary: Rotary | None = None
-    slopes: Tensor | None = None
+class ReferenceLlama:
+    """A checkpoint directory of Hugging Face's: Llama, Mistral, Qwen2 (biases) or Qwen3 (norms of heads)."""
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        self.config = json.loads((path / "config.json").read_text())
+        self.config = c = json.loads((path / "config.json").read_text())
         self.weights = {k: v.double() for k, v in load_file(path / "model.safetensors").items()}
-        self.set_up()
+        self.layers = c["num_hidden_layers"]
+        self.head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        parameters = c.get("rope_parameters") or {
+            "rope_type": "default",
+            "rope_theta": c.get("rope_theta", 10000.0),
+        }
+        frequencies = inverse_frequencies(self.head_dim, parameters, c["max_position_embeddings"])
+        self.rotary = Rotary(self.head_dim, self.head_dim, True, frequencies, attention_factor(parameters))
 
     def logprobs(self, ids: list[int], seen: Geometry | Layers = PLAIN) -> Tensor:
         """float64 [tokens, vocab]: log-probabilities of the token after each position."""
@@ -115,33 +118,12 @@ class Reference:
             keys = torch.cat([branch.visible[rows] for branch in seen]).any(0).nonzero().squeeze(1)
             of_piece = [Branch(b.visible[rows][:, keys], b.distance[rows][:, keys], b.best) for b in seen]
             scale = self.head_dim**-0.5
-            pieces.append(
-                attention(q[rows], k[keys], v[keys], of_piece, scale, rotary, self.slopes, self.margins)
-            )
+            pieces.append(attention(q[rows], k[keys], v[keys], of_piece, scale, rotary, margins=self.margins))
         return torch.cat(pieces).flatten(1)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         y = x @ self.weights[f"{name}.weight"].T
         return y + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else y
-
-    def norm(self, x: Tensor, name: str) -> Tensor:
-        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
-        return layer_norm(x, x.shape[-1:], weight, bias, self.config.get("layer_norm_epsilon", 1e-5))
-
-
-class ReferenceLlama(Reference):
-    """Llama, Mistral, Qwen2 (biases) and Qwen3 (norms of queries and keys)."""
-
-    def set_up(self) -> None:
-        c = self.config
-        self.layers = c["num_hidden_layers"]
-        self.head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-        parameters = c.get("rope_parameters") or {
-            "rope_type": "default",
-            "rope_theta": c.get("rope_theta", 10000.0),
-        }
-        frequencies = inverse_frequencies(self.head_dim, parameters, c["max_position_embeddings"])
-        self.rotary = Rotary(self.head_dim, self.head_dim, True, frequencies, attention_factor(parameters))
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.weights["model.embed_tokens.weight"][ids]
@@ -173,76 +155,3 @@ class ReferenceLlama(Reference):
             self.norm(x, "model.norm"),
             "model.embed_tokens" if self.config["tie_word_embeddings"] else "lm_head",
         )
-
-
-class ReferenceGPTJ(Reference):
-    """Partial rotation of interleaved pairs; attention and MLP side by side."""
-
-    def set_up(self) -> None:
-        c = self.config
-        self.layers, self.head_dim = c["n_layer"], c["n_embd"] // c["n_head"]
-        frequencies = inverse_frequencies(c["rotary_dim"], {"rope_type": "default"})
-        self.rotary = Rotary(self.head_dim, c["rotary_dim"], False, frequencies)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.weights["transformer.wte.weight"][ids]
-
-    def layer(self, x: Tensor, number: int, attend: Attend) -> Tensor:
-        name = f"transformer.h.{number}"
-        y = self.norm(x, f"{name}.ln_1")
-        attended = attend(*(self.linear(y, f"{name}.attn.{p}_proj") for p in "qkv"))
-        inner = gelu(self.linear(y, f"{name}.mlp.fc_in"), approximate="tanh")
-        return x + self.linear(attended, f"{name}.attn.out_proj") + self.linear(inner, f"{name}.mlp.fc_out")
-
-    def head(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x, "transformer.ln_f"), "lm_head")
-
-
-class ReferenceBloom(Reference):
-    approximate = "none"  # as in vLLM; transformers has "tanh", which moves log-probabilities by up to 2e-3
-
-    def set_up(self) -> None:
-        c = self.config
-        self.layers, heads = c["n_layer"], c["n_head"]
-        self.head_dim, self.slopes = c["hidden_size"] // heads, alibi_slopes(heads)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.norm(
-            self.weights["transformer.word_embeddings.weight"][ids], "transformer.word_embeddings_layernorm"
-        )
-
-    def layer(self, x: Tensor, number: int, attend: Attend) -> Tensor:
-        name = f"transformer.h.{number}"
-        y = self.norm(x, f"{name}.input_layernorm")
-        per_head = self.linear(y, f"{name}.self_attention.query_key_value").unflatten(
-            -1, (-1, 3, self.head_dim)
-        )
-        x = x + self.linear(
-            attend(*(per_head[:, :, part].flatten(1) for part in range(3))), f"{name}.self_attention.dense"
-        )
-        y = self.norm(x, f"{name}.post_attention_layernorm")
-        inner = gelu(self.linear(y, f"{name}.mlp.dense_h_to_4h"), approximate=self.approximate)
-        return x + self.linear(inner, f"{name}.mlp.dense_4h_to_h")
-
-    def head(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x, "transformer.ln_f"), "transformer.word_embeddings")
-
-
-class ReferenceMpt(Reference):
-    def set_up(self) -> None:
-        c = self.config
-        self.layers, self.head_dim = c["n_layers"], c["d_model"] // c["n_heads"]
-        self.slopes = alibi_slopes(c["n_heads"])
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.weights["transformer.wte.weight"][ids]
-
-    def layer(self, x: Tensor, number: int, attend: Attend) -> Tensor:
-        name = f"transformer.blocks.{number}"
-        qkv = self.linear(self.norm(x, f"{name}.norm_1"), f"{name}.attn.Wqkv")
-        x = x + self.linear(attend(*qkv.chunk(3, -1)), f"{name}.attn.out_proj")
-        inner = gelu(self.linear(self.norm(x, f"{name}.norm_2"), f"{name}.ffn.up_proj"))
-        return x + self.linear(inner, f"{name}.ffn.down_proj")
-
-    def head(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x, "transformer.norm_f"), "transformer.wte")

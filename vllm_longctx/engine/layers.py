@@ -111,6 +111,13 @@ def find_layers(
         sites.append(
             LayerSite(name, layer, copy(layer.impl), role, layer.sliding_window, rotary, settings, device)
         )
+    if Role.KEPT in settings.mode.layers and not any(site.role == Role.KEPT for site in sites):
+        asked = settings.top_k
+        raise LongContextError(
+            f"attention.top_k = {asked.k} finds nothing to look up: layers {asked.layers.start} to "
+            f"{asked.layers.stop - 1} have windows of their own; give others with attention.top_k_from_layer "
+            "and attention.top_k_to_layer, or leave top_k out"
+        )
     return sites
 
 
