@@ -85,6 +85,7 @@ class Engine:
         )
         self.layer.impl = backend.make_layer(self.site)
         self.rows = StepRows()
+        self.rows.rotaries = [ROTARY]
         make_spec = partial(layer_spec, self.settings.mode.layers[role], vllm_config=config)
         self.layer.attn_backend = engine_backend(backend, self.rows, make_spec, 0)
 
