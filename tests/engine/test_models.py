@@ -73,14 +73,10 @@ def test_the_engine_equals_transformers(row: str, column: str, making: Making) -
     """Log-probabilities of prompts and of what is written, which is what the oracle would write."""
     architecture, method = ARCHITECTURES[row], METHODS[column]
     checkpoint, oracle = making(row, method.longest)
-    attention = attention_of(architecture, method)
+    engine = checkpoint.served, attention_of(architecture, method)
+    lengths = {"max_model_len": method.max_model_len}
     if (row, column) in REFUSED:
-        with (
-            pytest.raises(ValueError, match=REFUSED[row, column]),
-            running_here(checkpoint.served, attention),
-        ):
-            pass
-        record(row, column, REFUSED[row, column])
+        refuses(row, column, *engine, **lengths)
         return
     options = {"prompt_logprobs": 0} if method.scores_prompts else {}
     with running_here(*engine, **lengths) as llm:
