@@ -24,16 +24,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two processes of one thread each: threads that wait for each other's cores cost more than they compute.
-IN_TWO := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --durations 20
+# One thread in each process: threads that wait for each other's cores cost more than they compute.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations 20
+IN_TWO := -n 2 --dist loadfile
 
 fast: setup
-	$(IN_TWO) -m "not alone $(QUICK)" tests/fast
+	$(PYTEST) $(IN_TWO) -m "not alone $(QUICK)" tests/fast
 
 # A trainer, whose priority is low, would starve on a core that its engine shares with another one.
 engine: setup
-	$(IN_TWO) -m "not alone $(QUICK)" tests/engine
-	$(BIN)/pytest -q --durations 20 -m "alone $(QUICK)" tests/engine
+	$(PYTEST) $(IN_TWO) -m "not alone $(QUICK)" tests/engine
+	$(PYTEST) -m "alone $(QUICK)" tests/engine
 
 demo: setup
 	$(BIN)/python benchmarks/demo.py

@@ -58,6 +58,7 @@ def _wrap_create_engine_config() -> None:
             )  # the front end's, which other processes do not load
 
             app.check_engine_requests()
+            app.refuse_images()
             app.limit_requests()
             stop_strings.wait_for_saves()
             refusals.raise_in_front_end()

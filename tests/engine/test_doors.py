@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreRequest
 
 from tests.support.engines import CHAT_TEMPLATE, generate, prompt, running_here
+from tests.support.lora_adapters import write_adapter
 from vllm_longctx import BOOKLM
 
 LAMBDA = {"n_global": 10, "n_local": 64, "distance_ceiling": 64}
@@ -101,6 +104,24 @@ def test_weights_under_a_trainer_stay(llm: LLM, mode: str) -> None:
         llm.collective_rpc("reload_weights")
         assert llm.reset_prefix_cache()
     assert written(llm, mode) == before
+
+
+def test_without_enable_lora_adapters_are_refused(
+    llm: LLM, mode: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Before anything is scheduled, as stock vLLM does.
+
+    Before, beside requests that learn: loaded, then `All items are pinned` in a step.
+    """
+    before, engine = written(llm, mode), llm.llm_engine
+    adapter = LoRARequest("a", 1, str(write_adapter(tmp_path / "a", tiny_llama, 11)))
+    for _ in range(2):
+        with pytest.raises(VLLMValidationError, match="but LoRA is not enabled!"):
+            llm.generate([tokens_input(prompt(20))], use_tqdm=False, lora_request=adapter)
+        for call, argument in ((engine.add_lora, adapter), (engine.remove_lora, 1), (engine.pin_lora, 1)):
+            with pytest.raises(RuntimeError, match=r"LoRA is not enabled\. Use --enable-lora"):
+                call(argument)
+        assert written(llm, mode) == before
 
 
 def streamed(llm: LLM, parts: list[list[int]], max_tokens: int) -> list[int]:

@@ -13,13 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
-from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
-from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 
 from tests.support.engines import generate, logprobs_of, metric, prompt, running, sidecars, tokens_of
-from tests.support.lora_adapters import write_adapter
 from tests.support.temp_lora_engine import RECIPE, STEPPED, asked, assert_equal, replayed, written_together
 from tests.support.temp_lora_replay import Lambda, Options, replay
 
@@ -164,25 +161,6 @@ def test_what_does_not_adapt_ends_where_the_model_was_trained_to_end(stepped: LL
         ValueError, match=r"maximum context length is 128 tokens.* this request does not adapt"
     ):
         generate(stepped, [prompt(128)], 1)
-
-
-def test_without_enable_lora_adapters_are_refused(stepped: LLM, tiny_llama: Path, tmp_path: Path) -> None:
-    """Before anything is scheduled, as stock vLLM does.
-
-    Before: loaded, then `All items are pinned` in a step.
-    """
-    adapter, engine = (
-        LoRARequest("a", 1, str(write_adapter(tmp_path / "a", tiny_llama, 11))),
-        stepped.llm_engine,
-    )
-    for _ in range(2):
-        with pytest.raises(VLLMValidationError, match="but LoRA is not enabled!"):
-            stepped.generate([tokens_input(prompt(20))], use_tqdm=False, lora_request=adapter)
-        for call, argument in ((engine.add_lora, adapter), (engine.remove_lora, 1), (engine.pin_lora, 1)):
-            with pytest.raises(RuntimeError, match=r"LoRA is not enabled\. Use --enable-lora"):
-                call(argument)
-        outputs = written_together(stepped, [(40, 40, {} if seed else None) for seed in range(4)])
-        assert all(len(output.outputs[0].token_ids) == 40 for output in outputs)
 
 
 def steps_until(llm: LLM, done: Callable[[], bool], seconds: float = 60) -> list[RequestOutput]:

@@ -1,11 +1,12 @@
 """One attention layer of the CPU engine, made as the worker makes it, and the parts of vLLM around it."""
 
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.math_utils import cdiv
@@ -14,9 +15,10 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from tests.support.engine_args import create
 from vllm_longctx import reference
+from vllm_longctx.cpu.kernels.tables import ScratchLayout
 from vllm_longctx.cpu.memory import close_window
 from vllm_longctx.cpu.rows import StepRows, WindowRow
-from vllm_longctx.cpu.sliding import scratch_layout
+from vllm_longctx.cpu.sliding import LambdaImpl
 from vllm_longctx.engine.kv_cache import layer_spec
 from vllm_longctx.engine.layers import LayerSite, engine_backend
 from vllm_longctx.engine.lookup import ClosedWindow, covering
@@ -69,31 +71,36 @@ class Engine:
                 logits_soft_cap=soft_cap or None,
                 sinks=self.sinks,
             )
-        role = self.settings.role(number)
+        role = self.settings.role(number, has_window=False)
         backend = load(f"cpu.{BACKENDS[role]}")
         self.site = LayerSite(
             name=name,
             layer=self.layer,
-            parent=nn.Module(),
+            stock=copy(self.layer.impl),
             role=role,
+            window=None,
             rotary=ROTARY,
             settings=self.settings,
-            vllm_config=config,
             device=CPU,
         )
         self.layer.impl = backend.make_layer(self.site)
         self.rows = StepRows()
+        self.rows.rotaries = [ROTARY]
         make_spec = partial(layer_spec, self.settings.mode.layers[role], vllm_config=config)
-        self.layer.attn_backend = engine_backend(backend, self.rows, make_spec)
+        self.layer.attn_backend = engine_backend(backend, self.rows, make_spec, 0)
 
         columns = cdiv(max(texts.values()), BLOCK_SIZE)
         free = (1 + torch.randperm(len(texts) * columns)).int()
         self.tables = dict(zip(texts, free.split(columns), strict=True))
         config.cache_config.num_gpu_blocks = blocks = 1 + len(free)
-        scratch = 0
+        layout = ScratchLayout(blocks, 0, 0)
         if role == Role.SLIDING:
-            scratch = scratch_layout(config, self.layer.impl, BLOCK_SIZE, blocks).num_blocks
-        cache = torch.zeros(blocks + scratch, KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE, dtype=dtype)
+            seqs = config.scheduler_config.max_num_seqs
+            layout = ScratchLayout.plan(self.site.geometry, BLOCK_SIZE, blocks, seqs)
+        everything = blocks + layout.num_blocks
+        if isinstance(self.layer.impl, LambdaImpl):
+            self.layer.impl.scratch, self.layer.impl.layer_blocks = layout, everything
+        cache = torch.zeros(everything, KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE, dtype=dtype)
         self.layer.kv_cache = cache[:blocks]
         builder = self.layer.attn_backend.get_builder_cls()
         self.builder = builder(self.layer.get_kv_cache_spec(config), [name], config, CPU)

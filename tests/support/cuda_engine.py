@@ -213,7 +213,8 @@ class Engine(Core):
             self.runner.initialize_kv_cache(kv)
             self.runner.bind_kv_cache()
         for layer in layers:
-            layer.kv_cache.fill_(torch.nan)
+            cache = layer.kv_cache
+            cache.fill_(torch.nan if cache.is_floating_point() else 0x7F)  # the NaN of float8
         super().__init__(
             schedulers[steps_ahead](config, kv, MagicMock(), BLOCK_SIZE, log_stats=True), steps_ahead
         )

@@ -116,6 +116,11 @@ class LambdaBackend(AttentionBackend):
         return [32, 64, 80, 96, 112, 128, 160, 192, 224, 256]
 
     @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """By `make_layer`, from the layer's site; a role that has no such layers refuses them there."""
+        return True
+
+    @classmethod
     def supports_sink(cls) -> bool:
         return True
 

@@ -309,11 +309,11 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
             assert self.slots is not None
             with self.slots.read(use.slot, use.weights.bank, use.owner, use.weights.version) as weights:
                 for module, pairs in self._adapted_layers(weights):
+                    a, b = zip(*(pair or (None, None) for pair in pairs), strict=True)
                     if len(pairs) > 1:
-                        a, b = zip(*(pair or (None, None) for pair in pairs), strict=True)
                         module.set_lora(index, list(a), list(b))
                     else:
-                        module.set_lora(index, *pairs[0])
+                        module.set_lora(index, a[0], b[0])
         self.in_layers[use.slot] = (use.owner, use.weights)
 
     def _adapted_layers(

@@ -59,16 +59,15 @@ def self_check(
 
     Leaves nothing in the KV cache. Raises LongContextError naming a layer that attends to something else.
     """
-    architectures = vllm_config.model_config.architectures
-    is_tested = not set(architectures).isdisjoint(TESTED)
-    asked = sites[0].settings.self_check if sites else False
+    model = vllm_config.model_config
+    is_tested, asked = model.architecture in TESTED, sites[0].settings.self_check
     is_checked = not is_tested if asked is None else asked
     if is_checked:
         seconds = rows.selection_seconds
         check_layers(sites, attn_groups, vllm_config, is_first)
         rows.selection_seconds = seconds
     if is_first and not is_tested:
-        name = ", ".join(architectures)
+        name = ", ".join(dict.fromkeys((*model.architectures, model.architecture)))
         checked = "its layers passed the self-check" if is_checked else "longctx.self_check is false"
         logger.info(
             "longctx: architecture %s was not tested; %s. Tell us how it does: the project's issues",
@@ -319,6 +318,7 @@ def attended(text: Text, builder: Any) -> Tensor:
     """
     site, columns = text.site, text.columns
     layer, cache, device = site.layer, site.layer.kv_cache, site.device
+    impl: Any = layer.impl
     block_size = cache.shape[2]
     blocks = torch.arange(1, len(columns) + 1)
     table = torch.zeros(1, cdiv(text.end, block_size), dtype=torch.int32)
@@ -334,7 +334,7 @@ def attended(text: Text, builder: Any) -> Tensor:
         cache.index_fill_(0, blocks.to(cache.device), 0)
         written = (columns[:, None] * block_size + torch.arange(block_size)).flatten()
         for positions in written[written < text.end].split(AT_ONCE):
-            layer.impl.do_kv_cache_update(layer, *on_device(positions), cache, slots(positions))
+            impl.do_kv_cache_update(layer, *on_device(positions), cache, slots(positions))
         count, starts = text.end - text.first, torch.tensor([0, text.end - text.first], dtype=torch.int32)
         metadata = builder.build(
             0,
@@ -353,7 +353,7 @@ def attended(text: Text, builder: Any) -> Tensor:
         )
         query = text.query.to(device)
         output = torch.zeros_like(query)
-        layer.impl.forward(layer, query, *on_device(text.queries), cache, metadata, output)
+        impl.forward(layer, query, *on_device(text.queries), cache, metadata, output)
         return output
     finally:
         cache.index_fill_(0, blocks.to(cache.device), 0)

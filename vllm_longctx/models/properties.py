@@ -32,6 +32,8 @@ LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor",
 LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "seq_length")
 # Our own entry of that config: the sliding window, in tokens, that every layer was trained with.
 TRAINED_WINDOW = "longctx_trained_window"
+# Another one: the model takes images or the like, but this engine takes text only.
+TEXT_ONLY = "longctx_text_only"
 
 
 def rope_parameters(model_config: ModelConfig) -> Mapping[str, Any] | None:

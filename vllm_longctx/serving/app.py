@@ -27,6 +27,7 @@ from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server import app_state
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
+from vllm.multimodal.processing import BaseProcessingInfo
 from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine import EngineCoreRequest
@@ -35,7 +36,7 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from vllm_longctx.config import KEY, LongContextConfig, LongContextError, RequestOptions, did_you_mean
 from vllm_longctx.metrics import count_ignored_field, export_ignored_fields
-from vllm_longctx.models.properties import trained_length
+from vllm_longctx.models.properties import TEXT_ONLY, trained_length
 from vllm_longctx.serving import stop_strings
 from vllm_longctx.serving.streams import over_http, track_admissions, with_response_sender
 from vllm_longctx.settings import Settings, active_settings, plugin_configs
@@ -312,6 +313,25 @@ def _adapter(model: type[BaseModel], name: str) -> TypeAdapter[Any] | None:
 def _short(value: Any, characters: int = 100) -> str:
     text = repr(value)
     return text if len(text) <= characters else f"{text[:characters]}..."
+
+
+def refuse_images() -> None:
+    """Say of a longctx engine why it takes no image, audio or video. vLLM names a limit to raise."""
+    validate = BaseProcessingInfo.validate_num_items
+    if hasattr(validate, "__wrapped__"):
+        return
+
+    @functools.wraps(validate)
+    def checked(self: BaseProcessingInfo, modality: str, num_items: int) -> None:
+        if getattr(self.ctx.model_config.hf_text_config, TEXT_ONLY, False):
+            raise RequestError(
+                f"this engine takes text only, but the request has {num_items} {modality}(s): windows and "
+                "distances of longctx are those of text; leave these out, or ask a server without longctx",
+                modality,
+            )
+        validate(self, modality, num_items)
+
+    BaseProcessingInfo.validate_num_items = checked  # type: ignore[method-assign]  # a seam
 
 
 def check_engine_requests() -> None:

@@ -21,7 +21,7 @@ from vllm.logger import init_logger
 from vllm_longctx.config import KEY, AdaptationSection, LongContextConfig, LongContextError
 from vllm_longctx.engine.memory_kv import memory_blocks
 from vllm_longctx.models import longllama
-from vllm_longctx.models.properties import keep_trained_window, trained_length
+from vllm_longctx.models.properties import TEXT_ONLY, keep_trained_window, trained_length
 from vllm_longctx.settings import Settings, for_model, plugin_configs
 from vllm_longctx.startup.checks import (
     check_adaptation,
@@ -168,6 +168,8 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bo
     if mode.is_plain:
         return
     keep_trained_window(vllm_config.model_config)
+    if vllm_config.model_config.is_multimodal_model:
+        vllm_config.model_config.hf_text_config.update({TEXT_ONLY: True})
     check_model(vllm_config.model_config)
     check_settings(vllm_config)
     if scheduler.async_scheduling:  # only now vLLM has decided

@@ -28,6 +28,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_longctx.config import KEY, LongContextError
 from vllm_longctx.models.properties import (
+    TEXT_ONLY,
     TRAINED_WINDOW,
     check_load_format,
     model_dtype,
@@ -64,7 +65,7 @@ def resolved_config(model: ModelConfig) -> dict[str, Any]:
     """The Hugging Face config that the engine computes with, after all overrides."""
     config = json.loads(model.hf_text_config.to_json_string(use_diff=False))
     # We set the first two; the last names code of the checkpoint, which is not run.
-    for key in ("model_max_length", TRAINED_WINDOW, "auto_map"):
+    for key in ("model_max_length", TRAINED_WINDOW, TEXT_ONLY, "auto_map"):
         config.pop(key, None)
     return config | {"architectures": trained_architectures(model)}
 

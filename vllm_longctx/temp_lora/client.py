@@ -216,6 +216,8 @@ class TrainerClient:
                         raise LongContextError(f"longctx.adaptation: no adapter works: {report.reason}")
                     case m.Restarted():
                         raise LongContextError("longctx.adaptation: the trainer died over its first adapter")
+                    case _:
+                        pass
             self.wait(0.1)
 
     def poll(self) -> list[m.Report]:

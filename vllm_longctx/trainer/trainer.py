@@ -68,6 +68,7 @@ class Trainer:
     """
 
     modules: dict[str, tuple[int, int]]
+    _model: Any  # peft's wrapper, which finds methods of what it wraps when they are called
 
     def __init__(self, model: PreTrainedModel, recompute: bool = False):
         model.eval()
@@ -200,7 +201,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, (a, b) in adapter.pairs.items():
-                weight = self._layers[name].get_base_layer().weight
+                weight = self._layers[name].get_base_layer().get_parameter("weight")
                 # peft draws A uniformly up to in ** -0.5, so the variance of its elements is 1 / (3 in).
                 scale = 0.5 * weight.float().std() * (3 * a.shape[1] / a.shape[0]) ** 0.5
                 scale *= adapter.recipe.rank / adapter.recipe.alpha

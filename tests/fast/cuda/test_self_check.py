@@ -30,14 +30,14 @@ class SlidingRunner(LongContextRunner, GPUModelRunner):
     pass
 
 
-def engine(model: Path, attention: dict[str, Any]) -> Engine:
+def engine(model: Path, attention: dict[str, Any], **kwargs: Any) -> Engine:
     is_kept = "top_k" in attention
     schedulers = (
         [TopKScheduler, AsyncTopKScheduler] if is_kept else [LongContextScheduler, AsyncLongContextScheduler]
     )
     runner = TopKRunner if is_kept else SlidingRunner
     pool = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 40, "max_model_len": 80}
-    return Engine(model, {"attention": attention}, runner, schedulers, 0, **pool)
+    return Engine(model, {"attention": attention}, runner, schedulers, 0, **pool, **kwargs)
 
 
 def check(engine: Engine) -> None:
@@ -46,12 +46,11 @@ def check(engine: Engine) -> None:
         check_layers(runner.sites, runner.attn_groups, engine.config, True)
 
 
-@pytest.mark.parametrize("attention", [LAMBDA, TOP_K], ids=["sliding", "top-k"])
-def test_right_layers_pass(attention: dict[str, Any], small_llama: Path) -> None:
-    made = engine(small_llama, attention)
-    rotaries = {site.rotary for site in made.runner.sites}
-    assert len(rotaries) == 1
-    check(made)  # blocks that nobody wrote are NaN
+@pytest.mark.parametrize(
+    ("attention", "kv_cache_dtype"), [(LAMBDA, "auto"), (TOP_K, "auto"), (LAMBDA, "fp8")]
+)
+def test_right_layers_pass(attention: dict[str, Any], kv_cache_dtype: str, small_llama: Path) -> None:
+    check(engine(small_llama, attention, kv_cache_dtype=kv_cache_dtype))  # unwritten blocks are NaN
 
 
 def test_a_wrong_layer_is_refused_by_its_name(small_llama: Path) -> None:

@@ -207,8 +207,9 @@ def text(length: int) -> tuple[Tensor, Tensor, Tensor]:
         (Geometry(5, 24, None, "in_cache"), {}),
         (LAMBDA, {"alibi": True}),
         (LAMBDA, {"soft_cap": 2.0, "sinks": torch.tensor([0.0, 3.0, -9.0, 9.0])}),
+        (Geometry(0, 24), {"soft_cap": 2.0, "sinks": torch.tensor([0.0, 3.0, -9.0, 9.0])}),
     ],
-    ids=["relative", "in_cache", "alibi", "soft cap and sinks"],
+    ids=["relative", "in_cache", "alibi", "soft cap and sinks", "own window"],
 )
 def test_steps_of_two_requests_attend_as_the_reference(geometry: Geometry, own: dict[str, Any]) -> None:
     """Chunks of a prompt, decodes beside them, decodes alone, and decodes in a padded CUDA graph."""
@@ -337,7 +338,7 @@ SUPPORTED = {
         ({"device_capability": DeviceCapability(7, 5)}, "compute capability not supported"),
         ({"attn_type": "encoder"}, "attention type encoder not supported"),
         ({"has_sink": True}, None),
-        ({"has_sliding_window": True}, "sliding window not supported"),
+        ({"has_sliding_window": True}, None),
         ({"use_mla": True}, "MLA not supported"),
         ({"use_dcp": True}, "DCP not supported"),
     ],

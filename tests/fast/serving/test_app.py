@@ -27,15 +27,24 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.inputs.engine import embeds_input
+from vllm.multimodal.processing import BaseProcessingInfo
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_longctx import BOOKLM
 from vllm_longctx.metrics import MAX_FIELDS, count_ignored_field
+from vllm_longctx.models.properties import TEXT_ONLY
 from vllm_longctx.plugin import MIDDLEWARE
-from vllm_longctx.serving.app import RequestChecks, RequestError, check_strictly, unknown_fields
+from vllm_longctx.serving.app import (
+    RequestChecks,
+    RequestError,
+    check_strictly,
+    refuse_images,
+    unknown_fields,
+)
 
 LM_INFINITE = {"longctx": {"preset": "lm-infinite", "serving": {"default_max_tokens": 7}}}
 STRICT = {"longctx": {"preset": "lm-infinite", "serving": {"default_max_tokens": 7, "strict": True}}}
@@ -429,3 +438,17 @@ def test_the_server_is_given_the_middleware() -> None:
     assert serve("--plugin", "longctx", "--middleware", "mine.Too") == ["mine.Too", MIDDLEWARE]
     assert serve("--additional-config", '{"longctx": {"preset": "streaming"}}') == [MIDDLEWARE]
     assert serve() == []
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_an_image_is_refused_with_the_reason(is_ours: bool) -> None:
+    """vLLM's own message would name a limit that must not be raised."""
+    refuse_images()
+    info = object.__new__(BaseProcessingInfo)
+    config = SimpleNamespace(**({TEXT_ONLY: True} if is_ours else {}))
+    info.ctx = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=config))
+    vars(info).update(supported_mm_limits={"image": 1}, allowed_mm_limits={"image": 0})
+    reason = "this engine takes text only" if is_ours else "Set `--limit-mm-per-prompt`"
+    with pytest.raises(VLLMValidationError, match=reason) as refused:
+        info.validate_num_items("image", 1)
+    assert refused.value.parameter == "image"

@@ -179,9 +179,8 @@ def test_too_little_memory_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch
 
 
 def training(size: int) -> client.TrainingNeed:
-    need = client.training_need(SimpleNamespace(hf_text_config=LLAMA_2_7B, dtype=torch.bfloat16), settings())
-    assert need.bytes == Shape.of(LLAMA_2_7B, torch.bfloat16).training_bytes(settings())
-    return client.TrainingNeed(size, need.sizes)
+    """A need of so many bytes, by the settings of `settings`."""
+    return client.TrainingNeed(size, client.training_need(create(additional_config={}), settings()).sizes)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -208,7 +207,7 @@ def test_the_cpus_automatic_kv_cache_leaves_room_for_the_trainer(monkeypatch: py
     adaptation = active_settings(config).temp_lora
     model = config.model_config
     assert (
-        need == client.weight_bytes(str(BOOKLM), model.dtype) + client.training_need(model, adaptation).bytes
+        need == client.weight_bytes(str(BOOKLM), model.dtype) + client.training_need(config, adaptation).bytes
     )
     worker = object.__new__(LongContextWorker)
     worker.vllm_config, worker.cache_config = config, config.cache_config
@@ -228,10 +227,13 @@ def test_the_cpus_automatic_kv_cache_leaves_room_for_the_trainer(monkeypatch: py
     assert worker.determine_available_memory() == 5000
 
 
-def test_a_limit_of_the_rank_is_named_by_its_own_name():
-    more = settings(max_rank=8)
-    model = SimpleNamespace(hf_text_config=LLAMA_2_7B, dtype=torch.bfloat16)
-    assert client.training_need(model, more).sizes.endswith("adaptation.slots = 2 or adaptation.max_rank = 8")
+def test_what_training_needs_is_that_of_the_models_shape_with_the_settings_that_decide_it():
+    config = create(additional_config={})
+    shape = Shape.of(AutoModelForCausalLM.from_pretrained(BOOKLM))
+    for more, named in ((settings(), "rank = 4"), (settings(max_rank=8), "max_rank = 8")):
+        need = client.training_need(config, more)
+        assert need.bytes == shape.training_bytes(more)
+        assert need.sizes.endswith(f"adaptation.slots = 2 or adaptation.{named}")
 
 
 def test_free_memory_is_the_drivers(monkeypatch: pytest.MonkeyPatch):
