@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Olmo2Config
+from transformers import HyperCLOVAXConfig
 
 from tests.support.engine_args import save
 from tests.support.engines import generate, prompt, running_here, tokens_of
@@ -27,9 +27,9 @@ def test_a_checked_engine_writes_the_same(tiny_llama: Path) -> None:
 def test_an_architecture_that_was_not_tested_is_checked_and_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    architecture = "Olmo2ForCausalLM"
+    architecture = "HyperCLOVAXForCausalLM"
     assert architecture not in TESTED
-    config = Olmo2Config(
+    config = HyperCLOVAXConfig(
         vocab_size=512,
         hidden_size=128,
         intermediate_size=64,

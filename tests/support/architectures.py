@@ -90,6 +90,11 @@ class Architecture:
         return found
 
     @property
+    def architecture(self) -> str:
+        """The name that a checkpoint's config has."""
+        return self.served_as or self.model_class.__name__
+
+    @property
     def values(self) -> dict[str, Any]:
         return {k: v for k, v in {**COMMON, **self.config}.items() if k not in COMMON or v is not None}
 

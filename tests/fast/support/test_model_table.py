@@ -1,5 +1,8 @@
-from tests.support.matrix import REFUSED, TOLERANCE
+from tests.support.architectures import ARCHITECTURES
+from tests.support.matrix import METHODS, REFUSED, TOLERANCE
 from tests.support.model_table import PAGE, results, with_table
+from vllm_longctx.models import longllama
+from vllm_longctx.models.properties import TESTED
 
 
 def test_the_page_has_the_table_of_the_last_run() -> None:
@@ -15,3 +18,9 @@ def test_what_the_last_run_found_is_what_is_expected() -> None:
             else:
                 assert cell <= TOLERANCE
                 assert (row, column) not in REFUSED
+
+
+def test_what_is_known_as_tested_has_a_row() -> None:
+    """LongLLaMA and MPT's own name for itself are in tests of their own."""
+    run = (row for name, row in ARCHITECTURES.items() if not all((name, c) in REFUSED for c in METHODS))
+    assert set(TESTED) == {row.architecture for row in run} | {longllama.ARCHITECTURE, "MPTForCausalLM"}
