@@ -31,6 +31,17 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Takes out the entries of `COMMON` that GPT-J, BLOOM and MPT have under other names.
+OTHER_NAMES = dict.fromkeys(
+    (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+    )
+)
 HEADS_OF_32 = {"head_dim": 32}
 ONE_IN_FOUR = ["sliding_attention"] * 3 + ["full_attention"]
 ONE_IN_TWO = ["sliding_attention", "full_attention"] * 2
@@ -259,16 +270,7 @@ ARCHITECTURES = {
                 "n_head": 4,
                 "n_positions": TRAINED,
                 "rotary_dim": 16,
-                **dict.fromkeys(
-                    (
-                        "hidden_size",
-                        "intermediate_size",
-                        "num_hidden_layers",
-                        "num_attention_heads",
-                        "num_key_value_heads",
-                        "max_position_embeddings",
-                    )
-                ),
+                **OTHER_NAMES,
             },
             interleaved=True,
         ),
@@ -392,19 +394,11 @@ ARCHITECTURES = {
             "ALiBi",
             "Bloom",
             {
+                **OTHER_NAMES,
                 "hidden_size": 192,
                 "n_layer": LAYERS,
                 "n_head": 6,  # not a power of two
                 "seq_length": TRAINED,
-                **dict.fromkeys(
-                    (
-                        "intermediate_size",
-                        "num_hidden_layers",
-                        "num_attention_heads",
-                        "num_key_value_heads",
-                        "max_position_embeddings",
-                    )
-                ),
             },
         ),
         Architecture(
@@ -416,16 +410,7 @@ ARCHITECTURES = {
                 "n_layers": LAYERS,
                 "n_heads": 6,
                 "max_seq_len": TRAINED,
-                **dict.fromkeys(
-                    (
-                        "hidden_size",
-                        "intermediate_size",
-                        "num_hidden_layers",
-                        "num_attention_heads",
-                        "num_key_value_heads",
-                        "max_position_embeddings",
-                    )
-                ),
+                **OTHER_NAMES,
             },
         ),
         # More that vLLM runs through transformers' own code, or with a part that no row above has.
