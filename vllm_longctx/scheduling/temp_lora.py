@@ -139,7 +139,7 @@ class TempLoraScheduler(LongContextScheduler):
 
         ours = base_model.probe_logprobs(self, executor, trainer.probe, begin)
         model = self.vllm_config.model_config
-        difference = base_model.difference_beyond_rounding(ours, theirs, model)
+        difference = base_model.difference_beyond_rounding(ours, theirs, model, "an adapter")
         if difference is not None:
             raise LongContextError(
                 f"longctx.adaptation: the trainer computes an adapter of {model.model} otherwise than the "
