@@ -74,7 +74,7 @@ SEAMS = [
         "0001-engine-config-hooks.diff",
     ),
     Seam(
-        "Attention.impl, Attention.attn_backend, forward and the model's rotary modules (replaced after loading)",
+        "Attention.impl, attn_backend and forward, and rotary modules (replaced after loading)",
         "engine/worker.py, engine/positions.py, engine/rotaries.py",
         "choose the backend per layer and per engine, and know the rotation of each layer's queries",
         _has("vllm.model_executor.layers.attention:Attention", "get_attn_backend", "get_kv_cache_spec"),
