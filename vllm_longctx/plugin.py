@@ -2,7 +2,8 @@
 
 `register` runs in every process of vLLM. It makes the KV specs, the CUDA attention backend, MPT and LongLLaMA
 known and wraps three methods of EngineArgs and the constructor of StatLoggerManager; it changes nothing for
-an engine without a `longctx` configuration.
+an engine without a `longctx` configuration. A LongLLaMA model is the exception: in a local directory it gets
+one, by its hub name it is refused.
 """
 
 import argparse

@@ -74,8 +74,8 @@ SEAMS = [
         "0001-engine-config-hooks.diff",
     ),
     Seam(
-        "Attention.impl, Attention.attn_backend and the rotary_emb beside it (replaced after loading)",
-        "engine/layers.py, cpu/worker.py, cuda/worker.py",
+        "Attention.impl, attn_backend and forward, and rotary modules (replaced after loading)",
+        "engine/worker.py, engine/positions.py, engine/rotaries.py",
         "choose the backend per layer and per engine, and know the rotation of each layer's queries",
         _has("vllm.model_executor.layers.attention:Attention", "get_attn_backend", "get_kv_cache_spec"),
         "0002-attention-backend-per-layer.diff",

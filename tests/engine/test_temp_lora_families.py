@@ -21,7 +21,7 @@ CASES: list[tuple[int, int, dict[str, Any]]] = [(50, 70, {}), (150, 40, {"kv_pol
     "family",
     [
         "Phi3",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Qwen2", "Gemma", "Granite")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Qwen2", "Qwen3Moe", "Gemma", "Granite")),
     ],
 )
 def test_it_writes_what_the_replay_writes(tmp_path: Path, family: str) -> None:

@@ -216,7 +216,7 @@ def test_seconds_of_all_groups_are_taken_once(monkeypatch: pytest.MonkeyPatch) -
         def get_builder_cls() -> Any:
             return Stock
 
-    builder = engine_backend(Backend, step_rows, lambda spec: spec).get_builder_cls()
+    builder = engine_backend(Backend, step_rows, lambda spec: spec, 0).get_builder_cls()
     assert issubclass(builder, Stock) and builder.__name__ == "Stock"
     assert [builder({"metadata": n}).build(0, None) for n in (1, 2)] == [1, 2]
     with pytest.raises(KeyError):

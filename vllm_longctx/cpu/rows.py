@@ -19,6 +19,8 @@ class WindowRow:
 class StepRows(StepTimes):
     """Of the step to come. The runner writes it before vLLM builds attention metadata.
 
+    Sliding layers need nothing of it.
+
     windows: Rows whose window or pass does not start at 0.
     writing: Rows whose query has LM-Infinite's top-k branch: from the prompt's last token on.
     """

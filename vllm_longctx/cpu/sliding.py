@@ -1,8 +1,9 @@
 """Λ attention in vLLM's CPU engine: a metadata builder and an implementation around the stock CPU kernel.
 
-A step's queries go one of two ways, decided once per step for all layers. Decodes, and those of prompts still
-inside the window, take one call of vLLM's own kernel over compact tables (`kernels.tables`,
-`kernels.scratch`). Prompts past it take `kernels.tiles`.
+A step's queries go one of two ways, decided once per step for all layers of a metadata builder. Decodes, and
+those of prompts still inside the window, take one call of vLLM's own kernel over compact tables
+(`kernels.tables`, `kernels.scratch`). Prompts past it take `kernels.tiles`; so do decodes past it where there
+are no scratch blocks for them (`ScratchLayout.plan`). Layers without first tokens always take the kernel.
 """
 
 import functools

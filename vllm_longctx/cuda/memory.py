@@ -1,10 +1,9 @@
 """Memory layers of Focused Transformers (arXiv 2307.03170) in vLLM's GPU engine.
 
 As on the CPU (`vllm_longctx.cpu.memory`) all positions are counted from the query's window, and keys before
-it are
-stored unrotated. So a memory layer that attends to all is plain attention: `sliding` with a geometry that
-sees everything. Where queries look up the best keys, `kernels.lookup` attends to these and `window` to the
-keys since the window's start.
+it are stored unrotated. So a memory layer that attends to all is plain attention: `sliding` with a geometry
+that sees everything. Where queries look up the best keys, `kernels.lookup` attends to these and `window` to
+the keys since the window's start.
 """
 
 from collections.abc import Iterable

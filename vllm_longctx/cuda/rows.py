@@ -11,9 +11,11 @@ from vllm_longctx.engine.rows import StepTimes
 class StepRows(StepTimes):
     """Of the step to come. The runner writes it before vLLM builds attention metadata.
 
+    Sliding layers need nothing of it.
+
     starts: int32 [max_num_seqs] on the device, where each row's window or pass begins; written in place,
-        since CUDA graphs hold
-        it. starts_on_host: The same.
+        since CUDA graphs hold it.
+    starts_on_host: The same.
     middle_ends: int64 [rows], where the middle of each request ends for its top-k branch, at most 0 of one
         that does not write; None in steps that vLLM makes up.
     """

@@ -123,7 +123,8 @@ def find_layers(
 
 def plan(sites: Sequence[LayerSite]) -> str:
     """What each kind of layer is, for users: `5 × own window 1,024 (untouched), 1 × full → Λ 10 + 8,192`."""
-    return counted(described(site) for site in sites)
+    kinds = counted(described(site) for site in sites)
+    return kinds if any(site.window is None for site in sites) else f"{kinds}: nothing to extend"
 
 
 def counted(kinds: Iterable[str]) -> str:

@@ -6,6 +6,9 @@ Slots are adapter slots here. An index is the place of an adapter in the LoRA la
 The engine's `lora_config` is what the user asked for, and all that the front end and the scheduler know.
 Workers have `with_slots` of it. Their LoRA layers have indices for users' adapters first, which vLLM's caches
 manage, and after them one index for each slot, which the caches never see.
+
+A step comes in by `Adapts.begin_step`. vLLM's model runner then calls `SlotLoRAManager.set_active_adapters`,
+which copies the versions of the step from the slots to their indices.
 """
 
 import dataclasses

@@ -2,9 +2,9 @@
 
 A request that adapts lives as follows. It waits for a slot and for room for its live context. It is computed
 up to the end of a block. The block goes to the trainer as soon as its tokens are known. The next block is
-computed once the version that it needs is trained. A full window starts a new pass, which is a roll-back of
-`num_computed_tokens`. Nothing else of vLLM's scheduling
-changes: a request that is held is one that may compute no token in this step.
+computed once the version that it needs is trained. Where windows step, a full one starts a new pass, which is
+a roll-back of `num_computed_tokens`. Nothing else of vLLM's scheduling changes: a request that is held is one
+that may compute no token in this step.
 
 Steps may be scheduled before the outputs of the last one have come (vLLM's AsyncScheduler, which counts
 tokens before it knows them). Inside a block and a window that makes no difference. A request at the end of
@@ -139,7 +139,7 @@ class TempLoraScheduler(LongContextScheduler):
 
         ours = base_model.probe_logprobs(self, executor, trainer.probe, begin)
         model = self.vllm_config.model_config
-        difference = base_model.difference_beyond_rounding(ours, theirs, model)
+        difference = base_model.difference_beyond_rounding(ours, theirs, model, "an adapter")
         if difference is not None:
             raise LongContextError(
                 f"longctx.adaptation: the trainer computes an adapter of {model.model} otherwise than the "

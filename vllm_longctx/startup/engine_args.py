@@ -2,7 +2,7 @@
 
 Two steps around vLLM's own `create_engine_config`: `prepare` parses the configuration and asks vLLM for what
 it needs; `complete` fills in what depends on the model and refuses what cannot work; the scheduler logs the
-outcome. An engine without a `longctx` configuration is not touched.
+outcome. An engine without a `longctx` configuration is not touched, unless its model is LongLLaMA.
 """
 
 import functools

@@ -204,9 +204,12 @@ def mismatch(
 
 
 def difference_beyond_rounding(
-    ours: Sequence[float], theirs: Sequence[float], model: ModelConfig
+    ours: Sequence[float], theirs: Sequence[float], model: ModelConfig, compared: str = "the model"
 ) -> str | None:
-    """How far log-probabilities of one text differ; None if rounding explains it, or there are none."""
+    """How far log-probabilities of one text differ; None if rounding explains it, or there are none.
+
+    compared: What computes them, for the log.
+    """
     if not ours:
         return None
     nats, share = logprob_difference(ours, theirs)
@@ -215,7 +218,7 @@ def difference_beyond_rounding(
     what = f"log-probabilities of the same text differ by {nats:.2g} nats, {share:.2g} of their spread"
     if share > allowed:
         return f"{what}, where {model.dtype} explains {allowed:g}"
-    logger.info("longctx: the trainer computes what the engine computes: %s", what)
+    logger.info("longctx: the trainer computes %s as the engine does: %s", compared, what)
     return None
 
 

@@ -193,7 +193,7 @@ class Stock:
         self.worker: Any = LongContextWorker.__new__(LongContextWorker)
         for name in ("cache_config", "model_config", "parallel_config"):
             setattr(self.worker, name, getattr(config, name))
-        self.worker.vllm_config, self.worker.model_runner = config, engine.runner
+        self.worker.vllm_config, self.worker.model_runner, self.worker.rank = config, engine.runner, 0
         self.worker.settings, self.worker.sites = active_settings(config), engine.runner.sites
 
 

@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from tests.support.cuda_engine import CPU, to_cpu
 from tests.support.engine_args import create
-from vllm_longctx.config import LongContextConfig, LongContextError
+from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError, TrainerSection
 from vllm_longctx.cuda.lora import share_weights, why_not_shared
 from vllm_longctx.cuda.runner import LongContextRunner, runner_class
 from vllm_longctx.cuda.worker import LongContextWorker
@@ -104,6 +104,14 @@ def test_one_engine_trains_on_a_gpu(gpus: None, tiny_llama: Path) -> None:
         LongContextError, match="data_parallel_size = 2 on CUDA, where all trainers would be on the first GPU"
     ):
         checks.check_adaptation(active_settings(config).adaptation, config)
+
+
+def test_xformers_is_refused_where_it_would_drop_a_soft_cap(gpus: None, tiny_llama: Path) -> None:
+    config = adapting(tiny_llama)
+    config.model_config.hf_text_config.attn_logit_softcapping = 50.0
+    section = AdaptationSection(trainer=TrainerSection(attention="xformers"))
+    with pytest.raises(LongContextError, match=r"'xformers', which has no soft cap .*; leave attention out"):
+        checks.check_adaptation(section, config)
 
 
 @pytest.mark.parametrize("stock", [GPUModelRunner, GPUModelRunnerV2])

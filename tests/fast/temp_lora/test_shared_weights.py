@@ -12,10 +12,10 @@ import torch
 import zmq
 from torch import nn
 from torch.multiprocessing import reductions
-from transformers import PreTrainedModel
+from transformers import Gemma2Config, Gemma3TextConfig, PreTrainedModel
 from vllm.model_executor.models import ModelRegistry
 
-from tests.support.shared_model import CONFIGS, Engine, load, save
+from tests.support.shared_model import CONFIGS, SIZES, Engine, load, save
 from vllm_longctx.temp_lora import messages as m
 from vllm_longctx.temp_lora import shared_weights as shared
 from vllm_longctx.temp_lora.linear_layers import linear_layers
@@ -105,6 +105,20 @@ def test_other_weights_are_refused(tmp_path: Path, spoil, reason: str):
     engine = Engine(load(save(tmp_path, CONFIGS["llama"]), torch.float32))
     with pytest.raises(ValueError, match=reason):
         shared.views(spoil(shared.engine_weights(engine)), shared.skeleton(str(tmp_path), "float32", "sdpa"))
+
+
+def test_a_soft_cap_is_kept_by_eager_attention():
+    plain, capped = Gemma2Config(attn_logit_softcapping=None), Gemma2Config(attn_logit_softcapping=50.0)
+    assert shared.attention_implementation("sdpa", plain) is None
+    assert shared.attention_implementation("sdpa", capped) == "eager"
+    assert shared.attention_implementation("xformers", plain) == "xformers"
+
+
+def test_buffers_that_the_config_does_not_make_are_refused(tmp_path: Path):
+    shared.check_buffers(shared.skeleton(str(save(tmp_path / "llama", CONFIGS["llama"])), "float32", "sdpa"))
+    scaled = Gemma3TextConfig(**SIZES, query_pre_attn_scalar=16)
+    with pytest.raises(ValueError, match=r"model.embed_tokens has buffers that are not made from the config"):
+        shared.check_buffers(shared.skeleton(str(save(tmp_path / "gemma", scaled)), "float32", "sdpa"))
 
 
 @pytest.fixture
