@@ -47,12 +47,12 @@ def table() -> str:
     ]
     reasons: dict[str, dict[str, list[str]]] = {}
     for row, cells in results().items():
-        marks = ["" if c not in cells else "–" if isinstance(cells[c], str) else "✓" for c in METHODS]
+        marks = ["–" if isinstance(cells[c], str) else "✓" for c in METHODS]
         numbers = [x for x in cells.values() if not isinstance(x, str)]
         largest = f"{max(numbers):.0e}" if numbers else ""
         lines.append(f"| {row} | {ARCHITECTURES[row].about} | {' | '.join(marks)} | {largest} |")
         for column in METHODS:
-            if isinstance(reason := cells.get(column), str):
+            if isinstance(reason := cells[column], str):
                 reasons.setdefault(reason, {}).setdefault(row, []).append(NAMES[column])
     lines += ["", "What has no ✓ is refused, with this in the message:", ""]
     for reason, rows in reasons.items():
