@@ -114,7 +114,7 @@ SEAMS = [
     ),
     Seam(
         "GPUModelRunner.input_batch.generators, discard_request_mask (hidden while sampling)",
-        "cpu/worker.py",
+        "cpu/runner.py",
         "seeded requests whose prompt comes in chunks, which kill vLLM's engine on the CPU",
         _has("vllm.v1.worker.cpu_model_runner:CPUModelRunner", "sample_tokens"),
         "0006-seeded-chunked-prefill-on-cpu.diff",

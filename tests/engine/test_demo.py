@@ -13,6 +13,7 @@ SIZES = {"read": 1500, "stock": 700, "prompt": 100, "write": 20, "learn": 700}
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_demo_prints_its_own_lines(tmp_path: Path) -> None:
     words = [word for name, tokens in SIZES.items() for word in (f"--{name}-tokens", str(tokens))]
     command = [sys.executable, str(ROOT / "benchmarks" / "demo.py"), *words]

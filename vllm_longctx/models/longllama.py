@@ -1,6 +1,6 @@
 """LongLLaMA's checkpoints (github.com/CStanKonrad/long_llama): Llama's weights, and which layers have memory.
 
-The model is vLLM's and transformers' own Llama; the memory is the engine's (`attention/focused`). Nothing of
+The model is vLLM's and transformers' own Llama; the memory is the engine's (`modes`, row memory). Nothing of
 vLLM here: training needs it too.
 """
 
