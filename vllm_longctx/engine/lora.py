@@ -24,6 +24,7 @@ from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig, MaxLoRARanks
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
+from vllm.lora.layers import LoRAMapping
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
@@ -428,6 +429,12 @@ class Adapts:
         self.lora_manager.adapted = adapted
         self.numbers: dict[int, int] = {}
         return self.lora_manager.create_lora_manager(model, vllm_config)
+
+    def leave_out_adapters(self, tokens: int) -> None:
+        """Have the next forward of so many tokens computed by the base model, also before the first step."""
+        if hasattr(self, "lora_manager"):
+            nothing = (0,) * tokens
+            self.lora_manager.set_active_adapters(set(), LoRAMapping(nothing, nothing, is_prefill=True))
 
     def begin_step(self, scheduler_output: SchedulerOutput, info: StepInfo) -> None:
         """Before a forward: take what this step's requests compute with, and give each its number."""

@@ -20,7 +20,7 @@ from vllm_longctx.engine.kv_cache import layer_spec
 from vllm_longctx.engine.layers import LayerSite, engine_backend, find_layers, plan
 from vllm_longctx.engine.lora import with_slots
 from vllm_longctx.engine.platform import Platform
-from vllm_longctx.engine.positions import Run
+from vllm_longctx.engine.positions import TOKENS, Run
 from vllm_longctx.engine.rows import StepTimes
 from vllm_longctx.engine.self_check import self_check
 from vllm_longctx.engine.step import StepInfo, StepReport
@@ -67,6 +67,7 @@ class LongContextWorkerBase(WorkerBase, Platform):
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
         rows = self.new_rows()
+        self.model_runner.leave_out_adapters(TOKENS)
         with refusals.reported(self.vllm_config):
             self.sites = self.make_layers(self.get_model(), rows)
         if self.rank == 0:

@@ -254,10 +254,14 @@ def test_the_worker_takes_over_once_the_weights_are_there(monkeypatch: pytest.Mo
     worker = object.__new__(worker_cuda.LongContextWorker)
     worker.settings, worker.vllm_config = SimpleNamespace(mode=SimpleNamespace(adapts=False)), None
     worker.rank = 1
-    worker.model_runner = SimpleNamespace(get_model=lambda: "model", begin=lambda *args: done.append(args))
+    worker.model_runner = SimpleNamespace(
+        get_model=lambda: "model",
+        begin=lambda *args: done.append(args),
+        leave_out_adapters=lambda tokens: done.append("base model"),
+    )
     worker.new_rows, worker.make_layers = lambda: "rows", lambda *args: done.append(args) or "sites"
     worker.load_model(load_dummy_weights=False)
-    assert done == [{"load_dummy_weights": False}, ("model", "rows"), ("sites", "rows")]
+    assert done == [{"load_dummy_weights": False}, "base model", ("model", "rows"), ("sites", "rows")]
 
 
 @pytest.mark.parametrize(
