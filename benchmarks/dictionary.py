@@ -30,7 +30,7 @@ from vllm_longctx.cli.train_focused import numbers
 from vllm_longctx.geometry import SteppedWindows
 from vllm_longctx.models.longllama import LongLlamaConfig
 from vllm_longctx.training.crossbatch import MemoryModel, scheduled
-from vllm_longctx.training.trainer import Recipe, Trainer, load_llama, save_longllama
+from vllm_longctx.training.trainer import Recipe, Trainer, load, save
 
 CONTEXT = 48
 KEY_TOKENS, FACT_TOKENS = 2, 3
@@ -150,10 +150,10 @@ def train(recipe: Recipe, sizes: Sequence[int], label: str) -> Trainer:
 def accuracy(memory: MemoryModel, times: int, texts: int, seed: int) -> float:
     """Share of right answers with a dictionary of `times` contexts in memory."""
     known, questions = task(texts, times * FACTS, FACTS, torch.Generator().manual_seed(seed))
-    for _, hidden in memory.read(torch.cat([known, questions], 1), SteppedWindows(CONTEXT, CONTEXT)):
-        last = hidden
+    for _, logits in memory.read(torch.cat([known, questions], 1), SteppedWindows(CONTEXT, CONTEXT)):
+        last = logits
     targets = answers(questions)
-    right = memory.model.lm_head(last).argmax(-1) == targets
+    right = last.argmax(-1) == targets
     return float(right[targets >= 0].float().mean())
 
 
@@ -181,8 +181,8 @@ def main(
             MEM_LAYERS, CONTEXT, steps, False, 2, max(rising), documents, learning_rate, seed=seed
         )
         trainer = train(recipe, numbers("--sizes", sizes), name)
-        save_longllama(trainer.model, words(), recipe, out_dir / name, CONTEXT, "float32", torch.float32)
-        memory = MemoryModel(load_llama(out_dir / name), MEM_LAYERS, mem_positionals=False)
+        save(trainer.model, words(), recipe, out_dir / name, CONTEXT, "float32", torch.float32)
+        memory = MemoryModel(load(out_dir / name), MEM_LAYERS, mem_positionals=False)
         result[name] = {times: accuracy(memory, times, texts, seed + 1) for times in TIMES}
     print_table(result)
     rows = [

@@ -124,8 +124,8 @@ class AttentionSection(_Section):
     n_local: int | None = Field(default=None, ge=1)
     """Size of the window in tokens, the query included. With `lm_infinite` and `streaming` it slides, with
     `focused` it steps. Default: the trained length, or less if the KV cache holds less of a sliding window;
-    with distances `in_cache`, the trained length less `n_global`; with `focused`, rounded down to whole KV
-    blocks if prefixes are cached."""
+    with distances `in_cache`, the trained length less `n_global`; with `focused`, the checkpoint's if it has
+    one, rounded down to whole KV blocks if prefixes are cached."""
     distance_ceiling: int | None = Field(default=None, ge=1)
     """No key looks farther away than this many tokens. Only with `relative` distances. Default: the trained
     length."""
@@ -299,7 +299,9 @@ class AttentionSection(_Section):
     def _focused_for_model(
         self, trained_length: int, num_layers: int, checkpoint: Mapping[str, Any], cached_block: int
     ) -> "AttentionSection":
-        n_local = self.n_local or trained_length // cached_block * cached_block or trained_length
+        of_checkpoint = _parse(AttentionSection, {"n_local": checkpoint.get("n_local")}, "attention")
+        own = of_checkpoint.n_local or trained_length
+        n_local = self.n_local or own // cached_block * cached_block or own
         if n_local > trained_length and not self.allow_beyond_trained:
             raise LongContextError(
                 f"attention.n_local = {n_local}, but the model was trained on {trained_length} tokens; lower "

@@ -13,11 +13,23 @@ from transformers import AutoTokenizer
 from vllm import LLM
 from vllm.outputs import RequestOutput
 
-from tests.support.engines import generate, logprobs_of, metric, poison, prompt, running_here, tokens_of
+from tests.support.architectures import ARCHITECTURES, made
+from tests.support.engines import (
+    VOCAB,
+    generate,
+    logprobs_of,
+    metric,
+    poison,
+    prompt,
+    running_here,
+    tokens_of,
+)
 from tests.support.reference_model import Layers, ReferenceLlama, focused, with_top_k
 from vllm_longctx.cli.engine import METHODS
 from vllm_longctx.cli.passkey import ANSWER_TOKENS, Task, tells, windows
 from vllm_longctx.geometry import Geometry, SteppedWindows
+from vllm_longctx.training.crossbatch import MemoryModel
+from vllm_longctx.training.trainer import Recipe, Trainer, load, save
 
 BOOKLM_MEMORY = Path(__file__).parents[2] / "benchmarks" / "booklm-memory"
 LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 300, 641]
@@ -86,6 +98,25 @@ def test_a_trained_memory_tells_what_no_window_holds() -> None:
     told = [tells(output.outputs[0].text, trial.key) for output, trial in zip(outputs, asked, strict=True)]
     assert len(told) == 8
     assert sum(told) >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["Qwen3", "GLM-4"])
+def test_what_was_trained_is_served_by_its_own_config(row: str, tmp_path: Path) -> None:
+    """Another architecture than LongLLaMA's: the user says the method only."""
+    model = load(made(ARCHITECTURES[row], tmp_path).transformers)
+    recipe = Recipe([1, 3], 64, steps=1, rows=2, schedule=[2], learning_rate=3e-3)
+    Trainer(model, recipe).train(*torch.randint(VOCAB, (2, 2, 2, 64)))
+    save(model, None, recipe, tmp_path / "trained", 32, "float32", torch.float32)
+    with running_here(tmp_path / "trained", {"method": "focused"}) as llm:
+        outputs = generate(llm, [prompt(n) for n in (31, 64, 97, 200)], 40)
+    memory = MemoryModel(load(tmp_path / "trained"), [1, 3])
+    for output in outputs:
+        ids = torch.tensor([tokens_of(output)])
+        read = memory.read(ids, SteppedWindows(64, 32), len(output.prompt_token_ids or ()))
+        logprobs = torch.cat([logits for _, logits in read], 1).log_softmax(-1)
+        expected = logprobs[0, :-1].gather(1, ids[0, 1:, None]).squeeze(1)[-40:]
+        assert (logprobs_of(output) - expected).abs().max() <= TOLERANCE
 
 
 def test_lm_infinite_with_top_k_equals_the_reference(tiny_llama: Path, reference: ReferenceLlama) -> None:

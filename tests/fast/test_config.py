@@ -170,6 +170,17 @@ def test_stepped_windows_are_whole_blocks_where_prefixes_are_cached(
     assert config.attention.n_local == n_local
 
 
+@pytest.mark.parametrize(("given", "n_local"), [({}, 480), ({"n_local": 64}, 64)])
+def test_a_checkpoint_says_what_it_was_trained_for(given: dict[str, int], n_local: int) -> None:
+    checkpoint = {"mem_layers": [1], "mem_positionals": False, "last_context_length": 40, "n_local": 500}
+    config = LongContextConfig.parse({"attention": {"method": "focused", **given}})
+    filled = config.for_model(TRAINED, KV_BLOCK, NUM_LAYERS, checkpoint).attention
+    assert (filled.n_local, filled.last_context_length) == (n_local, 40)
+    assert filled.mem_layers == [1] and filled.mem_positionals is False
+    with pytest.raises(LongContextError, match=r"attention.n_local = 'x': Input should be a valid integer"):
+        config.for_model(TRAINED, KV_BLOCK, NUM_LAYERS, checkpoint | {"n_local": "x"})
+
+
 @pytest.mark.parametrize(("n_local", "near"), [(500, "480 or 512"), (20, "32")])
 def test_a_stepped_window_that_would_never_be_hit_is_refused(n_local: int, near: str) -> None:
     value = {"attention": {"method": "focused", "mem_layers": [1], "n_local": n_local}}

@@ -1,6 +1,4 @@
-"""`vllm-longctx train-focused`: give a Llama-style model memory layers, by CrossBatch training on a directory
-of texts.
-"""
+"""`vllm-longctx train-focused`: give a model memory layers, by CrossBatch training on texts."""
 
 import json
 from collections.abc import Sequence
@@ -24,11 +22,9 @@ def train_focused(
     texts: Annotated[
         list[Path], typer.Option(help="Directory with a document per .txt file. May be given several times.")
     ],
-    out: Annotated[Path, typer.Option(help="Directory for the LongLLaMA checkpoint and the loss curves.")],
+    out: Annotated[Path, typer.Option(help="Directory for the checkpoint and the loss curves.")],
     mem_layers: Annotated[str, typer.Option(help="Layers that get a memory, counted from 0, such as 2,4.")],
-    model: Annotated[
-        str, typer.Option(help="Directory of a Llama, Mistral or LongLLaMA checkpoint, or `booklm`.")
-    ] = "booklm",
+    model: Annotated[str, typer.Option(help="Directory of a decoder's checkpoint, or `booklm`.")] = "booklm",
     validation: Annotated[
         Path | None, typer.Option(help="Directory of texts to measure the loss on.")
     ] = None,
@@ -69,7 +65,7 @@ def train_focused(
     ] = None,
     seed: int = 0,
 ) -> None:
-    """Train memory layers by CrossBatch, and write a LongLLaMA checkpoint."""
+    """Train memory layers by CrossBatch, and write a checkpoint."""
     import torch
 
     from vllm_longctx.training.data import Documents
@@ -79,8 +75,8 @@ def train_focused(
         STATE_NAME,
         Recipe,
         Trainer,
-        load_llama,
-        save_longllama,
+        load,
+        save,
     )
 
     if threads is not None:
@@ -95,8 +91,8 @@ def train_focused(
             raise ValueError(
                 f"--out {out} is not empty: give a new directory, or --resume to go on with a training there"
             )
-        llama = load_llama(model_path(model))
-        tokens = context_tokens or llama.config.max_position_embeddings
+        decoder = load(model_path(model))
+        tokens = context_tokens or decoder.config.get_text_config().max_position_embeddings
         recipe = Recipe(
             mem_layers=numbers("--mem-layers", mem_layers),
             context_tokens=tokens,
@@ -109,7 +105,7 @@ def train_focused(
             bf16=bf16,
             seed=seed,
         )
-        trainer = Trainer(llama, recipe)
+        trainer = Trainer(decoder, recipe)
         tokenizer = tokenizer_of(model)
         with console.status("tokenizing"):
             documents = Documents.read(texts, tokenizer, contexts * tokens)
@@ -143,8 +139,8 @@ def train_focused(
                     trainer.save_state(state, **about)
                 label = f"d {row['d']} loss {row['first']:.3f}, with memory {row['memory']:.3f}"
                 progress.update(task, completed=trainer.step, description=label)
-        save_longllama(
-            llama,
+        save(
+            decoder,
             tokenizer,
             recipe,
             out,
@@ -155,7 +151,7 @@ def train_focused(
     draw(out / "losses.png", rows)
     sync(out)  # before what could make it again is removed
     state.unlink(missing_ok=True)
-    console.print(f"LongLLaMA checkpoint and loss curves: {out}")
+    console.print(f"checkpoint and loss curves: {out}")
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -1,5 +1,5 @@
-"""Llama with memory layers, in plain torch: CrossBatch's differentiable forward, and reading a text window by
-window.
+"""A decoder of transformers' with memory layers: CrossBatch's differentiable forward, and reading a text
+window by window.
 
 CrossBatch (Focused Transformer, arXiv 2307.03170, section 3.2): a query of a memory layer sees, in one
 softmax, its own context up to itself, the previous context of its document and those of d - 1 other documents
@@ -8,18 +8,27 @@ needs. Gradients flow through all of them.
 
 Distances as in `geometry.memory_branch`: what is in the memory looks as if it stood at the first place of the
     query's window.
+
+The model computes everything but attention. Its attention layers call the function that is registered here,
+with queries and keys as they rotated them. What a layer's rotation is, is found by running the model.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from vllm_longctx.geometry import SteppedWindows
+from vllm_longctx.rotary import Rotary, attention_factor, inverse_frequencies, no_turn
+
+OURS = "longctx_memory"
+PROBED = 16  # tokens with which a layer's rotation is found
+TOLERANCE = 1e-4  # of float32 keys, as a share of the largest element
 
 # A memory layer's number, keys (as at place 0) and values [windows, kv_heads, tokens, head_dim] of the
 # windows computed -> keys and values [windows with memory, kv_heads, memory, head_dim] that the last of these
@@ -28,16 +37,17 @@ Memory = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class MemoryModel:
-    """A Llama whose `mem_layers` also attend to a memory.
+    """A decoder whose `mem_layers` also attend to a memory.
 
     The model is changed in place; its weights keep their names.
 
     mem_positionals: False for memory layers without any rotation. Raises ValueError for layers that the model
-        does not have.
+        does not have, and for those whose positions or attention cannot have a memory.
     """
 
-    def __init__(self, model: LlamaForCausalLM, mem_layers: Sequence[int], mem_positionals: bool = True):
-        layers = model.config.num_hidden_layers
+    def __init__(self, model: PreTrainedModel, mem_layers: Sequence[int], mem_positionals: bool = True):
+        self.config = model.config.get_text_config()
+        layers = self.config.num_hidden_layers
         if (
             not mem_layers
             or len(set(mem_layers)) < len(mem_layers)
@@ -45,12 +55,22 @@ class MemoryModel:
         ):
             raise ValueError(f"mem_layers = {list(mem_layers)}: give different layers from 0 to {layers - 1}")
         self.model, self.mem_layers, self.mem_positionals = model, sorted(mem_layers), mem_positionals
+        self.attend: Callable[..., Tensor] = attend
         self._memory: Memory | None = None
-        for number in self.mem_layers:
-            attention = model.model.layers[number].self_attn
-            attention.forward = lambda *args, attention=attention, **kwargs: (
-                self._attend(attention, *args, **kwargs),
-                None,
+        self._longest = sys.maxsize  # tokens of a text up to which its length does not change the rotation
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                module.memory_model = self  # type: ignore[assignment]  # no module: not among its children
+        model.set_attn_implementation(OURS)
+        self._rotations = self._found_rotations()
+        self.attend = self._attend
+
+    def check_length(self, tokens: int) -> None:
+        """Raises ValueError for windows that are rotated by other frequencies than short ones."""
+        if tokens > self._longest:
+            raise ValueError(
+                f"contexts of {tokens:,} tokens, but past {self._longest:,} tokens the model's RoPE has "
+                "other frequencies, which a memory cannot mix; give fewer"
             )
 
     def crossbatch(self, ids: Tensor, documents: int) -> Tensor:
@@ -71,9 +91,7 @@ class MemoryModel:
             return key, value
 
         windows = ids.transpose(0, 1).flatten(0, 1)  # first contexts, which have no memory, first
-        return (
-            self.model.lm_head(self._forward(windows, memory)).unflatten(0, (contexts, rows)).transpose(0, 1)
-        )
+        return self._forward(windows, memory).unflatten(0, (contexts, rows)).transpose(0, 1)
 
     @torch.no_grad()
     def read(
@@ -82,8 +100,8 @@ class MemoryModel:
         """Reads texts of one length, ids [rows, tokens], as the engine does: a window sees all before it in
         its memory layers.
 
-        Yields each window's start and its last hidden states [rows, window, hidden], what `model.lm_head`
-        takes. prompt_length: where a window may begin depends on it; None for all tokens.
+        Yields each window's start and its logits [rows, window, vocab]. prompt_length: where a window may
+        begin depends on it; None for all tokens.
         """
         length = ids.shape[1]
         prompt_length = length if prompt_length is None else prompt_length
@@ -105,48 +123,151 @@ class MemoryModel:
             start = end
 
     def _forward(self, windows: Tensor, memory: Memory) -> Tensor:
-        """windows: ids [windows, tokens]. Returns [windows, tokens, hidden]."""
+        """windows: ids [windows, tokens]. Returns logits [windows, tokens, vocab]."""
+        self.check_length(windows.shape[1])
         self._memory = memory
         try:
-            return self.model.model(input_ids=windows, use_cache=False).last_hidden_state
+            logits: Tensor = self.model(input_ids=windows, use_cache=False).logits
+            return logits
         finally:
             self._memory = None
 
     def _attend(
-        self,
-        attention: LlamaAttention,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        **_: object,
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **own: Any
     ) -> Tensor:
-        """Takes the place of `LlamaAttention.forward`, and its arguments.
-
-        hidden_states [windows, tokens, hidden].
+        """`attend`, in memory layers also to the memory. query, key and value [windows, heads, tokens,
+        head_dim]: rotated as in a text of the window alone.
         """
-        assert self._memory is not None and attention.layer_idx is not None
-        projections = attention.q_proj, attention.k_proj, attention.v_proj
-        query, key, value = (
-            p(hidden_states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for p in projections
-        )
-        first = key
+        layer = module.layer_idx
+        if layer not in self.mem_layers:
+            return attend(module, query, key, value, mask, **own)
+        if mask is not None:
+            raise ValueError(f"layer {layer} sees less than all of a context: it cannot have a memory")
+        assert self._memory is not None
+        rotary = self._rotations[layer]
+        cos, sin = rotary.cos_sin(-torch.arange(query.shape[2]))
         if self.mem_positionals:
-            cos, sin = position_embeddings
-            first = key * cos[:, :1, None, :]  # at place 0 rotation only scales: YaRN's factor, or 1
-            query, key = apply_rotary_pos_emb(query, key, cos, sin)
-        memory_key, memory_value = self._memory(attention.layer_idx, first, value)
+            first = rotary.rotate(key, cos, sin)
+        else:
+            cos, sin = cos / rotary.factor, sin / rotary.factor
+            query, key = (rotary.rotate(x, cos, sin) for x in (query, key))
+            first = key
+        memory_key, memory_value = self._memory(layer, first, value)
         without = len(query) if memory_key.shape[2] == 0 else len(query) - len(memory_key)
-        attend = partial(scaled_dot_product_attention, scale=attention.scaling, enable_gqa=True)
         parts = []
         if without:
-            parts.append(attend(query[:without], key[:without], value[:without], is_causal=True))
+            parts.append(attend(module, query[:without], key[:without], value[:without], None, **own))
         if without < len(query):
-            causal = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
+            causal = _causal(query.shape[2])
             visible = torch.cat([causal.new_ones(len(causal), memory_key.shape[2]), causal], 1)
             keys, values = (
                 torch.cat([m, x[without:]], 2) for m, x in ((memory_key, key), (memory_value, value))
             )
-            parts.append(attend(query[without:], keys, values, attn_mask=visible))
-        return attention.o_proj(torch.cat(parts).transpose(1, 2).flatten(2))
+            parts.append(attend(module, query[without:], keys, values, visible[None, None], **own))
+        return torch.cat(parts)
+
+    def _found_rotations(self) -> dict[int, Rotary]:
+        """Of each memory layer, from what it gives to attention at two places of a text."""
+        parameters = getattr(self.config, "rope_parameters", None)
+        if not parameters:
+            raise ValueError(
+                f"model_type {self.config.model_type!r} has no RoPE (rope_parameters): a memory needs it"
+            )
+        parameters = parameters.get("full_attention", parameters)
+        scaling, longest = parameters.get("rope_type"), self.config.max_position_embeddings
+        if scaling == "longrope":
+            self._longest = parameters["original_max_position_embeddings"]
+        elif scaling == "dynamic":
+            self._longest = longest
+        step = max(min(self._longest, longest, 1000) - PROBED, 2) // 2
+        here, there = self._probed(torch.tensor([0, step]))
+        rotations = {}
+        for layer in self.mem_layers:
+            if layer not in here:
+                raise ValueError(
+                    f"layer {layer} does not call transformers' AttentionInterface: it cannot have a memory"
+                )
+            query, key, value = here[layer]
+            head_size = key.shape[-1]
+            share = 1.0 if scaling == "proportional" else parameters.get("partial_rotary_factor", 1.0)
+            rotated = int(head_size * share)
+            frequencies = inverse_frequencies(rotated, parameters, longest)
+            factor = attention_factor(parameters, longest)
+            pairs = (Rotary(head_size, rotated, halves, frequencies, factor) for halves in (True, False))
+            for rotary in (no_turn(head_size), *pairs):
+                turned = (*(rotary.turn(x, torch.tensor(step)) for x in (query, key)), value)
+                if all(map(_alike, turned, there[layer])):
+                    rotations[layer] = rotary
+                    break
+            else:
+                raise ValueError(
+                    f"layer {layer}: its queries, keys and values do not depend on positions by a rotation "
+                    f"that longctx knows (rope_parameters = {parameters}): it cannot have a memory"
+                )
+        return rotations
+
+    @torch.no_grad()
+    def _probed(self, starts: Tensor) -> list[dict[int, tuple[Tensor, ...]]]:
+        """Queries, keys and values that each layer gives to attention, of a text at each of `starts`.
+
+        Attention returns the same at all. So what layers read is the same, bit by bit, and all that can
+        differ is what depends on positions.
+        """
+        outputs: dict[int, Tensor] = {}
+        found: dict[int, tuple[Tensor, ...]] = {}
+
+        def taken(module: Any, *query_key_value_mask: Any, **own: Any) -> Tensor:
+            layer = module.layer_idx
+            found[layer] = query_key_value_mask[:3]
+            if layer in self.mem_layers and (window := own.get("sliding_window")):
+                raise ValueError(
+                    f"layer {layer} has a window of its own, of {window} tokens: give mem_layers that see all"
+                )
+            if layer not in outputs:
+                outputs[layer] = attend(module, *query_key_value_mask, **own)
+            return outputs[layer]
+
+        self.attend = taken
+        ids, all_found = torch.arange(PROBED) % self.config.vocab_size, []
+        for start in starts:
+            found.clear()
+            self.model(
+                input_ids=ids[None], position_ids=(start + torch.arange(PROBED))[None], use_cache=False
+            )
+            all_found.append(dict(found))
+        return all_found
+
+
+def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **own: Any) -> Tensor:
+    """transformers' own attention. query [windows, heads, tokens, head_dim], key and value likewise.
+
+    mask: bool, broadcastable to [windows, heads, tokens, keys]; None for causal attention. own: what the
+    layer says. Returns [windows, tokens, heads, head_dim].
+    """
+    if own.get("softcap") is None and own.get("s_aux") is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **own)[0]
+    # SDPA has no soft caps and no sinks; the model's own function does.
+    mask = _causal(query.shape[2]) if mask is None else mask
+    bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    output: Tensor = eager(module, query, key, value, bias, **own)[0]
+    return output
+
+
+def _causal(tokens: int) -> Tensor:
+    return torch.ones(tokens, tokens, dtype=torch.bool).tril()
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
+
+
+def _interface(module: Any, *args: Any, **own: Any) -> tuple[Tensor, None]:
+    return module.memory_model.attend(module, *args, **own), None
+
+
+AttentionInterface.register(OURS, _interface)
+AttentionMaskInterface.register(OURS, sdpa_mask)
 
 
 def scheduled(step: int, steps: int, schedule: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""Continued pre-training with CrossBatch, from a Llama checkpoint to a LongLLaMA one.
+"""Continued pre-training with CrossBatch: from a checkpoint to one with memory layers.
 
 Source: arXiv 2307.03170, section 3.2.
 """
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from vllm_longctx.files import sync
 from vllm_longctx.models.longllama import ARCHITECTURE, MODEL_TYPE, LongLlamaConfig
@@ -74,10 +74,11 @@ class Recipe:
 class Trainer:
     """The model is trained in place, in its own dtype; float32 is meant. step: how many are done."""
 
-    def __init__(self, model: LlamaForCausalLM, recipe: Recipe):
+    def __init__(self, model: PreTrainedModel, recipe: Recipe):
         self.recipe, self.step = recipe, 0
         self.model = model.eval()  # no dropout: nothing random but the data
         self.memory = MemoryModel(model, recipe.mem_layers, recipe.mem_positionals)
+        self.memory.check_length(recipe.context_tokens)
         self._parameters = dict(model.named_parameters())
         groups = [
             {
@@ -170,24 +171,19 @@ def by_kind(sums: Tensor, counts: Tensor) -> dict[str, float]:
     return {kind: float(sums[part].sum() / counts[part].sum()) for kind, part in parts.items()}
 
 
-def load_llama(path: str | Path) -> LlamaForCausalLM:
-    """A checkpoint directory in float32; its config is a `LongLlamaConfig`.
-
-    Raises ValueError for another model's.
-    """
+def load(path: str | Path) -> PreTrainedModel:
+    """A checkpoint directory in float32; of FAMILIES, a Llama whose config is a `LongLlamaConfig`."""
     settings = json.loads(Path(path, "config.json").read_text())
-    family = settings.pop("model_type", None)
-    if family not in FAMILIES:
-        raise ValueError(
-            f"{path} has model_type {family!r}; LongLLaMA's checkpoints hold the weights of "
-            f"{', '.join(FAMILIES)}"
-        )
+    if settings.get("model_type") not in FAMILIES:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        return model
+    del settings["model_type"]
     settings.pop("sliding_window", None)  # Mistral's; no window of ours is longer
     return LlamaForCausalLM.from_pretrained(path, config=LongLlamaConfig(**settings), dtype=torch.float32)
 
 
-def save_longllama(
-    model: LlamaForCausalLM,
+def save(
+    model: PreTrainedModel,
     tokenizer: Any,
     recipe: Recipe,
     path: Path,
@@ -195,29 +191,39 @@ def save_longllama(
     mem_dtype: str,
     dtype: torch.dtype,
 ) -> None:
-    """A checkpoint directory in the official code's format. dtype: of the weights as written."""
+    """A checkpoint directory: of a Llama in the official code's format, of others in the model's own.
+
+    dtype: of the weights as written, which other models have afterwards.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    config = LongLlamaConfig(
-        **{
-            k: v
-            for k, v in model.config.to_dict().items()
-            if k not in ("model_type", "architectures", "dtype")
-        }
-        | {
-            "mem_layers": sorted(recipe.mem_layers),
-            "mem_positionals": recipe.mem_positionals,
-            "mem_dtype": mem_dtype,
-            "last_context_length": last_context_tokens,
-            "max_position_embeddings": recipe.context_tokens,
-        },
-        architectures=[ARCHITECTURE],
-        dtype=dtype,
-    )
-    weights = {
-        name: p.detach().to(dtype).contiguous() for name, p in model.named_parameters()
-    }  # tied ones once
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(path)
+    memory = {
+        "mem_layers": sorted(recipe.mem_layers),
+        "mem_positionals": recipe.mem_positionals,
+        "mem_dtype": mem_dtype,
+        "last_context_length": last_context_tokens,
+    }
+    if isinstance(model, LlamaForCausalLM):
+        config = LongLlamaConfig(
+            **{
+                k: v
+                for k, v in model.config.to_dict().items()
+                if k not in ("model_type", "architectures", "dtype")
+            }
+            | memory
+            | {"max_position_embeddings": recipe.context_tokens},
+            architectures=[ARCHITECTURE],
+            dtype=dtype,
+        )
+        weights = {
+            name: p.detach().to(dtype).contiguous() for name, p in model.named_parameters()
+        }  # tied ones once
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(path)
+    else:
+        # max_position_embeddings stays: some scalings of RoPE are computed from it
+        model.config.get_text_config().update(memory | {"n_local": recipe.context_tokens})
+        model.to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature
+        model.save_pretrained(path)
     if tokenizer is not None:
         tokenizer.model_max_length = recipe.context_tokens
         tokenizer.save_pretrained(path)

@@ -1,21 +1,30 @@
-"""CrossBatch: the training forward against the float64 reference, exact resumption, and what is refused."""
+"""CrossBatch: the training forward against the float64 reference and against transformers' own models, exact
+resumption, and what is refused.
+"""
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from tests.support import families
+from tests.support.architectures import ARCHITECTURES, OWN_WINDOW, made
 from tests.support.commands import run
+from tests.support.hf_oracle import Oracle
+from tests.support.matrix import STEPPED, windows_in_windows
 from tests.support.reference_model import ReferenceLlama, focused
 from vllm_longctx import BOOKLM
 from vllm_longctx.geometry import SteppedWindows
 from vllm_longctx.models.longllama import LongLlamaConfig
 from vllm_longctx.training.crossbatch import MemoryModel, scheduled
 from vllm_longctx.training.data import Documents
-from vllm_longctx.training.trainer import STATE_NAME, Trainer, load_llama
+from vllm_longctx.training.trainer import DTYPES, STATE_NAME, Recipe, Trainer, load, save
 
 C = 32
 WINDOWS = SteppedWindows(C, C)
@@ -26,7 +35,7 @@ def test_a_document_of_two_contexts_is_what_the_reference_says(
     tiny_llama: Path, mem_positionals: bool
 ) -> None:
     ids = torch.randint(512, (3, 2, C))
-    memory = MemoryModel(load_llama(tiny_llama), [0, 2], mem_positionals)
+    memory = MemoryModel(load(tiny_llama), [0, 2], mem_positionals)
     seen = focused(WINDOWS, 2 * C, [0, 2], mem_positionals)
     expected = torch.stack([ReferenceLlama(tiny_llama).logprobs(row.flatten().tolist(), seen) for row in ids])
     ours = memory.crossbatch(ids, documents=1).log_softmax(-1).flatten(1, 2)
@@ -38,12 +47,58 @@ def test_a_text_is_read_as_the_reference_says(tiny_llama: Path) -> None:
         torch.randint(512, (2, 150)),
         SteppedWindows(C, 20),
     )  # the last 20 of the prompt, then 10 more, then a new one
-    memory = MemoryModel(load_llama(tiny_llama), [1, 2])
-    parts = [memory.model.lm_head(hidden) for _, hidden in memory.read(ids, windows, prompt_length=130)]
+    memory = MemoryModel(load(tiny_llama), [1, 2])
+    parts = [logits for _, logits in memory.read(ids, windows, prompt_length=130)]
     seen = focused(windows, 130, [1, 2])
     expected = torch.stack([ReferenceLlama(tiny_llama).logprobs(row.tolist(), seen) for row in ids])
     assert [part.shape[1] for part in parts] == [32, 32, 32, 14, 32, 8]
     assert torch.allclose(torch.cat(parts, 1).log_softmax(-1).double(), expected, atol=1e-4)
+
+
+# Between them: halves and neighbours, parts of a head, YaRN, LongRoPE and Llama 3's scaling, two rotations in
+# one model and none, windows of layers' own, soft caps, sinks, experts.
+ROWS = ("Qwen3", "Phi-3", "GPT-NeoX", "GLM", "Gemma 2", "Gemma 3", "SmolLM3", "gpt-oss")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_any_decoder_reads_as_transformers_with_our_geometry(row: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[row]
+    path, layer = made(architecture, tmp_path).transformers, architecture.memory_layer
+    ids = torch.randint(512, (1, 200))
+    memory = MemoryModel(load(path), [layer])
+    ours = torch.cat([logits for _, logits in memory.read(ids, STEPPED)], 1)
+    expected = Oracle(architecture, path, STEPPED.tokens).logprobs(
+        ids[0].tolist(), focused(STEPPED, 200, [layer]), windows_in_windows(OWN_WINDOW, 200)
+    )
+    assert torch.allclose(ours[0].log_softmax(-1).double(), expected, atol=1e-4)
+    whole, half = ids[:, :128], SteppedWindows(64, 64)
+    read = torch.cat([logits for _, logits in memory.read(whole, half)], 1)
+    trained = memory.crossbatch(whole.view(1, 2, 64), documents=1)
+    assert torch.allclose(trained.flatten(1, 2), read, atol=1e-4)
+
+
+@pytest.mark.parametrize("row", ["Qwen2", "Qwen3"])
+def test_without_positions_a_scaled_rotation_leaves_nothing(row: str, tmp_path: Path) -> None:
+    """Not its factor either, which YaRN has."""
+    path = made(ARCHITECTURES[row], tmp_path).transformers
+    ids = torch.randint(512, (1, 2, C))
+    ours = MemoryModel(load(path), [1, 3], mem_positionals=False).crossbatch(ids, 1).log_softmax(-1)
+    seen = focused(WINDOWS, 2 * C, [1, 3], mem_positionals=False)
+    expected = ReferenceLlama(path).logprobs(ids.flatten().tolist(), seen)
+    assert torch.allclose(ours[0].flatten(0, 1).double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("row", ["Qwen3", "GPT-NeoX", "GLM", "Gemma 2"])
+@pytest.mark.parametrize("mem_positionals", [True, False])
+def test_every_weight_of_any_decoder_learns(row: str, mem_positionals: bool, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[row]
+    model = load(made(architecture, tmp_path).transformers)
+    recipe = Recipe([architecture.memory_layer], C, 1, mem_positionals, rows=2, schedule=[2])
+    trainer = Trainer(model, recipe)
+    sums, _ = trainer.losses(torch.randint(512, (2, 2, C)), torch.randint(512, (2, 2, C)), documents=2)
+    sums.sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert all(g is not None and g.isfinite().all() and g.any() for g in gradients.values())
 
 
 def test_other_documents_are_seen_and_learn() -> None:
@@ -155,7 +210,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_end(
         AutoTokenizer.from_pretrained(whole)("a")["input_ids"]
         == AutoTokenizer.from_pretrained(BOOKLM)("a")["input_ids"]
     )
-    assert load_llama(whole).config.mem_layers == [2, 4]
+    assert load(whole).config.mem_layers == [2, 4]
 
 
 def test_a_checkpoint_is_on_disk_before_what_made_it_is_removed(
@@ -196,21 +251,69 @@ def test_a_checkpoint_is_on_disk_before_what_made_it_is_removed(
         ({"texts": "NOWHERE"}, "no .txt file in"),
         ({"out": "TEXTS"}, "is not empty: give a new directory, or --resume"),
         ({"resume": None}, "--resume: there is no"),
-        (
-            {"model": "OTHER"},
-            "has model_type 'gpt2'; LongLLaMA's checkpoints hold the weights of llama, mistral, longllama",
-        ),
+        ({"model": "OTHER"}, "model_type 'gpt2' has no RoPE (rope_parameters): a memory needs it"),
         ({"dtype": "int8"}, "--dtype int8 --mem-dtype bfloat16: each is one of float32, bfloat16"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
     options: dict[str, object], message: str, texts: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text('{"model_type": "gpt2"}')
+    other = families.save(tmp_path / "other", "GPT2", num_hidden_layers=6)
     places = {"NOWHERE": tmp_path / "none", "TEXTS": texts, "OTHER": other}
     given = {name: places.get(str(value), value) for name, value in options.items()}
     arguments = words(given.pop("texts", texts), given.pop("out", tmp_path / "out"), **given)
     code, output = run(*(word.removesuffix("=None") for word in arguments))
     assert code == 2 and message in output and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "layers", "message"),
+    [
+        ("Gemma 2", [1, 2], "layer 2 has a window of its own, of 48 tokens: give mem_layers that see all"),
+        ("Falcon", [1], "layer 1 does not call transformers' AttentionInterface: it cannot have a memory"),
+        ("BLOOM", [1], "model_type 'bloom' has no RoPE"),
+        ("Mistral", [1], "do not depend on positions by a rotation that longctx knows"),  # grows with a text
+    ],
+)
+def test_layers_that_cannot_have_a_memory_are_refused(
+    row: str, layers: list[int], message: str, tmp_path: Path
+) -> None:
+    model = load(made(ARCHITECTURES[row], tmp_path).transformers)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MemoryModel(model, layers)
+
+
+def test_contexts_that_longrope_would_rotate_otherwise_are_refused(tmp_path: Path) -> None:
+    model = load(made(ARCHITECTURES["Phi-3"], tmp_path).transformers)
+    assert Trainer(model, Recipe([3], 64, steps=1)).memory.mem_layers == [3]
+    with pytest.raises(
+        ValueError, match="contexts of 65 tokens, but past 64 tokens the model's RoPE has other"
+    ):
+        Trainer(model, Recipe([3], 65, steps=1))
+
+
+def test_the_command_trains_another_architecture(texts: Path, tmp_path: Path, one_thread: None) -> None:
+    model, out = families.save(tmp_path / "model", "Qwen3", vocab_size=8192), tmp_path / "out"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(BOOKLM, name), model)
+    assert run(*words(texts, out, model=model, steps=2, **{"mem-layers": 1}))[0] == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForCausalLM"] and config["max_position_embeddings"] == 128
+    assert (config["mem_layers"], config["n_local"], config["last_context_length"]) == ([1], 16, 8)
+    assert not (out / STATE_NAME).exists() and load(out).config.mem_layers == [1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_architectures_are_written_as_they_are_with_a_memory(dtype: str, tmp_path: Path) -> None:
+    path = made(ARCHITECTURES["Mixtral"], tmp_path).transformers
+    model = load(path)
+    recipe = Recipe([3, 1], C, 1)
+    MemoryModel(model, recipe.mem_layers)
+    save(model, None, recipe, tmp_path / "out", 20, "float16", DTYPES[dtype])
+    before, after = (json.loads((p / "config.json").read_text()) for p in (path, tmp_path / "out"))
+    memory = {"mem_layers": [1, 3], "mem_positionals": True, "mem_dtype": "float16"}
+    memory |= {"last_context_length": 20, "n_local": C}
+    assert after == before | memory | {"dtype": dtype}
+    weights = [load_file(p / "model.safetensors") for p in (path, tmp_path / "out")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(w.to(DTYPES[dtype]), weights[1][name]) for name, w in weights[0].items())
