@@ -190,6 +190,13 @@ def test_a_layer_that_gives_nan_is_refused(tmp_path: Path) -> None:
         start(worker)
 
 
+@pytest.fixture
+def llama_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else."""
+    monkeypatch.setattr(self_check, "TESTED", ("LlamaForCausalLM",))
+
+
+@pytest.mark.usefixtures("llama_is_tested")
 def test_the_default_checks_what_was_not_tested(
     tmp_path: Path, compared: list[str], log: pytest.LogCaptureFixture
 ) -> None:
@@ -203,6 +210,7 @@ def test_the_default_checks_what_was_not_tested(
     ) in log.text
 
 
+@pytest.mark.usefixtures("llama_is_tested")
 def test_it_can_be_left_out(tmp_path: Path, compared: list[str], log: pytest.LogCaptureFixture) -> None:
     start(made("Cohere2ForCausalLM", tmp_path, {"self_check": False}))
     assert not compared
