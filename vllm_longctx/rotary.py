@@ -234,6 +234,11 @@ def no_turn(head_size: int) -> Rotary:
     return Rotary(head_size, 2, True, torch.zeros(1, dtype=torch.float64))
 
 
+def alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether queries or keys are the same, up to a share of the largest element of b."""
+    return bool((a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max().clamp_min(1e-6))
+
+
 class NoRotation(nn.Module):
     """Takes the place of a rotary module in layers without positions."""
 

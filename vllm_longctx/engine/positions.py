@@ -22,7 +22,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm_longctx.config import LongContextError
 from vllm_longctx.engine.rotaries import factors_for, is_rotary, replace_rotaries
 from vllm_longctx.models.properties import model_dtype, trained_length
-from vllm_longctx.rotary import Rotary
+from vllm_longctx.rotary import Rotary, alike
 
 TOKENS = 16
 Run = Callable[[Tensor], object]  # computes the model at positions int64 [TOKENS]
@@ -151,11 +151,6 @@ def rotation(
         f"longctx cannot serve layer {name}: its keys depend on their positions, but not by a rotation that "
         "longctx knows"
     )
-
-
-def alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Up to a share of the largest element of b."""
-    return bool((a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max().clamp_min(1e-6))
 
 
 def running(model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> Run:

@@ -68,16 +68,6 @@ TRAINED_WINDOW = "longctx_trained_window"
 TEXT_ONLY = "longctx_text_only"
 
 
-def rope_parameters(model_config: ModelConfig) -> Mapping[str, Any] | None:
-    """The model's one set of RoPE parameters, or None if it has none or one per layer type."""
-    if "GPTJForCausalLM" in model_config.architectures:  # its config has rotary_dim only
-        return {"rope_type": "default"}
-    parameters = getattr(model_config.hf_text_config, "rope_parameters", None)
-    if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
-        return None
-    return parameters
-
-
 def model_dtype(model_config: ModelConfig) -> torch.dtype:
     """Of a ModelConfig that vLLM has completed; before, it may be a name."""
     assert isinstance(model_config.dtype, torch.dtype)
@@ -155,12 +145,12 @@ def layer_windows(model_config: ModelConfig) -> list[int | None]:
     As far as the config says it.
     """
     hf_config = model_config.hf_text_config
+    layer_types = getattr(hf_config, "layer_types", None)
+    if model_config.disable_sliding_window or layer_types is None:
+        window = None if model_config.disable_sliding_window else _window_of_all_layers(hf_config)
+        return [window] * model_config.get_total_num_hidden_layers()
     window = getattr(hf_config, "sliding_window", None)
-    layer_types = getattr(hf_config, "layer_types", None) or ["sliding_attention"] * (
-        model_config.get_total_num_hidden_layers()
-    )
-    if model_config.disable_sliding_window or not getattr(hf_config, "use_sliding_window", True):
-        window = None
+    window = window if getattr(hf_config, "use_sliding_window", True) else None
     return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
 
 

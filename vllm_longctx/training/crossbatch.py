@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vllm_longctx.geometry import SteppedWindows
-from vllm_longctx.rotary import Rotary, attention_factor, inverse_frequencies, no_turn
+from vllm_longctx.rotary import Rotary, alike, attention_factor, inverse_frequencies, no_turn
 
 OURS = "longctx_memory"
 PROBED = 16  # tokens with which a layer's rotation is found
@@ -196,7 +196,7 @@ class MemoryModel:
             pairs = (Rotary(head_size, rotated, halves, frequencies, factor) for halves in (True, False))
             for rotary in (no_turn(head_size), *pairs):
                 turned = (*(rotary.turn(x, torch.tensor(step)) for x in (query, key)), value)
-                if all(map(_alike, turned, there[layer])):
+                if all(alike(a, b, TOLERANCE) for a, b in zip(turned, there[layer], strict=True)):
                     rotations[layer] = rotary
                     break
             else:
@@ -256,10 +256,6 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
 
 def _causal(tokens: int) -> Tensor:
     return torch.ones(tokens, tokens, dtype=torch.bool).tril()
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
 
 
 def _interface(module: Any, *args: Any, **own: Any) -> tuple[Tensor, None]:
