@@ -14,9 +14,9 @@ import importlib
 import logging
 import os
 import re
-import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -47,6 +47,8 @@ SOCKETS = "VLLM_RPC_BASE_PATH"
 MAX_DIRECTORY_BYTES = 107 - len("/c0ffee00-0000-4000-8000-000000000000")
 
 _started_by_vllm = False
+# Their pipes stay open as long as this process lives.
+_removers: "list[subprocess.Popen[bytes]]" = []
 
 
 def end_together() -> None:
@@ -108,12 +110,9 @@ class WatchedMain:
         elif self.path == WORKER:
             watchdog.enforce_signals(GRACE)
             kwargs["distributed_init_method"] = _in_directory(kwargs["distributed_init_method"])
-        try:
-            if self.path in (API_SERVER, COORDINATOR):
-                return function(*args, **kwargs)
-            return _run_and_exit(function, *args, **kwargs)
-        finally:
-            remove_orphaned_directory()
+        if self.path in (API_SERVER, COORDINATOR):
+            return function(*args, **kwargs)
+        return _run_and_exit(function, *args, **kwargs)
 
 
 def _run_and_exit(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -236,7 +235,6 @@ def end_by_force() -> None:
         with contextlib.suppress(psutil.Error):
             if not any("resource_tracker" in word for word in child.cmdline()):
                 child.kill()
-    remove_orphaned_directory()
     os._exit(1)
 
 
@@ -257,7 +255,7 @@ def _is_running(process: psutil.Process | None) -> bool:
 def _make_socket_directory() -> None:
     """Make a directory for the sockets of this process and those that vLLM starts from it.
 
-    It is removed when this one ends.
+    It is removed when this one has ended.
     """
     base = Path(os.environ.get(SOCKETS) or tempfile.gettempdir())
     owner = _owner(base)
@@ -270,26 +268,31 @@ def _make_socket_directory() -> None:
         os.rmdir(directory)
         return
     os.environ[SOCKETS] = directory
-    atexit.register(_remove_own, directory)
+    _removers.append(_remove_afterwards(directory))
+
+
+def _remove_afterwards(directory: str) -> "subprocess.Popen[bytes]":
+    """Start a shell that removes a directory once this process has ended, and its forked ones.
+
+    Only another process can do it after a SIGKILL. Before vLLM starts one, there is none. The shell waits at
+    the end of a pipe, in a session of its own, so that Ctrl-C at a terminal does not reach it.
+    """
+    # Once more, since a process that is ending may have made a file meanwhile.
+    script = 'read _; rm -rf -- "$0" || { sleep 1; rm -rf -- "$0"; }'
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(
+        ["/bin/sh", "-c", script, directory],
+        stdin=subprocess.PIPE,
+        stdout=quiet,
+        stderr=quiet,
+        start_new_session=True,
+    )
 
 
 def _owner(directory: Path) -> int | None:
     """Id of the process that made this directory. None if it is no such directory."""
     match = re.fullmatch(r"longctx-(\d+)-\w+", directory.name)
     return None if match is None else int(match[1])
-
-
-def _remove_own(directory: str) -> None:
-    if _owner(Path(directory)) == os.getpid():  # not in a process forked from it
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def remove_orphaned_directory() -> None:
-    """Remove the directory of sockets if the process that made it has ended."""
-    directory = Path(os.environ.get(SOCKETS, ""))
-    owner = _owner(directory)
-    if owner is not None and not _is_running(_running(owner)):
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _in_directory(init_method: str) -> str:

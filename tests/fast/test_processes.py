@@ -82,15 +82,12 @@ def test_sockets_have_a_directory_of_their_process(short: Path, monkeypatch: pyt
     assert directory.parent == short and directory.name.startswith(f"longctx-{os.getpid()}-")
     processes._make_socket_directory()
     assert Path(os.environ[SOCKETS]) == directory
-    processes.remove_orphaned_directory()
-    assert directory.is_dir()  # its process lives
+    assert directory.is_dir()
     assert processes._in_directory("file:///tmp/vllm_dist_ab") == f"file://{directory}/vllm_dist_ab"
     assert processes._in_directory("tcp://127.0.0.1:1") == "tcp://127.0.0.1:1"
 
 
-def test_the_directory_of_another_engine_is_not_shared_and_goes_with_its_process(
-    short: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_directory_of_another_engine_is_not_shared(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     of_another = short / f"longctx-{ended.pid}-abcdefgh"
@@ -103,8 +100,34 @@ def test_the_directory_of_another_engine_is_not_shared_and_goes_with_its_process
     monkeypatch.setattr(processes, "_started_by_vllm", True)
     processes._make_socket_directory()
     assert os.environ[SOCKETS] == str(of_another)  # it is that of its front end
-    processes.remove_orphaned_directory()
-    assert not of_another.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_directory_of_sockets_goes_with_its_process(number: signal.Signals, short: Path) -> None:
+    """Also with one that is killed before it has started any other."""
+    program = """
+import os, time
+from vllm_longctx import processes
+processes._make_socket_directory()
+open(os.path.join(os.environ[processes.SOCKETS], "socket"), "w").close()
+print("made", flush=True)
+time.sleep(600)
+"""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, SOCKETS: str(short)},
+    )
+    assert owner.stdout is not None and owner.stdout.readline() == "made\n"
+    (directory,) = short.iterdir()
+    assert [file.name for file in directory.iterdir()] == ["socket"]
+    os.kill(owner.pid, number)
+    owner.wait()
+    deadline = time.monotonic() + 60
+    while directory.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not directory.exists()
 
 
 def test_a_path_too_long_for_sockets_is_left_as_it_is(

@@ -60,10 +60,11 @@ class Core:
 
     reads: set while prompts may be read; a request waits for it before its first token. fails_after,
     dies_after: tokens after which a request ends with an error, or the engine dies. requests: all that were
-    taken. aborted: their ids. unfinished: how many the front end holds.
+    taken. aborted: their ids. unfinished: how many the front end holds. front_end: the engine's client.
     """
 
     unfinished: Callable[[], int]
+    front_end: AsyncLLM
 
     def __init__(self) -> None:
         self.resources = SimpleNamespace(engine_dead=False)
@@ -159,6 +160,7 @@ def served(*flags: str, max_model_len: int = 512) -> Iterator[tuple[str, Core]]:
         patch.setattr(EngineCoreClient, "make_async_mp_client", lambda **_: core)
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
         engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    core.front_end = engine
     core.unfinished = engine.get_num_unfinished_requests
     app = build_app(args, ("generate",), config.model_config)
     with socket_server(app, init_app_state(engine, app.state, args, ("generate",))) as address:

@@ -38,7 +38,12 @@ from vllm_longctx.config import KEY, LongContextConfig, LongContextError, Reques
 from vllm_longctx.metrics import count_ignored_field, export_ignored_fields
 from vllm_longctx.models.properties import TEXT_ONLY, trained_length
 from vllm_longctx.serving import stop_strings
-from vllm_longctx.serving.streams import over_http, track_admissions, with_response_sender
+from vllm_longctx.serving.streams import (
+    end_requests_at_shutdown,
+    over_http,
+    track_admissions,
+    with_response_sender,
+)
 from vllm_longctx.settings import Settings, active_settings, plugin_configs
 
 logger = init_logger("vllm.longctx")
@@ -98,6 +103,7 @@ def prepare(app: FastAPI) -> None:
     app.state.longctx_prepared = True
     export_ignored_fields()
     track_admissions(app.state.engine_client)
+    end_requests_at_shutdown(app.state.engine_client)
     for route in app.routes:
         if isinstance(route, APIRoute) and "POST" in route.methods:
             models = _models(route.body_field.field_info.annotation) if route.body_field is not None else ()

@@ -20,6 +20,8 @@ from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicErrorRe
 from vllm.entrypoints.serve import create_error_response
 from vllm.exceptions import GenerationError
 from vllm.logger import init_logger
+from vllm.utils.async_utils import run_in_loop
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_longctx.config import LongContextError
 
@@ -85,6 +87,23 @@ def track_admissions(engine: Any) -> None:
         return added
 
     engine.generate, engine.add_request = tracked_generate, tracked_add_request
+
+
+def end_requests_at_shutdown(engine: Any) -> None:
+    """Have an app's engine client (AsyncLLM) end the requests that its engine has not ended at its shutdown.
+
+    vLLM's client then stops reading outputs, also those that would end requests. Their connections stay open,
+    and vLLM's server waits for them without a limit.
+    """
+    shutdown = engine.shutdown
+
+    @functools.wraps(shutdown)
+    def ending(*args: Any, **kwargs: Any) -> None:
+        shutdown(*args, **kwargs)
+        if (handler := engine.output_handler) is not None:
+            run_in_loop(handler.get_loop(), engine.output_processor.propagate_error, EngineDeadError())
+
+    engine.shutdown = ending
 
 
 async def _tracked(outputs: AsyncGenerator[Any, None], admission: Admission) -> AsyncGenerator[Any, None]:

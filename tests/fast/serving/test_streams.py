@@ -182,11 +182,23 @@ def test_an_engine_that_dies_ends_every_stream_in_the_routes_own_way(path: str) 
         assert post(address, path, {**ROUTES[path][0], "stream": True}).status_code == 500
 
 
+def test_a_shutdown_ends_requests_that_the_engine_did_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that is killed sends nothing; a server waits for all its connections to close."""
+    monkeypatch.setattr("vllm.v1.engine.async_llm.shutdown_prometheus", lambda: None)
+    path = "/v1/completions"
+    with served("--longctx", json.dumps(CONFIG), max_model_len=4096) as (address, core):
+        core.reads.clear()
+        body = {**ROUTES[path][0], "stream": True}
+        with httpx.stream("POST", address + path, json=body, timeout=60, verify=False) as answer:
+            core.front_end.shutdown()
+            assert "EngineCore encountered an issue" in answer.read().decode()
+
+
 def other_app(events: list[str], pause_s: float = 0.0) -> FastAPI:
     """With a route of somebody else's, which streams without the engine."""
     app = FastAPI()
     app.state.args = SimpleNamespace(log_error_stack=False)
-    app.state.engine_client = SimpleNamespace(generate=None, add_request=None)
+    app.state.engine_client = SimpleNamespace(generate=None, add_request=None, shutdown=None)
     app.state.vllm_config = SimpleNamespace(
         additional_config={"longctx": {"preset": "lm-infinite", "serving": {"keep_alive_s": KEEP_ALIVE_S}}}
     )
