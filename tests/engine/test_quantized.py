@@ -1,7 +1,8 @@
-"""A base with 8-bit weights and activations: its KV cache is as any other's, and so are the methods."""
+"""A base with weights of 8 or 4 bits: its KV cache is as any other's, and so are the methods."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tests.support.engines import generate, logprobs_of, prompt, running_here, tokens_of
 from tests.support.reference_model import Layers, ReferenceLlama, alike, focused
 from vllm_longctx.config import LongContextError
 from vllm_longctx.geometry import Geometry, SteppedWindows
 
+GROUP = 32  # input channels with one scale
 INSIDE, PAST = [40, 63, 64], [65, 97, 200]
 SCHEME = {
     "targets": ["Linear"],
@@ -29,9 +32,73 @@ MEMORY = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReferenceLlama]:
-    """A checkpoint as llm-compressor writes it (W8A8), and the reference of its weights."""
+Tensors = dict[str, Tensor]
+
+
+def eight_bits(weight: Tensor) -> tuple[Tensors, Tensor]:
+    """(weights that are loaded, those that they stand for), of one linear layer: W8A8 of llm-compressor."""
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    loaded = (weight / scale).round().to(torch.int8)
+    return {"weight": loaded, "weight_scale": scale}, loaded * scale
+
+
+def in_groups(weight: Tensor, lowest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Four bits, [in, out] from `lowest` on, scales [groups, out], and the weights [out, in] of these."""
+    groups = weight.T.reshape(-1, GROUP, weight.shape[0])
+    scale = (groups.abs().amax(1) / -lowest).bfloat16()  # what the engine computes with
+    values = (groups / scale[:, None].float()).round().clamp(lowest, lowest + 15)
+    meant = (values * scale[:, None].float()).reshape(weight.T.shape).T
+    return values.reshape(weight.T.shape).int(), scale.half(), meant.contiguous()
+
+
+def packed(values: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    """int32 [rows, columns / 8] of 4-bit values."""
+    parts = values.reshape(len(values), -1, 8)[:, :, order].int()
+    return sum((parts[:, :, i] << 4 * i for i in range(8)), torch.zeros(parts.shape[:2], dtype=torch.int32))
+
+
+def gptq(weight: Tensor) -> tuple[Tensors, Tensor]:
+    values, scales, meant = in_groups(weight, -8)
+    rows, groups = len(values), len(scales)
+    zeros = packed(torch.full((groups, values.shape[1]), 7))  # this format keeps a zero less one
+    index = torch.arange(rows, dtype=torch.int32) // GROUP
+    words = packed((values + 8).T).T.contiguous()
+    return {"qweight": words, "qzeros": zeros, "scales": scales, "g_idx": index}, meant
+
+
+def awq(weight: Tensor) -> tuple[Tensors, Tensor]:
+    values, scales, meant = in_groups(weight, -7)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    zeros = packed(torch.full((len(scales), values.shape[1]), 7), order)
+    return {"qweight": packed(values + 7, order), "qzeros": zeros, "scales": scales}, meant
+
+
+# Of a linear layer's weights, those of the checkpoint and those that they stand for; and the config's entry.
+FORMATS: dict[str, tuple[Callable[[Tensor], tuple[Tensors, Tensor]], dict[str, Any]]] = {
+    "w8a8": (
+        eight_bits,
+        {
+            "quant_method": "compressed-tensors", "format": "int-quantized",
+            "quantization_status": "compressed", "config_groups": {"group_0": SCHEME}, "ignore": ["lm_head"],
+        },
+    ),
+    "gptq": (
+        gptq,
+        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},
+    ),
+    "awq": (
+        awq,
+        {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["w8a8", "gptq", pytest.param("awq", marks=pytest.mark.slow)])
+def quantized(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, ReferenceLlama]:
+    """A checkpoint in this format, and the reference of its weights."""
+    quantize, entry = FORMATS[request.param]
     torch.manual_seed(5)
     config = transformers.LlamaConfig(
         vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
@@ -42,20 +109,14 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Reference
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     shutil.copy(path / "config.json", plain)
     weights = load_file(path / "model.safetensors")
+    meant = dict(weights)
     for name in [name for name in weights if name.endswith("proj.weight")]:
-        scale = weights[name].abs().amax(1, keepdim=True) / 127
-        weights[f"{name}_scale"], weights[name] = scale, (weights[name] / scale).round().to(torch.int8)
+        loaded, meant[name] = quantize(weights.pop(name))
+        weights |= {f"{name.removesuffix('weight')}{part}": value for part, value in loaded.items()}
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    scales = {name: weights.pop(f"{name}_scale") for name in list(weights) if f"{name}_scale" in weights}
-    save_file(
-        {n: w * scales[n] if n in scales else w for n, w in weights.items()}, plain / "model.safetensors"
-    )
+    save_file(meant, plain / "model.safetensors")
     document = json.loads((path / "config.json").read_text())
-    document["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
-        "config_groups": {"group_0": SCHEME}, "ignore": ["lm_head"],
-    }  # fmt: skip
-    (path / "config.json").write_text(json.dumps(document))
+    (path / "config.json").write_text(json.dumps(document | {"quantization_config": entry}))
     return path, ReferenceLlama(plain)
 
 

@@ -1,6 +1,7 @@
 """Real vLLM engines on the CPU: real processes, one start shared by the tests of a module."""
 
 import contextlib
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -73,6 +74,7 @@ def running_here(*args: Any, **kwargs: Any) -> Iterator[LLM]:
 
     Starts in a third of the time.
     """
+    gc.freeze()  # vLLM collects garbage several times, each time among all of torch and transformers
     with engines_in_this_process(), running(*args, **kwargs) as llm:
         yield llm
 
