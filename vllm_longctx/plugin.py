@@ -50,6 +50,8 @@ def _wrap_create_engine_config() -> None:
     @functools.wraps(create_engine_config)
     def create(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         with engine_args.prepared(self) as config:
+            if config is not None:
+                processes.interrupt_start()
             vllm_config = create_engine_config(self, *args, **kwargs)
         if config is not None:
             engine_args.complete(config, vllm_config, self.enable_lora)

@@ -6,6 +6,7 @@ ends it when its parent has ended. A spawned process imports this module before 
 imported here.
 """
 
+import asyncio
 import atexit
 import contextlib
 import functools
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import parent_process, resource_tracker
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,53 @@ def end_together() -> None:
     # engine core.
     resource_tracker.ensure_running()
     _make_socket_directory()
+    _do_not_swallow_interrupts()
     for path in TARGETS:
         owner, name = _find(path)
         function = getattr(owner, name)
         if not isinstance(function, WatchedMain):
             setattr(owner, name, functools.wraps(function)(WatchedMain(path)))
+
+
+def _do_not_swallow_interrupts() -> None:
+    """Have Ctrl-C, and SIGTERM to `vllm serve`, end a front end that waits for its engine cores.
+
+    vLLM's context manager of the socket where they say hello suppresses KeyboardInterrupt. The start goes on.
+    """
+    utils = importlib.import_module("vllm.v1.engine.utils")
+    socket_context = utils.zmq_socket_ctx
+    if socket_context.__module__ == __name__:
+        return
+
+    @contextlib.contextmanager
+    def raising(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        interrupt = None
+        with socket_context(*args, **kwargs) as handshake:
+            try:
+                yield handshake
+            except KeyboardInterrupt as e:
+                interrupt = e
+        if interrupt is not None:
+            raise interrupt
+
+    utils.zmq_socket_ctx = raising  # type: ignore[attr-defined]  # a seam
+
+
+def interrupt_start() -> None:
+    """Have Ctrl-C end a start of `vllm serve` at once, as SIGTERM does. Call it when a start begins.
+
+    At the first one, asyncio cancels the task that serves, but a start never waits for what could be
+    cancelled. vLLM replaces both handlers once it serves.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        return
+    if (getattr(handler, "__module__", None) or "").startswith("vllm.entrypoints."):
+        signal.signal(signal.SIGINT, handler)
+        with contextlib.suppress(RuntimeError):  # no event loop
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise KeyboardInterrupt
 
 
 def _find(path: str) -> tuple[Any, str]:

@@ -435,6 +435,19 @@ SEAMS = [
         "0024-processes-that-end-together.diff",
     ),
     Seam(
+        "zmq_socket_ctx of vllm.v1.engine.utils, an app's AsyncLLM.shutdown (wrapped), run_server's handler of "
+        "SIGTERM (of SIGINT, too)",
+        "processes.py, serving/streams.py",
+        "end a start at Ctrl-C and SIGTERM, and all requests at a shutdown",
+        _all(
+            _has("vllm.v1.engine.utils:zmq_socket_ctx"),
+            _has("vllm.v1.engine.async_llm:AsyncLLM", "shutdown"),
+            _has("vllm.v1.engine.output_processor:OutputProcessor", "propagate_error"),
+            _has("vllm.entrypoints.launchers.api_server.entry:run_server"),
+        ),
+        "0027-ends-that-are-heard.diff",
+    ),
+    Seam(
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
         "cpu/kernels/branches.py",
         "attention with its log-sum-exp, to merge branches",

@@ -1,5 +1,6 @@
 """Guards of processes, on processes without an engine; with one: tests/engine/test_processes.py."""
 
+import asyncio
 import functools
 import os
 import pickle
@@ -16,6 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
+import zmq
+from vllm.v1.engine import utils
 
 from vllm_longctx import processes
 from vllm_longctx.processes import SOCKETS, WatchedMain
@@ -67,6 +70,71 @@ def test_a_guarded_process_ends_with_all_below_it(victim: str) -> None:
     finally:
         parent.kill()
         parent.wait()
+
+
+def terminate(*_: Any) -> None:
+    raise KeyboardInterrupt("terminated")
+
+
+@pytest.fixture
+def vllm_serves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """SIGTERM is handled as while `vllm serve` starts."""
+    monkeypatch.setattr(terminate, "__module__", "vllm.entrypoints.launchers.api_server.entry")
+    of_term, of_int = signal.signal(signal.SIGTERM, terminate), signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGTERM, of_term)
+    signal.signal(signal.SIGINT, of_int)
+
+
+@pytest.mark.usefixtures("vllm_serves")
+def test_ctrl_c_ends_a_start_of_vllm_serve_as_sigterm_does() -> None:
+    """asyncio's own handler would cancel a task that does not wait for anything."""
+
+    async def start() -> None:
+        processes.interrupt_start()
+        with pytest.raises(KeyboardInterrupt, match="terminated"):
+            signal.raise_signal(signal.SIGINT)
+
+    asyncio.run(start())
+
+
+@pytest.mark.usefixtures("vllm_serves")
+def test_a_start_that_was_cancelled_before_ends_at_once() -> None:
+    ended = []
+
+    async def start() -> None:
+        signal.raise_signal(signal.SIGINT)
+        try:
+            processes.interrupt_start()
+        except KeyboardInterrupt:
+            ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt):  # asyncio's, for a task that was cancelled by Ctrl-C
+        asyncio.run(start())
+    assert ended
+
+
+def test_an_interrupt_is_not_swallowed_while_engine_cores_are_awaited(short: Path) -> None:
+    for _ in range(2):
+        processes._do_not_swallow_interrupts()
+        with (
+            pytest.raises(KeyboardInterrupt, match="now"),
+            utils.zmq_socket_ctx(f"ipc://{short}/handshake", zmq.ROUTER, bind=True) as handshake,
+        ):
+            raise KeyboardInterrupt("now")
+        assert handshake.closed
+    with utils.zmq_socket_ctx(f"ipc://{short}/handshake", zmq.ROUTER, bind=True) as handshake:
+        pass
+    assert handshake.closed
+
+
+def test_ctrl_c_stays_a_programs_own() -> None:
+    async def start() -> bool:
+        before = signal.getsignal(signal.SIGINT)
+        processes.interrupt_start()
+        return signal.getsignal(signal.SIGINT) is before
+
+    assert asyncio.run(start())
 
 
 @pytest.fixture
