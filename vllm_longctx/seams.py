@@ -435,8 +435,8 @@ SEAMS = [
         "0024-processes-that-end-together.diff",
     ),
     Seam(
-        "zmq_socket_ctx of vllm.v1.engine.utils, an app's AsyncLLM.shutdown (wrapped), run_server's handler of "
-        "SIGTERM (of SIGINT, too)",
+        "zmq_socket_ctx of vllm.v1.engine.utils, an app's AsyncLLM.shutdown (wrapped), run_server's handler "
+        "of SIGTERM (of SIGINT, too)",
         "processes.py, serving/streams.py",
         "end a start at Ctrl-C and SIGTERM, and all requests at a shutdown",
         _all(
