@@ -448,6 +448,21 @@ SEAMS = [
         "0027-ends-that-are-heard.diff",
     ),
     Seam(
+        "a sampler's apply_penalties (replaced), SamplingMetadata.output_token_ids (the requests' own lists)",
+        "cpu/runner.py, cpu/penalties.py",
+        "count each token that was written once, not in every step",
+        _all(
+            _takes(
+                "vllm.v1.sample.sampler:Sampler.apply_penalties",
+                "logits",
+                "sampling_metadata",
+                "output_token_ids",
+            ),
+            _takes("vllm.v1.sample.metadata:SamplingMetadata", "output_token_ids", "prompt_token_ids"),
+        ),
+        "0028-penalties-that-count-once.diff",
+    ),
+    Seam(
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
         "cpu/kernels/branches.py",
         "attention with its log-sum-exp, to merge branches",

@@ -1,6 +1,6 @@
 """vLLM's model runner for the CPU, as all engines of ours have it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_longctx.cpu.lora import SegmentedLoRAManager
+from vllm_longctx.cpu.penalties import Penalties
 from vllm_longctx.cpu.rows import StepRows
+from vllm_longctx.engine.layers import LayerSite
 from vllm_longctx.engine.runner import RunnerBase
 
 
@@ -21,6 +23,10 @@ class LongContextRunner(RunnerBase, CPUModelRunner):
     lora_manager_class = SegmentedLoRAManager
     lora_manager: SegmentedLoRAManager
     rows: StepRows
+
+    def begin(self, sites: Sequence[LayerSite], rows: StepRows) -> None:
+        super().begin(sites, rows)
+        self.sampler.apply_penalties = Penalties().apply  # type: ignore[method-assign]  # a seam
 
     def isa(self, group: int) -> str:
         """Of the CPU kernel for the KV cache's group of this number, by which it packs blocks."""
