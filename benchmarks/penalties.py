@@ -24,7 +24,7 @@ from vllm.v1.sample.sampler import Sampler
 
 from vllm_longctx.cli.options import JsonOut
 from vllm_longctx.cli.output import plot, write_json
-from vllm_longctx.cpu.penalties import Penalties
+from vllm_longctx.cpu.kernels.penalties import Penalties
 
 Apply = Callable[[Tensor, Any, list[list[int]]], Tensor]
 

@@ -449,7 +449,7 @@ SEAMS = [
     ),
     Seam(
         "a sampler's apply_penalties (replaced), SamplingMetadata.output_token_ids (the requests' own lists)",
-        "cpu/runner.py, cpu/penalties.py",
+        "cpu/runner.py, cpu/kernels/penalties.py",
         "count each token that was written once, not in every step",
         _all(
             _takes(

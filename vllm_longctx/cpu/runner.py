@@ -10,8 +10,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from vllm_longctx.cpu.kernels.penalties import Penalties
 from vllm_longctx.cpu.lora import SegmentedLoRAManager
-from vllm_longctx.cpu.penalties import Penalties
 from vllm_longctx.cpu.rows import StepRows
 from vllm_longctx.engine.layers import LayerSite
 from vllm_longctx.engine.runner import RunnerBase

@@ -16,7 +16,6 @@ from vllm.config import VllmConfig
 from vllm.config.cache import CacheDType
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -29,7 +28,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, is_quantized_kv_cache
 
 from vllm_longctx.cuda.kernels.lambda_attention import lambda_attention
 from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode

@@ -43,6 +43,9 @@ class ReportedOutput(AsyncModelRunnerOutput):
         self.report.send_with(output)
         return output
 
+    def get_kv_connector_output(self) -> Any:  # vLLM 0.33 asks for it
+        return self.output.get_kv_connector_output()  # type: ignore[attr-defined]
+
 
 class LongContextWorkerBase(WorkerBase, Platform):
     """Mixed into vLLM's worker of a platform, before it.

@@ -9,7 +9,7 @@ import torch
 from vllm.utils.torch_utils import make_tensor_with_pad
 from vllm.v1.sample.ops.penalties import apply_all_penalties
 
-from vllm_longctx.cpu.penalties import Penalties
+from vllm_longctx.cpu.kernels.penalties import Penalties
 
 VOCABULARY = 40
 
