@@ -60,7 +60,7 @@ class LongContextWorkerBase(WorkerBase, Platform):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
         self.settings = active_settings(vllm_config)
-        if self.settings.adaptation is not None:
+        if self.settings.mode.adapts:
             limit_reader_sleep()
         super().__init__(with_slots(vllm_config), *args, **kwargs)
 

@@ -10,7 +10,6 @@ from vllm.utils.math_utils import cdiv
 
 from vllm_longctx.config import LongContextError
 from vllm_longctx.engine.memory_kv import bytes_per_layer_block
-from vllm_longctx.engine.sliding_kv import max_blocks_per_request
 from vllm_longctx.models.properties import model_dtype, num_parameters, trained_length
 from vllm_longctx.settings import Adaptation, Settings
 from vllm_longctx.startup.platform import CPU, platform
@@ -68,19 +67,16 @@ def window_room(settings: Settings, vllm_config: VllmConfig) -> int | None:
     pool, cache = pool_of(settings, vllm_config), vllm_config.cache_config
     if pool is None or pool.blocks > _blocks_per_request(settings, vllm_config):
         return None
-    if settings.mode.slides:
-        first = cdiv(settings.geometry.n_global, cache.block_size)
-        room = (pool.blocks - 2 - first) * cache.block_size - vllm_config.max_in_flight_tokens + 1
-    else:
-        room = (pool.blocks - 2) * cache.block_size
+    # vLLM keeps a block of the pool.
+    room = settings.windows.largest(pool.blocks - 1, cache.block_size, vllm_config.max_in_flight_tokens)
     least = min(MIN_WINDOW, trained_length(vllm_config.model_config))
-    return room if room >= least else None
+    return room if room is not None and room >= least else None
 
 
 def log_windows(full: Settings, fitted: Settings, vllm_config: VllmConfig) -> None:
     """Log which default windows are smaller than the model's, so that the pool holds a request."""
     pool = pool_of(full, vllm_config)
-    before, after = _windows(full), _windows(fitted)
+    before, after = full.windows.sizes, fitted.windows.sizes
     smaller = [
         f"{name} is {after[name]}, not {before[name]}" for name in before if after[name] != before[name]
     ]
@@ -95,48 +91,27 @@ def log_windows(full: Settings, fitted: Settings, vllm_config: VllmConfig) -> No
         )
 
 
-def _windows(settings: Settings) -> dict[str, int | None]:
-    windows = {"attention.n_local": settings.attention.n_local}
-    if (a := settings.adaptation) is not None and not settings.mode.slides:
-        windows |= {"adaptation.window_tokens": a.window_tokens, "adaptation.plain_tokens": a.plain_tokens}
-    return windows
-
-
 def check_pool(settings: Settings, vllm_config: VllmConfig) -> None:
     """Raises LongContextError if the pool, where its size is known, has fewer blocks than one request may
     hold.
     """
     if settings.mode.grows:  # vLLM fits max_model_len to the pool, or says that it does not fit
         return
-    cache, geometry, in_flight = (
-        vllm_config.cache_config,
-        settings.geometry,
-        vllm_config.max_in_flight_tokens,
-    )
+    windows, block_size = settings.windows, vllm_config.cache_config.block_size
+    kept = windows.kept(vllm_config.max_in_flight_tokens)
     blocks, pool = _blocks_per_request(settings, vllm_config), known_pool(vllm_config)
-    if settings.mode.slides:
-        why = f"n_global {geometry.n_global}, n_local {geometry.n_local}, {in_flight} tokens in flight"
-        remedy = "max_num_batched_tokens or attention.n_local"
-    else:
-        a = settings.temp_lora
-        why = f"adaptation.window_tokens {a.window_tokens}, adaptation.plain_tokens {a.plain_tokens}"
-        remedy = "both of these"
     if pool is not None and pool.blocks < blocks + 1:
         raise LongContextError(
-            f"{pool.given} gives {pool.blocks} blocks, but one request holds up to {blocks} ({why}, "
-            f"block_size {cache.block_size}) and vLLM keeps one; give at least {blocks + 1} blocks, "
-            f"or lower {remedy}"
+            f"{pool.given} gives {pool.blocks} blocks, but one request holds up to {blocks} "
+            f"({kept}, block_size {block_size}) and vLLM keeps one; "
+            f"give at least {blocks + 1} blocks, or lower {windows.remedy}"
         )
 
 
 def _blocks_per_request(settings: Settings, vllm_config: VllmConfig) -> int:
     """The most KV blocks that one request holds."""
-    cache, longest = vllm_config.cache_config, vllm_config.model_config.max_model_len
-    if settings.mode.slides:
-        in_flight = vllm_config.max_in_flight_tokens
-        return max_blocks_per_request(settings.geometry, cache.block_size, in_flight, longest)
-    a = settings.temp_lora
-    return cdiv(min(max(a.window_tokens, a.plain_tokens), longest), cache.block_size) + 1
+    block_size, longest = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
+    return settings.windows.most_blocks(block_size, vllm_config.max_in_flight_tokens, longest)
 
 
 @dataclass(frozen=True)
