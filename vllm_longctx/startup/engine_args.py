@@ -26,7 +26,7 @@ from vllm_longctx.modes import load
 from vllm_longctx.settings import Settings, for_model, plugin_configs
 from vllm_longctx.startup.checks import check_model, check_settings
 from vllm_longctx.startup.platform import choose_backend, worker_of_platform
-from vllm_longctx.startup.pool import check_pool, fit_memory, log_windows, window_room
+from vllm_longctx.startup.pool import check_pool, fit_memory, log_windows, pool_of, window_room
 from vllm_longctx.startup.recommended import RECOMMENDED, with_recommended
 
 logger = init_logger("vllm.longctx")
@@ -186,11 +186,12 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bo
 def _fitted(config: LongContextConfig, vllm_config: VllmConfig) -> LongContextConfig:
     """Filled in, with default windows that the KV cache holds."""
     full = _for_model(config, vllm_config)
-    room = window_room(Settings.of(full), vllm_config)
-    if room is None:
+    settings = Settings.of(full)
+    pool = pool_of(settings, vllm_config)
+    if pool is None or (room := window_room(settings, pool, vllm_config)) is None:
         return full
     fitted = _for_model(config, vllm_config, room)
-    log_windows(Settings.of(full), Settings.of(fitted), vllm_config)
+    log_windows(settings, Settings.of(fitted), pool, vllm_config.cache_config.block_size)
     return fitted
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from transformers import PreTrainedModel
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -10,7 +11,7 @@ from vllm.utils.math_utils import cdiv
 
 from vllm_longctx.config import LongContextError
 from vllm_longctx.engine.memory_kv import bytes_per_layer_block
-from vllm_longctx.models.properties import model_dtype, num_parameters, trained_length
+from vllm_longctx.models.properties import model_dtype, trained_length, without_weights
 from vllm_longctx.settings import Adaptation, Settings
 from vllm_longctx.startup.platform import CPU, platform
 from vllm_longctx.temp_lora.base_model import trained_model
@@ -56,37 +57,33 @@ def fit_memory(settings: Settings, vllm_config: VllmConfig, blocks: int) -> None
         model.max_model_len = min(model.max_model_len, tokens)
 
 
-def window_room(settings: Settings, vllm_config: VllmConfig) -> int | None:
+def window_room(settings: Settings, pool: "Pool", vllm_config: VllmConfig) -> int | None:
     """Tokens of the largest default window with which the pool holds a request; None for any.
 
     settings: With the defaults for the model, whatever the machine. None, too, where the pool is so small
         that no such window would be of use: `check_pool` refuses it.
     """
-    if settings.mode.grows:
+    if pool.blocks > _blocks_per_request(settings, vllm_config):
         return None
-    pool, cache = pool_of(settings, vllm_config), vllm_config.cache_config
-    if pool is None or pool.blocks > _blocks_per_request(settings, vllm_config):
-        return None
-    # vLLM keeps a block of the pool.
-    room = settings.windows.largest(pool.blocks - 1, cache.block_size, vllm_config.max_in_flight_tokens)
+    block_size, in_flight = vllm_config.cache_config.block_size, vllm_config.max_in_flight_tokens
+    room = settings.windows.largest(pool.blocks - 1, block_size, in_flight)  # vLLM keeps one
     least = min(MIN_WINDOW, trained_length(vllm_config.model_config))
     return room if room is not None and room >= least else None
 
 
-def log_windows(full: Settings, fitted: Settings, vllm_config: VllmConfig) -> None:
+def log_windows(full: Settings, fitted: Settings, pool: "Pool", block_size: int) -> None:
     """Log which default windows are smaller than the model's, so that the pool holds a request."""
-    pool = pool_of(full, vllm_config)
     before, after = full.windows.sizes, fitted.windows.sizes
     smaller = [
         f"{name} is {after[name]}, not {before[name]}" for name in before if after[name] != before[name]
     ]
-    if pool is not None and smaller:
+    if smaller:
         logger.warning(
             "longctx: %s, since %s gives %d blocks of %d tokens; to have more, raise %s",
             "; ".join(smaller),
             pool.given,
             pool.blocks,
-            vllm_config.cache_config.block_size,
+            block_size,
             platform().pool_settings[0],
         )
 
@@ -138,7 +135,12 @@ def known_pool(vllm_config: VllmConfig) -> Pool | None:
 
 
 def pool_of(settings: Settings, vllm_config: VllmConfig) -> Pool | None:
-    """The pool that the user asks for, or about the one that vLLM will make; None if nobody can tell."""
+    """The pool that the user asks for, or about the one that vLLM will make.
+
+    None if nobody can tell, and where no window depends on it.
+    """
+    if settings.mode.grows:
+        return None
     known = known_pool(vllm_config)
     if known is not None:
         return known
@@ -146,24 +148,25 @@ def pool_of(settings: Settings, vllm_config: VllmConfig) -> Pool | None:
     memory = int(_memory_of_a_rank() * vllm_config.cache_config.gpu_memory_utilization)
     if _blocks_per_request(settings, vllm_config) * _bytes_per_block(vllm_config) < SMALL_SHARE * memory:
         return None  # and models need not be made to be counted
-    parameters = num_parameters(model)
-    if parameters is None:
+    made = trained_model(vllm_config) if settings.mode.adapts else without_weights(model)
+    if made is None:
         return None
+    weights = made.num_parameters() * model_dtype(model).itemsize
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    left = memory - parameters * model_dtype(model).itemsize // ranks
+    left = memory - weights // ranks
     if settings.mode.adapts:
-        left -= _trainer_bytes(settings.temp_lora, vllm_config, parameters) // ranks
+        left -= _trainer_bytes(settings.temp_lora, made, weights) // ranks
     blocks = max(int(KV_SHARE * left), 0) // _bytes_per_block(vllm_config)
     return Pool(blocks, f"the KV cache of about {blocks * _bytes_per_block(vllm_config) / 2**30:.1f} GiB")
 
 
-def _trainer_bytes(adaptation: Adaptation, vllm_config: VllmConfig, parameters: int) -> int:
-    """What the trainer takes of the memory where the engine is."""
-    trainer, dtype = adaptation.trainer, model_dtype(vllm_config.model_config)
+def _trainer_bytes(adaptation: Adaptation, model: PreTrainedModel, weights: int) -> int:
+    """What the trainer takes of the memory where the engine is. weights: Bytes of the model's."""
+    trainer = adaptation.trainer
     if trainer.address is not None or trainer.device != ("cpu" if platform() is CPU else "cuda:0"):
         return 0
-    weights = 0 if platform().trains_beside_engine else parameters * dtype.itemsize
-    return weights + Shape.of(trained_model(vllm_config)).training_bytes(adaptation)
+    own = 0 if platform().trains_beside_engine else weights
+    return own + Shape.of(model).training_bytes(adaptation)
 
 
 def _memory_of_a_rank() -> int:

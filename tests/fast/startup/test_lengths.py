@@ -22,7 +22,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests.support.engine_args import LM_INFINITE, TINY, create, save
 from vllm_longctx.config import LongContextError
-from vllm_longctx.models.properties import keep_trained_window, num_parameters, trained_length
+from vllm_longctx.models.properties import keep_trained_window, trained_length, without_weights
 from vllm_longctx.settings import Settings, active_settings
 from vllm_longctx.startup import pool
 
@@ -256,7 +256,8 @@ def test_what_a_user_says_of_temp_loras_windows_is_kept_or_refused(llama_8b: Pat
 
 
 def test_weights_of_a_model_are_counted_without_making_any(llama_8b: Path) -> None:
-    assert num_parameters(create(llama_8b, LM_INFINITE).model_config) == 8_030_261_248
+    made = without_weights(create(llama_8b, LM_INFINITE).model_config)
+    assert made is not None and made.num_parameters() == 8_030_261_248
 
 
 @pytest.mark.parametrize("gib", [20, 24, 32, 640])
@@ -280,6 +281,7 @@ def test_where_vllm_takes_what_is_left_there_is_room_for_the_trainer(
         value = {"preset": "temp-lora-quality", "adaptation": {"slots": 1, **adaptation}}
         return settings(llama_8b, value).temp_lora.plain_tokens
 
+    monkeypatch.setattr(pool, "without_weights", lambda model: pytest.fail("made beside the trainer's"))
     here = plain()
     assert 24576 < here < 131072
     assert plain(slots=2) < here < plain(rank=32) < plain(trainer={"recompute": True}) == 131072
@@ -287,5 +289,5 @@ def test_where_vllm_takes_what_is_left_there_is_room_for_the_trainer(
 
 
 def test_a_small_model_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "num_parameters", lambda model: pytest.fail("counted"))
+    monkeypatch.setattr(pool, "without_weights", lambda model: pytest.fail("counted"))
     assert active_settings(create()).geometry.n_local == 512
