@@ -99,7 +99,7 @@ class LongContextWorkerBase(WorkerBase, Platform):
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, beside what layers and the trainer need."""
-        available = super().determine_available_memory()
+        available: int = super().determine_available_memory()  # type: ignore[misc]  # of the platform's worker
         if self.cache_config.kv_cache_memory_bytes:  # then the user has said what the KV cache gets
             return available
         available = self.beside_layers(available)
