@@ -125,7 +125,7 @@ class Adaptation(AdaptationSection):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Those that count."""
+        """In tokens, those that count: without passes, not those of windows."""
         of_passes = ("window_tokens", "context_tokens", "plain_tokens") if self.has_passes else ()
         return {name: getattr(self, name) for name in (*of_passes, "block_tokens", "train_context_tokens")}
 
@@ -302,11 +302,11 @@ def for_model(
 
     Raises LongContextError if they do not.
     """
-    filled = config.for_model(trained_length, kv_block, *args, **kwargs)
-    settings = Settings.of(filled)
+    completed = config.for_model(trained_length, kv_block, *args, **kwargs)
+    settings = Settings.of(completed)
     if settings.mode.adapts:
         settings.temp_lora.check(trained_length, kv_block)
-    return filled
+    return completed
 
 
 def active_settings(vllm_config: VllmConfig) -> Settings:
