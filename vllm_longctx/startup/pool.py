@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
-from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.utils.math_utils import cdiv
 
 from vllm_longctx.config import LongContextError
 from vllm_longctx.engine.memory_kv import bytes_per_layer_block
 from vllm_longctx.models.properties import model_dtype, trained_length, without_weights
 from vllm_longctx.settings import Adaptation, Settings
-from vllm_longctx.startup.platform import CPU, platform
+from vllm_longctx.startup.platform import memory_of_a_rank, platform
 from vllm_longctx.temp_lora.base_model import trained_model
 from vllm_longctx.temp_lora.training_memory import Shape
 
@@ -145,7 +143,7 @@ def pool_of(settings: Settings, vllm_config: VllmConfig) -> Pool | None:
     if known is not None:
         return known
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    memory = int(_memory_of_a_rank() * vllm_config.cache_config.gpu_memory_utilization)
+    memory = int(memory_of_a_rank() * vllm_config.cache_config.gpu_memory_utilization)
     if _blocks_per_request(settings, vllm_config) * _bytes_per_block(vllm_config) < SMALL_SHARE * memory:
         return None  # and models need not be made to be counted
     made = trained_model(vllm_config) if settings.mode.adapts else without_weights(model)
@@ -163,17 +161,10 @@ def pool_of(settings: Settings, vllm_config: VllmConfig) -> Pool | None:
 def _trainer_bytes(adaptation: Adaptation, model: PreTrainedModel, weights: int) -> int:
     """What the trainer takes of the memory where the engine is. weights: Bytes of the model's."""
     trainer = adaptation.trainer
-    if trainer.address is not None or trainer.device != ("cpu" if platform() is CPU else "cuda:0"):
+    if trainer.address is not None or trainer.device != platform().device:
         return 0
     own = 0 if platform().trains_beside_engine else weights
     return own + Shape.of(model).training_bytes(adaptation)
-
-
-def _memory_of_a_rank() -> int:
-    """Bytes of which vLLM takes `gpu_memory_utilization`."""
-    if platform() is CPU:
-        return get_memory_node_info(get_visible_memory_node()[0]).total_memory
-    return current_platform.get_device_total_memory()
 
 
 def _bytes_per_block(vllm_config: VllmConfig) -> int:

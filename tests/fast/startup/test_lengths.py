@@ -265,7 +265,7 @@ def test_where_vllm_takes_what_memory_is_left_the_window_is_what_that_holds(
     llama_8b: Path, gib: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On machines of `gib` GiB, of which the weights take 15."""
-    monkeypatch.setattr(pool, "_memory_of_a_rank", lambda: gib << 30)
+    monkeypatch.setattr(pool, "memory_of_a_rank", lambda: gib << 30)
     left = 0.75 * ((gib << 30) * 0.9 - 2 * 8_030_261_248)
     n_local = settings(llama_8b, {}, gpu_memory_utilization=0.9).geometry.n_local
     assert n_local == min(int(left // (32 * KIB_128)) * 32 - BESIDE, 131072)
@@ -275,7 +275,7 @@ def test_where_vllm_takes_what_is_left_there_is_room_for_the_trainer(
     llama_8b: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine of 75 GiB, where the trainer has another copy of the weights."""
-    monkeypatch.setattr(pool, "_memory_of_a_rank", lambda: 75 << 30)
+    monkeypatch.setattr(pool, "memory_of_a_rank", lambda: 75 << 30)
 
     def plain(**adaptation: Any) -> int:
         value = {"preset": "temp-lora-quality", "adaptation": {"slots": 1, **adaptation}}
