@@ -83,6 +83,7 @@ SLIDING_KEYS = (
 )
 
 S = TypeVar("S", bound="_Section")
+T = TypeVar("T")
 
 
 class LongContextError(ValueError):
@@ -349,6 +350,16 @@ class AttentionSection(_Section):
         return section
 
 
+def check_policy(policy: KVPolicy, sliding: bool) -> None:
+    """Raises LongContextError unless `adaptation.kv_policy` goes with the windows.
+
+    sliding: They slide (Λ attention).
+    """
+    if (policy == "keep") != sliding:
+        other = "reuse or recompute; Λ attention (attention.method lm_infinite or streaming) goes with keep"
+        raise LongContextError(f"adaptation.kv_policy = {policy!r}, but attention.method none takes {other}")
+
+
 class TrainerSection(_Section):
     """The process that trains adapters."""
 
@@ -487,8 +498,9 @@ class AdaptationSection(_Section):
         room: the largest stepped window that the KV cache holds, in tokens; None for any.
         """
         sliding = attention.method in SLIDING_METHODS
-        max_rank = self.rank if self.max_rank is None else self.max_rank
         policy = self.kv_policy or ("keep" if sliding else "reuse")
+        check_policy(policy, sliding)
+        max_rank = self.rank if self.max_rank is None else self.max_rank
         sizes = SIZES_OF_PRESET.get(preset or "", DEFAULT_SIZES)
         # A user's own sizes find room in it.
         usual = max(
@@ -627,10 +639,7 @@ class LongContextConfig(_Section):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        if (
-            mode_of(self.attention.method, self.attention.top_k is not None, self.adaptation is not None)
-            is None
-        ):
+        if self._mode is None:
             raise ValueError(
                 "adaptation does not go with attention.method focused or attention.top_k; leave one of them "
                 "out"
@@ -655,10 +664,17 @@ class LongContextConfig(_Section):
         return _parse(cls, value)
 
     @property
+    def _mode(self) -> Mode | None:
+        return mode_of(self.attention.method, self.attention.top_k is not None, self.adaptation is not None)
+
+    @property
     def mode(self) -> Mode:
-        mode = mode_of(self.attention.method, self.attention.top_k is not None, self.adaptation is not None)
-        assert mode is not None  # as validated
-        return mode
+        return filled(self._mode)  # as validated
+
+    @property
+    def temp_lora(self) -> AdaptationSection:
+        """Raises RuntimeError in modes without."""
+        return filled(self.adaptation)
 
     def for_model(
         self,
@@ -699,6 +715,15 @@ def _short_length(checkpoint: Mapping[str, Any]) -> int:
     parameters = checkpoint.get("rope_parameters") or {}
     is_longrope = parameters.get("rope_type") == "longrope"
     return int(parameters["original_max_position_embeddings"]) if is_longrope else 0
+
+
+def filled(value: T | None) -> T:
+    """Raises RuntimeError for None."""
+    if value is None:
+        raise RuntimeError(
+            "this engine's mode does not have the value, or LongContextConfig.for_model has not been called"
+        )
+    return value
 
 
 def _at_most(limit: int | None, value: int) -> int:

@@ -42,6 +42,9 @@ class Mode:
         Empty: vLLM's own.
     layers: The roles that layers have, each with its KV spec in `vllm_longctx.engine.kv_cache`.
     runner: Below a platform's folder: what vLLM's model runner becomes.
+    windows: In `vllm_longctx.windows`: how they move, and what follows from it.
+    checks: In `vllm_longctx.startup.checks`: what refuses models, and settings of vLLM's, that do not go with
+        it.
     grows: Some layers keep the KV of the whole text, so vLLM fits max_model_len to the pool.
     extends: Every request may go past the trained length, also one that does not adapt.
     caches_prefixes: vLLM's prefix caching is sound.
@@ -54,7 +57,9 @@ class Mode:
     scheduler: str
     layers: Mapping[Role, str]
     runner: str
+    windows: str
     asked_for: str
+    checks: tuple[str, ...] = ()
     top_k: bool = False
     adapts: bool = False
     grows: bool = False
@@ -68,18 +73,6 @@ class Mode:
         return not self.scheduler
 
     @property
-    def changes_runner(self) -> bool:
-        """vLLM's model runner gets other inputs than its own."""
-        return self.runner not in ("", BASE_RUNNER)
-
-    @property
-    def slides(self) -> bool:
-        """Windows slide with the query; else they step, and every window begins at one place for all its
-        queries.
-        """
-        return Role.SLIDING in self.layers
-
-    @property
     def scheduler_paths(self) -> tuple[str, str]:
         """Of the scheduler, and of its asynchronous twin."""
         module, _, name = self.scheduler.rpartition(".")
@@ -91,14 +84,15 @@ SLIDING_METHODS = ("lm_infinite", "streaming")
 BASE_RUNNER = "runner.LongContextRunner"
 
 MODES = (
-    Mode("plain", ("none",), "", {}, "", "attention.method none", extends=False, takes_parts=True),
+    Mode("plain", ("none",), "", {}, "", "Windows", "attention.method none", extends=False, takes_parts=True),
     Mode(
         "sliding",
         SLIDING_METHODS,
         "scheduler.LongContextScheduler",
         {Role.SLIDING: "LambdaSpec"},
         BASE_RUNNER,
-        "attention.method lm_infinite or streaming",
+        windows="SlidingWindows",
+        asked_for="attention.method lm_infinite or streaming",
         takes_parts=True,
     ),
     Mode(
@@ -107,7 +101,9 @@ MODES = (
         "memory.TopKScheduler",
         {Role.SLIDING: "LambdaSpec", Role.KEPT: "MiddleSpec"},
         "top_k_runner.TopKRunner",
-        "attention.top_k",
+        windows="SlidingWindows",
+        asked_for="attention.top_k",
+        checks=("check_lookup", "check_runner"),
         top_k=True,
         grows=True,
         # keys that leave the window of a request that writes are un-rotated, wherever it ends
@@ -119,7 +115,9 @@ MODES = (
         "memory.MemoryScheduler",
         {Role.WINDOW: "WindowSpec", Role.MEMORY: "MemorySpec"},
         "memory_runner.MemoryRunner",
-        "attention.method focused",
+        windows="MemoryWindows",
+        asked_for="attention.method focused",
+        checks=("check_lookup", "check_runner"),
         grows=True,
     ),
     Mode(
@@ -128,7 +126,9 @@ MODES = (
         "temp_lora.TempLoraScheduler",
         {Role.WINDOW: "SteppedSpec"},
         "passes_runner.PassesRunner",
-        "adaptation with attention.method none",
+        windows="Passes",
+        asked_for="adaptation with attention.method none",
+        checks=("check_adaptation", "check_runner"),
         adapts=True,
         extends=False,
     ),
@@ -138,7 +138,9 @@ MODES = (
         "temp_lora.TempLoraScheduler",
         {Role.SLIDING: "LambdaSpec"},
         BASE_RUNNER,
-        "adaptation",
+        windows="SlidingWindows",
+        asked_for="adaptation",
+        checks=("check_adaptation",),
         adapts=True,
         takes_parts=True,
     ),
@@ -152,7 +154,7 @@ def mode_of(method: str, top_k: bool, adapts: bool) -> Mode | None:
     top_k: means something beside a sliding window only.
     """
     rows = (m for m in MODES if method in m.methods and m.adapts == adapts)
-    return next((m for m in rows if m.top_k == (top_k and m.slides)), None)
+    return next((m for m in rows if m.top_k == (top_k and method in SLIDING_METHODS)), None)
 
 
 def load(path: str) -> Any:

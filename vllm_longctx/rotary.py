@@ -8,7 +8,7 @@ Frequencies: RoFormer (arXiv 2104.09864, section 3.2.2); the rescalings follow v
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -237,6 +237,31 @@ def no_turn(head_size: int) -> Rotary:
 def alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Whether queries or keys are the same, up to a share of the largest element of b."""
     return bool((a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max().clamp_min(1e-6))
+
+
+def rotation_between(
+    here: tuple[Tensor, Tensor],
+    there: tuple[Tensor, Tensor],
+    step: int,
+    candidates: Iterable[Rotary],
+    tolerance: float,
+) -> Rotary | None:
+    """The first candidate that turns a layer's queries and keys at one place of a text into those at another.
+
+    here, there: Queries and keys [..., head_size] of the same tokens, there `step` positions farther on.
+    tolerance: As of `alike`.
+
+    Queries may be scaled by their position, too, as attention temperatures do; keys may not.
+    """
+    (query, key), (query_there, key_there) = here, there
+    by = torch.tensor(step, device=key.device)
+    for rotary in candidates:
+        turned = rotary.turn(query, by).float()
+        norms = [x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12) for x in (query_there, turned)]
+        scaled = turned * norms[0] / norms[1]
+        if alike(rotary.turn(key, by), key_there, tolerance) and alike(scaled, query_there, tolerance):
+            return rotary
+    return None
 
 
 class NoRotation(nn.Module):

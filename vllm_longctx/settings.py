@@ -8,7 +8,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 from vllm.config import VllmConfig
@@ -25,11 +25,15 @@ from vllm_longctx.config import (
     RequestOptions,
     ServingSection,
     TrainerSection,
+    check_policy,
+    filled,
 )
 from vllm_longctx.geometry import Geometry, SteppedWindows
-from vllm_longctx.modes import Mode, Role
+from vllm_longctx.modes import Mode, Role, load
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from vllm_longctx.windows import Windows
+
 # Tokens that every request may train on at once, whatever the server's sizes, for which memory was counted.
 SMALL_EXAMPLE = 512
 
@@ -90,7 +94,7 @@ class TrainerSettings(TrainerSection):
 
     @classmethod
     def of(cls, section: TrainerSection) -> Self:
-        name = section.device or ("cuda" if current_platform.is_cuda() else "cpu")
+        name = section.device or current_platform.device_type
         recompute = name != "cpu" if section.recompute is None else section.recompute
         device = "cuda:0" if name == "cuda" else name
         return cls.model_construct(**{**dict(section), "device": device, "recompute": recompute})
@@ -114,18 +118,19 @@ class Adaptation(AdaptationSection):
         """section: filled in by `for_model`."""
         return cls.model_construct(**{**dict(section), "trainer": TrainerSettings.of(section.trainer)})
 
-    def check(self, trained_length: int, sliding: bool, kv_block: int) -> None:
-        """Raises LongContextError unless filled-in sizes go together.
+    @property
+    def has_passes(self) -> bool:
+        """Windows step: where one is full, a new pass begins. Else they slide."""
+        return self.kv_policy != "keep"
 
-        sliding: the window slides (Λ attention).
-        """
-        if (self.kv_policy == "keep") != sliding:
-            other = (
-                "reuse or recompute; Λ attention (attention.method lm_infinite or streaming) goes with keep"
-            )
-            raise LongContextError(
-                f"adaptation.kv_policy = {self.kv_policy!r}, but attention.method none takes {other}"
-            )
+    @property
+    def sizes(self) -> dict[str, int]:
+        """In tokens, those that count: without passes, not those of windows."""
+        of_passes = ("window_tokens", "context_tokens", "plain_tokens") if self.has_passes else ()
+        return {name: getattr(self, name) for name in (*of_passes, "block_tokens", "train_context_tokens")}
+
+    def check(self, trained_length: int, kv_block: int) -> None:
+        """Raises LongContextError unless filled-in sizes go together."""
         example = self.train_context_tokens + self.block_tokens + 1
         if example > trained_length:
             raise LongContextError(
@@ -133,7 +138,7 @@ class Adaptation(AdaptationSection):
                 f"was trained on "
                 f"{trained_length} tokens; lower one of them"
             )
-        if not sliding and self.context_tokens + kv_block + self.keep_first > self.window_tokens:
+        if self.has_passes and self.context_tokens + kv_block + self.keep_first > self.window_tokens:
             most = self.window_tokens - kv_block - self.keep_first
             remedy = f"give at most {most}" if most > 0 else "give a smaller block_size or keep_first"
             if self.window_tokens < trained_length:
@@ -188,7 +193,8 @@ class Adaptation(AdaptationSection):
             room = max(min(trained_length - 1, most) - given["block_tokens"], 0)
             given["train_context_tokens"] = min(self.train_context_tokens, room)
         own = self.model_copy(update=given)
-        own.check(trained_length, self.kv_policy == "keep", kv_block)
+        check_policy(own.kv_policy, sliding=not self.has_passes)
+        own.check(trained_length, kv_block)
         if (example := own.block_tokens + own.train_context_tokens) > most:
             raise LongContextError(
                 f"block_tokens + train_context_tokens = {example} is beyond this server's limit; give at "
@@ -197,7 +203,7 @@ class Adaptation(AdaptationSection):
         return own
 
     def _saved_rank(self, name: str) -> int:
-        path = Path(_filled(self.adapters_root), name, "adapter_config.json")
+        path = Path(filled(self.adapters_root), name, "adapter_config.json")
         if not path.is_file():
             raise LongContextError(
                 f"start_from = {name!r}: there is no such adapter in adaptation.adapters_root"
@@ -233,30 +239,33 @@ class Settings:
 
     @property
     def temp_lora(self) -> Adaptation:
-        return _filled(self.adaptation)
+        return filled(self.adaptation)
+
+    @functools.cached_property
+    def windows(self) -> "Windows":
+        """How they move, and what follows from it."""
+        windows: Windows = load(f"windows.{self.mode.windows}").of(self)
+        return windows
 
     @property
     def geometry(self) -> Geometry:
         """Of sliding layers; in modes without any, that of plain attention."""
-        a = self.attention
-        if not self.mode.slides:
-            return Geometry()
-        return Geometry(_filled(a.n_global), _filled(a.n_local), a.distance_ceiling, _filled(a.distances))
+        return self.windows.geometry
 
     @property
     def top_k(self) -> TopK:
         a = self.attention
-        layers = range(_filled(a.top_k_from_layer), _filled(a.top_k_to_layer))
-        return TopK(_filled(a.top_k), _filled(a.top_k_insert_at), layers)
+        layers = range(filled(a.top_k_from_layer), filled(a.top_k_to_layer))
+        return TopK(filled(a.top_k), filled(a.top_k_insert_at), layers)
 
     @property
     def memory(self) -> Memory:
         a = self.attention
         return Memory(
-            frozenset(_filled(a.mem_layers)),
-            _filled(a.mem_positionals),
-            _filled(a.mem_dtype),
-            SteppedWindows(_filled(a.n_local), _filled(a.last_context_length)),
+            frozenset(filled(a.mem_layers)),
+            filled(a.mem_positionals),
+            filled(a.mem_dtype),
+            SteppedWindows(filled(a.n_local), filled(a.last_context_length)),
             None if a.top_k is None else Lookup(a.top_k, a.lookup_share),
             a.memory_limit_gib,
         )
@@ -265,7 +274,8 @@ class Settings:
         """What is in force, for the log."""
         attention = self.attention.model_dump(exclude_none=True, exclude={"allow_beyond_trained"})
         parts = [f"{name} {value}" for name, value in attention.items()]
-        if (a := self.adaptation) is not None:
+        if self.mode.adapts:
+            a = self.temp_lora
             parts += [
                 f"Temp-LoRA rank {a.rank}, blocks of {a.block_tokens} tokens, kv_policy {a.kv_policy}, "
                 f"{a.slots} slots"
@@ -282,7 +292,7 @@ class Settings:
             return Role.KEPT
         if Role.MEMORY in roles and layer in self.memory.layers:
             return Role.MEMORY
-        return _filled(next(iter(roles), None))
+        return filled(next(iter(roles), None))
 
 
 def for_model(
@@ -292,11 +302,11 @@ def for_model(
 
     Raises LongContextError if they do not.
     """
-    filled = config.for_model(trained_length, kv_block, *args, **kwargs)
-    settings = Settings.of(filled)
-    if settings.adaptation is not None:
-        settings.adaptation.check(trained_length, settings.mode.slides, kv_block)
-    return filled
+    completed = config.for_model(trained_length, kv_block, *args, **kwargs)
+    settings = Settings.of(completed)
+    if settings.mode.adapts:
+        settings.temp_lora.check(trained_length, kv_block)
+    return completed
 
 
 def active_settings(vllm_config: VllmConfig) -> Settings:
@@ -313,11 +323,3 @@ def plugin_configs(vllm_config: VllmConfig) -> dict[str, Any]:
 @functools.lru_cache(maxsize=8)
 def _parsed(text: str) -> Settings:
     return Settings.of(LongContextConfig.parse(text))
-
-
-def _filled(value: T | None) -> T:
-    if value is None:
-        raise RuntimeError(
-            "this engine's mode does not have the value, or LongContextConfig.for_model has not been called"
-        )
-    return value

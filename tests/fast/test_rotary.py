@@ -8,7 +8,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from vllm_longctx.rotary import Rotary, attention_factor, inverse_frequencies
+from vllm_longctx.rotary import (
+    Rotary,
+    attention_factor,
+    inverse_frequencies,
+    no_turn,
+    rotation_between,
+)
 
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = {
@@ -98,6 +104,20 @@ def test_turning_a_rotated_vector_moves_it(neox: bool, rotary_dim: int, at: int,
     moved = rotary.turn(rotary.turn(x, torch.tensor(at)), torch.tensor(by))
     assert torch.allclose(moved, rotary.turn(x, torch.tensor(at + by)), atol=2e-6)
     assert torch.equal(moved[..., rotary_dim:], x[..., rotary_dim:])
+
+
+def test_the_rotation_between_two_places_is_found() -> None:
+    """From queries and keys of one shape or another, in any place among the candidates."""
+    frequencies = inverse_frequencies(32, DEFAULT)
+    none, *pairs = no_turn(32), *(Rotary(32, 32, neox, frequencies) for neox in (True, False))
+    for shape in ((16, 4, 32), (1, 4, 16, 32)):
+        here = torch.randn(shape), torch.randn(shape)
+        for rotary in (none, *pairs):
+            query, key = (rotary.turn(x, torch.tensor(50)) for x in here)
+            assert rotation_between(here, (query, key), 50, (none, *pairs), 1e-4) is rotary
+            assert rotation_between(here, (query * 1.5, key), 50, (none, *pairs), 1e-4) is rotary
+            assert rotation_between(here, (query, key * 1.5), 50, (none, *pairs), 1e-4) is None
+        assert rotation_between(here, (query, key), 51, pairs, 1e-4) is None
 
 
 def test_forward_rotates_queries_and_keys_of_a_step() -> None:

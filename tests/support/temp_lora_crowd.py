@@ -191,7 +191,7 @@ class Crowd(Core):
         full = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
         self.geometry = active_settings(config).geometry
         spec: Any = SteppedSpec.from_attention_spec(full, 64)
-        if active_settings(config).mode.slides:
+        if not active_settings(config).temp_lora.has_passes:
             spec = LambdaSpec.from_attention_spec(full, self.geometry)
         pool = KVCacheConfig(config.cache_config.num_gpu_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
         super().__init__(cls(config, pool, MagicMock(), BLOCK_SIZE, log_stats=True), steps_ahead)
@@ -208,13 +208,13 @@ class Crowd(Core):
         return Trainer(self.timing, {self.timing.randrange(20, 60): Restarted()})
 
     def add_requests(self, rng: random.Random) -> None:
-        slides = active_settings(self.scheduler.vllm_config).mode.slides
+        has_passes = active_settings(self.scheduler.vllm_config).temp_lora.has_passes
         for number in range(6):
             options = {
                 "temp_lora": True,
                 "block_tokens": rng.choice([16, 17, 24]),
                 "update_mode": rng.choice(["cascaded", "parallel"]),
-                "kv_policy": "keep" if slides else rng.choice(["reuse", "recompute"]),
+                "kv_policy": rng.choice(["reuse", "recompute"]) if has_passes else "keep",
                 "epochs": rng.choice([0, 1, 1]),
                 "train_on_prompt": rng.random() < 0.7,
                 **({"save_as": f"{number}"} if rng.random() < 0.5 else {}),

@@ -114,10 +114,10 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
     table.add_row("trained length", f"{trained_length(config.model_config):,}")
     for key, value in plugin_configs(config)["longctx"]["attention"].items():
         table.add_row(f"attention.{key}", str(value))
-    if (a := settings.adaptation) is not None:
-        stepped = () if settings.mode.slides else ("window_tokens", "context_tokens", "plain_tokens")
-        for key in (*stepped, "block_tokens", "train_context_tokens", "slots", "max_rank"):
-            table.add_row(f"adaptation.{key}", str(getattr(a, key)))
+    if settings.mode.adapts:
+        a = settings.temp_lora
+        for key, size in {**a.sizes, "slots": a.slots, "max_rank": a.max_rank}.items():
+            table.add_row(f"adaptation.{key}", str(size))
     table.add_row("max_model_len", f"{config.model_config.max_model_len:,}")
     table.add_row("block_size", str(config.cache_config.block_size))
     table.add_row("prefix caching", prefix_caching(settings, config.cache_config))

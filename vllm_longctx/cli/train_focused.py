@@ -1,7 +1,8 @@
 """`vllm-longctx train-focused`: give a model memory layers, by CrossBatch training on texts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from vllm_longctx.files import sync
 
 if TYPE_CHECKING:
     from vllm_longctx.training.data import Documents
-    from vllm_longctx.training.trainer import Trainer
+    from vllm_longctx.training.trainer import Recipe, Trainer
 
 VALIDATION_BATCHES = 2
 
@@ -68,16 +69,7 @@ def train_focused(
     """Train memory layers by CrossBatch, and write a checkpoint."""
     import torch
 
-    from vllm_longctx.training.data import Documents
-    from vllm_longctx.training.trainer import (
-        DTYPES,
-        LOSSES_NAME,
-        STATE_NAME,
-        Recipe,
-        Trainer,
-        load,
-        save,
-    )
+    from vllm_longctx.training.trainer import DTYPES, STATE_NAME, Recipe, Trainer, load, save
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -85,12 +77,7 @@ def train_focused(
     with errors_for_users():
         if dtype not in DTYPES or mem_dtype not in DTYPES:
             raise ValueError(f"--dtype {dtype} --mem-dtype {mem_dtype}: each is one of {', '.join(DTYPES)}")
-        if resume and not state.is_file():
-            raise ValueError(f"--resume: there is no {state}; a training that is finished has none")
-        if not resume and out.is_dir() and any(out.iterdir()):
-            raise ValueError(
-                f"--out {out} is not empty: give a new directory, or --resume to go on with a training there"
-            )
+        check_out(out, state, resume)
         decoder = load(model_path(model))
         tokens = context_tokens or decoder.config.get_text_config().max_position_embeddings
         recipe = Recipe(
@@ -105,53 +92,85 @@ def train_focused(
             bf16=bf16,
             seed=seed,
         )
-        trainer = Trainer(decoder, recipe)
-        tokenizer = tokenizer_of(model)
-        with console.status("tokenizing"):
-            documents = Documents.read(texts, tokenizer, contexts * tokens)
-            held_out = (
-                None if validation is None else Documents.read([validation], tokenizer, contexts * tokens)
-            )
-        if len(documents.names) < batch:
-            raise ValueError(
-                f"--texts has {len(documents.names)} documents, fewer than --batch {batch}; lower it"
-            )
+        trainer, tokenizer = Trainer(decoder, recipe), tokenizer_of(model)
+        documents, held_out = read(texts, validation, tokenizer, recipe)
         about = {"model": str(Path(model_path(model)).resolve()), "texts": documents.fingerprint()}
         out.mkdir(parents=True, exist_ok=True)
-        if resume:
-            trainer.load_state(state, **about)
-        else:
-            trainer.save_state(state, **about)
-        rows = rows_until(trainer.step, out / LOSSES_NAME)
-        with (out / LOSSES_NAME).open("a") as losses, counting() as progress:
-            task = progress.add_task("training", total=steps, completed=trainer.step)
-            while trainer.step < steps:
-                row: dict[str, Any] = trainer.train(
-                    *documents.batch(seed, trainer.step, batch, contexts, tokens)
-                )
-                saves = trainer.step % save_every == 0
-                if held_out is not None and (saves or trainer.step == steps):
-                    row["validation"] = validate(trainer, held_out, int(row["d"]))
-                rows.append(row)
-                losses.write(json.dumps(row) + "\n")
-                losses.flush()
-                if saves:
-                    trainer.save_state(state, **about)
-                label = f"d {row['d']} loss {row['first']:.3f}, with memory {row['memory']:.3f}"
-                progress.update(task, completed=trainer.step, description=label)
-        save(
-            decoder,
-            tokenizer,
-            recipe,
-            out,
-            last_context_length or max(tokens // 2, 1),
-            mem_dtype,
-            DTYPES[dtype],
-        )
+        (trainer.load_state if resume else trainer.save_state)(state, **about)
+        keep_state = partial(trainer.save_state, state, **about)
+        rows = train(trainer, documents, held_out, out, save_every, keep_state)
+        last = last_context_length or max(tokens // 2, 1)
+        save(decoder, tokenizer, recipe, out, last, mem_dtype, DTYPES[dtype])
     draw(out / "losses.png", rows)
     sync(out)  # before what could make it again is removed
     state.unlink(missing_ok=True)
     console.print(f"checkpoint and loss curves: {out}")
+
+
+def check_out(out: Path, state: Path, resume: bool) -> None:
+    """Raises ValueError unless a training can begin in `out`, or go on from its state there."""
+    if resume and not state.is_file():
+        raise ValueError(f"--resume: there is no {state}; a training that is finished has none")
+    if not resume and out.is_dir() and any(out.iterdir()):
+        raise ValueError(
+            f"--out {out} is not empty: give a new directory, or --resume to go on with a training there"
+        )
+
+
+def read(
+    texts: Sequence[Path], validation: Path | None, tokenizer: Any, recipe: "Recipe"
+) -> tuple["Documents", "Documents | None"]:
+    """What to train on, and what to measure the loss on.
+
+    Raises ValueError for documents that are too short, or too few for a batch.
+    """
+    from vllm_longctx.training.data import Documents
+
+    least = recipe.contexts * recipe.context_tokens
+    with console.status("tokenizing"):
+        documents = Documents.read(texts, tokenizer, least)
+        held_out = None if validation is None else Documents.read([validation], tokenizer, least)
+    if len(documents.names) < recipe.rows:
+        raise ValueError(
+            f"--texts has {len(documents.names)} documents, fewer than --batch {recipe.rows}; lower it"
+        )
+    return documents, held_out
+
+
+def train(
+    trainer: "Trainer",
+    documents: "Documents",
+    held_out: "Documents | None",
+    out: Path,
+    save_every: int,
+    keep_state: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """Every step that is left. Returns the losses of all steps, which are in a file of `out`, too.
+
+    save_every: Steps after which `keep_state` is called, and the loss on `held_out` is measured.
+    """
+    from vllm_longctx.training.trainer import LOSSES_NAME
+
+    recipe = trainer.recipe
+    rows = rows_until(trainer.step, out / LOSSES_NAME)
+    with (out / LOSSES_NAME).open("a") as losses, counting() as progress:
+        task = progress.add_task("training", total=recipe.steps, completed=trainer.step)
+        while trainer.step < recipe.steps:
+            batch = documents.batch(
+                recipe.seed, trainer.step, recipe.rows, recipe.contexts, recipe.context_tokens
+            )
+            row: dict[str, Any] = trainer.train(*batch)
+            saves = trainer.step % save_every == 0
+            if held_out is not None and (saves or trainer.step == recipe.steps):
+                row["validation"] = validate(trainer, held_out, int(row["d"]))
+            rows.append(row)
+            losses.write(json.dumps(row) + "\n")
+            losses.flush()
+            if saves:
+                keep_state()
+            label = f"d {row['d']} loss {row['first']:.3f}, with memory {row['memory']:.3f}"
+            progress.update(task, completed=trainer.step, description=label)
+    return rows
 
 
 def numbers(option: str, text: str) -> list[int]:

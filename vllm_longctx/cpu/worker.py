@@ -14,7 +14,6 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_longctx.config import LongContextError
 from vllm_longctx.cpu.host_memory import allocate_apart
 from vllm_longctx.cpu.kernels.tables import ScratchLayout
 from vllm_longctx.cpu.rows import StepRows
@@ -24,11 +23,11 @@ from vllm_longctx.engine.layers import has_alibi, site_groups
 from vllm_longctx.engine.step import StepInfo
 from vllm_longctx.engine.worker import LongContextWorkerBase
 from vllm_longctx.modes import Role, load
-from vllm_longctx.temp_lora.client import trainer_bytes
 
 
 class LongContextWorker(LongContextWorkerBase, CPUWorker):
     platform = "cpu"
+    less_for_the_trainer = "set adaptation.trainer.recompute true, or use dtype bfloat16"
     stock_impl = CPUAttentionBackendImpl
     model_runner: LongContextRunner
 
@@ -40,19 +39,11 @@ class LongContextWorker(LongContextWorkerBase, CPUWorker):
     def new_rows(self) -> StepRows:
         return StepRows()
 
-    def determine_available_memory(self) -> int:
-        available = super().determine_available_memory()
-        if self.cache_config.kv_cache_memory_bytes or not self.settings.mode.adapts:
-            return available
-        need = trainer_bytes(self.vllm_config, self.device) // self.parallel_config.world_size
-        if need >= available:
-            raise LongContextError(
-                f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB beside each worker, but there "
-                f"are no more than {available / 2**30:.2f} GiB for it and the KV cache; "
-                "lower adaptation.slots, adaptation.rank or adaptation.block_tokens, "
-                "set adaptation.trainer.recompute true, or use dtype bfloat16"
-            )
-        return available - need
+    def beside_layers(self, available: int) -> int:
+        return available
+
+    def workers_on_device(self) -> int:
+        return self.parallel_config.world_size
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(self.with_scratch_room(kv_cache_config))

@@ -18,11 +18,11 @@ from vllm_longctx.engine.worker import LongContextWorkerBase
 from vllm_longctx.models.properties import model_dtype
 from vllm_longctx.modes import Role
 from vllm_longctx.settings import Lookup
-from vllm_longctx.temp_lora.client import trainer_bytes
 
 
 class LongContextWorker(LongContextWorkerBase, Worker):
     platform = "cuda"
+    less_for_the_trainer = "raise gpu_memory_utilization, or name another GPU in adaptation.trainer.device"
     stock_impl = LambdaImpl
     host_memory: HostMemory | None = None
 
@@ -47,14 +47,7 @@ class LongContextWorker(LongContextWorkerBase, Worker):
                 self.get_model(), self.vllm_config, self.device, manager.adapted.modules
             )
 
-    def determine_available_memory(self) -> int:
-        available = super().determine_available_memory()
-        if self.cache_config.kv_cache_memory_bytes:  # then the user has said what the KV cache gets
-            return available
-        available = self._beside_lookups(available)
-        return self._beside_trainer(available) if self.settings.mode.adapts else available
-
-    def _beside_lookups(self, available: int) -> int:
+    def beside_layers(self, available: int) -> int:
         attention, limit = self.settings.attention, self.settings.attention.memory_limit_gib
         if attention.top_k is None:
             return available
@@ -73,16 +66,8 @@ class LongContextWorker(LongContextWorkerBase, Worker):
             )
         return left
 
-    def _beside_trainer(self, available: int) -> int:
-        need = trainer_bytes(self.vllm_config, self.device)
-        if need >= available:
-            raise LongContextError(
-                f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB on {self.device}, but the "
-                f"engine has no more than {available / 2**30:.2f} GiB there for it and the KV cache; "
-                "lower adaptation.slots, adaptation.rank or adaptation.block_tokens, "
-                "raise gpu_memory_utilization, or name another GPU in adaptation.trainer.device"
-            )
-        return available - need
+    def workers_on_device(self) -> int:
+        return 1
 
     def bind_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
         self.host_memory = allocate_apart(self.sites, self.model_runner.kv_cache_config)

@@ -97,7 +97,8 @@ def find_layers(
     settings = active_settings(vllm_config)
     layers = attention_layers(vllm_config, impl)
     run = run or running(model, vllm_config, device)
-    found = rotations(model, layers, vllm_config, longest_distance(settings, vllm_config), run)
+    length = settings.windows.longest_distance(trained_length(vllm_config.model_config))
+    found = rotations(model, layers, vllm_config, length, run)
     sites = []
     for name, layer in layers.items():
         role, rotary = settings.role(extract_layer_index(name), layer.sliding_window is not None), found[name]
@@ -139,7 +140,7 @@ def described(site: LayerSite) -> str:
         return made
     if has_alibi(site.layer):
         return f"ALiBi, {made}"
-    has_ceiling = site.settings.mode.slides and site.geometry.distance_ceiling is not None
+    has_ceiling = site.geometry.distance_ceiling is not None
     return f"no positions, {made}" + (", where the distance ceiling has no effect" if has_ceiling else "")
 
 
@@ -176,17 +177,6 @@ def without_rotation(model: nn.Module, name: str, rotary: Rotary | None) -> None
             f"attention.mem_positionals = false, but layer {name} has no rotary module of its own to leave "
             "out; leave mem_positionals at true"
         )
-
-
-def longest_distance(settings: Settings, vllm_config: VllmConfig) -> int:
-    """At which a query of a full layer sees a key, in tokens."""
-    attention, trained = settings.attention, trained_length(vllm_config.model_config)
-    if not settings.mode.slides:
-        return attention.n_local or trained
-    geometry = settings.geometry
-    if geometry.distances == "in_cache":
-        return geometry.n_global + (geometry.n_local or 0)
-    return max(geometry.n_local or 0, geometry.distance_ceiling or trained)
 
 
 def attention_layers(vllm_config: VllmConfig, impl: type[AttentionImpl[Any]]) -> dict[str, Attention]:

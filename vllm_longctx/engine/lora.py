@@ -60,9 +60,10 @@ class LoRAConfigWithSlots(LoRAConfig):
 
 def with_slots(vllm_config: VllmConfig) -> VllmConfig:
     """The configuration of a worker's LoRA layers. Without Temp-LoRA, the configuration itself."""
-    adaptation, users = active_settings(vllm_config).adaptation, vllm_config.lora_config
-    if adaptation is None:
+    settings, users = active_settings(vllm_config), vllm_config.lora_config
+    if not settings.mode.adapts:
         return vllm_config
+    adaptation = settings.temp_lora
     base = users or LoRAConfig(target_modules=[])
     assert base.max_cpu_loras is not None
     indices = adaptation.slots + (0 if users is None else users.max_loras)

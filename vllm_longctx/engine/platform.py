@@ -14,8 +14,9 @@ class Platform(Protocol):
     """The workers of `vllm_longctx.cpu` and `vllm_longctx.cuda`.
 
     All is called in the worker's process, by its one thread, in this order: `new_rows` and `make_layer` once
-    the weights are loaded, before anything is computed or compiled; `bind_kv_cache` once the KV cache is
-    there; then `begin_step` for each step.
+    the weights are loaded, before anything is computed or compiled; `beside_layers` and `workers_on_device`
+    where vLLM takes what memory is left; `bind_kv_cache` once the KV cache is there; then `begin_step` for
+    each step.
     """
 
     def new_rows(self) -> StepTimes:
@@ -29,6 +30,17 @@ class Platform(Protocol):
 
         By the class that `modes.BACKENDS` names, whose `make_layer` does it.
         """
+        ...
+
+    def beside_layers(self, available: int) -> int:
+        """Bytes for the KV cache, beside what layers need that vLLM has not measured.
+
+        available: Bytes that vLLM would take. Raises LongContextError if nothing is left.
+        """
+        ...
+
+    def workers_on_device(self) -> int:
+        """Workers that have one memory, in which a trainer may be, too."""
         ...
 
     def bind_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:

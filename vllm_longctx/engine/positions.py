@@ -22,7 +22,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm_longctx.config import LongContextError
 from vllm_longctx.engine.rotaries import factors_for, is_rotary, replace_rotaries
 from vllm_longctx.models.properties import model_dtype, trained_length
-from vllm_longctx.rotary import Rotary, alike
+from vllm_longctx.rotary import Rotary, alike, no_turn, rotation_between
 
 TOKENS = 16
 Run = Callable[[Tensor], object]  # computes the model at positions int64 [TOKENS]
@@ -130,27 +130,21 @@ def rotations(
 def rotation(
     name: str, here: Given, there: Given, step: int, candidates: Sequence[Rotary], tolerance: float
 ) -> Rotary | None:
-    """Of a layer, from what it gives to attention at two places that are `step` positions apart.
-
-    Queries may be scaled by their position, as attention temperatures do; keys may not.
-    """
+    """Of a layer, from what it gives to attention at two places that are `step` positions apart."""
     if not alike(here.value, there.value, tolerance):
         raise LongContextError(
             f"longctx cannot serve layer {name}: what it reads depends on absolute positions. Learned "
             "positions do so, and end at the trained length"
         )
-    by = torch.full((TOKENS, 1), step, device=here.key.device)
-    for rotary in (None, *candidates):
-        query, key = (x if rotary is None else rotary.turn(x, by) for x in (here.query, here.key))
-        norms = [x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12) for x in (there.query, query)]
-        if alike(key, there.key, tolerance) and alike(
-            query.float() * norms[0] / norms[1], there.query, tolerance
-        ):
-            return rotary
-    raise LongContextError(
-        f"longctx cannot serve layer {name}: its keys depend on their positions, but not by a rotation that "
-        "longctx knows"
-    )
+    none = no_turn(here.key.shape[-1]).to(here.key.device)
+    queries_and_keys = (here.query, here.key), (there.query, there.key)
+    found = rotation_between(*queries_and_keys, step, (none, *candidates), tolerance)
+    if found is None:
+        raise LongContextError(
+            f"longctx cannot serve layer {name}: its keys depend on their positions, but not by a rotation "
+            "that longctx knows"
+        )
+    return found if found.turns else None
 
 
 def running(model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> Run:

@@ -25,6 +25,7 @@ from vllm.v1.request import Request
 
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.settings import active_settings
+from vllm_longctx.windows import SlidingWindows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +58,9 @@ class LambdaSpec(SlidingWindowSpec):
         return cdiv(self.n_global, self.block_size)
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """Most blocks one request holds at once: first tokens, the last N - 1, tokens in flight, and one
-        ragged block.
-        """
-        return max_blocks_per_request(
-            Geometry(self.n_global, self.sliding_window), self.block_size, max_in_flight_tokens, max_model_len
-        )
+        """Most blocks one request holds at once."""
+        windows = SlidingWindows(Geometry(self.n_global, self.sliding_window))
+        return windows.most_blocks(self.block_size, max_in_flight_tokens, max_model_len)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(
@@ -70,15 +68,6 @@ class LambdaSpec(SlidingWindowSpec):
             and (s.n_global, s.sliding_window) == (self.n_global, self.sliding_window)
             for s in kv_cache_specs.values()
         )
-
-
-def max_blocks_per_request(
-    geometry: Geometry, block_size: int, max_in_flight_tokens: int, max_model_len: int
-) -> int:
-    """Most blocks a request under `geometry` holds at once; arguments but block_size in tokens."""
-    assert geometry.n_local is not None
-    recent = cdiv(min(geometry.n_local - 1 + max_in_flight_tokens, max_model_len), block_size) + 1
-    return min(cdiv(geometry.n_global, block_size) + recent, cdiv(max_model_len, block_size))
 
 
 class PrivateRequests(SingleTypeKVCacheManager):

@@ -15,6 +15,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_longctx import refusals
+from vllm_longctx.config import LongContextError
 from vllm_longctx.engine.adapted_layers import AdaptedLayers
 from vllm_longctx.engine.kv_cache import layer_spec
 from vllm_longctx.engine.layers import LayerSite, engine_backend, find_layers, plan
@@ -28,6 +29,7 @@ from vllm_longctx.engine.waiting import limit_reader_sleep
 from vllm_longctx.modes import BACKENDS, Role, load
 from vllm_longctx.processes import end_without_collecting
 from vllm_longctx.settings import Settings, active_settings
+from vllm_longctx.temp_lora.client import trainer_bytes
 
 logger = init_logger("vllm.longctx")
 
@@ -51,10 +53,12 @@ class LongContextWorkerBase(WorkerBase, Platform):
     """Mixed into vLLM's worker of a platform, before it.
 
     platform: The folder of this package with its classes.
+    less_for_the_trainer: What else to do where the trainer finds no memory, for messages.
     sites: The model's attention layers, once they are made.
     """
 
     platform: str
+    less_for_the_trainer: str
     stock_impl: Any
     settings: Settings
     sites: list[LayerSite]
@@ -63,7 +67,7 @@ class LongContextWorkerBase(WorkerBase, Platform):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any):
         self.settings = active_settings(vllm_config)
-        if self.settings.adaptation is not None:
+        if self.settings.mode.adapts:
             limit_reader_sleep()
         super().__init__(with_slots(vllm_config), *args, **kwargs)
 
@@ -95,6 +99,25 @@ class LongContextWorkerBase(WorkerBase, Platform):
 
     def make_layer(self, site: LayerSite) -> None:
         site.layer.impl = self.backend(site.role).make_layer(site)
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache, beside what layers and the trainer need."""
+        available: int = super().determine_available_memory()  # type: ignore[misc]  # of the platform's worker
+        if self.cache_config.kv_cache_memory_bytes:  # then the user has said what the KV cache gets
+            return available
+        available = self.beside_layers(available)
+        return self._beside_trainer(available) if self.settings.mode.adapts else available
+
+    def _beside_trainer(self, available: int) -> int:
+        need = trainer_bytes(self.vllm_config, self.device) // self.workers_on_device()
+        if need >= available:
+            raise LongContextError(
+                f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB beside each worker, on "
+                f"{self.device}, but there are no more than {available / 2**30:.2f} GiB for it and the KV "
+                "cache; lower adaptation.slots, adaptation.rank or adaptation.block_tokens, "
+                f"{self.less_for_the_trainer}"
+            )
+        return available - need
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]  # of the platform's worker

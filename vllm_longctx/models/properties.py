@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.models import supports_lora
@@ -170,14 +170,13 @@ def _rescaled(length: int, parameters: Mapping[str, Any]) -> int:
     return length
 
 
-def num_parameters(model_config: ModelConfig) -> int | None:
-    """Number of the model's weights, counted without making any; None if transformers does not know it."""
+def without_weights(model_config: ModelConfig) -> PreTrainedModel | None:
+    """The model on `meta`; None if transformers does not know it."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(deepcopy(model_config.hf_text_config))
+            return AutoModelForCausalLM.from_config(deepcopy(model_config.hf_text_config))
     except Exception:  # whatever transformers says of a config that it does not know
         return None
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def trained_architectures(model_config: ModelConfig) -> list[str]:

@@ -396,14 +396,14 @@ def check_engine_requests() -> None:
 def _adaptation(settings: Settings, vllm_config: VllmConfig, params: Any) -> tuple[RequestOptions, bool]:
     """A request's options, and whether it adapts. Raises RequestError naming what is wrong with them."""
     given = getattr(params, "extra_args", None) or {}
-    if settings.adaptation is None or not isinstance(params, SamplingParams):
+    if not settings.mode.adapts or not isinstance(params, SamplingParams):
         if KEY in given:
             raise _bad_options(f"{KEY}: {NOT_PER_REQUEST}")
         return RequestOptions(), False
     try:
         options = RequestOptions.parse(given.get(KEY, {}))
         trained, kv_block = trained_length(vllm_config.model_config), vllm_config.cache_config.block_size
-        adapts = settings.adaptation.for_request(options, trained, kv_block) is not None
+        adapts = settings.temp_lora.for_request(options, trained, kv_block) is not None
     except LongContextError as e:
         raise _bad_options(str(e) if str(e).startswith(KEY) else f"{KEY}.{e}") from None
     if options.save_as is not None and params.n > 1:

@@ -6,11 +6,11 @@ import vllm.envs as envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
-from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError
+from vllm_longctx.config import LongContextConfig, LongContextError
 from vllm_longctx.engine.memory_kv import FP8
 from vllm_longctx.models import longllama
 from vllm_longctx.models.properties import check_load_format, why_not_adaptable
-from vllm_longctx.startup.platform import attention_backend, check_capability, platform
+from vllm_longctx.startup.platform import CUDA, attention_backend, check_capability, platform
 from vllm_longctx.startup.trainer import check_trainer
 from vllm_longctx.temp_lora.shared_weights import SOFT_CAP
 
@@ -87,10 +87,12 @@ def check_settings(vllm_config: VllmConfig) -> None:
         )
 
 
-def check_settings_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -> None:
-    """Raises LongContextError naming an engine setting that does not go with stepped windows, or a top-k
-    branch, there.
+def check_runner(config: LongContextConfig, vllm_config: VllmConfig) -> None:
+    """Raises LongContextError naming an engine setting that does not go with a runner of CUDA's that prepares
+    other inputs than vLLM's.
     """
+    if platform() is not CUDA:
+        return
     cache, looks_up, limit = (
         vllm_config.cache_config,
         config.attention.top_k is not None,
@@ -116,9 +118,10 @@ def check_settings_on_cuda(config: LongContextConfig, vllm_config: VllmConfig) -
             )
 
 
-def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> None:
+def check_adaptation(config: LongContextConfig, vllm_config: VllmConfig) -> None:
     """Raises LongContextError for a model or a setting with which Temp-LoRA cannot work."""
-    model, scheduler, parallel = (
+    adaptation, model, scheduler, parallel = (
+        config.temp_lora,
         vllm_config.model_config,
         vllm_config.scheduler_config,
         vllm_config.parallel_config,
@@ -169,7 +172,7 @@ def check_adaptation(adaptation: AdaptationSection, vllm_config: VllmConfig) -> 
     check_trainer(adaptation.trainer)
 
 
-def check_memory(vllm_config: VllmConfig) -> None:
+def check_lookup(config: LongContextConfig, vllm_config: VllmConfig) -> None:
     """Raises LongContextError for a model or a setting with which a memory, or a top-k branch, cannot
     work.
     """

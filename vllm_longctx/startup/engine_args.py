@@ -22,16 +22,11 @@ from vllm_longctx.config import KEY, AdaptationSection, LongContextConfig, LongC
 from vllm_longctx.engine.memory_kv import memory_blocks
 from vllm_longctx.models import longllama
 from vllm_longctx.models.properties import TEXT_ONLY, keep_trained_window, trained_length
+from vllm_longctx.modes import load
 from vllm_longctx.settings import Settings, for_model, plugin_configs
-from vllm_longctx.startup.checks import (
-    check_adaptation,
-    check_memory,
-    check_model,
-    check_settings,
-    check_settings_on_cuda,
-)
-from vllm_longctx.startup.platform import CUDA, choose_backend, platform, worker_of_platform
-from vllm_longctx.startup.pool import check_pool, fit_memory, log_windows, window_room
+from vllm_longctx.startup.checks import check_model, check_settings
+from vllm_longctx.startup.platform import choose_backend, worker_of_platform
+from vllm_longctx.startup.pool import check_pool, fit_memory, log_windows, pool_of, window_room
 from vllm_longctx.startup.recommended import RECOMMENDED, with_recommended
 
 logger = init_logger("vllm.longctx")
@@ -97,8 +92,8 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     choose_backend(args)
     args.worker_cls, args.scheduler_cls = worker, scheduler
     args.language_model_only = True  # of a model for images too; of others it says nothing
-    if config.adaptation is not None:
-        adaptation = with_recommended(_with_root(config.adaptation), args)
+    if mode.adapts:
+        adaptation = with_recommended(_with_root(config.temp_lora), args)
         config = config.model_copy(update={"adaptation": adaptation})
         args.enable_lora = True  # what vLLM decides is to go with LoRA layers; `complete` takes it back
     args.block_size = args.block_size or DEFAULT_BLOCK_SIZE
@@ -174,14 +169,10 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bo
     check_settings(vllm_config)
     if scheduler.async_scheduling:  # only now vLLM has decided
         scheduler.scheduler_cls = mode.scheduler_paths[1]
-    if config.adaptation is not None:
-        check_adaptation(config.adaptation, vllm_config)
-        if not enable_lora:
-            vllm_config.lora_config = None
-    if mode.grows:
-        check_memory(vllm_config)
-    if mode.changes_runner and platform() is CUDA:
-        check_settings_on_cuda(config, vllm_config)
+    for check in mode.checks:
+        load(f"startup.checks.{check}")(config, vllm_config)
+    if not enable_lora:
+        vllm_config.lora_config = None
     if not mode.caches_prefixes:
         cache.enable_prefix_caching = False
     config = _fitted(config, vllm_config)
@@ -195,11 +186,12 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bo
 def _fitted(config: LongContextConfig, vllm_config: VllmConfig) -> LongContextConfig:
     """Filled in, with default windows that the KV cache holds."""
     full = _for_model(config, vllm_config)
-    room = window_room(Settings.of(full), vllm_config)
-    if room is None:
+    settings = Settings.of(full)
+    pool = pool_of(settings, vllm_config)
+    if pool is None or (room := window_room(settings, pool, vllm_config)) is None:
         return full
     fitted = _for_model(config, vllm_config, room)
-    log_windows(Settings.of(full), Settings.of(fitted), vllm_config)
+    log_windows(settings, Settings.of(fitted), pool, vllm_config.cache_config.block_size)
     return fitted
 
 

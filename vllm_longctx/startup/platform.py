@@ -8,6 +8,7 @@ from vllm.config import AttentionConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
+from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -22,6 +23,7 @@ class PlatformFacts:
     """What differs between platforms for an engine's arguments.
 
     folder: Of this package, with its worker.
+    device: Of an engine's first rank.
     attention: Whose limits hold, in words.
     block_multiple: Of which block_size must be one, in tokens.
     kv_dtypes, kv_remedy: What kv_cache_dtype may be, and what to do about others.
@@ -31,6 +33,7 @@ class PlatformFacts:
     """
 
     folder: str
+    device: str
     attention: str
     block_multiple: int
     kv_dtypes: tuple[str, ...]
@@ -42,6 +45,7 @@ class PlatformFacts:
 
 CPU = PlatformFacts(
     folder="cpu",
+    device="cpu",
     attention="vLLM's attention on the CPU",
     block_multiple=32,
     kv_dtypes=("auto",),
@@ -52,6 +56,7 @@ CPU = PlatformFacts(
 )
 CUDA = PlatformFacts(
     folder="cuda",
+    device="cuda:0",
     attention="longctx's attention on CUDA",
     block_multiple=16,
     kv_dtypes=("auto", *FP8),
@@ -71,6 +76,13 @@ def platform() -> PlatformFacts:
     raise LongContextError(
         f"longctx runs on vLLM's CPU and CUDA platforms, but this is {current_platform.device_name}"
     )
+
+
+def memory_of_a_rank() -> int:
+    """Bytes of which vLLM takes `gpu_memory_utilization`."""
+    if platform() is CPU:
+        return get_memory_node_info(get_visible_memory_node()[0]).total_memory
+    return current_platform.get_device_total_memory()
 
 
 def worker_of_platform() -> str:

@@ -2,18 +2,16 @@
 
 from dataclasses import dataclass
 
+from transformers import PreTrainedModel
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
-from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.utils.math_utils import cdiv
 
 from vllm_longctx.config import LongContextError
 from vllm_longctx.engine.memory_kv import bytes_per_layer_block
-from vllm_longctx.engine.sliding_kv import max_blocks_per_request
-from vllm_longctx.models.properties import model_dtype, num_parameters, trained_length
+from vllm_longctx.models.properties import model_dtype, trained_length, without_weights
 from vllm_longctx.settings import Adaptation, Settings
-from vllm_longctx.startup.platform import CPU, platform
+from vllm_longctx.startup.platform import memory_of_a_rank, platform
 from vllm_longctx.temp_lora.base_model import trained_model
 from vllm_longctx.temp_lora.training_memory import Shape
 
@@ -57,49 +55,35 @@ def fit_memory(settings: Settings, vllm_config: VllmConfig, blocks: int) -> None
         model.max_model_len = min(model.max_model_len, tokens)
 
 
-def window_room(settings: Settings, vllm_config: VllmConfig) -> int | None:
+def window_room(settings: Settings, pool: "Pool", vllm_config: VllmConfig) -> int | None:
     """Tokens of the largest default window with which the pool holds a request; None for any.
 
     settings: With the defaults for the model, whatever the machine. None, too, where the pool is so small
         that no such window would be of use: `check_pool` refuses it.
     """
-    if settings.mode.grows:
+    if pool.blocks > _blocks_per_request(settings, vllm_config):
         return None
-    pool, cache = pool_of(settings, vllm_config), vllm_config.cache_config
-    if pool is None or pool.blocks > _blocks_per_request(settings, vllm_config):
-        return None
-    if settings.mode.slides:
-        first = cdiv(settings.geometry.n_global, cache.block_size)
-        room = (pool.blocks - 2 - first) * cache.block_size - vllm_config.max_in_flight_tokens + 1
-    else:
-        room = (pool.blocks - 2) * cache.block_size
+    block_size, in_flight = vllm_config.cache_config.block_size, vllm_config.max_in_flight_tokens
+    room = settings.windows.largest(pool.blocks - 1, block_size, in_flight)  # vLLM keeps one
     least = min(MIN_WINDOW, trained_length(vllm_config.model_config))
-    return room if room >= least else None
+    return room if room is not None and room >= least else None
 
 
-def log_windows(full: Settings, fitted: Settings, vllm_config: VllmConfig) -> None:
+def log_windows(full: Settings, fitted: Settings, pool: "Pool", block_size: int) -> None:
     """Log which default windows are smaller than the model's, so that the pool holds a request."""
-    pool = pool_of(full, vllm_config)
-    before, after = _windows(full), _windows(fitted)
+    before, after = full.windows.sizes, fitted.windows.sizes
     smaller = [
         f"{name} is {after[name]}, not {before[name]}" for name in before if after[name] != before[name]
     ]
-    if pool is not None and smaller:
+    if smaller:
         logger.warning(
             "longctx: %s, since %s gives %d blocks of %d tokens; to have more, raise %s",
             "; ".join(smaller),
             pool.given,
             pool.blocks,
-            vllm_config.cache_config.block_size,
+            block_size,
             platform().pool_settings[0],
         )
-
-
-def _windows(settings: Settings) -> dict[str, int | None]:
-    windows = {"attention.n_local": settings.attention.n_local}
-    if (a := settings.adaptation) is not None and not settings.mode.slides:
-        windows |= {"adaptation.window_tokens": a.window_tokens, "adaptation.plain_tokens": a.plain_tokens}
-    return windows
 
 
 def check_pool(settings: Settings, vllm_config: VllmConfig) -> None:
@@ -108,35 +92,21 @@ def check_pool(settings: Settings, vllm_config: VllmConfig) -> None:
     """
     if settings.mode.grows:  # vLLM fits max_model_len to the pool, or says that it does not fit
         return
-    cache, geometry, in_flight = (
-        vllm_config.cache_config,
-        settings.geometry,
-        vllm_config.max_in_flight_tokens,
-    )
+    windows, block_size = settings.windows, vllm_config.cache_config.block_size
+    kept = windows.kept(vllm_config.max_in_flight_tokens)
     blocks, pool = _blocks_per_request(settings, vllm_config), known_pool(vllm_config)
-    if settings.mode.slides:
-        why = f"n_global {geometry.n_global}, n_local {geometry.n_local}, {in_flight} tokens in flight"
-        remedy = "max_num_batched_tokens or attention.n_local"
-    else:
-        a = settings.temp_lora
-        why = f"adaptation.window_tokens {a.window_tokens}, adaptation.plain_tokens {a.plain_tokens}"
-        remedy = "both of these"
     if pool is not None and pool.blocks < blocks + 1:
         raise LongContextError(
-            f"{pool.given} gives {pool.blocks} blocks, but one request holds up to {blocks} ({why}, "
-            f"block_size {cache.block_size}) and vLLM keeps one; give at least {blocks + 1} blocks, "
-            f"or lower {remedy}"
+            f"{pool.given} gives {pool.blocks} blocks, but one request holds up to {blocks} "
+            f"({kept}, block_size {block_size}) and vLLM keeps one; "
+            f"give at least {blocks + 1} blocks, or lower {windows.remedy}"
         )
 
 
 def _blocks_per_request(settings: Settings, vllm_config: VllmConfig) -> int:
     """The most KV blocks that one request holds."""
-    cache, longest = vllm_config.cache_config, vllm_config.model_config.max_model_len
-    if settings.mode.slides:
-        in_flight = vllm_config.max_in_flight_tokens
-        return max_blocks_per_request(settings.geometry, cache.block_size, in_flight, longest)
-    a = settings.temp_lora
-    return cdiv(min(max(a.window_tokens, a.plain_tokens), longest), cache.block_size) + 1
+    block_size, longest = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
+    return settings.windows.most_blocks(block_size, vllm_config.max_in_flight_tokens, longest)
 
 
 @dataclass(frozen=True)
@@ -163,39 +133,38 @@ def known_pool(vllm_config: VllmConfig) -> Pool | None:
 
 
 def pool_of(settings: Settings, vllm_config: VllmConfig) -> Pool | None:
-    """The pool that the user asks for, or about the one that vLLM will make; None if nobody can tell."""
+    """The pool that the user asks for, or about the one that vLLM will make.
+
+    None if nobody can tell, and where no window depends on it.
+    """
+    if settings.mode.grows:
+        return None
     known = known_pool(vllm_config)
     if known is not None:
         return known
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    memory = int(_memory_of_a_rank() * vllm_config.cache_config.gpu_memory_utilization)
+    memory = int(memory_of_a_rank() * vllm_config.cache_config.gpu_memory_utilization)
     if _blocks_per_request(settings, vllm_config) * _bytes_per_block(vllm_config) < SMALL_SHARE * memory:
         return None  # and models need not be made to be counted
-    parameters = num_parameters(model)
-    if parameters is None:
+    made = trained_model(vllm_config) if settings.mode.adapts else without_weights(model)
+    if made is None:
         return None
+    weights = made.num_parameters() * model_dtype(model).itemsize
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    left = memory - parameters * model_dtype(model).itemsize // ranks
+    left = memory - weights // ranks
     if settings.mode.adapts:
-        left -= _trainer_bytes(settings.temp_lora, vllm_config, parameters) // ranks
+        left -= _trainer_bytes(settings.temp_lora, made, weights) // ranks
     blocks = max(int(KV_SHARE * left), 0) // _bytes_per_block(vllm_config)
     return Pool(blocks, f"the KV cache of about {blocks * _bytes_per_block(vllm_config) / 2**30:.1f} GiB")
 
 
-def _trainer_bytes(adaptation: Adaptation, vllm_config: VllmConfig, parameters: int) -> int:
-    """What the trainer takes of the memory where the engine is."""
-    trainer, dtype = adaptation.trainer, model_dtype(vllm_config.model_config)
-    if trainer.address is not None or trainer.device != ("cpu" if platform() is CPU else "cuda:0"):
+def _trainer_bytes(adaptation: Adaptation, model: PreTrainedModel, weights: int) -> int:
+    """What the trainer takes of the memory where the engine is. weights: Bytes of the model's."""
+    trainer = adaptation.trainer
+    if trainer.address is not None or trainer.device != platform().device:
         return 0
-    weights = 0 if platform().trains_beside_engine else parameters * dtype.itemsize
-    return weights + Shape.of(trained_model(vllm_config)).training_bytes(adaptation)
-
-
-def _memory_of_a_rank() -> int:
-    """Bytes of which vLLM takes `gpu_memory_utilization`."""
-    if platform() is CPU:
-        return get_memory_node_info(get_visible_memory_node()[0]).total_memory
-    return current_platform.get_device_total_memory()
+    own = 0 if platform().trains_beside_engine else weights
+    return own + Shape.of(model).training_bytes(adaptation)
 
 
 def _bytes_per_block(vllm_config: VllmConfig) -> int:

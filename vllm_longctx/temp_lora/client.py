@@ -20,7 +20,6 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_longctx.config import LongContextError
-from vllm_longctx.models.properties import model_dtype
 from vllm_longctx.processes import SOCKETS
 from vllm_longctx.settings import Adaptation, TrainerSettings, active_settings
 from vllm_longctx.temp_lora import base_model
@@ -95,14 +94,13 @@ def training_need(vllm_config: VllmConfig, settings: Adaptation) -> TrainingNeed
 
 def trainer_bytes(vllm_config: VllmConfig, device: torch.device) -> int:
     """What the trainer will take of the memory of this worker's device."""
-    settings, model = active_settings(vllm_config).temp_lora, vllm_config.model_config
+    settings = active_settings(vllm_config).temp_lora
     if settings.trainer.address is not None or torch.device(settings.trainer.device) != device:
         return 0
+    model = base_model.trained_model(vllm_config)
     shares = vllm_config.instance_id in shared_by_engine
-    weights = (
-        0 if shares else weight_bytes(model.model, model_dtype(model), base_model.resolved_config(model))
-    )
-    return weights + training_need(vllm_config, settings).bytes
+    weights = 0 if shares else model.num_parameters() * model.dtype.itemsize
+    return weights + Shape.of(model).training_bytes(settings)
 
 
 class TrainerClient:

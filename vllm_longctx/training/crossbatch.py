@@ -24,7 +24,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vllm_longctx.geometry import SteppedWindows
-from vllm_longctx.rotary import Rotary, alike, attention_factor, inverse_frequencies, no_turn
+from vllm_longctx.rotary import (
+    Rotary,
+    alike,
+    attention_factor,
+    inverse_frequencies,
+    no_turn,
+    rotation_between,
+)
 
 OURS = "longctx_memory"
 PROBED = 16  # tokens with which a layer's rotation is found
@@ -180,7 +187,7 @@ class MemoryModel:
         elif scaling == "dynamic":
             self._longest = longest
         step = max(min(self._longest, longest, 1000) - PROBED, 2) // 2
-        here, there = self._probed(torch.tensor([0, step]))
+        here, there = self._probed([0, step])
         rotations = {}
         for layer in self.mem_layers:
             if layer not in here:
@@ -194,20 +201,20 @@ class MemoryModel:
             frequencies = inverse_frequencies(rotated, parameters, longest)
             factor = attention_factor(parameters, longest)
             pairs = (Rotary(head_size, rotated, halves, frequencies, factor) for halves in (True, False))
-            for rotary in (no_turn(head_size), *pairs):
-                turned = (*(rotary.turn(x, torch.tensor(step)) for x in (query, key)), value)
-                if all(alike(a, b, TOLERANCE) for a, b in zip(turned, there[layer], strict=True)):
-                    rotations[layer] = rotary
-                    break
-            else:
+            candidates = (no_turn(head_size), *pairs)
+            query_there, key_there, value_there = there[layer]
+            queries_and_keys = (query, key), (query_there, key_there)
+            found = rotation_between(*queries_and_keys, step, candidates, TOLERANCE)
+            if found is None or not alike(value, value_there, TOLERANCE):
                 raise ValueError(
                     f"layer {layer}: its queries, keys and values do not depend on positions by a rotation "
                     f"that longctx knows (rope_parameters = {parameters}): it cannot have a memory"
                 )
+            rotations[layer] = found
         return rotations
 
     @torch.no_grad()
-    def _probed(self, starts: Tensor) -> list[dict[int, tuple[Tensor, ...]]]:
+    def _probed(self, starts: Sequence[int]) -> list[dict[int, tuple[Tensor, ...]]]:
         """Queries, keys and values that each layer gives to attention, of a text at each of `starts`.
 
         Attention returns the same at all. So what layers read is the same, bit by bit, and all that can

@@ -103,7 +103,7 @@ def test_one_engine_trains_on_a_gpu(gpus: None, tiny_llama: Path) -> None:
     with pytest.raises(
         LongContextError, match="data_parallel_size = 2 on CUDA, where all trainers would be on the first GPU"
     ):
-        checks.check_adaptation(active_settings(config).adaptation, config)
+        checks.check_adaptation(LongContextConfig(adaptation=active_settings(config).adaptation), config)
 
 
 def test_xformers_is_refused_where_it_would_drop_a_soft_cap(gpus: None, tiny_llama: Path) -> None:
@@ -111,7 +111,7 @@ def test_xformers_is_refused_where_it_would_drop_a_soft_cap(gpus: None, tiny_lla
     config.model_config.hf_text_config.attn_logit_softcapping = 50.0
     section = AdaptationSection(trainer=TrainerSection(attention="xformers"))
     with pytest.raises(LongContextError, match=r"'xformers', which has no soft cap .*; leave attention out"):
-        checks.check_adaptation(section, config)
+        checks.check_adaptation(LongContextConfig(adaptation=section), config)
 
 
 @pytest.mark.parametrize("stock", [GPUModelRunner, GPUModelRunnerV2])
@@ -282,7 +282,7 @@ def test_what_the_trainer_needs_is_left_free(
     assert worker.determine_available_memory() == 1000
     available = own_copy
     with pytest.raises(
-        LongContextError, match=r"the trainer needs .* on cuda:0, but the engine has no more than .* lower"
+        LongContextError, match=r"the trainer needs .* on cuda:0, .* no more than .* lower .* raise gpu"
     ):
         worker.determine_available_memory()
     config.cache_config.kv_cache_memory_bytes = 5000

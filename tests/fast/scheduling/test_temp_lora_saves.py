@@ -85,11 +85,11 @@ class Savers(Crowd):
         ignore_stop: bool = False,
         **options: Any,
     ) -> Request:
-        slides = active_settings(self.scheduler.vllm_config).mode.slides
+        has_passes = active_settings(self.scheduler.vllm_config).temp_lora.has_passes
         asked = {
             "temp_lora": True,
             "save_as": f"book-{name}",
-            "kv_policy": "keep" if slides else "reuse",
+            "kv_policy": "reuse" if has_passes else "keep",
             **options,
         }
         params = {

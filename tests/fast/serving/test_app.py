@@ -315,7 +315,7 @@ def app(additional_config: dict[str, Any]) -> FastAPI:
     app = FastAPI()
     app.state.args = SimpleNamespace(log_error_stack=False)
     app.state.vllm_config = SimpleNamespace(additional_config=additional_config)
-    app.state.engine_client = SimpleNamespace(generate=None, add_request=None)
+    app.state.engine_client = SimpleNamespace(generate=None, add_request=None, shutdown=None)
     init_exception_handler(app)
 
     @app.post("/v1/echo")

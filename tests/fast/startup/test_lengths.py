@@ -22,7 +22,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests.support.engine_args import LM_INFINITE, TINY, create, save
 from vllm_longctx.config import LongContextError
-from vllm_longctx.models.properties import keep_trained_window, num_parameters, trained_length
+from vllm_longctx.models.properties import keep_trained_window, trained_length, without_weights
 from vllm_longctx.settings import Settings, active_settings
 from vllm_longctx.startup import pool
 
@@ -256,7 +256,8 @@ def test_what_a_user_says_of_temp_loras_windows_is_kept_or_refused(llama_8b: Pat
 
 
 def test_weights_of_a_model_are_counted_without_making_any(llama_8b: Path) -> None:
-    assert num_parameters(create(llama_8b, LM_INFINITE).model_config) == 8_030_261_248
+    made = without_weights(create(llama_8b, LM_INFINITE).model_config)
+    assert made is not None and made.num_parameters() == 8_030_261_248
 
 
 @pytest.mark.parametrize("gib", [20, 24, 32, 640])
@@ -264,7 +265,7 @@ def test_where_vllm_takes_what_memory_is_left_the_window_is_what_that_holds(
     llama_8b: Path, gib: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On machines of `gib` GiB, of which the weights take 15."""
-    monkeypatch.setattr(pool, "_memory_of_a_rank", lambda: gib << 30)
+    monkeypatch.setattr(pool, "memory_of_a_rank", lambda: gib << 30)
     left = 0.75 * ((gib << 30) * 0.9 - 2 * 8_030_261_248)
     n_local = settings(llama_8b, {}, gpu_memory_utilization=0.9).geometry.n_local
     assert n_local == min(int(left // (32 * KIB_128)) * 32 - BESIDE, 131072)
@@ -274,12 +275,13 @@ def test_where_vllm_takes_what_is_left_there_is_room_for_the_trainer(
     llama_8b: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine of 75 GiB, where the trainer has another copy of the weights."""
-    monkeypatch.setattr(pool, "_memory_of_a_rank", lambda: 75 << 30)
+    monkeypatch.setattr(pool, "memory_of_a_rank", lambda: 75 << 30)
 
     def plain(**adaptation: Any) -> int:
         value = {"preset": "temp-lora-quality", "adaptation": {"slots": 1, **adaptation}}
         return settings(llama_8b, value).temp_lora.plain_tokens
 
+    monkeypatch.setattr(pool, "without_weights", lambda model: pytest.fail("made beside the trainer's"))
     here = plain()
     assert 24576 < here < 131072
     assert plain(slots=2) < here < plain(rank=32) < plain(trainer={"recompute": True}) == 131072
@@ -287,5 +289,5 @@ def test_where_vllm_takes_what_is_left_there_is_room_for_the_trainer(
 
 
 def test_a_small_model_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "num_parameters", lambda model: pytest.fail("counted"))
+    monkeypatch.setattr(pool, "without_weights", lambda model: pytest.fail("counted"))
     assert active_settings(create()).geometry.n_local == 512

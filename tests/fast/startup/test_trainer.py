@@ -37,7 +37,7 @@ LLAMA_2_7B = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=1
 def gpus(monkeypatch: pytest.MonkeyPatch):
     def have(number: int) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
-        monkeypatch.setattr(current_platform, "is_cuda", lambda: number > 0)
+        monkeypatch.setattr(current_platform, "device_type", "cuda" if number else "cpu")
 
     return have
 

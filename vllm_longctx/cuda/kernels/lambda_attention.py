@@ -123,6 +123,36 @@ def tile_rows(m, tile_begin, query_len, kv_head, GROUP: tl.constexpr, TOKENS: tl
     return in_row, kv_head * GROUP + m % GROUP, (m < TOKENS * GROUP) & (in_row < query_len)
 
 
+@triton.jit
+def attend_windows(
+    query, positions, slopes, softmax, cache, first_query, last_query, n_local, scale, soft_cap,
+    KEYS: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ALIBI: tl.constexpr, SOFT_CAP: tl.constexpr,
+):  # fmt: skip
+    """The windows of a tile's queries, first_query .. last_query.
+
+    Keys before the last query's window are not seen by all queries, nor are those behind the first query.
+    Between them are whole tiles without a mask.
+    """
+    begin = tl.maximum(first_query - n_local + 1, 0)
+    end = last_query + 1
+    last_start = tl.maximum(last_query - n_local + 1, 0)
+    left_end = tl.minimum(begin + tl.cdiv(last_start - begin, KEYS) * KEYS, end)
+    middle_end = tl.maximum(begin + (first_query + 1 - begin) // KEYS * KEYS, left_end)
+    softmax = lambda_tile.attend_window(
+        query, positions, slopes, softmax, cache, begin, left_end, n_local, scale, soft_cap,
+        KEYS, True, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, ALIBI, SOFT_CAP,
+    )  # fmt: skip
+    softmax = lambda_tile.attend_window(
+        query, positions, slopes, softmax, cache, left_end, middle_end, n_local, scale, soft_cap,
+        KEYS, False, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, ALIBI, SOFT_CAP,
+    )  # fmt: skip
+    return lambda_tile.attend_window(
+        query, positions, slopes, softmax, cache, middle_end, end, n_local, scale, soft_cap,
+        KEYS, True, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, ALIBI, SOFT_CAP,
+    )  # fmt: skip
+
+
 # What changes from step to step must not ask for another compilation.
 @triton.jit(do_not_specialize=["rows", "seq_lens", "query_start_loc"])
 def _prefill(
@@ -155,7 +185,6 @@ def _prefill(
     positions = context + in_row
     first_query = context + tile_begin
     last_query = context + tl.minimum(tile_begin + TOKENS, query_len) - 1
-    last_start = tl.maximum(last_query - n_local + 1, 0)
     slopes = lambda_tile.load_slopes(alibi_slopes, heads, active, ALIBI)
     cache = lambda_tile.cache_of(
         key_cache, value_cache, block_table, row, kv_head,
@@ -163,7 +192,7 @@ def _prefill(
     )  # fmt: skip
     softmax = lambda_tile.sinks_seen(lambda_tile.nothing_seen(ROWS, PADDED_HEAD), sinks, heads, active)
 
-    first_end = tl.minimum(last_start, n_global)
+    first_end = tl.minimum(tl.maximum(last_query - n_local + 1, 0), n_global)
     if first_end > 0:
         turned_query = query
         if TURN_QUERIES:
@@ -177,25 +206,10 @@ def _prefill(
             TURN_QUERIES, TURN_KEYS, BOTH_PRODUCTS, IN_CACHE, ALIBI, SOFT_CAP,
         )  # fmt: skip
 
-    # Tiles of keys from the first query's window start on. Those before the last query's are not seen by all
-    # queries, nor are those behind the first query; between them are whole tiles without a mask.
-    begin = tl.maximum(first_query - n_local + 1, 0)
-    end = last_query + 1
-    left_end = tl.minimum(begin + tl.cdiv(last_start - begin, KEYS) * KEYS, end)
-    middle_end = tl.maximum(begin + (first_query + 1 - begin) // KEYS * KEYS, left_end)
-    softmax = lambda_tile.attend_window(
-        query, positions, slopes, softmax, cache, begin, left_end, n_local, scale, soft_cap,
-        KEYS, True, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, ALIBI, SOFT_CAP,
+    softmax = attend_windows(
+        query, positions, slopes, softmax, cache, first_query, last_query, n_local, scale, soft_cap,
+        KEYS, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, ALIBI, SOFT_CAP,
     )  # fmt: skip
-    softmax = lambda_tile.attend_window(
-        query, positions, slopes, softmax, cache, left_end, middle_end, n_local, scale, soft_cap,
-        KEYS, False, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, ALIBI, SOFT_CAP,
-    )  # fmt: skip
-    softmax = lambda_tile.attend_window(
-        query, positions, slopes, softmax, cache, middle_end, end, n_local, scale, soft_cap,
-        KEYS, True, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, ALIBI, SOFT_CAP,
-    )  # fmt: skip
-
     acc = softmax.acc * (v_scale / tl.where(softmax.total > 0, softmax.total, 1.0))[:, None]
     lambda_tile.store_output(out_ptr, acc, token, heads, mask, d, stride_out, stride_out_head)
     if WRITE_LSE:

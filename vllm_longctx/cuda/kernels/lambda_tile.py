@@ -354,34 +354,12 @@ def log_sum_exp(top, total):
 
 @triton.jit
 def attend_first(
-    query,
-    turned_query,
-    positions,
-    slopes,
-    softmax,
-    cache,
-    key_cos,
-    key_sin,
-    begin,
-    end,
-    n_global,
-    n_local,
-    ceiling,
-    scale,
-    soft_cap,
-    HEAD_SIZE: tl.constexpr,
-    PADDED_HEAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    FIRST_KEYS: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    IS_NEOX: tl.constexpr,
-    TURN_QUERIES: tl.constexpr,
-    TURN_KEYS: tl.constexpr,
-    BOTH_PRODUCTS: tl.constexpr,
-    IN_CACHE: tl.constexpr,
-    ALIBI: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-):
+    query, turned_query, positions, slopes, softmax, cache, key_cos, key_sin, begin, end,
+    n_global, n_local, ceiling, scale, soft_cap,
+    HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, FIRST_KEYS: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, TURN_QUERIES: tl.constexpr, TURN_KEYS: tl.constexpr,
+    BOTH_PRODUCTS: tl.constexpr, IN_CACHE: tl.constexpr, ALIBI: tl.constexpr, SOFT_CAP: tl.constexpr,
+):  # fmt: skip
     """The first tokens from `begin` up to `end`, exclusive.
 
     Each is seen by the queries whose window has left it behind (`geometry.global_branch`).
@@ -427,24 +405,10 @@ def attend_first(
 
 @triton.jit
 def attend_window(
-    query,
-    positions,
-    slopes,
-    softmax,
-    cache,
-    begin,
-    end,
-    n_local,
-    scale,
-    soft_cap,
-    KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    PADDED_HEAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    ALIBI: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-):
+    query, positions, slopes, softmax, cache, begin, end, n_local, scale, soft_cap,
+    KEYS: tl.constexpr, MASKED: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, ALIBI: tl.constexpr, SOFT_CAP: tl.constexpr,
+):  # fmt: skip
     """Keys begin .. end - 1 for the queries in whose window they are (`geometry.local_branch`).
 
     MASKED: False where every query sees all of them, and they are whole tiles.
