@@ -41,7 +41,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     directory = tmp_path_factory.mktemp("server")
-    (directory / "chat.jinja").write_text(CHAT_TEMPLATE)
+    # Without the first token that it was trained with, booklm may write nothing that can be read.
+    (directory / "chat.jinja").write_text("{{ bos_token }}" + CHAT_TEMPLATE)
     with running_server(
         BOOKLM, directory / "log", *FLAGS, "--chat-template", str(directory / "chat.jinja")
     ) as address:
