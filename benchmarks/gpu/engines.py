@@ -150,7 +150,17 @@ def measure(
             tail = 1 if batch == 1 else own  # the text has just been read, and is in the prefix cache
             gap, at_once = decoding(llm, prompts_of(llm, text, batch, tail), written)
             found = {"tokens_per_s": at_once / gap, "ms": 1000 * gap, "at_once": at_once}
-        record.add(**row, **found, kv_bytes=meter.peak_usage * pool, preemptions=meter.preemptions)
+        void = why_void(row, found.get("at_once"), meter.preemptions)
+        record.add(**row, **found, **void, kv_bytes=meter.peak_usage * pool, preemptions=meter.preemptions)
+
+
+def why_void(row: dict[str, Any], at_once: int | None, preemptions: int) -> dict[str, str]:
+    """`void`, with the reason, where a row is of another load than it says; else nothing."""
+    if row["what"] == "decode" and at_once != row["batch"]:
+        return {"void": f"{at_once} of {row['batch']} requests decoded at once"}
+    if row["what"] != "most at once" and preemptions:
+        return {"void": f"{preemptions} preemptions"}
+    return {}
 
 
 def prompts_of(llm: "LLMEngine", text: list[int], batch: int, own: int | None) -> list[list[int]]:

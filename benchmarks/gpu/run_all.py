@@ -253,7 +253,7 @@ def supervise(name: str, command: list[str], out: Path, limit_s: float, quick: b
             process.wait()
     record = Record.load(path) or record
     record.seconds = time.monotonic() - start
-    if error is not None:
+    if error is not None and record.status != "partly void":
         record.error, record.status = record.error or error, "failed"
     record.save()
     return record
@@ -270,9 +270,8 @@ def work(stage: Stage, out: Path, setting: Setting) -> int:
         record.status, record.error = "failed", one_line(e)
         record.save()
         return 1
-    record.status = "done"
-    record.save()
-    return 0
+    record.finish()
+    return int(record.status != "done")
 
 
 def one_line(error: Exception) -> str:

@@ -35,6 +35,10 @@ STOCK: dict[str, Any] = {"longctx": {"attention": {"method": "none"}}}
 LEARNS: dict[str, Any] = {"temp_lora": True}
 
 
+class PremiseError(ValueError):
+    """What a figure would rest on does not hold, so the figure is not given."""
+
+
 def why_left_out() -> str | None:
     """Why vLLM does not load longctx, and what to do; None if it does."""
     names = os.environ.get("VLLM_PLUGINS")
@@ -118,6 +122,35 @@ def running_engine(
         yield engine, meter
     finally:
         engine.engine_core.shutdown(timeout=SHUTDOWN_S)
+
+
+TRAINER_COUNTS = ("blocks_trained", "train_failures", "trainer_restarts")
+
+
+@contextmanager
+def blocks_are_trained(engine: "LLMEngine", least: int, most: int | None = None) -> Iterator[None]:
+    """Whether the engine's trainer trains `least` to `most` text blocks within, by default `least` exactly.
+
+    A trainer that fails lets requests go on untrained (`on_failure: continue`), and faster than they would
+    be. Raises PremiseError for another number of blocks, for a block that failed, and for a trainer that was
+    started again.
+    """
+    before = trainer_counts(engine)
+    yield
+    trained, failures, restarts = (n - m for n, m in zip(trainer_counts(engine), before, strict=True))
+    most = least if most is None else most
+    if failures or restarts or not least <= trained <= most:
+        wanted = f"{least}" if least == most else f"{least} to {most}"
+        raise PremiseError(
+            f"{trained} blocks were trained where {wanted} should be, {failures} failed, and the trainer was "
+            f"started again {restarts} times; the log says why"
+        )
+
+
+def trainer_counts(engine: "LLMEngine") -> tuple[int, ...]:
+    """TRAINER_COUNTS since the engine started."""
+    values = {m.name: getattr(m, "value", 0) for m in engine.get_metrics()}
+    return tuple(int(values[f"vllm:longctx_{name}"]) for name in TRAINER_COUNTS)
 
 
 def method_engine(

@@ -5,6 +5,8 @@ on tiny shapes.
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from gpu.report import Record
 from gpu.run_all import Setting, Stage
 from typer.testing import CliRunner
 
+from vllm_longctx.cli.engine import PremiseError
 from vllm_longctx.cuda import host_memory
 
 H100, H200 = Setting(False, 79 * GIB), Setting(False, 139 * GIB)
@@ -156,6 +159,105 @@ def test_targets_are_judged_by_the_worst(tmp_path: Path) -> None:
     text = report.markdown(records, [(s.name, s.about) for s in run_all.STAGES])
     assert all(f"| {s.name} | {s.about} |" in text for s in run_all.STAGES)
     assert "| prefill | Λ attention of a prompt's chunk in one layer against FlashAttention | owed |" in text
+
+
+def test_what_a_failed_stage_has_found_is_no_verdict(tmp_path: Path) -> None:
+    """A trainer that has died makes decoding faster."""
+    rows = [{"what": "learning", "streams": 8, "tokens_per_s": 900.0}]
+    facts = {"swap_ms": 1.0, "decode_step_ms": 10.0}
+    records = {
+        "sequential": record_of(tmp_path, "sequential", tokens_per_s=30.0),
+        "temp-lora": record_of(tmp_path, "temp-lora", status="failed", rows=rows, **facts),
+        "tests": record_of(tmp_path, "tests", status="failed", failed=0),
+        "checks": record_of(tmp_path, "checks", status="failed", rows=[{"error_to_tolerance": 0.1}]),
+        "trainer-memory": record_of(tmp_path, "trainer-memory", "failed", trainer_bytes=1, weight_bytes=2),
+    }
+    for name, number in (("7b", 0), ("8b", 1)):
+        for method in ("stock", "longctx"):
+            ours = engine_rows(H100, number, method)
+            records[f"{name}-{method}"] = record_of(tmp_path, f"{name}-{method}", "failed", rows=ours)
+    assert {t.verdict for t in report.targets(records)} == {"owed"}
+    records["temp-lora"].finish()
+    verdicts = {t.name: t.verdict for t in report.targets(records)}
+    assert verdicts["Temp-LoRA, 8 streams, × the sequential loop"] == "reached"
+    assert verdicts["swap at rank 64, of a decode step"] == "reached"
+    for name, rows, facts in (("checks", [{"error_to_tolerance": 2.0}], {}), ("tests", [], {"failed": 3})):
+        records[name] = record_of(tmp_path, name, "failed", rows=rows, **facts)
+    assert [t.verdict for t in report.targets(records)][:2] == ["missed", "missed"]
+
+
+def test_a_void_row_is_no_verdict_and_the_others_are(tmp_path: Path) -> None:
+    records = {}
+    for method in ("stock", "longctx"):
+        rows = engine_rows(H100, 0, method)
+        if method == "longctx":
+            (void,) = (r for r in rows if r["length"] == 16384 and r["batch"] == 16 and r["what"] == "decode")
+            void["void"] = "3 preemptions"
+        records[f"7b-{method}"] = record_of(tmp_path, f"7b-{method}", rows=rows)
+        records[f"8b-{method}"] = record_of(tmp_path, f"8b-{method}", rows=engine_rows(H100, 1, method))
+    records["7b-longctx"].finish()
+    verdicts = {t.name: t.verdict for t in report.targets(records)}
+    assert records["7b-longctx"].status == "partly void"
+    assert "1 of " in str(records["7b-longctx"].error) and "3 preemptions" in str(records["7b-longctx"].error)
+    assert verdicts["decode at 32K, 7B, × stock"] == "reached"
+    assert verdicts["decode at any length, of stock at the window's"] == "owed"
+    del void["void"]
+    records["7b-longctx"].finish()
+    assert {t.name: t.verdict for t in report.targets(records)}[
+        "decode at any length, of stock at the window's"
+    ] == "reached"
+
+
+@pytest.mark.parametrize(
+    ("what", "at_once", "preemptions", "void"),
+    [
+        ("decode", 16, 0, {}),
+        ("decode", 15, 0, {"void": "15 of 16 requests decoded at once"}),
+        ("decode", 16, 2, {"void": "2 preemptions"}),
+        ("prefill", None, 1, {"void": "1 preemptions"}),
+        ("most at once", 5, 9, {}),
+    ],
+)
+def test_a_row_of_another_load_than_it_says_is_void(
+    what: str, at_once: int | None, preemptions: int, void: dict[str, str]
+) -> None:
+    assert engines.why_void({"what": what, "batch": 16}, at_once, preemptions) == void
+
+
+class Metric:
+    name = "vllm:longctx_swap_time_seconds"
+    sum, count = 1.0, 4
+
+
+class Learns:
+    def get_metrics(self) -> list[Metric]:
+        return [Metric()]
+
+
+def test_streams_that_did_not_learn_are_void(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def engine(*args: Any) -> Iterator[Learns]:
+        yield Learns()
+
+    def learning_speed(
+        llm: Learns, prompts: list[Any], tokens: int, block: int, options: Any, n: int
+    ) -> float:
+        if n == 4:
+            raise PremiseError("1 block failed")
+        return 100.0 * n
+
+    monkeypatch.setattr(streams, "check_plugin", lambda: None)
+    monkeypatch.setattr(streams, "random_tokens", lambda *args: [1])
+    monkeypatch.setattr(streams, "engine", engine)
+    monkeypatch.setattr(streams, "learning_speed", learning_speed)
+    record = Record(tmp_path / "a.json")
+    streams.learning(record, streams.learning_plan(QUICK, 8), QUICK, 8)
+    assert [row.get("void") for row in record.rows] == [None, None, "1 block failed", None, None, None]
+    assert "swap_ms" not in record.facts
+    record = Record(tmp_path / "b.json")
+    plan = [row for row in streams.learning_plan(QUICK, 8) if row["streams"] != 4]
+    streams.learning(record, plan, QUICK, 8)
+    assert record.facts["swap_ms"] == 250 and record.facts["decode_step_ms"] == 10
 
 
 def test_a_record_is_whole_after_every_row(tmp_path: Path) -> None:
