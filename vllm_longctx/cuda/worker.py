@@ -51,8 +51,12 @@ class LongContextWorker(LongContextWorkerBase, Worker):
         available = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes:  # then the user has said what the KV cache gets
             return available
-        available = self._beside_lookups(available)
-        return self._beside_trainer(available) if self.settings.mode.adapts else available
+        left = self._beside_lookups(available)
+        left = self._beside_trainer(left) if self.settings.mode.adapts else left
+        # What these leave, vLLM suggests as --kv-cache-memory and stores in its start-up plan.
+        self.total_consumed += available - left
+        self.available_kv_cache_memory_bytes -= available - left
+        return left
 
     def _beside_lookups(self, available: int) -> int:
         attention, limit = self.settings.attention, self.settings.attention.memory_limit_gib
