@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpu.kernels import Plan, shapes
 from gpu.models import LARGEST_BATCH, RANDOM_WEIGHTS, WRITTEN, Shape, write_model
+from gpu.report import CPU, QUICK
 from lm_infinite import token_times
 from load import add_requests, random_tokens
 
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 LENGTHS = (4096, 16384, 32768, 131072, 1 << 20)
+LENGTHS_BY_SIZE: dict[str, tuple[int, ...]] = {CPU: (1024, 4096), QUICK: (32768,)}
 LONG = 131072
-BATCHED_TOKENS = 8192
+STEPS = (4096, 8192)  # tokens of a step: what is measured, and vLLM's default on this card
+BATCHED_TOKENS = STEPS[0]  # the goal for KV memory at 128K is beyond what the default allows (README.md)
 MOST_SEQUENCES = 64
 
 
@@ -51,7 +54,7 @@ def engine_plan(setting: "Setting", number: int, method: str, thin_for: int | No
     Stock vLLM: those that fit, and at the window's length every batch that longctx runs.
     """
     shape, stock = engine_shape(setting, number, thin_for), method == "stock"
-    lengths = (1024, 4096) if setting.quick else (LONG,) if thin_for else LENGTHS
+    lengths = LENGTHS_BY_SIZE.get(setting.size, (LONG,) if thin_for else LENGTHS)
     short = 0.95 * shape.window, shape.window  # the window's own length stands for those
     common = {
         n: shape.common_batch(n, setting.memory)
@@ -69,7 +72,10 @@ def engine_plan(setting: "Setting", number: int, method: str, thin_for: int | No
         elif not stock:
             batches |= {LARGEST_BATCH}
         fixed = {"length": n, "window": shape.window, "layers": shape.layers}
-        plan.append({"what": "prefill", **fixed, "batch": 1, "common": common[n] > 0})
+        row = {"what": "prefill", **fixed, "batch": 1, "common": common[n] > 0}
+        if n == LONG and not stock:
+            row |= {f"blocks_at_{tokens}_a_step": shape.held_blocks(tokens) for tokens in STEPS}
+        plan.append(row)
         plan += [{"what": "decode", **fixed, "batch": b, "common": b == common[n]} for b in sorted(batches)]
         if n == LONG and not stock and not thin_for:
             plan.append({"what": "most at once", **fixed, "batch": MOST_SEQUENCES, "common": False})

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
-from gpu.models import GIB, GQA_8B, LLAMA_2_7B, N_GLOBAL, TINY, TINY_GQA, Shape
+from gpu.models import BLOCK_SIZE, GIB, GQA_8B, LLAMA_2_7B, N_GLOBAL, TINY, TINY_GQA, Shape
+from gpu.report import CPU, QUICK, SMOKE
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -31,12 +32,21 @@ if TYPE_CHECKING:
     from vllm_longctx.cuda.kernels.lambda_tile import View
     from vllm_longctx.cuda.kernels.lookup import Summaries
 
-BLOCK_SIZE = 32
 CHUNK = 8192  # queries of a prefill step
 K, SHARE = 64, 0.1  # of a lookup: keys for each query and head; share of the blocks that `blocks` reads
 LENGTHS = (4096, 16384, 32768, 131072, 1 << 20)
 LOOKUP_LENGTHS = (1 << 17, 1 << 20, 1 << 22, 1 << 24)
 BATCHES = (1, 16, 64)
+# Of sizes that are not whole: lengths, and batches or queries.
+DECODES_BY_SIZE: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    CPU: ((1024, 4096), (1, 4)),
+    SMOKE: ((32768,), (16,)),
+    QUICK: ((4096, 131072), (1, 16)),
+}
+PREFILLS_BY_SIZE: dict[str, tuple[tuple[int, ...], int]] = {
+    CPU: ((1024, 4096), 256),
+    QUICK: ((8192, 131072), CHUNK),
+}
 DTYPE = torch.bfloat16
 
 Plan = list[dict[str, Any]]
@@ -44,7 +54,7 @@ Flash = Callable[..., Any]
 
 
 def shapes(setting: "Setting") -> tuple[Shape, Shape]:
-    return (TINY, TINY_GQA) if setting.quick else (LLAMA_2_7B, GQA_8B)
+    return (LLAMA_2_7B, GQA_8B) if setting.cuda else (TINY, TINY_GQA)
 
 
 def environment_plan(setting: "Setting") -> Plan:
@@ -52,17 +62,17 @@ def environment_plan(setting: "Setting") -> Plan:
 
 
 def decode_plan(setting: "Setting") -> Plan:
-    lengths, batches = ((1024, 4096), (1, 4)) if setting.quick else (LENGTHS, BATCHES)
+    lengths, batches = DECODES_BY_SIZE.get(setting.size, (LENGTHS, BATCHES))
     return [
         {"shape": s.name, "batch": b, "length": n, "bytes": b * min(n, s.window) * s.layer_kv_bytes}
-        for s in shapes(setting)
+        for s in shapes(setting)[setting.size == SMOKE :]
         for b in batches
         for n in lengths
     ]
 
 
 def prefill_plan(setting: "Setting") -> Plan:
-    lengths, chunk = ((1024, 4096), 256) if setting.quick else (LENGTHS, CHUNK)
+    lengths, chunk = PREFILLS_BY_SIZE.get(setting.size, (LENGTHS, CHUNK))
     return [
         {"shape": s.name, "length": n, "queries": min(n, chunk), "flops": flops(s, n, min(n, chunk))}
         for s in shapes(setting)
@@ -71,7 +81,7 @@ def prefill_plan(setting: "Setting") -> Plan:
 
 
 def lookup_plan(setting: "Setting") -> Plan:
-    lengths = (4096, 16384) if setting.quick else LOOKUP_LENGTHS
+    lengths = LOOKUP_LENGTHS if setting.cuda else (4096, 16384)
     return [
         {"shape": s.name, "length": n, "bytes": n * s.layer_kv_bytes}
         for s in shapes(setting)
@@ -80,7 +90,7 @@ def lookup_plan(setting: "Setting") -> Plan:
 
 
 def memory_plan(setting: "Setting") -> Plan:
-    length, queries = (4096, (1, 16)) if setting.quick else (1 << 17, (1, 128))
+    length, queries = (1 << 17, (1, 128)) if setting.cuda else (4096, (1, 16))
     every = itertools.product(shapes(setting), queries, {"blocks": SHARE, "top_k": None}.items())
     return [
         {"shape": s.name, "queries": n, "lookup": name, "length": length, "k": K, "share": share}
@@ -118,7 +128,7 @@ def environment(record: "Record", plan: Plan, setting: "Setting") -> None:
         triton=triton.__version__,
         vllm=vllm.__version__,
     )
-    source = torch.empty((64 << 20) if setting.quick else 2 * GIB, dtype=torch.uint8, device="cuda")
+    source = torch.empty(2 * GIB, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     seconds = milliseconds([lambda: target.copy_(source)], rounds=15) / 1000
     record.note(copy_bytes_per_s=2 * source.numel() / seconds)
@@ -133,7 +143,7 @@ def decode(record: "Record", plan: Plan, setting: "Setting") -> None:
     """
     for row in plan:
         shape, batch, length = of_name(setting, row["shape"]), row["batch"], row["length"]
-        pool = Pool.of(shape, setting.quick)
+        pool = Pool.of(shape, setting.cuda)
         tables = pool.tables(length, batch, 2 if row["bytes"] > GIB else 8)
         query = randn(batch, shape.heads, shape.head_size)
         flashes = flash_times(
@@ -167,7 +177,7 @@ def prefill(record: "Record", plan: Plan, setting: "Setting") -> None:
     """
     for row in plan:
         shape, length, queries = of_name(setting, row["shape"]), row["length"], row["queries"]
-        pool = Pool.of(shape, setting.quick)
+        pool = Pool.of(shape, setting.cuda)
         tables = pool.tables(length, 1, 2)
         query = randn(queries, shape.heads, shape.head_size)
         flashes = flash_times(pool, query, [0, queries], length, queries, tables, shape)
@@ -198,7 +208,7 @@ def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
 
     for name, rows in itertools.groupby(plan, lambda row: row["shape"]):
         shape = of_name(setting, name)
-        pool = Pool.of(shape, setting.quick)
+        pool = Pool.of(shape, setting.cuda)
         summaries = summaries_of(pool)
         query = randn(1, 1, shape.heads, shape.head_size)
         for row in rows:
@@ -235,7 +245,7 @@ def memory(record: "Record", plan: Plan, setting: "Setting") -> None:
     """
     for name, rows in itertools.groupby(plan, lambda row: row["shape"]):
         shape = of_name(setting, name)
-        pool = Pool.of(shape, setting.quick)
+        pool = Pool.of(shape, setting.cuda)
         summaries = summaries_of(pool)
         with in_host_memory(pool.numbers) as numbers:
             for row in rows:
@@ -340,8 +350,8 @@ class Pool:
 
     @classmethod
     @functools.lru_cache(maxsize=1)
-    def of(cls, shape: Shape, quick: bool) -> "Pool":
-        blocks = (4 << 20 if quick else 8 * GIB) // (BLOCK_SIZE * shape.layer_kv_bytes)
+    def of(cls, shape: Shape, cuda: bool) -> "Pool":
+        blocks = (8 * GIB if cuda else 4 << 20) // (BLOCK_SIZE * shape.layer_kv_bytes)
         numbers = torch.empty(
             blocks, shape.kv_heads, BLOCK_SIZE, 2 * shape.head_size, dtype=DTYPE, device=device()
         )

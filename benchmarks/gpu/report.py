@@ -10,6 +10,9 @@ from typing import Any
 
 from gpu.models import GIB
 
+# Sizes of a run. Targets are judged by whole ones. CPU: tiny shapes, and no GPU.
+SMOKE, QUICK, FULL, CPU = "smoke", "quick", "full", "cpu"
+
 Row = dict[str, Any]
 
 
@@ -23,7 +26,7 @@ class Record:
     """
 
     path: Path
-    quick: bool = False
+    size: str = FULL
     status: str = "running"
     seconds: float = 0.0
     error: str | None = None
@@ -181,10 +184,8 @@ def memory_ratio(records: Records, ours: str, stock: str, length: int) -> float 
 
 
 def targets(records: Records) -> list[Target]:
-    """Those of the issue and the two sets of checks; found from whatever records there are, but for those of
-    tiny shapes.
-    """
-    records = {name: record for name, record in records.items() if not record.quick}
+    """Those of the issue and the two sets of checks; found from whatever records there are of whole runs."""
+    records = {name: record for name, record in records.items() if record.size == FULL}
     k, copy = 1024, copy_bandwidth(records)
     shares = [bandwidth_share(r, copy) for r in rows_of(records, "decode") if copy and r["batch"] >= 16]
     errors = [r["error_to_tolerance"] for r in records["checks"].rows] if "checks" in records else []

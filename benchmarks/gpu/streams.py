@@ -20,6 +20,7 @@ import torch
 from gpu.engines import check_plugin
 from gpu.kernels import Plan, shapes
 from gpu.models import RANDOM_WEIGHTS, Shape, write_model
+from gpu.report import QUICK
 from load import random_tokens
 from temp_lora import engine_speed, learning_speed, official_writer, writing
 
@@ -38,7 +39,7 @@ LEARNING = {"temp_lora": True, "train_on_prompt": False}
 
 
 def sizes(setting: "Setting") -> dict[str, int]:
-    return TINY_SIZES if setting.quick else SIZES
+    return SIZES if setting.cuda else TINY_SIZES
 
 
 def text_tokens(setting: "Setting") -> int:
@@ -51,9 +52,9 @@ def rank_for(setting: "Setting", streams: int) -> int:
 
 
 def learning_plan(setting: "Setting", most: int) -> Plan:
-    """Up to 8 streams at the official rank; 16 at the one that fits."""
+    """Up to 8 streams at the official rank, a quick run the 8 alone; 16 at the one that fits."""
     rank = rank_for(setting, most)
-    counts = [1, 2, 4, 8] if most == 8 else [most]
+    counts = [1, 2, 4, 8] if most == 8 and setting.size != QUICK else [most]
     plan = [{"what": "learning", "streams": n, "rank": rank} for n in counts]
     return plan + [{"what": "no training", "streams": n, "rank": rank} for n in sorted({counts[0], most})]
 

@@ -1,6 +1,7 @@
 """Engines from the command line's words, their peak KV use, and requests in batches."""
 
 import os
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import entry_points
@@ -218,7 +219,10 @@ def step(engine: "LLMEngine") -> "Iterator[RequestOutput]":
 
 
 class PeakBlocks:
-    """Most KV blocks in use at the end of any step, steps, and preemptions, from vLLM's own statistics."""
+    """Most KV blocks in use at the end of any step, steps, and preemptions, from vLLM's own statistics.
+
+    graph_modes: steps by what they ran in ("FULL", "PIECEWISE", "NONE"), with `cudagraph_metrics` on a GPU.
+    """
 
     def __init__(self) -> None:
         self.num_blocks = 0
@@ -228,6 +232,7 @@ class PeakBlocks:
         self.peak_usage = 0.0
         self.steps = 0
         self.preemptions = 0
+        self.graph_modes: Counter[str] = Counter()
 
     @property
     def peak(self) -> int:
@@ -248,6 +253,8 @@ class PeakBlocks:
                 if scheduler_stats is not None:
                     meter.steps += 1
                     meter.peak_usage = max(meter.peak_usage, scheduler_stats.kv_cache_usage)
+                    if scheduler_stats.cudagraph_stats is not None:
+                        meter.graph_modes[scheduler_stats.cudagraph_stats.runtime_mode] += 1
 
         return Logger()
 
