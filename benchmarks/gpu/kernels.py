@@ -135,8 +135,8 @@ def environment(record: "Record", plan: Plan, setting: "Setting") -> None:
 
 
 def decode(record: "Record", plan: Plan, setting: "Setting") -> None:
-    """Milliseconds of one layer's decode: Λ; FlashAttention over all keys, in its sliding window, and over a
-    short text.
+    """Milliseconds of one layer's decode: Λ; a stepped window of as many keys; FlashAttention over all keys,
+    in its sliding window, and over a short text, of as many keys.
 
     FlashAttention's sliding window is the larger part of what it would take in our place: no first tokens, no
     merge.
@@ -149,17 +149,22 @@ def decode(record: "Record", plan: Plan, setting: "Setting") -> None:
         flashes = flash_times(
             pool, query, list(range(batch + 1)), length, min(length, shape.window), tables, shape
         )
-        record.add(**row, **lambda_decode_time(pool, query, length, tables, shape), **flashes)
+        ours = lambda_decode_time(pool, query, length, tables, shape)
+        window = min(length, shape.window)
+        starts, lens = (integers([n] * batch) for n in (length - window, length))
+        call = stepped_decode(pool, query, starts, lens, window, shape)
+        ours["stepped_ms"] = milliseconds([partial(call, table) for table in tables])
+        record.add(**row, **ours, **flashes)
 
 
 def lambda_decode_time(
     pool: "Pool", query: Tensor, length: int, tables: list[Tensor], shape: Shape
 ) -> dict[str, float]:
     from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
+    from vllm_longctx.cuda.sliding import num_sms
 
     view, batch = view_of(shape), len(query)
-    sms = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 1
-    splits = decode_splits(view, batch, shape.kv_heads, sms, length)
+    splits = decode_splits(view, batch, shape.kv_heads, num_sms(device()), length)
     workspace = decode_workspace(batch, shape.heads, shape.head_size, splits, device())
     out, lens = torch.empty_like(query), integers([length] * batch)
     turn, key_turn = turns(shape, view, torch.full((batch,), length - 1))
@@ -169,6 +174,32 @@ def lambda_decode_time(
         lambda_decode(query, *pool.caches, table, lens, turn, key_turn, view, scale, out, workspace, splits)
 
     return {"splits": splits, "longctx_ms": milliseconds([partial(call, t) for t in tables])}
+
+
+def stepped_decode(
+    pool: "Pool", query: Tensor, starts: Tensor, lens: Tensor, window: int, shape: Shape
+) -> Callable[..., None]:
+    """A decode in stepped windows, as a function of the block table and of what was found before them.
+
+    query [rows, heads, head_size]. window: keys of the longest.
+    """
+    from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
+    from vllm_longctx.cuda.kernels.lambda_tile import View
+    from vllm_longctx.cuda.sliding import num_sms
+    from vllm_longctx.geometry import Geometry
+
+    view, rows = View(Geometry()), len(query)
+    splits = decode_splits(view, rows, shape.kv_heads, num_sms(device()), window)
+    workspace, out = (
+        decode_workspace(rows, shape.heads, shape.head_size, splits, device()),
+        torch.empty_like(query),
+    )
+
+    def call(table: Tensor, branch: tuple[Tensor, Tensor] | None = None) -> None:
+        where = table, lens, None, None, view, shape.scale, out, workspace, splits
+        lambda_decode(query, *pool.caches, *where, starts=starts, branch=branch)
+
+    return call
 
 
 def prefill(record: "Record", plan: Plan, setting: "Setting") -> None:
@@ -274,12 +305,17 @@ def memory_time(
 
     start, out, queries = max(length - shape.trained, 0), torch.empty_like(query[0]), query.shape[1]
     zeros, starts, lens, tokens = (integers(values) for values in ([0], [start], [length], [0, queries]))
+    decode = stepped_decode(pool, query[0], starts, lens, length - start, shape) if queries == 1 else None
 
     def call(table: Tensor) -> None:
         memories = Memories(*pool.caches, table, zeros, starts, start, summaries)
         best, lse = attend_best(query, memories, K, shape.scale, share)
+        branch = best[0], lse[0]
+        if decode is not None:
+            decode(table, branch)
+            return
         stepped_attention(
-            query[0], *pool.caches, table, starts, lens, tokens, queries, shape.scale, out, (best[0], lse[0])
+            query[0], *pool.caches, table, starts, lens, tokens, queries, shape.scale, out, branch
         )
 
     return milliseconds([partial(call, t) for t in tables])
