@@ -20,9 +20,17 @@ from rich.progress import Progress
 from rich.table import Table
 from texts import python_topics
 
-from vllm_longctx.cli.engine import LEARNS, running_engine
+from vllm_longctx.cli.engine import running_engine
 from vllm_longctx.cli.output import console, plot, tables
-from vllm_longctx.cli.score import BASE, curve, score_in, score_table, segment_table, segments, tokenize
+from vllm_longctx.cli.score import (
+    curve,
+    score_in,
+    score_learning,
+    score_table,
+    segment_table,
+    segments,
+    tokenize,
+)
 
 STEP = 500
 
@@ -139,8 +147,8 @@ def main(
         config = {"longctx": {"preset": "temp-lora-quality"}}
         with running_engine("booklm", config, learn_tokens + 2, **kwargs) as (engine, meter):
             part, reads = tokens[:learn_tokens], f"reads {learn_tokens:,} tokens"
-            base = score_in(engine, meter, part, f"{reads} without learning", options=BASE)
-            learned = score_in(engine, meter, part, f"{reads} and learns", options=LEARNS)
+            labels = f"{reads} without learning", f"{reads} and learns"
+            base, learned = score_learning(engine, meter, part, *labels)
         out.print(segment_table(segments(learned, base, None)))
 
 

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from vllm_longctx.cli.engine import METHODS, method_engine
+from vllm_longctx.cli.engine import METHODS, PremiseError, method_engine
 from vllm_longctx.cli.options import JsonOut
 from vllm_longctx.cli.output import console, plot, write_json
 
@@ -41,13 +41,19 @@ OWN_TOKENS = 1024
 
 def token_times(engine: "LLMEngine", prompts: Sequence[list[int]], written: int) -> list[float]:
     """Seconds from the start to each step's tokens, from the first step in which every prompt is read."""
+    return [seconds for seconds, _ in token_steps(engine, prompts, written)]
+
+
+def token_steps(engine: "LLMEngine", prompts: Sequence[list[int]], written: int) -> list[tuple[float, int]]:
+    """The same, each with the number of requests that got tokens in that step."""
     add_requests(engine, prompts, written)
-    start, started, times = time.perf_counter(), set(), []
+    started: set[str] = set()
+    start, times = time.perf_counter(), []
     while engine.has_unfinished_requests():
         outputs = engine.step()
         started |= {o.request_id for o in outputs}
         if len(started) == len(prompts) and outputs:
-            times.append(time.perf_counter() - start)
+            times.append((time.perf_counter() - start, len(outputs)))
     return times
 
 
@@ -57,12 +63,17 @@ def prefill_speed(engine: "LLMEngine", text: list[int]) -> float:
 
 
 def decode_speed(engine: "LLMEngine", text: list[int], batch: int, written: int) -> float:
-    """Tokens/s of `batch` requests that have read `text`, all but its end."""
+    """Tokens/s of `batch` requests that have read `text`, all but its end.
+
+    Raises PremiseError if they did not decode at once: the pool may be too small for them.
+    """
     own = min(len(text), OWN_TOKENS)
     prompts = [text[: len(text) - own] + random_tokens(engine, own, random.random()) for _ in range(batch)]
-    gaps = [after - before for before, after in pairwise(token_times(engine, prompts, written))]
-    # The last request to start sees the whole batch; before the first to start ends, all are there.
-    return batch / statistics.median(gaps[: written - 1])
+    steps = token_steps(engine, prompts, written)
+    gaps = [after - before for (before, n), (after, m) in pairwise(steps) if n == m == batch]
+    if not gaps:
+        raise PremiseError(f"{batch} requests never decoded at once; lower --batch or the lengths")
+    return batch / statistics.median(gaps)
 
 
 def main(

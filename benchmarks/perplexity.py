@@ -15,6 +15,7 @@ default:
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from texts import read_all
 
-from vllm_longctx.cli.engine import METHODS, method_engine, model_path
+from vllm_longctx.cli.engine import METHODS, PremiseError, method_engine, model_path
 from vllm_longctx.cli.options import JsonOut
 from vllm_longctx.cli.output import plot, write_json
 from vllm_longctx.cli.score import Bucket, Score, score_in, scoring_params, tokenize
@@ -41,7 +42,7 @@ def score_fresh_windows(
     # One more for the token that every request must generate.
     with method_engine(model, None, trained + 1, max_num_seqs=16, **kwargs) as (engine, _):
         for name, tokens in texts.items():
-            nll = [0.0] * (len(tokens) - 1)
+            nll = [math.nan] * (len(tokens) - 1)  # what no window scores would else make the mean better
             starts = range(0, max(len(tokens) - half, 1), half)
             for start in starts:
                 window = [tokens[0], *tokens[start + 1 : start + trained]]
@@ -55,6 +56,8 @@ def score_fresh_windows(
                     skip = half - 1 if start else 0
                     for offset, logprob in enumerate(scored[skip:], start + skip):
                         nll[offset] = -logprob
+            if any(map(math.isnan, nll)):
+                raise PremiseError(f"fresh windows left tokens of {name} without a score")
             result[name] = nll
     return result
 

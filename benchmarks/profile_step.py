@@ -18,26 +18,31 @@ from load import greedy
 from rich.console import Console
 from rich.table import Table
 
-from vllm_longctx.cli.engine import running_engine
+from vllm_longctx.cli.engine import PremiseError, running_engine
 
 PARTS = {
     "attention kernels": ["cpu_attention_with_kv_cache"],
     "matrix products": ["onednn_mm"],
     "compact tables": ["kernel_tables", "next_tables"],
     "scratch blocks": ["fill", "forget_written"],
-    "rotary": ["_rotate", "cos_sin"],
+    "rotary": ["_step_cos_sin", "_rotate_flat", "turn"],
     "the model's forward": ["_model_forward"],
     "the whole step": ["step"],
 }
 
 
 def milliseconds(stats: pstats.Stats, names: list[str], steps: int) -> float:
-    """Cumulative time per step of the functions of these names."""
-    total = 0.0
+    """Cumulative time per step of the functions of these names.
+
+    Raises PremiseError if none of them was called: they may have other names by now.
+    """
+    total, called = 0.0, False
     for (file, _, name), (_, _, _, cumulative, _) in stats.stats.items():  # type: ignore[attr-defined]
         ours_or_vllm = "longctx" in file or "vllm" in file
         if name in names and ours_or_vllm and not (name == "step" and not file.endswith("llm_engine.py")):
-            total += cumulative
+            total, called = total + cumulative, True
+    if not called:
+        raise PremiseError(f"no function of {', '.join(names)} was called")
     return 1000 * total / steps
 
 

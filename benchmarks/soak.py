@@ -213,6 +213,7 @@ def main(
             line for line in log.read_text().splitlines() if " ERROR " in line or "Traceback" in line
         ]
     criteria = {
+        "requests were completed, and abandoned": load.completed > 0 and (load.left > 0 or leaving == 0),
         "no error but the clients' leaving": not load.errors and not server_errors,
         "nothing runs or waits": after["num_requests_running"] + after["num_requests_waiting"] == 0,
         "all blocks are back": after["kv_cache_usage_perc"] == 0,

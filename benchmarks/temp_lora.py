@@ -43,7 +43,14 @@ from load import greedy, random_tokens
 from rich.console import Console
 from rich.table import Table
 
-from vllm_longctx.cli.engine import Job, model_path, run_jobs, running_engine
+from vllm_longctx.cli.engine import (
+    Job,
+    PremiseError,
+    blocks_are_trained,
+    model_path,
+    run_jobs,
+    running_engine,
+)
 from vllm_longctx.cli.options import JsonOut
 from vllm_longctx.cli.output import console, plot, write_json
 
@@ -179,7 +186,10 @@ def official_writer(base: Any, recipe: dict[str, Any]) -> Callable[[list[int], i
 def engine_speed(
     engine: "LLMEngine", prompts: Sequence[list[int]], params: "SamplingParams", at_once: int
 ) -> float:
-    """Tokens/s of all streams together, `at_once` at a time."""
+    """Tokens/s of all streams together, `at_once` at a time.
+
+    Raises PremiseError for a stream that ended early.
+    """
 
     def stream(prompt: list[int]) -> Job[int]:
         (output,) = yield [(prompt, params)]
@@ -187,7 +197,29 @@ def engine_speed(
 
     start = time.perf_counter()
     written = run_jobs(engine, [stream(p) for p in prompts], f"longctx, {at_once} at once", at_once)
-    return sum(written) / (time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    if short := [count for count in written if count != params.max_tokens]:
+        raise PremiseError(f"a stream wrote {short[0]} tokens of {params.max_tokens}")
+    return sum(written) / seconds
+
+
+def learning_speed(
+    engine: "LLMEngine",
+    prompts: Sequence[list[int]],
+    tokens: int,
+    block_tokens: int,
+    options: dict[str, Any],
+    at_once: int,
+) -> float:
+    """`engine_speed` of streams that learn what they write, `tokens` each: whole blocks, all but the last
+    trained.
+
+    options: of the requests; with `epochs` 0 nothing is to be trained. Raises PremiseError if it was
+    otherwise.
+    """
+    blocks = len(prompts) * (tokens // block_tokens - 1) if options.get("epochs") != 0 else 0
+    with blocks_are_trained(engine, blocks):
+        return engine_speed(engine, prompts, writing(tokens, options), at_once)
 
 
 def bystander_speed(
@@ -200,6 +232,7 @@ def bystander_speed(
     """Tokens/s of `bystanders` while learners of options `longctx` write all the time.
 
     Each writes `tokens`, or as many as a request may that does not adapt, which ends at the trained length.
+    Raises PremiseError if blocks of the learners failed, or if none was trained although they learn.
     """
     from vllm.inputs import tokens_input
 
@@ -214,15 +247,17 @@ def bystander_speed(
         started |= {o.request_id for o in engine.step()}
     for number, prompt in enumerate(bystanders):
         engine.add_request(f"bystander {number}", tokens_input(prompt), writing(tokens, None))
-    left, start = len(bystanders), time.perf_counter()
-    while left:
-        finished = [o.request_id for o in engine.step() if o.finished]
-        if any(name.startswith("learner") for name in finished):
-            raise SystemExit(
-                "a learner reached max_model_len before the bystanders were done; lower --written"
-            )
-        left -= len(finished)
-    seconds = time.perf_counter() - start
+    blocks = (0, 0) if longctx.get("epochs") == 0 else (1, room * len(learners))
+    with blocks_are_trained(engine, *blocks):
+        left, start = len(bystanders), time.perf_counter()
+        while left:
+            finished = [o.request_id for o in engine.step() if o.finished]
+            if any(name.startswith("learner") for name in finished):
+                raise SystemExit(
+                    "a learner reached max_model_len before the bystanders were done; lower --written"
+                )
+            left -= len(finished)
+        seconds = time.perf_counter() - start
     engine.abort_request([f"learner {number}" for number in range(len(learners))])
     return len(bystanders) * tokens / seconds
 
@@ -231,12 +266,15 @@ def swaps_and_holds(engine: "LLMEngine") -> dict[str, float]:
     """Milliseconds of a swap of all modules, and empty steps per second with every request held; from the
     engine's metrics.
 
-    Of an engine that has only ever run one request at a time: when it is held, every request is.
+    Of an engine that has only ever run one request at a time: when it is held, every request is. Raises
+    PremiseError where nothing was swapped or held.
     """
     metrics = {m.name: m for m in engine.get_metrics()}
     swaps, idle, holds = (
         metrics[f"vllm:longctx_{n}"] for n in ("swap_time_seconds", "idle_steps", "hold_time_seconds")
     )
+    if not swaps.count or not holds.count:
+        raise PremiseError(f"there were {swaps.count} swaps and {holds.count} holds; write more blocks")
     return {"swap_ms": 1000 * swaps.sum / swaps.count, "empty_steps_per_s": idle.value / holds.sum}
 
 
@@ -279,9 +317,11 @@ def main(
                 start = time.perf_counter()
                 count = sum(len(official(prompt, tokens)) for prompt in prompts)
                 figures = {"official": count / (time.perf_counter() - start)}
+            if count != len(prompts) * tokens:
+                raise PremiseError(f"the official loop wrote {count} tokens of {len(prompts) * tokens}")
             for at_once in counts:
-                figures[f"longctx {at_once}"] = engine_speed(
-                    engine, prompts, writing(tokens, learning), at_once
+                figures[f"longctx {at_once}"] = learning_speed(
+                    engine, prompts, tokens, recipe["block_tokens"], learning, at_once
                 )
             half = len(prompts) // 2
             for name, epochs in (("bystanders, idle trainer", 0), ("bystanders", recipe["epochs"])):
@@ -291,12 +331,8 @@ def main(
                 speeds.setdefault(name, []).append(speed)
     wide = longctx(preset, {**chosen, "rank": swap_rank})
     with running_engine(model, wide, max_model_len, **kwargs) as (engine, _):
-        engine_speed(
-            engine,
-            [random_tokens(engine, prompt_tokens, 0)],
-            writing(8 * recipe["block_tokens"], learning),
-            1,
-        )
+        block = recipe["block_tokens"]
+        learning_speed(engine, [random_tokens(engine, prompt_tokens, 0)], 8 * block, block, learning, 1)
         engine_metrics = swaps_and_holds(engine)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     result = {

@@ -34,10 +34,10 @@ from rich.console import Console
 from rich.table import Table
 from texts import read_all
 
-from vllm_longctx.cli.engine import Job, parse_lengths, run_jobs, running_engine
+from vllm_longctx.cli.engine import Job, blocks_are_trained, parse_lengths, run_jobs, running_engine
 from vllm_longctx.cli.options import JsonOut
 from vllm_longctx.cli.output import errors_for_users, plot, write_json
-from vllm_longctx.cli.score import scoring_params, tokenize
+from vllm_longctx.cli.score import blocks_of_prompt, scoring_params, tokenize
 
 SEGMENTS = 5
 POLICIES = ("reuse", "recompute", "keep")
@@ -102,7 +102,10 @@ def scoring(tokens: list[int], options: dict[str, Any]) -> Job[list[float]]:
 def read(
     engine: Any, texts: dict[str, list[int]], setting: Setting, at_once: int, saved: Path | None
 ) -> Reading:
-    """Every text, learned and base; with the control if there is a directory where adapters are saved."""
+    """Every text, learned and base; with the control if there is a directory where adapters are saved.
+
+    Raises PremiseError if blocks were not trained.
+    """
     chosen = asdict(setting)
     names = {text: f"text-{number}" for number, text in enumerate(texts)}
     learned = [
@@ -110,7 +113,9 @@ def read(
         for text, ids in texts.items()
     ]
     base = [scoring(ids, {**chosen, "epochs": 0}) for ids in texts.values()]
-    results = run_jobs(engine, learned + base, str(setting), at_once)
+    bounds = [blocks_of_prompt(engine, len(ids), setting.block_tokens) for ids in texts.values()]
+    with blocks_are_trained(engine, *(sum(bound) for bound in zip(*bounds, strict=True))):
+        results = run_jobs(engine, learned + base, str(setting), at_once)
     reading = Reading(
         dict(zip(texts, results, strict=False)), dict(zip(texts, results[len(texts) :], strict=True))
     )
@@ -124,9 +129,9 @@ def read(
         control = [
             scoring(ids, {**chosen, "epochs": 0, "start_from": others[text]}) for text, ids in texts.items()
         ]
-        reading.control = dict(
-            zip(texts, run_jobs(engine, control, f"{setting}, another text's", at_once), strict=True)
-        )
+        with blocks_are_trained(engine, 0):
+            results = run_jobs(engine, control, f"{setting}, another text's", at_once)
+        reading.control = dict(zip(texts, results, strict=True))
     return reading
 
 

@@ -143,6 +143,9 @@ def main(
                 problems.append(f"{what} is {value} at the end")
         for what in ("longctx_blocks_trained", "longctx_train_failures", "longctx_trainer_restarts"):
             counts[what] = int(sum_of(engine, what))
+        # Where nothing went wrong, nothing was shown.
+        happened = ("SIGKILL", "SIGSTOP", "left", "longctx_blocks_trained", "longctx_trainer_restarts")
+        problems += [f"{what} is 0: soak for longer" for what in happened if not counts[what]]
         last = trainer()
     if last is not None and psutil.wait_procs([last], timeout=GRACE_S)[1]:
         problems.append(f"the trainer still runs {GRACE_S} s after the engine ended")

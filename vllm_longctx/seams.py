@@ -43,10 +43,10 @@ def _has(path: str, *attributes: str) -> Callable[[], bool]:
     return lambda: (found := _found(path)) is not None and all(hasattr(found, a) for a in attributes)
 
 
-def _sets(path: str, *attributes: str) -> Callable[[], bool]:
-    """As `_has`, for attributes that objects of a class get when they are made."""
+def _sets(path: str, *attributes: str, by: str = "__init__") -> Callable[[], bool]:
+    """As `_has`, for attributes that objects of a class get by a method, or when they are made."""
     return lambda: (
-        (init := _found(f"{path}.__init__.__code__")) is not None and set(attributes) <= set(init.co_names)
+        (code := _found(f"{path}.{by}.__code__")) is not None and set(attributes) <= set(code.co_names)
     )
 
 
@@ -461,6 +461,18 @@ SEAMS = [
             _takes("vllm.v1.sample.metadata:SamplingMetadata", "output_token_ids", "prompt_token_ids"),
         ),
         "0028-penalties-that-count-once.diff",
+    ),
+    Seam(
+        "Worker.total_consumed, available_kv_cache_memory_bytes (changed)",
+        "cuda/worker.py",
+        "suggest and store a size of the KV cache that leaves room for lookups and the trainer",
+        _sets(
+            "vllm.v1.worker.gpu_worker:Worker",
+            "total_consumed",
+            "available_kv_cache_memory_bytes",
+            by="determine_available_memory.__wrapped__",
+        ),
+        "0029-memory-beside-the-kv-cache.diff",
     ),
     Seam(
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",

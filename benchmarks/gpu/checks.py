@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 from gpu.kernels import Plan, device, in_host_memory, integers, of_name, shapes, turns, view_of
-from gpu.models import N_GLOBAL, Shape
+from gpu.models import BLOCK_SIZE, N_GLOBAL, Shape
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 Run = Callable[[Shape, Tensor, Tensor, Tensor, int], Tensor]
 ROOT = Path(__file__).parents[2]
-BLOCK_SIZE = 32
 SAMPLED = 4  # queries of a chunk that are compared
 # Scores of first keys come from two vectors that were turned, so rounded, again; probabilities and the output
 # are rounded once.

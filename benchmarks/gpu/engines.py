@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpu.kernels import Plan, shapes
 from gpu.models import LARGEST_BATCH, RANDOM_WEIGHTS, WRITTEN, Shape, write_model
+from gpu.report import CPU, QUICK
 from lm_infinite import token_times
 from load import add_requests, random_tokens
 
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 LENGTHS = (4096, 16384, 32768, 131072, 1 << 20)
+LENGTHS_BY_SIZE: dict[str, tuple[int, ...]] = {CPU: (1024, 4096), QUICK: (32768,)}
 LONG = 131072
-BATCHED_TOKENS = 8192
+STEPS = (4096, 8192)  # tokens of a step: what is measured, and vLLM's default on this card
+BATCHED_TOKENS = STEPS[0]  # the goal for KV memory at 128K is beyond what the default allows (README.md)
 MOST_SEQUENCES = 64
 
 
@@ -51,7 +54,7 @@ def engine_plan(setting: "Setting", number: int, method: str, thin_for: int | No
     Stock vLLM: those that fit, and at the window's length every batch that longctx runs.
     """
     shape, stock = engine_shape(setting, number, thin_for), method == "stock"
-    lengths = (1024, 4096) if setting.quick else (LONG,) if thin_for else LENGTHS
+    lengths = LENGTHS_BY_SIZE.get(setting.size, (LONG,) if thin_for else LENGTHS)
     short = 0.95 * shape.window, shape.window  # the window's own length stands for those
     common = {
         n: shape.common_batch(n, setting.memory)
@@ -69,7 +72,10 @@ def engine_plan(setting: "Setting", number: int, method: str, thin_for: int | No
         elif not stock:
             batches |= {LARGEST_BATCH}
         fixed = {"length": n, "window": shape.window, "layers": shape.layers}
-        plan.append({"what": "prefill", **fixed, "batch": 1, "common": common[n] > 0})
+        row = {"what": "prefill", **fixed, "batch": 1, "common": common[n] > 0}
+        if n == LONG and not stock:
+            row |= {f"blocks_at_{tokens}_a_step": shape.held_blocks(tokens) for tokens in STEPS}
+        plan.append(row)
         plan += [{"what": "decode", **fixed, "batch": b, "common": b == common[n]} for b in sorted(batches)]
         if n == LONG and not stock and not thin_for:
             plan.append({"what": "most at once", **fixed, "batch": MOST_SEQUENCES, "common": False})
@@ -150,7 +156,17 @@ def measure(
             tail = 1 if batch == 1 else own  # the text has just been read, and is in the prefix cache
             gap, at_once = decoding(llm, prompts_of(llm, text, batch, tail), written)
             found = {"tokens_per_s": at_once / gap, "ms": 1000 * gap, "at_once": at_once}
-        record.add(**row, **found, kv_bytes=meter.peak_usage * pool, preemptions=meter.preemptions)
+        void = why_void(row, found.get("at_once"), meter.preemptions)
+        record.add(**row, **found, **void, kv_bytes=meter.peak_usage * pool, preemptions=meter.preemptions)
+
+
+def why_void(row: dict[str, Any], at_once: int | None, preemptions: int) -> dict[str, str]:
+    """`void`, with the reason, where a row is of another load than it says; else nothing."""
+    if row["what"] == "decode" and at_once != row["batch"]:
+        return {"void": f"{at_once} of {row['batch']} requests decoded at once"}
+    if row["what"] != "most at once" and preemptions:
+        return {"void": f"{preemptions} preemptions"}
+    return {}
 
 
 def prompts_of(llm: "LLMEngine", text: list[int], batch: int, own: int | None) -> list[list[int]]:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def flash_merge_plan(setting: "Setting") -> Plan:
     """At one length, far past the window: there neither way's cost depends on it."""
     both = [*kernels.decode_plan(setting), *kernels.prefill_plan(setting)]
-    return [row for row in both if row["length"] == (4096 if setting.quick else 131072)]
+    return [row for row in both if row["length"] == (131072 if setting.cuda else 4096)]
 
 
 def flash_merge(record: "Record", plan: Plan, setting: "Setting") -> None:
@@ -61,7 +61,7 @@ def flash_merge(record: "Record", plan: Plan, setting: "Setting") -> None:
         )  # first tokens leave the window one by one; all have
         error = max(lambda_error(shape, kernels.DTYPE, n, few, run) for n in lengths)
         wrong += [] if error <= tolerated else [row]
-        pool, query = Pool.of(shape, setting.quick), randn(batch * queries, shape.heads, shape.head_size)
+        pool, query = Pool.of(shape, setting.cuda), randn(batch * queries, shape.heads, shape.head_size)
         tables, out = (
             pool.tables(length, batch, 2 if row.get("bytes", GIB) >= GIB else 8),
             torch.empty_like(query),

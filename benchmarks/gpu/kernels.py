@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
-from gpu.models import GIB, GQA_8B, LLAMA_2_7B, N_GLOBAL, TINY, TINY_GQA, Shape
+from gpu.models import BLOCK_SIZE, GIB, GQA_8B, LLAMA_2_7B, N_GLOBAL, TINY, TINY_GQA, Shape
+from gpu.report import CPU, QUICK, SMOKE
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -31,12 +32,21 @@ if TYPE_CHECKING:
     from vllm_longctx.cuda.kernels.lambda_tile import View
     from vllm_longctx.cuda.kernels.lookup import Summaries
 
-BLOCK_SIZE = 32
 CHUNK = 8192  # queries of a prefill step
 K, SHARE = 64, 0.1  # of a lookup: keys for each query and head; share of the blocks that `blocks` reads
 LENGTHS = (4096, 16384, 32768, 131072, 1 << 20)
 LOOKUP_LENGTHS = (1 << 17, 1 << 20, 1 << 22, 1 << 24)
 BATCHES = (1, 16, 64)
+# Of sizes that are not whole: lengths, and batches or queries.
+DECODES_BY_SIZE: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    CPU: ((1024, 4096), (1, 4)),
+    SMOKE: ((32768,), (16,)),
+    QUICK: ((4096, 131072), (1, 16)),
+}
+PREFILLS_BY_SIZE: dict[str, tuple[tuple[int, ...], int]] = {
+    CPU: ((1024, 4096), 256),
+    QUICK: ((8192, 131072), CHUNK),
+}
 DTYPE = torch.bfloat16
 
 Plan = list[dict[str, Any]]
@@ -44,7 +54,7 @@ Flash = Callable[..., Any]
 
 
 def shapes(setting: "Setting") -> tuple[Shape, Shape]:
-    return (TINY, TINY_GQA) if setting.quick else (LLAMA_2_7B, GQA_8B)
+    return (LLAMA_2_7B, GQA_8B) if setting.cuda else (TINY, TINY_GQA)
 
 
 def environment_plan(setting: "Setting") -> Plan:
@@ -52,17 +62,17 @@ def environment_plan(setting: "Setting") -> Plan:
 
 
 def decode_plan(setting: "Setting") -> Plan:
-    lengths, batches = ((1024, 4096), (1, 4)) if setting.quick else (LENGTHS, BATCHES)
+    lengths, batches = DECODES_BY_SIZE.get(setting.size, (LENGTHS, BATCHES))
     return [
         {"shape": s.name, "batch": b, "length": n, "bytes": b * min(n, s.window) * s.layer_kv_bytes}
-        for s in shapes(setting)
+        for s in shapes(setting)[setting.size == SMOKE :]
         for b in batches
         for n in lengths
     ]
 
 
 def prefill_plan(setting: "Setting") -> Plan:
-    lengths, chunk = ((1024, 4096), 256) if setting.quick else (LENGTHS, CHUNK)
+    lengths, chunk = PREFILLS_BY_SIZE.get(setting.size, (LENGTHS, CHUNK))
     return [
         {"shape": s.name, "length": n, "queries": min(n, chunk), "flops": flops(s, n, min(n, chunk))}
         for s in shapes(setting)
@@ -71,7 +81,7 @@ def prefill_plan(setting: "Setting") -> Plan:
 
 
 def lookup_plan(setting: "Setting") -> Plan:
-    lengths = (4096, 16384) if setting.quick else LOOKUP_LENGTHS
+    lengths = LOOKUP_LENGTHS if setting.cuda else (4096, 16384)
     return [
         {"shape": s.name, "length": n, "bytes": n * s.layer_kv_bytes}
         for s in shapes(setting)
@@ -80,7 +90,7 @@ def lookup_plan(setting: "Setting") -> Plan:
 
 
 def memory_plan(setting: "Setting") -> Plan:
-    length, queries = (4096, (1, 16)) if setting.quick else (1 << 17, (1, 128))
+    length, queries = (1 << 17, (1, 128)) if setting.cuda else (4096, (1, 16))
     every = itertools.product(shapes(setting), queries, {"blocks": SHARE, "top_k": None}.items())
     return [
         {"shape": s.name, "queries": n, "lookup": name, "length": length, "k": K, "share": share}
@@ -118,38 +128,43 @@ def environment(record: "Record", plan: Plan, setting: "Setting") -> None:
         triton=triton.__version__,
         vllm=vllm.__version__,
     )
-    source = torch.empty((64 << 20) if setting.quick else 2 * GIB, dtype=torch.uint8, device="cuda")
+    source = torch.empty(2 * GIB, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     seconds = milliseconds([lambda: target.copy_(source)], rounds=15) / 1000
     record.note(copy_bytes_per_s=2 * source.numel() / seconds)
 
 
 def decode(record: "Record", plan: Plan, setting: "Setting") -> None:
-    """Milliseconds of one layer's decode: Λ; FlashAttention over all keys, in its sliding window, and over a
-    short text.
+    """Milliseconds of one layer's decode: Λ; a stepped window of as many keys; FlashAttention over all keys,
+    in its sliding window, and over a short text, of as many keys.
 
     FlashAttention's sliding window is the larger part of what it would take in our place: no first tokens, no
     merge.
     """
     for row in plan:
         shape, batch, length = of_name(setting, row["shape"]), row["batch"], row["length"]
-        pool = Pool.of(shape, setting.quick)
+        pool = Pool.of(shape, setting.cuda)
         tables = pool.tables(length, batch, 2 if row["bytes"] > GIB else 8)
         query = randn(batch, shape.heads, shape.head_size)
         flashes = flash_times(
             pool, query, list(range(batch + 1)), length, min(length, shape.window), tables, shape
         )
-        record.add(**row, **lambda_decode_time(pool, query, length, tables, shape), **flashes)
+        ours = lambda_decode_time(pool, query, length, tables, shape)
+        window = min(length, shape.window)
+        starts, lens = (integers([n] * batch) for n in (length - window, length))
+        call = stepped_decode(pool, query, starts, lens, window, shape)
+        ours["stepped_ms"] = milliseconds([partial(call, table) for table in tables])
+        record.add(**row, **ours, **flashes)
 
 
 def lambda_decode_time(
     pool: "Pool", query: Tensor, length: int, tables: list[Tensor], shape: Shape
 ) -> dict[str, float]:
     from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
+    from vllm_longctx.cuda.sliding import num_sms
 
     view, batch = view_of(shape), len(query)
-    sms = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 1
-    splits = decode_splits(view, batch, shape.kv_heads, sms, length)
+    splits = decode_splits(view, batch, shape.kv_heads, num_sms(device()), length)
     workspace = decode_workspace(batch, shape.heads, shape.head_size, splits, device())
     out, lens = torch.empty_like(query), integers([length] * batch)
     turn, key_turn = turns(shape, view, torch.full((batch,), length - 1))
@@ -161,13 +176,39 @@ def lambda_decode_time(
     return {"splits": splits, "longctx_ms": milliseconds([partial(call, t) for t in tables])}
 
 
+def stepped_decode(
+    pool: "Pool", query: Tensor, starts: Tensor, lens: Tensor, window: int, shape: Shape
+) -> Callable[..., None]:
+    """A decode in stepped windows, as a function of the block table and of what was found before them.
+
+    query [rows, heads, head_size]. window: keys of the longest.
+    """
+    from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
+    from vllm_longctx.cuda.kernels.lambda_tile import View
+    from vllm_longctx.cuda.sliding import num_sms
+    from vllm_longctx.geometry import Geometry
+
+    view, rows = View(Geometry()), len(query)
+    splits = decode_splits(view, rows, shape.kv_heads, num_sms(device()), window)
+    workspace, out = (
+        decode_workspace(rows, shape.heads, shape.head_size, splits, device()),
+        torch.empty_like(query),
+    )
+
+    def call(table: Tensor, branch: tuple[Tensor, Tensor] | None = None) -> None:
+        where = table, lens, None, None, view, shape.scale, out, workspace, splits
+        lambda_decode(query, *pool.caches, *where, starts=starts, branch=branch)
+
+    return call
+
+
 def prefill(record: "Record", plan: Plan, setting: "Setting") -> None:
     """Milliseconds of one layer's attention for the last chunk of a text; the ways as in `decode`, the short
     text a chunk.
     """
     for row in plan:
         shape, length, queries = of_name(setting, row["shape"]), row["length"], row["queries"]
-        pool = Pool.of(shape, setting.quick)
+        pool = Pool.of(shape, setting.cuda)
         tables = pool.tables(length, 1, 2)
         query = randn(queries, shape.heads, shape.head_size)
         flashes = flash_times(pool, query, [0, queries], length, queries, tables, shape)
@@ -198,7 +239,7 @@ def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
 
     for name, rows in itertools.groupby(plan, lambda row: row["shape"]):
         shape = of_name(setting, name)
-        pool = Pool.of(shape, setting.quick)
+        pool = Pool.of(shape, setting.cuda)
         summaries = summaries_of(pool)
         query = randn(1, 1, shape.heads, shape.head_size)
         for row in rows:
@@ -235,7 +276,7 @@ def memory(record: "Record", plan: Plan, setting: "Setting") -> None:
     """
     for name, rows in itertools.groupby(plan, lambda row: row["shape"]):
         shape = of_name(setting, name)
-        pool = Pool.of(shape, setting.quick)
+        pool = Pool.of(shape, setting.cuda)
         summaries = summaries_of(pool)
         with in_host_memory(pool.numbers) as numbers:
             for row in rows:
@@ -264,12 +305,17 @@ def memory_time(
 
     start, out, queries = max(length - shape.trained, 0), torch.empty_like(query[0]), query.shape[1]
     zeros, starts, lens, tokens = (integers(values) for values in ([0], [start], [length], [0, queries]))
+    decode = stepped_decode(pool, query[0], starts, lens, length - start, shape) if queries == 1 else None
 
     def call(table: Tensor) -> None:
         memories = Memories(*pool.caches, table, zeros, starts, start, summaries)
         best, lse = attend_best(query, memories, K, shape.scale, share)
+        branch = best[0], lse[0]
+        if decode is not None:
+            decode(table, branch)
+            return
         stepped_attention(
-            query[0], *pool.caches, table, starts, lens, tokens, queries, shape.scale, out, (best[0], lse[0])
+            query[0], *pool.caches, table, starts, lens, tokens, queries, shape.scale, out, branch
         )
 
     return milliseconds([partial(call, t) for t in tables])
@@ -340,8 +386,8 @@ class Pool:
 
     @classmethod
     @functools.lru_cache(maxsize=1)
-    def of(cls, shape: Shape, quick: bool) -> "Pool":
-        blocks = (4 << 20 if quick else 8 * GIB) // (BLOCK_SIZE * shape.layer_kv_bytes)
+    def of(cls, shape: Shape, cuda: bool) -> "Pool":
+        blocks = (8 * GIB if cuda else 4 << 20) // (BLOCK_SIZE * shape.layer_kv_bytes)
         numbers = torch.empty(
             blocks, shape.kv_heads, BLOCK_SIZE, 2 * shape.head_size, dtype=DTYPE, device=device()
         )

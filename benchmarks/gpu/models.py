@@ -6,6 +6,7 @@ Weights do not matter for speed: vLLM fills them in with `load_format="dummy"`, 
 """
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from vllm_longctx.config import DEFAULT_N_GLOBAL
 
 ITEM_BYTES = 2  # bfloat16, weights and KV
 GIB = 1 << 30
+BLOCK_SIZE = 32  # of KV
 USABLE = 0.92  # of the card's memory
 RESERVE = 4 * GIB  # activations of a step, logits, CUDA graphs and contexts
 N_GLOBAL = DEFAULT_N_GLOBAL["lm_infinite"]  # of the preset; its n_local is the trained length
@@ -80,6 +82,16 @@ class Shape:
         the same.
         """
         return max(int(USABLE * memory) - self.weight_bytes - RESERVE, 0)
+
+    def held_blocks(self, batched_tokens: int, steps: int = 2) -> int:
+        """KV blocks that LM-Infinite holds while it reads a long prompt.
+
+        They are of the first tokens, of the window, and of the tokens of the steps in flight.
+
+        steps: 2 with async scheduling, since a step's blocks are freed once the next one is scheduled.
+        """
+        parts = [N_GLOBAL, self.trained, *[batched_tokens] * steps]
+        return sum(math.ceil(tokens / BLOCK_SIZE) for tokens in parts)
 
     def common_batch(self, length: int, memory: int) -> int:
         """Requests of `length` tokens that stock vLLM can hold at once, at most LARGEST_BATCH."""

@@ -10,6 +10,9 @@ from typing import Any
 
 from gpu.models import GIB
 
+# Sizes of a run. Targets are judged by whole ones. CPU: tiny shapes, and no GPU.
+SMOKE, QUICK, FULL, CPU = "smoke", "quick", "full", "cpu"
+
 Row = dict[str, Any]
 
 
@@ -17,11 +20,13 @@ Row = dict[str, Any]
 class Record:
     """What one stage has found; on disk after every addition, so that nothing measured is lost.
 
-    status: running, done or failed. error: one line, without the machine's paths; the log has the rest.
+    status: running, done, partly void or failed. error: one line, without the machine's paths; the log has
+    the rest. A row is void if it has `void`, the reason for which its figures are not what they seem; the
+    rows without it stand.
     """
 
     path: Path
-    quick: bool = False
+    size: str = FULL
     status: str = "running"
     seconds: float = 0.0
     error: str | None = None
@@ -32,6 +37,20 @@ class Record:
     def load(cls, path: Path) -> "Record | None":
         """None if there is none."""
         return cls(path, **json.loads(path.read_text())) if path.is_file() else None
+
+    @property
+    def void_rows(self) -> list[Row]:
+        return [row for row in self.rows if "void" in row]
+
+    def finish(self) -> None:
+        """The stage has done all that it was to do."""
+        self.status = "done"
+        if void := self.void_rows:
+            self.status, self.error = (
+                "partly void",
+                f"{len(void)} of {len(self.rows)} rows are void, the first because {void[0]['void']}",
+            )
+        self.save()
 
     def dump(self) -> Row:
         return {name: value for name, value in vars(self).items() if name != "path"}
@@ -88,20 +107,30 @@ class Target:
 
 
 def rows_of(records: Records, stage: str, **wanted: Any) -> list[Row]:
-    """The rows of a stage with these values."""
-    record = records.get(stage)
-    return [r for r in (record.rows if record else []) if all(r.get(k) == v for k, v in wanted.items())]
+    """The rows of a stage with these values. None of a void row, and none before the stage has done all.
 
-
-def done_rows(records: Records, stage: str) -> list[Row]:
-    """None before the stage is done: the worst of a part could look like the worst of all."""
+    What a failed stage has found may rest on what failed, and the worst of a part could look like the worst
+    of all.
+    """
     record = records.get(stage)
-    return record.rows if record and record.status == "done" else []
+    rows = record.rows if record and record.status in ("done", "partly void") else []
+    return [r for r in rows if "void" not in r and all(r.get(k) == v for k, v in wanted.items())]
 
 
 def fact(records: Records, stage: str, name: str) -> Any:
+    """None unless the stage is done, as of `rows_of`."""
     record = records.get(stage)
-    return record.facts.get(name) if record else None
+    return record.facts.get(name) if record and record.status == "done" else None
+
+
+def failures(records: Records, stage: str, counts: list[float], allowed: float) -> float | None:
+    """The largest of a stage's counts of what is wrong.
+
+    A stage that has not done all can show that something is wrong, but not that nothing is.
+    """
+    worst = max(counts, default=None)
+    is_whole = stage in records and records[stage].status == "done"
+    return worst if worst is not None and (is_whole or worst > allowed) else None
 
 
 def copy_bandwidth(records: Records) -> float | None:
@@ -134,8 +163,13 @@ def decode_ratio(records: Records, ours: str, stock: str, length: int) -> float 
 
 
 def flat_ratios(records: Records, ours: str, stock: str) -> list[float | None]:
-    """Of every decode past the window, to stock's at the window's length and the same batch."""
-    result: list[float | None] = []
+    """Of every decode past the window, to stock's at the window's length and the same batch; None for one
+    that is void.
+    """
+    record = records.get(ours)
+    result: list[float | None] = (
+        [None for row in record.void_rows if row["what"] == "decode"] if record else []
+    )
     for row in rows_of(records, ours, what="decode"):
         if row["length"] > row["window"]:
             theirs = rows_of(records, stock, what="decode", length=row["window"], batch=row["batch"])
@@ -150,13 +184,12 @@ def memory_ratio(records: Records, ours: str, stock: str, length: int) -> float 
 
 
 def targets(records: Records) -> list[Target]:
-    """Those of the issue and the two sets of checks; found from whatever records there are, but for those of
-    tiny shapes.
-    """
-    records = {name: record for name, record in records.items() if not record.quick}
+    """Those of the issue and the two sets of checks; found from whatever records there are of whole runs."""
+    records = {name: record for name, record in records.items() if record.size == FULL}
     k, copy = 1024, copy_bandwidth(records)
-    shares = [bandwidth_share(r, copy) for r in done_rows(records, "decode") if copy and r["batch"] >= 16]
-    errors = [r["error_to_tolerance"] for r in done_rows(records, "checks")]
+    shares = [bandwidth_share(r, copy) for r in rows_of(records, "decode") if copy and r["batch"] >= 16]
+    errors = [r["error_to_tolerance"] for r in records["checks"].rows] if "checks" in records else []
+    failed = [records["tests"].facts["failed"]] if "tests" in records and records["tests"].facts else []
     flat = [flat_ratios(records, f"{shape}-longctx", f"{shape}-stock") for shape in ("7b", "8b")]
     streams = {r["streams"]: r["tokens_per_s"] for r in rows_of(records, "temp-lora", what="learning")}
     thin = "7b-128k-longctx", "7b-128k-stock", 128 * k
@@ -164,9 +197,15 @@ def targets(records: Records) -> list[Target]:
     swap = ratio(fact(records, "temp-lora", "swap_ms"), fact(records, "temp-lora", "decode_step_ms"))
     added = ratio(*(fact(records, "trainer-memory", name) for name in ("trainer_bytes", "weight_bytes")))
     return [
-        Target("tests that fail on the device", 0, fact(records, "tests", "failed"), "tests", True, ".0f"),
         Target(
-            "largest error against float64, of the tolerance", 1, max(errors, default=None), "checks", True
+            "tests that fail on the device", 0, failures(records, "tests", failed, 0), "tests", True, ".0f"
+        ),
+        Target(
+            "largest error against float64, of the tolerance",
+            1,
+            failures(records, "checks", errors, 1),
+            "checks",
+            True,
         ),
         Target("Λ decode at batch ≥ 16, of the copy bandwidth", 0.8, min(shares, default=None), "decode"),
         Target(

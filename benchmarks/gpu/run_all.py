@@ -1,23 +1,28 @@
 """Everything that is owed on a GPU, by one command: checks of the kernels on the device, then measurements.
 
-    python benchmarks/gpu/run_all.py --out DIR
+    python benchmarks/gpu/run_all.py --smoke --out DIR    # under four minutes: does every mode run right?
+    python benchmarks/gpu/run_all.py --quick --out DIR    # under ten: the first speeds
+    python benchmarks/gpu/run_all.py --out DIR            # all
 
 Stages are independent: each runs in a process of its own under a time limit and writes DIR/stages/NAME.json
 as it goes, so a failing one does not stop the others. The same command again goes on where it stopped: what
-is done stays, what failed or was
-cut off is tried again. In the end, or so far: DIR/results.md, results.json and cost.png. No network is
-    needed.
+is done stays, what failed or was cut off is tried again. In the end, or so far: DIR/results.md, results.json
+and cost.png. No network is needed.
 """
 
 import contextlib
 import importlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,24 +37,33 @@ for path in (BENCHMARKS, BENCHMARKS.parent):  # as a script it sees only its own
         sys.path.insert(0, str(path))
 
 from gpu.models import GIB  # noqa: E402
-from gpu.report import Record, curves, markdown, number, targets  # noqa: E402
+from gpu.report import CPU, FULL, QUICK, SMOKE, Record, curves, markdown, number, targets  # noqa: E402
 
 from vllm_longctx.cli.output import console, plot, write_json  # noqa: E402
 
-LEAST_S = 30  # a stage is not started with less time left
+MINUTES = {SMOKE: 4.0, QUICK: 10.0, FULL: 45.0, CPU: 30.0}  # by default
+AT_ONCE = 6  # stages of which nothing is timed
+POLL_S = 0.1
+OVER_ESTIMATE = 2.5  # a stage is ended after so many times the seconds that it is thought to take
+
+
+stopped = threading.Event()  # no stage may go on
 
 
 @dataclass(frozen=True)
 class Setting:
-    """quick: tiny shapes.
+    """size: SMOKE, QUICK, FULL, or CPU, with tiny shapes and without a GPU.
 
-    memory: of the card, bytes. cuda, engine_kwargs (of every engine): for runs without a GPU.
+    memory: of the card, bytes. engine_kwargs: of every engine.
     """
 
-    quick: bool
+    size: str
     memory: int
-    cuda: bool = True
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cuda(self) -> bool:
+        return self.size != CPU
 
 
 @dataclass(frozen=True)
@@ -57,13 +71,17 @@ class Stage:
     """function: module:name; `name`_plan beside it says, without a GPU, what it will do.
 
     Both are called with `args`.
+
+    seconds: that it is thought to take, by size; none for a size that leaves it out. is_timed: whether its
+    figures are times, so that nothing else may run beside it.
     """
 
     name: str
-    minutes: float
+    seconds: dict[str, int]
     about: str
     function: str
     args: tuple[Any, ...] = ()
+    is_timed: bool = True
 
     def plan(self, setting: Setting) -> list[dict[str, Any]]:
         return self._find("_plan")(setting, *self.args)
@@ -76,59 +94,98 @@ class Stage:
         return getattr(importlib.import_module(module), name + suffix)
 
 
+def whole(name: str, seconds: int, about: str, function: str, *args: Any, **sizes: int) -> Stage:
+    """A stage of the whole run, and of the sizes that are named."""
+    return Stage(name, {FULL: seconds, **sizes}, about, f"gpu.{function}", args)
+
+
+def mode(name: str, seconds: int) -> Stage:
+    """A row of the mode table, against what the CPU engine has stored."""
+    sizes = {SMOKE: seconds, FULL: seconds, CPU: 120}
+    about = f"{name}, against the CPU engine's outputs"
+    return Stage(f"mode-{name}", sizes, about, "gpu.outputs:outputs", (name,), is_timed=False)
+
+
 K = 1024
 STAGES = (
-    Stage(
-        "environment", 2, "the machine, and the bandwidth of a copy in its memory", "gpu.kernels:environment"
+    whole(
+        "environment",
+        20,
+        "the machine, and the bandwidth of a copy in its memory",
+        "kernels:environment",
+        smoke=20,
+        quick=20,
     ),
-    Stage("tests", 8, "tests of kernels, backends and the trainer, compiled", "gpu.checks:tests"),
-    Stage("checks", 4, "kernels at real shapes and lengths against float64", "gpu.checks:checks"),
-    Stage("decode", 3, "Λ decode of one layer against FlashAttention", "gpu.kernels:decode"),
-    Stage(
+    mode("plain", 60),
+    mode("lm-infinite", 60),
+    mode("streaming", 60),
+    mode("top-k", 60),
+    mode("focused-all", 60),
+    mode("focused-top-k", 60),
+    mode("focused-blocks", 60),
+    mode("focused-apart", 60),
+    mode("temp-lora-reuse", 70),
+    mode("temp-lora-recompute", 70),
+    mode("temp-lora-keep", 70),
+    whole("tests", 180, "tests of kernels, backends and the trainer, compiled", "checks:tests"),
+    whole("checks", 90, "kernels at real shapes and lengths against float64", "checks:checks"),
+    whole(
+        "decode",
+        75,
+        "Λ decode of one layer against FlashAttention",
+        "kernels:decode",
+        smoke=25,
+        quick=45,
+    ),
+    whole(
         "prefill",
-        3,
+        75,
         "Λ attention of a prompt's chunk in one layer against FlashAttention",
-        "gpu.kernels:prefill",
+        "kernels:prefill",
+        quick=45,
     ),
-    Stage(
+    whole(
         "flash-merge",
-        3,
+        75,
         "FlashAttention and an LSE merge in the place of Λ kernels",
-        "gpu.flash_merge:flash_merge",
+        "flash_merge:flash_merge",
     ),
-    Stage("lookup", 3, "looking up a memory in one layer", "gpu.kernels:lookup"),
-    Stage(
-        "memory", 4, "queries of a memory layer, its KV on the GPU and in host memory", "gpu.kernels:memory"
-    ),
-    Stage("7b-stock", 5, "stock vLLM, Llama-2-7B's shape", "gpu.engines:engine", (0, "stock")),
-    Stage("7b-longctx", 6, "LM-Infinite, Llama-2-7B's shape", "gpu.engines:engine", (0, "longctx")),
-    Stage(
+    whole("lookup", 75, "looking up a memory in one layer", "kernels:lookup"),
+    whole("memory", 90, "queries of a memory layer, its KV on the GPU and in host memory", "kernels:memory"),
+    whole("7b-stock", 120, "stock vLLM, Llama-2-7B's shape", "engines:engine", 0, "stock", quick=90),
+    whole("7b-longctx", 145, "LM-Infinite, Llama-2-7B's shape", "engines:engine", 0, "longctx", quick=100),
+    whole(
         "7b-128k-stock",
-        4,
+        95,
         "stock at 128K, as many layers as fit",
-        "gpu.engines:engine",
-        (0, "stock", 128 * K),
+        "engines:engine",
+        0,
+        "stock",
+        128 * K,
     ),
-    Stage(
+    whole(
         "7b-128k-longctx",
-        4,
+        95,
         "LM-Infinite at 128K, as many layers",
-        "gpu.engines:engine",
-        (0, "longctx", 128 * K),
+        "engines:engine",
+        0,
+        "longctx",
+        128 * K,
     ),
-    Stage("temp-lora", 5, "streams that learn, 1 to 8 at once, and swaps", "gpu.streams:learning", (8,)),
-    Stage("sequential", 3, "the official loop, one stream after another", "gpu.streams:sequential"),
-    Stage("trainer-memory", 4, "memory that the trainer adds", "gpu.streams:trainer_memory"),
-    Stage("8b-stock", 6, "stock vLLM, an 8B shape with GQA", "gpu.engines:engine", (1, "stock")),
-    Stage("8b-longctx", 6, "LM-Infinite, an 8B shape with GQA", "gpu.engines:engine", (1, "longctx")),
-    Stage("temp-lora-16", 4, "16 streams that learn", "gpu.streams:learning", (16,)),
+    whole(
+        "temp-lora", 120, "streams that learn, 1 to 8 at once, and swaps", "streams:learning", 8, quick=110
+    ),
+    whole("sequential", 75, "the official loop, one stream after another", "streams:sequential", quick=75),
+    whole("trainer-memory", 95, "memory that the trainer adds", "streams:trainer_memory"),
+    whole("8b-stock", 145, "stock vLLM, an 8B shape with GQA", "engines:engine", 1, "stock"),
+    whole("8b-longctx", 145, "LM-Infinite, an 8B shape with GQA", "engines:engine", 1, "longctx"),
+    whole("temp-lora-16", 95, "16 streams that learn", "streams:learning", 16),
 )
 NAMES = [stage.name for stage in STAGES]
 WANTED = (
     "They want one NVIDIA GPU of compute capability 9.0 (H100 with 80 GB, or H200), vLLM 0.32.0 for CUDA, "
-    "this project "
-    "installed beside it, and about half an hour; benchmarks/gpu/README.md says how to bring both to a host "
-    "without a network."
+    "this project installed beside it, and about half an hour; benchmarks/gpu/README.md says how to bring "
+    "both to a host without a network."
 )
 
 
@@ -136,34 +193,50 @@ def main(
     out: Annotated[
         Path | None, typer.Option(help="Directory for results; what is in it is not done again.")
     ] = None,
-    only: Annotated[str, typer.Option(help="Stages to run, separated by commas.")] = ",".join(NAMES),
+    only: Annotated[str, typer.Option(help="Stages to run, separated by commas.")] = "",
     again: Annotated[str, typer.Option(help="Stages to do again although they are done.")] = "",
     minutes: Annotated[
-        float, typer.Option(help="For everything; what does not fit into them is left for the next call.")
-    ] = 45,
-    quick: Annotated[bool, typer.Option(help="Tiny shapes: does everything run?")] = False,
-    list_stages: Annotated[bool, typer.Option("--list", help="Name the stages.")] = False,
+        float | None,
+        typer.Option(
+            help="No stage is begun that would go past them; the next call does it. By default 4, 10, 45."
+        ),
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Does every mode run, and run right?")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="The first speeds.")] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="The stages of modes without a GPU: against the CPU engine.")
+    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="Directory of an earlier call; what was done there is not done again.")
+    ] = None,
+    list_stages: Annotated[
+        bool, typer.Option("--list", help="Name the stages, and how long each takes.")
+    ] = False,
     dry: Annotated[bool, typer.Option(help="Say what each stage would do, without a GPU.")] = False,
     memory_gib: Annotated[float, typer.Option(help="Of the card, for --dry.")] = 79,
     stage: Annotated[str | None, typer.Option(hidden=True, help="Run this one here and now.")] = None,
 ) -> None:
-    chosen = [s for s in STAGES if s.name in checked(only)]
+    sizes = [size for size, chosen in ((SMOKE, smoke), (QUICK, quick), (CPU, cpu)) if chosen] or [FULL]
+    if len(sizes) > 1:
+        raise typer.BadParameter(f"--{sizes[0]} and --{sizes[1]} are two sizes; give one")
+    (size,) = sizes
+    of_size = [s for s in STAGES if size in s.seconds]
+    chosen = [s for s in STAGES if s.name in checked(only)] if only else of_size
+    if missing := [s.name for s in chosen if s not in of_size]:
+        raise typer.BadParameter(f"{', '.join(missing)}: not with --{size}; --{size} --list shows its stages")
     redo = checked(again)
     if list_stages:
-        table = Table("stage", "minutes at most", "what")
-        for s in STAGES:
-            table.add_row(s.name, f"{s.minutes:g}", s.about)
-        Console().print(table)
+        print_plan(chosen, size)
         return
     if dry:
         for s in chosen:
             Console().rule(f"{s.name}: {s.about}")
-            for row in s.plan(Setting(quick, int(memory_gib * GIB))):
+            for row in s.plan(Setting(size, int(memory_gib * GIB))):
                 Console().print("  " + ", ".join(f"{k} {number(v)}" for k, v in row.items()))
         return
     import torch
 
-    if not torch.cuda.is_available():
+    if size != CPU and not torch.cuda.is_available():
         console.print(
             "[bold red]no CUDA GPU here.[/] Owed are the stages " + ", ".join(s.name for s in chosen) + "."
         )
@@ -173,14 +246,17 @@ def main(
         raise typer.BadParameter("--out DIR says where the results go")
     (out / "stages").mkdir(parents=True, exist_ok=True)
     if stage is not None:
-        setting = Setting(quick, torch.cuda.get_device_properties(0).total_memory)
-        raise typer.Exit(work(next(s for s in STAGES if s.name == stage), out, setting))
-    if any(record.quick != quick for record in load(out).values()):
-        raise typer.BadParameter(
-            f"{out} has results {'without' if quick else 'of'} --quick; give another --out"
-        )
+        memory = 0 if size == CPU else torch.cuda.get_device_properties(0).total_memory
+        raise typer.Exit(work(next(s for s in STAGES if s.name == stage), out, Setting(size, memory)))
+    if resume is not None:
+        take_over(resume, out)
+    for record in load(out).values():
+        if record.size != size:
+            raise typer.BadParameter(
+                f"{out} has results of size {record.size}, not {size}; give another --out"
+            )
     try:
-        run(chosen, out, redo, minutes, quick)
+        run(chosen, out, redo, MINUTES[size] if minutes is None else minutes, size)
     finally:
         summarise(out)
     records = load(out)
@@ -200,35 +276,81 @@ def load(out: Path) -> dict[str, Record]:
     return {name: record for name, record in found.items() if record is not None}
 
 
-def run(chosen: list[Stage], out: Path, again: list[str], minutes: float, quick: bool) -> None:
-    """Each stage in a process of its own, as long as time is left; what was tried before comes last."""
+def take_over(earlier: Path, out: Path) -> None:
+    """Copy the records of an earlier call that are not in `out`.
+
+    Raises typer.BadParameter if there are none.
+    """
+    records = load(earlier)
+    if not records:
+        raise typer.BadParameter(f"--resume {earlier} holds no stages/*.json of an earlier call")
+    for name, record in records.items():
+        if not (copy := out / "stages" / f"{name}.json").exists():
+            shutil.copy(record.path, copy)
+
+
+def print_plan(stages: Iterable[Stage], size: str) -> None:
+    """Each stage, how long it is thought to take, and all of them together."""
+    stages = list(stages)
+    table = Table("stage", "seconds, estimated", "what")
+    for s in stages:
+        table.add_row(s.name, f"{s.seconds[size]}", s.about)
+    table.add_section()
+    beside = f", {AT_ONCE} of the modes at a time" if any(not s.is_timed for s in stages) else ""
+    table.add_row("together", f"{estimated_seconds(stages, size):.0f}", f"{len(stages)} stages{beside}")
+    Console().print(table)
+
+
+def estimated_seconds(stages: Iterable[Stage], size: str) -> float:
+    return sum(s.seconds[size] / (1 if s.is_timed else AT_ONCE) for s in stages)
+
+
+def run(chosen: list[Stage], out: Path, again: list[str], minutes: float, size: str) -> None:
+    """Each stage in a process of its own, as long as time is left; what was tried before comes last.
+
+    Stages of which nothing is timed run beside each other, before the others.
+    """
     before, end = load(out), time.monotonic() + 60 * minutes
     todo = [s for s in chosen if s.name in again or s.name not in before or before[s.name].status != "done"]
-    console.print(f"{len(chosen) - len(todo)} of {len(chosen)} stages were done before")
-    for stage in sorted(todo, key=lambda s: s.name in before and s.name not in again):
+    console.print(f"{len(chosen) - len(todo)} of {len(chosen)} stages were done before; to be done now:")
+    print_plan(todo, size)
+    todo.sort(key=lambda s: s.name in before and s.name not in again)
+
+    def begin(stage: Stage) -> None:
         left = end - time.monotonic()
-        if left < LEAST_S:
+        if left < stage.seconds[size]:
             console.print(f"{stage.name}: no time left; the same command again goes on here")
-            continue
-        console.print(f"[bold]{stage.name}[/]: {stage.about}; at most {min(60 * stage.minutes, left):.0f} s")
-        command = [
-            sys.executable,
-            __file__,
-            "--out",
-            str(out),
-            "--stage",
-            stage.name,
-            *(["--quick"] if quick else []),
-        ]
-        record = supervise(stage.name, command, out, min(60 * stage.minutes, left), quick)
-        console.print(f"  {record.status} after {record.seconds:.0f} s. {record.error or ''}", markup=False)
+            return
+        limit = min(OVER_ESTIMATE * stage.seconds[size], left)
+        console.print(f"[bold]{stage.name}[/]: {stage.about}; at most {limit:.0f} s")
+        command = [sys.executable, __file__, "--out", str(out), "--stage", stage.name]
+        command += [] if size == FULL else [f"--{size}"]
+        record = supervise(stage.name, command, out, limit, size)
+        console.print(
+            f"  {stage.name}: {record.status} after {record.seconds:.0f} s. {record.error or ''}",
+            markup=False,
+        )
+
+    with ThreadPoolExecutor(1 if size == CPU else AT_ONCE) as pool:
+        try:
+            list(pool.map(begin, [s for s in todo if not s.is_timed]))
+        except BaseException:  # Ctrl-C reaches this thread alone
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    for stage in todo:
+        if stage.is_timed:
+            begin(stage)
 
 
-def supervise(name: str, command: list[str], out: Path, limit_s: float, quick: bool) -> Record:
-    """Run a stage's process; kill all of it at the limit. Its record, with what it found until then."""
+def supervise(name: str, command: list[str], out: Path, limit_s: float, size: str) -> Record:
+    """Run a stage's process; kill all of it at the limit, or once `stopped` is set.
+
+    Its record, with what it found until then.
+    """
     path, log = out / "stages" / f"{name}.json", out / "logs" / f"{name}.txt"
     log.parent.mkdir(exist_ok=True)
-    record = Record(path, quick)
+    record = Record(path, size)
     record.save()
     paths = [str(BENCHMARKS), str(BENCHMARKS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {
@@ -243,17 +365,20 @@ def supervise(name: str, command: list[str], out: Path, limit_s: float, quick: b
             command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True
         )
         try:
-            if process.wait(limit_s):
+            while process.poll() is None and error is None:
+                if stopped.wait(POLL_S):
+                    error = "stopped"
+                elif time.monotonic() - start > limit_s:
+                    error = f"cut off after {limit_s:.0f} s"
+            if process.returncode:
                 error = f"ended with code {process.returncode}"
-        except subprocess.TimeoutExpired:
-            error = f"cut off after {limit_s:.0f} s"
         finally:  # its engines and trainers with it, also at Ctrl-C
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     record = Record.load(path) or record
     record.seconds = time.monotonic() - start
-    if error is not None:
+    if error is not None and record.status != "partly void":
         record.error, record.status = record.error or error, "failed"
     record.save()
     return record
@@ -261,7 +386,7 @@ def supervise(name: str, command: list[str], out: Path, limit_s: float, quick: b
 
 def work(stage: Stage, out: Path, setting: Setting) -> int:
     """In the stage's process: run it. Its exit code."""
-    record = Record(out / "stages" / f"{stage.name}.json", setting.quick)
+    record = Record(out / "stages" / f"{stage.name}.json", setting.size)
     record.save()
     try:
         stage.run(record, setting)
@@ -270,9 +395,8 @@ def work(stage: Stage, out: Path, setting: Setting) -> int:
         record.status, record.error = "failed", one_line(e)
         record.save()
         return 1
-    record.status = "done"
-    record.save()
-    return 0
+    record.finish()
+    return int(record.status != "done")
 
 
 def one_line(error: Exception) -> str:

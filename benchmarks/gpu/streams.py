@@ -20,10 +20,11 @@ import torch
 from gpu.engines import check_plugin
 from gpu.kernels import Plan, shapes
 from gpu.models import RANDOM_WEIGHTS, Shape, write_model
+from gpu.report import QUICK
 from load import random_tokens
-from temp_lora import engine_speed, official_writer, writing
+from temp_lora import engine_speed, learning_speed, official_writer, writing
 
-from vllm_longctx.cli.engine import STOCK, running_engine
+from vllm_longctx.cli.engine import STOCK, PremiseError, running_engine
 
 if TYPE_CHECKING:
     from gpu.report import Record
@@ -38,7 +39,7 @@ LEARNING = {"temp_lora": True, "train_on_prompt": False}
 
 
 def sizes(setting: "Setting") -> dict[str, int]:
-    return TINY_SIZES if setting.quick else SIZES
+    return SIZES if setting.cuda else TINY_SIZES
 
 
 def text_tokens(setting: "Setting") -> int:
@@ -51,9 +52,9 @@ def rank_for(setting: "Setting", streams: int) -> int:
 
 
 def learning_plan(setting: "Setting", most: int) -> Plan:
-    """Up to 8 streams at the official rank; 16 at the one that fits."""
+    """Up to 8 streams at the official rank, a quick run the 8 alone; 16 at the one that fits."""
     rank = rank_for(setting, most)
-    counts = [1, 2, 4, 8] if most == 8 else [most]
+    counts = [1, 2, 4, 8] if most == 8 and setting.size != QUICK else [most]
     plan = [{"what": "learning", "streams": n, "rank": rank} for n in counts]
     return plan + [{"what": "no training", "streams": n, "rank": rank} for n in sorted({counts[0], most})]
 
@@ -61,6 +62,9 @@ def learning_plan(setting: "Setting", most: int) -> Plan:
 def learning(record: "Record", plan: Plan, setting: "Setting", most: int) -> None:
     """Tokens/s of all streams together; the mean time of a swap, from the engine's metrics; the step of one
     stream alone.
+
+    A row is void if its blocks were not trained, or if any were without training. The mean of the swaps and
+    the step are noted only where no row is.
     """
     check_plugin()
     shape, rank = shapes(setting)[0], plan[0]["rank"]
@@ -69,15 +73,23 @@ def learning(record: "Record", plan: Plan, setting: "Setting", most: int) -> Non
     record.note(model=shape.name, rank=rank, **sizes(setting), written=written)
     with engine(shape, setting, learns(setting, rank, most), most) as llm:
         prompts = [random_tokens(llm, PROMPT, number) for number in range(most)]
-        engine_speed(llm, prompts[:2], writing(2 * block, LEARNING), 2)  # warms up
+        learning_speed(llm, prompts[:2], 2 * block, block, LEARNING, 2)  # warms up
         for row in plan:
             options = LEARNING if row["what"] == "learning" else {**LEARNING, "epochs": 0}
             n = row["streams"]
-            record.add(**row, tokens_per_s=engine_speed(llm, prompts[:n], writing(written, options), n))
-            if row["what"] == "no training" and n == 1:
-                record.note(decode_step_ms=1000 / record.rows[-1]["tokens_per_s"])
+            try:
+                speed = learning_speed(llm, prompts[:n], written, block, options, n)
+            except PremiseError as e:
+                record.add(**row, void=str(e))
+            else:
+                record.add(**row, tokens_per_s=speed)
         swaps = {m.name: m for m in llm.get_metrics()}["vllm:longctx_swap_time_seconds"]
-        record.note(swap_ms=1000 * swaps.sum / swaps.count, swaps=swaps.count)
+        if not record.void_rows:
+            alone = [
+                r["tokens_per_s"] for r in record.rows if (r["what"], r["streams"]) == ("no training", 1)
+            ]
+            steps = {"decode_step_ms": 1000 / alone[0]} if alone else {}
+            record.note(swap_ms=1000 * swaps.sum / swaps.count, swaps=swaps.count, **steps)
 
 
 def trainer_memory_plan(setting: "Setting") -> Plan:
@@ -85,12 +97,12 @@ def trainer_memory_plan(setting: "Setting") -> Plan:
 
 
 def trainer_memory(record: "Record", plan: Plan, setting: "Setting") -> None:
-    """Device memory in use, of an engine with room for one adapter, and of one whose trainer holds one
+    """Device memory in use, of an engine with room for one adapter, and of one whose trainer has trained one
     stream.
 
-    The second has the trainer's process, its copy of the weights if it has one, and the adapter in it and in
-    the slot's banks; no block is trained (`epochs` 0), so no activations. Weights, pool and everything else
-    of the engine are in both.
+    The second has the trainer's process, its copy of the weights if it has one, the adapter in the slot's
+    banks, and what training took, which the trainer's allocator keeps. Weights, pool and everything else of
+    the engine are in both. Raises PremiseError if the trainer did not train.
     """
     check_plugin()
     shape, block = shapes(setting)[0], sizes(setting)["block_tokens"]
@@ -100,10 +112,14 @@ def trainer_memory(record: "Record", plan: Plan, setting: "Setting") -> None:
         "max_lora_rank": RANK,
         "lora_target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     }
-    ways = [(STOCK, plain, None), (learns(setting, RANK, 1), {}, {**LEARNING, "epochs": 0})]
+    ways = [(STOCK, plain, None), (learns(setting, RANK, 1), {}, LEARNING)]
     for row, (config, more, options) in zip(plan, ways, strict=True):
         with engine(shape, setting, config, 1, enforce_eager=True, **more) as llm:
-            engine_speed(llm, [random_tokens(llm, PROMPT, 0)], writing(2 * block + 1, options), 1)
+            prompts = [random_tokens(llm, PROMPT, 0)]
+            if options is None:
+                engine_speed(llm, prompts, writing(2 * block, None), 1)
+            else:
+                learning_speed(llm, prompts, 2 * block, block, options, 1)
             free, total = torch.cuda.mem_get_info() if setting.cuda else (0, 0)
             record.add(**row, used_bytes=total - free)
     first, second = (row["used_bytes"] for row in record.rows)
@@ -127,6 +143,8 @@ def sequential(record: "Record", plan: Plan, setting: "Setting") -> None:
     start = time.perf_counter()
     count = len(write(prompt, BLOCKS * block))
     seconds = time.perf_counter() - start
+    if count != BLOCKS * block:
+        raise PremiseError(f"the loop wrote {count} tokens of {BLOCKS * block}")
     record.note(tokens_per_s=count / seconds, written=count)
 
 

@@ -34,6 +34,7 @@ from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_worksp
 from vllm_longctx.cuda.kernels.lambda_tile import View
 from vllm_longctx.cuda.kernels.lookup import Memories, Summaries, attend_best
 from vllm_longctx.cuda.kernels.stepped import stepped_attention
+from vllm_longctx.cuda.kernels.swap import PaddedCopies
 from vllm_longctx.geometry import Geometry
 
 H100_SMS, H100_SHARED = 132, 227 * 1024  # multiprocessors; bytes of shared memory a program can have
@@ -230,11 +231,33 @@ def launch_lookup(
     lens, query = meta(rows, dtype=torch.int32), meta(rows, tokens, heads, head_size, dtype=dtype)
     memories = Memories(*caches, table, lens, lens, 1 << 20, Summaries.like(caches[0]))
     flat = query.flatten(0, 1)
-    output, lse = (x.flatten(0, 1) for x in attend_best(query, memories, 64, 1.0, share, soft_cap))
-    starts = meta(rows + 1, dtype=torch.int32)
-    common = (flat, *caches, table, lens, lens, starts, tokens, 1.0, torch.empty_like(flat))
+    branch = tuple(x.flatten(0, 1) for x in attend_best(query, memories, 64, 1.0, share, soft_cap))
     of_heads = meta(heads, dtype=dtype) if sinks else None
-    stepped_attention(*common, (output, lse), soft_cap, of_heads)
+    launch_windows(
+        flat, caches, table, rows, tokens, View(Geometry(), soft_cap=soft_cap, sinks=of_heads), branch
+    )
+
+
+def launch_windows(
+    query: Tensor,
+    caches: tuple[Tensor, ...],
+    table: Tensor,
+    rows: int,
+    tokens: int,
+    view: View,
+    branch: tuple[Tensor, ...] | None = None,
+) -> None:
+    """Stepped windows of rows that decode, or that read `tokens` tokens each."""
+    starts, lens, begins = (meta(n, dtype=torch.int32) for n in (rows, rows, rows + 1))
+    out, (heads, head_size) = torch.empty_like(query), query.shape[1:]
+    if tokens > 1:
+        common = query, *caches, table, starts, lens, begins, tokens, 1.0, out, branch
+        stepped_attention(*common, view.soft_cap, view.sinks, view.alibi_slopes)
+        return
+    splits = decode_splits(view, rows, caches[0].shape[2], H100_SMS, 4096)
+    workspace = decode_workspace(rows, heads, head_size, splits, torch.device("meta"))
+    common = query, *caches, table, lens, None, None, view, 1.0, out, workspace, splits
+    lambda_decode(*common, starts=starts, branch=branch)
 
 
 CASES |= {
@@ -258,7 +281,13 @@ CASES |= {
 
 
 def launch_stepped(
-    dtype: torch.dtype, heads: int, kv_heads: int, head_size: int, tokens: int, block_size: int = 32
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    tokens: int,
+    block_size: int = 32,
+    alibi: bool = False,
 ) -> None:
     """Stepped windows alone: 16 rows of which each reads `tokens` tokens."""
     rows = 16
@@ -267,9 +296,9 @@ def launch_stepped(
         meta(rows, (1 << 20) // block_size, dtype=torch.int32),
         meta(rows * tokens, heads, head_size, dtype=dtype),
     )
-    starts, lens, begins = (meta(n, dtype=torch.int32) for n in (rows, rows, rows + 1))
-    caches = cache.split(head_size, dim=-1)
-    stepped_attention(query, *caches, table, starts, lens, begins, tokens, 1.0, torch.empty_like(query))
+    slopes = meta(heads, dtype=torch.float32) if alibi else None
+    view = View(Geometry(), alibi_slopes=slopes)
+    launch_windows(query, cache.split(head_size, dim=-1), table, rows, tokens, view)
 
 
 CASES |= {
@@ -282,6 +311,21 @@ CASES |= {
         ("head 256 float32", (F32, 16, 8, 256)),
     )
     for step, tokens in (("decode", 1), ("chunk", 128))
+}
+CASES |= {
+    f"windows, MPT float16, ALiBi, {step}": partial(launch_stepped, F16, 32, 32, 128, tokens, alibi=True)
+    for step, tokens in (("decode", 1), ("chunk", 128))
+}
+
+
+def launch_swap(dtype: torch.dtype) -> None:
+    """The copies of an adapter's weights into the layers."""
+    table = meta(448, 6, dtype=torch.int64)
+    PaddedCopies(table, 172, torch.float32, dtype).copy()
+
+
+CASES |= {
+    f"swap, {name}": partial(launch_swap, dtype) for name, dtype in (("float16", F16), ("bfloat16", BF16))
 }
 
 

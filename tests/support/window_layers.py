@@ -100,14 +100,14 @@ class Engine:
         self.open = dict.fromkeys(prompts, 0)
         with set_current_vllm_config(config):
             self.layers = nn.ModuleList(SelfAttention(config, str(i), soft_cap) for i in range(2))
+        for layer in self.layers:
+            layer.attn.impl.sinks = sinks
         heads, kv_heads = self.layers[0].heads
         d = self.layers[0].head_size
         some = [torch.randn(16, n, d) for n in (heads, kv_heads, kv_heads)]
         sites, rows = made_layers(
             self.layers, config, lambda positions: [layer(positions, *some) for layer in self.layers]
         )
-        for layer in self.layers:
-            layer.attn.impl.sinks = sinks
         self.texts = {
             name: [[torch.randn(length, n, d) for n in (heads, kv_heads, kv_heads)] for _ in self.layers]
             for name in prompts

@@ -1,6 +1,7 @@
 """Engines from the command line's words, their peak KV use, and requests in batches."""
 
 import os
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import entry_points
@@ -33,6 +34,10 @@ STOCK: dict[str, Any] = {"longctx": {"attention": {"method": "none"}}}
 
 # The options of a request that does.
 LEARNS: dict[str, Any] = {"temp_lora": True}
+
+
+class PremiseError(ValueError):
+    """What a figure would rest on does not hold, so the figure is not given."""
 
 
 def why_left_out() -> str | None:
@@ -120,6 +125,35 @@ def running_engine(
         engine.engine_core.shutdown(timeout=SHUTDOWN_S)
 
 
+TRAINER_COUNTS = ("blocks_trained", "train_failures", "trainer_restarts")
+
+
+@contextmanager
+def blocks_are_trained(engine: "LLMEngine", least: int, most: int | None = None) -> Iterator[None]:
+    """Whether the engine's trainer trains `least` to `most` text blocks within, by default `least` exactly.
+
+    A trainer that fails lets requests go on untrained (`on_failure: continue`), and faster than they would
+    be. Raises PremiseError for another number of blocks, for a block that failed, and for a trainer that was
+    started again.
+    """
+    before = trainer_counts(engine)
+    yield
+    trained, failures, restarts = (n - m for n, m in zip(trainer_counts(engine), before, strict=True))
+    most = least if most is None else most
+    if failures or restarts or not least <= trained <= most:
+        wanted = f"{least}" if least == most else f"{least} to {most}"
+        raise PremiseError(
+            f"{trained} blocks were trained where {wanted} should be, {failures} failed, and the trainer was "
+            f"started again {restarts} times; the log says why"
+        )
+
+
+def trainer_counts(engine: "LLMEngine") -> tuple[int, ...]:
+    """TRAINER_COUNTS since the engine started."""
+    values = {m.name: getattr(m, "value", 0) for m in engine.get_metrics()}
+    return tuple(int(values[f"vllm:longctx_{name}"]) for name in TRAINER_COUNTS)
+
+
 def method_engine(
     model: str, config: dict[str, Any] | None, max_model_len: int, **engine_kwargs: Any
 ) -> AbstractContextManager[tuple["LLMEngine", "PeakBlocks"]]:
@@ -185,7 +219,10 @@ def step(engine: "LLMEngine") -> "Iterator[RequestOutput]":
 
 
 class PeakBlocks:
-    """Most KV blocks in use at the end of any step, steps, and preemptions, from vLLM's own statistics."""
+    """Most KV blocks in use at the end of any step, steps, and preemptions, from vLLM's own statistics.
+
+    graph_modes: steps by what they ran in ("FULL", "PIECEWISE", "NONE"), with `cudagraph_metrics` on a GPU.
+    """
 
     def __init__(self) -> None:
         self.num_blocks = 0
@@ -195,6 +232,7 @@ class PeakBlocks:
         self.peak_usage = 0.0
         self.steps = 0
         self.preemptions = 0
+        self.graph_modes: Counter[str] = Counter()
 
     @property
     def peak(self) -> int:
@@ -215,6 +253,8 @@ class PeakBlocks:
                 if scheduler_stats is not None:
                     meter.steps += 1
                     meter.peak_usage = max(meter.peak_usage, scheduler_stats.kv_cache_usage)
+                    if scheduler_stats.cudagraph_stats is not None:
+                        meter.graph_modes[scheduler_stats.cudagraph_stats.runtime_mode] += 1
 
         return Logger()
 

@@ -19,6 +19,7 @@ from vllm_longctx.cli.engine import (
     LEARNS,
     PeakBlocks,
     adapts,
+    blocks_are_trained,
     longctx_config,
     method_engine,
     read_text,
@@ -164,6 +165,37 @@ def score_in(
     return Score(nll, len(tokens) / elapsed, meter.peak, config)
 
 
+def blocks_of_prompt(engine: "LLMEngine", tokens: int, block_tokens: int | None = None) -> tuple[int, int]:
+    """The least and the most text blocks that are trained while a prompt of so many tokens is read.
+
+    The last block is trained only if there is time for it: nothing is computed with what it teaches.
+
+    block_tokens: the request's, by default the engine's.
+    """
+    from vllm_longctx.settings import plugin_configs
+    from vllm_longctx.temp_lora.blocks import Blocks
+
+    adaptation = plugin_configs(engine.vllm_config)["longctx"]["adaptation"]
+    if adaptation["epochs"] == 0:
+        return 0, 0
+    size = block_tokens or adaptation["block_tokens"]
+    blocks = Blocks.of_prompt(tokens, size, adaptation["update_mode"], adaptation["train_on_prompt"])
+    return blocks.version_of(tokens - 1), (tokens + 1 - blocks.origin) // size
+
+
+def score_learning(
+    engine: "LLMEngine", meter: PeakBlocks, tokens: list[int], base_label: str, label: str
+) -> tuple[Score, Score]:
+    """Scores in an engine that adapts: learning nothing, then with Temp-LoRA.
+
+    Raises PremiseError if a block was not trained.
+    """
+    with blocks_are_trained(engine, 0):
+        base = score_in(engine, meter, tokens, base_label, options=BASE)
+    with blocks_are_trained(engine, *blocks_of_prompt(engine, len(tokens))):
+        return base, score_in(engine, meter, tokens, label, options=LEARNS)
+
+
 def score_baseline(model: str, tokens: list[int], **engine_kwargs: Any) -> Score:
     """Stock vLLM on the same tokens."""
     with method_engine(model, None, len(tokens) + 2, **engine_kwargs) as (engine, meter):
@@ -199,8 +231,8 @@ def score(
         }
         if adapts(additional_config):
             with running_engine(model, additional_config, len(tokens) + 2, **kwargs) as (engine, meter):
-                base = score_in(engine, meter, tokens, "base, without learning", options=BASE)
-                ours = score_in(engine, meter, tokens, "Temp-LoRA", options=LEARNS)
+                labels = "base, without learning", "Temp-LoRA"
+                base, ours = score_learning(engine, meter, tokens, *labels)
             scores = {"base": base, "Temp-LoRA": ours}
         else:
             ours = score_tokens(model, tokens, additional_config, "longctx", **kwargs)

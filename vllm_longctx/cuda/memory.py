@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Comm
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
+from vllm_longctx.cuda.kernels.lambda_decode import MAX_SPLITS, decode_workspace, lambda_decode
 from vllm_longctx.cuda.kernels.lookup import WORKSPACE, Memories, Summaries, attend_best
 from vllm_longctx.cuda.kernels.stepped import stepped_attention
 from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, taken_over
@@ -130,6 +131,9 @@ class LookupImpl(WindowImpl):
             starts = torch.stack((zeros[0], ends[0]))
             branch = best[0][0], best[1][0]
             out = torch.empty_like(query)
+            if length == 1:
+                self._warm_up_decode(query, key_cache, value_cache, block_table, ends, zeros, branch)
+                continue
             stepped_attention(
                 query,
                 key_cache,
@@ -144,6 +148,35 @@ class LookupImpl(WindowImpl):
                 branch,
                 self.logits_soft_cap,
                 self.sinks,
+            )
+
+    def _warm_up_decode(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        block_table: Tensor,
+        ends: Tensor,
+        zeros: Tensor,
+        branch: tuple[Tensor, Tensor],
+    ) -> None:
+        workspace = decode_workspace(1, self.num_heads, self.head_size, MAX_SPLITS, query.device)
+        for splits in (1 << n for n in range(MAX_SPLITS.bit_length())):
+            lambda_decode(
+                query,
+                key_cache,
+                value_cache,
+                block_table[:1],
+                ends[:1],
+                None,
+                None,
+                self.view,
+                self.scale,
+                torch.empty_like(query),
+                workspace,
+                splits,
+                starts=zeros[:1],
+                branch=branch,
             )
 
     def summarise(self, kv_cache: Tensor, window: ClosedWindow) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
+from vllm_longctx.cuda.lora import DeviceSlotLoRAManager
 from vllm_longctx.cuda.rows import StepRows
 from vllm_longctx.engine.runner import RunnerBase
 from vllm_longctx.modes import BASE_RUNNER, Mode, load
@@ -16,6 +17,7 @@ class LongContextRunner(RunnerBase):
     """
 
     rows: StepRows
+    lora_manager_class = DeviceSlotLoRAManager
 
 
 def runner_class(mode: Mode, vllm_config: VllmConfig) -> type[Any]:

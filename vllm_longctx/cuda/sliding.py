@@ -158,6 +158,11 @@ class LambdaBackend(AttentionBackend):
         return (*head_major, KVCacheLayout.LBNHC, KVCacheLayout.BLNHC)
 
 
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
     """Nothing here waits for the device: what depends on values is computed there, the rest from shapes and
     host copies.
@@ -177,9 +182,7 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)  # decodes first
         self.impl: LambdaImpl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
-        self.num_sms = (
-            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        )
+        self.num_sms = num_sms(device)
         self.max_model_len = vllm_config.model_config.max_model_len
         impl, scheduler = self.impl, vllm_config.scheduler_config
         shares = max(rows * self._splits(rows) for rows in range(1, scheduler.max_num_seqs + 1))

@@ -19,26 +19,38 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_longctx.config import LongContextError
+from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
 from vllm_longctx.cuda.kernels.stepped import stepped_attention
 from vllm_longctx.cuda.rows import StepRows
-from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, taken_over
+from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, num_sms, taken_over
 from vllm_longctx.engine.layers import LayerSite, TakenOver
 from vllm_longctx.geometry import Geometry
+from vllm_longctx.models.properties import trained_length
+from vllm_longctx.settings import active_settings
 
 
 @dataclass(frozen=True)
 class WindowMetadata(AttentionMetadata):
-    """Of a step. starts int32 [rows]: of the windows. Rows of length 0 are padding."""
+    """Of a step: first its decodes, rows of one token, then its chunks.
+
+    starts int32 [rows]: of the windows. Rows of length 0 are padding. chunk_starts int32 [chunks + 1]: where
+    each chunk begins among the chunks' tokens, and their end. splits, workspace: of the decodes, as in
+    `lambda_decode`.
+    """
 
     num_actual_tokens: int
+    num_decodes: int
     block_table: Tensor
     starts: Tensor
     seq_lens: Tensor
-    query_start_loc: Tensor
+    chunk_starts: Tensor
     max_query_len: int
+    splits: int
+    workspace: Tensor
 
 
 class WindowBackend(LambdaBackend):
@@ -72,19 +84,41 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
     ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)  # decodes first
+        self.impl: LambdaImpl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
+        self.num_sms = num_sms(device)
+        self.longest = longest_window(vllm_config)
+        most = range(1, vllm_config.scheduler_config.max_num_seqs + 1)
+        shares = max(rows * self._splits(rows) for rows in most)
+        self.workspace = decode_workspace(shares, self.impl.num_heads, self.impl.head_size, 1, device)
+
+    def _splits(self, rows: int) -> int:
+        return decode_splits(self.impl.view, rows, self.impl.num_kv_heads, self.num_sms, self.longest)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> WindowMetadata:
         m = common_attn_metadata
+        num_decodes, _, first_token, _ = split_decodes_and_prefills(m, decode_threshold=1)
         return WindowMetadata(
             m.num_actual_tokens,
+            num_decodes,
             m.block_table_tensor,
             self.rows.starts[: m.num_reqs],
             m.seq_lens,
-            m.query_start_loc,
+            m.query_start_loc[num_decodes:] - first_token,
             m.max_query_len,
+            self._splits(max(num_decodes, 1)),
+            self.workspace,
         )
+
+
+def longest_window(vllm_config: VllmConfig) -> int:
+    """Most keys of a window, in tokens."""
+    settings = active_settings(vllm_config)
+    if settings.adaptation is None:
+        return settings.memory.windows.tokens
+    # A request that does not adapt has one window, up to the trained length.
+    return max(settings.adaptation.window_tokens, trained_length(vllm_config.model_config))
 
 
 class WindowImpl(TakenOver, LambdaImpl):
@@ -106,22 +140,39 @@ class WindowImpl(TakenOver, LambdaImpl):
         if attn_metadata is None:  # profiling run
             return output.fill_(0)
         m, (key_cache, value_cache) = attn_metadata, self._caches(kv_cache)
-        query, out = query[: m.num_actual_tokens], output[: m.num_actual_tokens]
-        branch = self._memory_branch(query, key_cache, value_cache, m)
-        stepped_attention(
-            query,
+        branch = self._memory_branch(query[: m.num_actual_tokens], key_cache, value_cache, m)
+        n, chunks = m.num_decodes, slice(m.num_decodes, m.num_actual_tokens)
+        lambda_decode(
+            query[:n],
             key_cache,
             value_cache,
-            m.block_table,
-            m.starts,
-            m.seq_lens,
-            m.query_start_loc,
+            m.block_table[:n],
+            m.seq_lens[:n],
+            None,
+            None,
+            self.view,
+            self.scale,
+            output[:n],
+            m.workspace,
+            m.splits,
+            starts=m.starts[:n],
+            branch=branch and (branch[0][:n], branch[1][:n]),
+        )
+        stepped_attention(
+            query[chunks],
+            key_cache,
+            value_cache,
+            m.block_table[n:],
+            m.starts[n:],
+            m.seq_lens[n:],
+            m.chunk_starts,
             m.max_query_len,
             self.scale,
-            out,
-            branch,
+            output[chunks],
+            branch and (branch[0][n:], branch[1][n:]),
             self.logits_soft_cap,
             self.sinks,
+            self.view.alibi_slopes,
         )
         return output
 

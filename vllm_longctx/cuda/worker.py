@@ -47,6 +47,14 @@ class LongContextWorker(LongContextWorkerBase, Worker):
                 self.get_model(), self.vllm_config, self.device, manager.adapted.modules
             )
 
+    def determine_available_memory(self) -> int:
+        left = super().determine_available_memory()
+        if not self.cache_config.kv_cache_memory_bytes:
+            # What is left, vLLM suggests as --kv-cache-memory and stores in its start-up plan.
+            self.total_consumed += self.available_kv_cache_memory_bytes - left
+            self.available_kv_cache_memory_bytes = left
+        return left
+
     def beside_layers(self, available: int) -> int:
         attention, limit = self.settings.attention, self.settings.attention.memory_limit_gib
         if attention.top_k is None:

@@ -13,6 +13,7 @@ which copies the versions of the step from the slots to their indices.
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
@@ -92,20 +93,37 @@ class NumberedRequest(LoRARequest):
         return self.lora_int_id
 
 
-@dataclasses.dataclass(frozen=True)
-class SwapCopies:
-    """The copies that put one bank's weights into the layers.
+class SwapTimes:
+    """How long swaps take. On a GPU what they take there, known once it has done them.
 
-    All tensors are views of memory that stays where it is.
-
-    buffers: LoRA weights A [max_rank, in] and B [out, max_rank] of every layer, at one index.
-    targets: The part of each buffer that the rank of the weights takes.
-    sources: Those weights in the bank, A [rank, in] and B [out, rank].
+    seconds: Of those that are known.
     """
 
-    buffers: list[Tensor]
-    targets: list[Tensor]
-    sources: list[Tensor]
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._under_way: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self.seconds: list[float] = []
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        if self._on_gpu:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._under_way.append((begin, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self.seconds.append(time.perf_counter() - started)
+
+    def take(self) -> list[float]:
+        """Of the swaps that are done and were not taken yet. Does not wait."""
+        while self._under_way and self._under_way[0][1].query():
+            begin, end = self._under_way.popleft()
+            self.seconds.append(begin.elapsed_time(end) / 1000)
+        taken, self.seconds = self.seconds, []
+        return taken
 
 
 class AdapterManager(LRUCacheLoRAModelManager):
@@ -181,7 +199,7 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
     adapted: The layers that slots adapt.
     slots: The shared memory of the slots. None until the scheduler has sent it.
     device_slots: Their memory on this GPU, uint8. None where it is host memory.
-    swap_seconds: Of each swap since they were last taken.
+    swap_times: Of the swaps.
     loaded: Whether all ranks have loaded the last user's adapter.
     failed: By number, why a user's adapter could not be loaded for this step.
     """
@@ -196,8 +214,7 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
         self.adapted = AdaptedLayers()
         self.slots: Slots | None = None
         self.device_slots: Tensor | None = None
-        self._copies: dict[tuple[int, int, int], SwapCopies] = {}  # by slot, bank, rank
-        self.swap_seconds: list[float] = []
+        self.swap_times = SwapTimes(self.device)
         self.loaded = False
         self.failed: dict[int, str] = {}
 
@@ -283,9 +300,8 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
             self._adapter_manager.set_adapter_mapping(mapping)
         for use in self.step.slots.values():
             if self.in_layers.get(use.slot) != (use.owner, use.weights):
-                started = time.perf_counter()
-                self._swap(use)
-                self.swap_seconds.append(time.perf_counter() - started)
+                with self.swap_times.timed():
+                    self._swap(use)
 
     def _without_failed(self, numbers: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(0 if number in self.failed else number for number in numbers)
@@ -306,20 +322,20 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
         if use.weights.bank is None or use.slot not in self.in_layers:
             for module in manager.modules.values():
                 module.reset_lora(index)
-        if use.weights.bank is None:
-            pass
-        elif self.device_slots is not None:
-            self._swap_on_device(use, use.weights.bank, index)
-        else:
-            assert self.slots is not None
-            with self.slots.read(use.slot, use.weights.bank, use.owner, use.weights.version) as weights:
-                for module, pairs in self._adapted_layers(weights):
-                    a, b = zip(*(pair or (None, None) for pair in pairs), strict=True)
-                    if len(pairs) > 1:
-                        module.set_lora(index, list(a), list(b))
-                    else:
-                        module.set_lora(index, a[0], b[0])
+        if use.weights.bank is not None:
+            self._copy(use, use.weights.bank, index)
         self.in_layers[use.slot] = (use.owner, use.weights)
+
+    def _copy(self, use: SlotUse, bank: int, index: int) -> None:
+        """From a bank into the layers. Raises StaleSlot as `_swap`."""
+        assert self.slots is not None
+        with self.slots.read(use.slot, bank, use.owner, use.weights.version) as weights:
+            for module, pairs in self._adapted_layers(weights):
+                a, b = zip(*(pair or (None, None) for pair in pairs), strict=True)
+                if len(pairs) > 1:
+                    module.set_lora(index, list(a), list(b))
+                else:
+                    module.set_lora(index, a[0], b[0])
 
     def _adapted_layers(
         self, weights: Mapping[str, tuple[Tensor, Tensor]]
@@ -330,25 +346,6 @@ class SlotLoRAManager(LRUCacheWorkerLoRAManager):
                 self._adapter_manager.modules[name],
                 [None if part is None else weights[part] for part in parts],
             )
-
-    def _swap_on_device(self, use: SlotUse, bank: int, index: int) -> None:
-        """What `set_lora` does in each layer, in one call. To launch hundreds on a GPU takes long.
-
-        Only for layers that are not sharded. With GPU memory for its slots, an engine has one worker.
-        """
-        assert self.slots is not None
-        with self.slots.holding(use.slot, bank, use.owner, use.weights.version) as rank:
-            if (copies := self._copies.get((use.slot, bank, rank))) is None:
-                copies = self._copies[use.slot, bank, rank] = SwapCopies([], [], [])
-                weights = self.slots.views(use.slot, bank, rank)
-                for module, pairs in self._adapted_layers(weights):
-                    for pair, a, b in slices(module, pairs):
-                        copies.buffers.extend((a[index, 0], b[index, 0]))
-                        copies.targets.extend((a[index, 0, :rank], b[index, 0, :, :rank]))
-                        copies.sources.extend(pair)
-            if rank < len(copies.buffers[0]):
-                torch._foreach_zero_(copies.buffers)
-            torch._foreach_copy_(copies.targets, copies.sources)
 
 
 def slices(
@@ -495,8 +492,7 @@ class Adapts:
     def take_swap_seconds(self) -> list[float]:
         if not hasattr(self, "lora_manager"):
             return []
-        seconds, self.lora_manager.swap_seconds = self.lora_manager.swap_seconds, []
-        return seconds
+        return self.lora_manager.swap_times.take()
 
     def take_failed_adapters(self) -> dict[int, str]:
         """By the id that the user gave, why an adapter could not be loaded for this step."""

@@ -4,10 +4,14 @@ The engine's worker exports them and the trainer on the same GPU maps them. Noth
 never writes to the base model's weights: peft freezes them, and only the adapters have gradients.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 import transformers
 from torch import Tensor, nn
@@ -20,6 +24,7 @@ from vllm_longctx.temp_lora.messages import Share, SharedTensor
 # models.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 SOFT_CAP = "attn_logit_softcapping"  # the entry of a Hugging Face config
+PROBE_TIMEOUT_S = 120.0
 PADDED = ("model.embed_tokens.weight", "lm_head.weight")  # after the vocabulary, to a multiple of 64 rows
 
 
@@ -58,6 +63,33 @@ def attach(shared: SharedTensor, device: torch.device) -> Tensor:
         event_handle=shared.event_handle,
         event_sync_required=shared.wait_for_event,
     )
+
+
+def why_not_attached(tensor: Tensor) -> str | None:
+    """Whether another process can map a GPU tensor of this one: the reason why not, None if it can.
+
+    Starts that process, which takes seconds. Where drivers and containers forbid it cannot be told otherwise.
+    """
+    command = [sys.executable, "-m", __name__, str(tensor.device)]
+    try:
+        message = msgspec.msgpack.encode(export(tensor))
+        done = subprocess.run(command, input=message, capture_output=True, timeout=PROBE_TIMEOUT_S)
+    except (RuntimeError, ValueError, OSError, subprocess.TimeoutExpired) as e:
+        return f"{type(e).__name__}: {e}".splitlines()[0]
+    if done.returncode:
+        return (done.stderr.decode(errors="replace").strip() or f"code {done.returncode}").splitlines()[-1]
+    is_same = done.stdout.decode().strip() == first_numbers(tensor)
+    return None if is_same else "another process sees other numbers there"
+
+
+def first_numbers(tensor: Tensor) -> str:
+    return json.dumps(tensor.flatten()[:16].float().tolist())
+
+
+def attach_probe(device: str, message: bytes) -> str:
+    """In the process that `why_not_attached` starts: the first numbers of the tensor."""
+    shared = msgspec.msgpack.decode(message, type=SharedTensor)
+    return first_numbers(attach(shared, torch.device(device)))
 
 
 @dataclass(frozen=True)
@@ -188,3 +220,7 @@ def fill(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedMod
     model.load_state_dict(own, strict=False, assign=True)  # a tied output layer has no weights of its own
     model.tie_weights()
     return model.requires_grad_(False)
+
+
+if __name__ == "__main__":
+    print(attach_probe(sys.argv[1], sys.stdin.buffer.read()))

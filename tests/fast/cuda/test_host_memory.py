@@ -183,7 +183,7 @@ class Stock:
         self.engine = engine = Layers(config, monkeypatch)
         stock = {
             "init_device": lambda worker: None,
-            "determine_available_memory": lambda worker: self.available,
+            "determine_available_memory": lambda worker: self.determine_available_memory(worker),
             "get_kv_cache_spec": lambda worker: attn_utils.get_kv_cache_spec(config),
             "initialize_from_config": lambda worker, kv_cache_config: None,
             "shutdown": lambda worker: None,
@@ -195,6 +195,10 @@ class Stock:
             setattr(self.worker, name, getattr(config, name))
         self.worker.vllm_config, self.worker.model_runner, self.worker.rank = config, engine.runner, 0
         self.worker.settings, self.worker.sites = active_settings(config), engine.runner.sites
+
+    def determine_available_memory(self, worker: Any) -> int:
+        worker.total_consumed, worker.available_kv_cache_memory_bytes = 0, self.available
+        return self.available
 
 
 @interpreted

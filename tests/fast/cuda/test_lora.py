@@ -22,10 +22,11 @@ from vllm.v1.worker.gpu_worker import Worker
 from tests.support.cuda_engine import CPU, to_cpu
 from tests.support.engine_args import create
 from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError, TrainerSection
+from vllm_longctx.cuda import lora as cuda_lora
 from vllm_longctx.cuda.lora import share_weights, why_not_shared
 from vllm_longctx.cuda.runner import LongContextRunner, runner_class
 from vllm_longctx.cuda.worker import LongContextWorker
-from vllm_longctx.engine.lora import Adapts, with_slots
+from vllm_longctx.engine.lora import Adapts, SwapTimes, with_slots
 from vllm_longctx.engine.rows import StepTimes
 from vllm_longctx.engine.step import SlotsMemory, SlotUse, StepInfo, StepReport, Weights
 from vllm_longctx.scheduling.temp_lora import AsyncTempLoraScheduler, TempLoraScheduler
@@ -151,7 +152,7 @@ def wrapped(one_rank: None, gpus: None, no_gpu_memory: None, lora_on_the_cpu: No
     """A vLLM model as loaded for CUDA, but to the CPU, wrapped for LoRA by a runner of ours."""
     eager = {"enforce_eager": True, "compilation_config": {"mode": 0, "custom_ops": ["none"]}}
     config = with_slots(to_cpu(adapting(tiny_llama, {"device": "cpu"}, **eager)))
-    runner = object.__new__(type("Adapting", (Adapts, GPUModelRunner), {}))
+    runner = object.__new__(type("Adapting", (LongContextRunner, GPUModelRunner), {}))
     with set_current_vllm_config(config):
         model = get_model_loader(config.load_config).load_model(
             vllm_config=config, model_config=config.model_config
@@ -161,6 +162,13 @@ def wrapped(one_rank: None, gpus: None, no_gpu_memory: None, lora_on_the_cpu: No
     shared.shared_by_engine.clear()
 
 
+@pytest.fixture
+def others_can_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This GPU's memory."""
+    monkeypatch.setattr(shared, "why_not_attached", lambda tensor: None)
+
+
+@pytest.mark.usefixtures("others_can_map")
 def test_a_worker_offers_what_makes_the_same_model(wrapped: Any, tiny_llama: Path) -> None:
     memory = share_weights(wrapped.model, wrapped.config, CPU, wrapped.runner.lora_manager.adapted.modules)
     offered = shared.shared_by_engine[wrapped.config.instance_id]
@@ -173,6 +181,23 @@ def test_a_worker_offers_what_makes_the_same_model(wrapped: Any, tiny_llama: Pat
     assert {p.untyped_storage().data_ptr() for p in model.parameters()} == engine
 
 
+def test_where_no_other_process_can_map_its_memory_a_worker_offers_nothing(
+    wrapped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the trainer loads its own copy, and room is left for it."""
+    monkeypatch.setattr(shared, "why_not_attached", lambda tensor: "invalid argument")
+    lines: list[str] = []
+    monkeypatch.setattr(cuda_lora.logger, "info", lambda text, *values: lines.append(text % values))
+    modules = wrapped.runner.lora_manager.adapted.modules
+    assert share_weights(wrapped.model, wrapped.config, CPU, modules) is None
+    assert wrapped.config.instance_id not in shared.shared_by_engine
+    assert lines == [
+        "longctx: the trainer loads its own copy of the weights, because another process cannot map this "
+        "GPU's memory (invalid argument)"
+    ]
+
+
+@pytest.mark.usefixtures("others_can_map")
 def test_slots_are_swapped_from_device_memory(wrapped: Any) -> None:
     runner, manager = wrapped.runner, wrapped.runner.lora_manager
     modules = manager.adapted.modules
@@ -247,11 +272,16 @@ def test_slots_are_swapped_from_device_memory(wrapped: Any) -> None:
         ),
         ({"model_config.quantization": "fp8"}, r"the engine's are quantized \(fp8\)"),
         ({"model_config.enable_cumem_allocator": True}, "in memory that can be put to sleep"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "expandable_segments:True in PYTORCH_CUDA"),
+        ({"PYTORCH_ALLOC_CONF": "a:1,expandable_segments:True"}, "expandable_segments:True in PYTORCH_CUDA"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, None),
     ],
 )
 def test_why_a_trainer_loads_its_own_copy(
-    gpus: None, tiny_llama: Path, change: dict[str, Any], reason: str | None
+    gpus: None, tiny_llama: Path, change: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in [name for name in change if name.startswith("PYTORCH")]:
+        monkeypatch.setenv(name, change.pop(name))
     config = adapting(tiny_llama, change.pop("trainer", None))
     for name, value in change.items():
         part, _, key = name.partition(".")
@@ -279,7 +309,10 @@ def test_what_the_trainer_needs_is_left_free(
     worker.vllm_config, worker.cache_config, worker.device = config, config.cache_config, here
     worker.settings = active_settings(config)
     monkeypatch.setattr(Worker, "determine_available_memory", lambda self: available)
+    worker.total_consumed, worker.available_kv_cache_memory_bytes = 7, available  # as vLLM's method has set
     assert worker.determine_available_memory() == 1000
+    # vLLM suggests, and stores, what is left of its memory beside `total_consumed`.
+    assert (worker.total_consumed, worker.available_kv_cache_memory_bytes) == (7 + own_copy, 1000)
     available = own_copy
     with pytest.raises(
         LongContextError, match=r"the trainer needs .* on cuda:0, .* no more than .* lower .* raise gpu"
@@ -288,6 +321,37 @@ def test_what_the_trainer_needs_is_left_free(
     config.cache_config.kv_cache_memory_bytes = 5000
     available = 5000
     assert worker.determine_available_memory() == 5000
+
+
+class FakeEvent:
+    """Of a GPU that has come to `done`; each event is recorded a second after the one before."""
+
+    done = recorded = 0
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        FakeEvent.recorded += 1
+        self.at = FakeEvent.recorded
+
+    def query(self) -> bool:
+        return self.at <= FakeEvent.done
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return 1000.0 * (end.at - self.at)
+
+
+def test_a_swap_takes_what_the_gpu_takes_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    times = SwapTimes(torch.device("cuda:0"))
+    for _ in range(3):
+        with times.timed():
+            pass
+    FakeEvent.done = 3  # the second swap is under way
+    assert times.take() == [1.0] and times.take() == []
+    FakeEvent.done = 6
+    assert times.take() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("is_async", [False, True])

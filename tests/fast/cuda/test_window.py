@@ -66,8 +66,13 @@ def test_windows_become_memory(
         ]
         names = ("block_table_tensor", "seq_lens", "query_start_loc")
         m: Any = SimpleNamespace(
-            num_reqs=2, num_actual_tokens=2, max_query_len=1, **{n: torch.zeros(3) for n in names}
+            num_reqs=2,
+            num_actual_tokens=2,
+            max_query_len=1,
+            query_start_loc_cpu=torch.arange(3),
+            **{n: torch.zeros(3) for n in names},
         )
+        assert builder.build(0, m).num_decodes == 2
         assert builder.build(0, m).starts.data_ptr() == engine.runner.rows.starts.data_ptr()
         assert engine.runner.rows.starts.tolist() == [12, 32, 0, 0]
     if attention.get("lookup") != "blocks":

@@ -4,6 +4,8 @@ Without a GPU: CPU tensors stand for GPU ones, and a table for CUDA IPC's handle
 """
 
 import inspect
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,44 @@ def test_a_tensor_travels_as_a_message(ipc: dict):
         )
         assert torch.equal(received, tensor) and received.data_ptr() == tensor.data_ptr()
         assert not received.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ((0, b"[0.0, 1.0, 2.0, 3.0]\n", b""), None),
+        ((0, b"[0.0, 0.0, 0.0, 0.0]\n", b""), "another process sees other numbers there"),
+        (
+            (1, b"", b"Traceback\nRuntimeError: invalid device context\n"),
+            "RuntimeError: invalid device context",
+        ),
+        ((-11, b"", b""), "code -11"),
+        (subprocess.TimeoutExpired("python", 5), "TimeoutExpired: .*timed out after 5 seconds"),
+    ],
+)
+def test_whether_another_process_can_map_a_tensor(
+    ipc: dict, monkeypatch: pytest.MonkeyPatch, found: Any, reason: str | None
+):
+    def run(command: list[str], input: bytes, **kwargs: Any) -> Any:
+        assert command[1:] == ["-m", "vllm_longctx.temp_lora.shared_weights", "cpu"]
+        assert shared.attach_probe("cuda:1", input) == "[0.0, 1.0, 2.0, 3.0]"
+        if isinstance(found, Exception):
+            raise found
+        return subprocess.CompletedProcess(command, *found)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    why = shared.why_not_attached(torch.arange(4, dtype=torch.bfloat16))
+    assert why is None if reason is None else why is not None and re.fullmatch(reason, why)
+
+
+def test_a_process_that_cannot_map_a_tensor_says_why(ipc: dict):
+    """A real one. It knows no handle of this process."""
+    reason = shared.why_not_attached(torch.arange(4.0))
+    assert reason is not None and "Error" in reason
+
+
+def test_what_cannot_be_exported_is_not_attached():
+    assert shared.why_not_attached(torch.arange(4.0)) is not None
 
 
 def test_a_trainer_takes_over_what_it_is_sent(tmp_path: Path, ipc: dict):

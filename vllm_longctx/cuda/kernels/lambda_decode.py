@@ -2,8 +2,9 @@
 (Flash-Decoding).
 
 A program reads a share of [first tokens | window] of one request and one KV head, for the whole group of
-query heads. A second kernel joins the shares by their log-sum-exps. Grids depend on shapes and constants
-only, so that a CUDA graph can hold them.
+query heads. The window is a sliding one, or begins where the request's stepped one has begun. A second kernel
+joins the shares by their log-sum-exps. Grids depend on shapes and constants only, so that a CUDA graph can
+hold them.
 """
 
 import torch
@@ -64,13 +65,16 @@ def lambda_decode(
     v_scale: float = 1.0,
     lse: Tensor | None = None,
     launch: Launch | None = None,
+    starts: Tensor | None = None,
+    branch: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Attention of the last token of each row, whose key is in the cache.
 
     query, out [rows, heads, head_size]. block_table int32 [rows, columns]; seq_lens int32 [rows], with the
     token itself; a row of 0 is padding, and its output is zero. turn: [rows, rotary_dim / 2]. workspace:
-    `decode_workspace`; splits: `decode_splits`. The rest as in `lambda_attention`. Raises ValueError for
-    tensors of other strides or shapes, or a workspace too small.
+    `decode_workspace`; splits: `decode_splits`. starts int32 [rows]: of stepped windows, for a view without
+    any window. branch: as in `stepped_attention`, with scales of 1. The rest as in `lambda_attention`. Raises
+    ValueError for tensors of other strides or shapes, or a workspace too small.
     """
     rows, heads, head_size = query.shape
     kv_heads = key_cache.shape[2]
@@ -85,6 +89,7 @@ def lambda_decode(
         )
     partial, partial_lse = workspace[: shares * head_size], workspace[shares * head_size :]
     out_lse = lambda_tile.lse_arguments(lse, (rows, heads), query)
+    further, further_lse = branch or (None, None)
     constants = lambda_tile.view_constants(view, head_size, key_cache.shape[1])
     _decode[(rows, kv_heads, splits)](
         query,
@@ -96,9 +101,12 @@ def lambda_decode(
         partial_lse,
         block_table,
         seq_lens,
+        starts,
         *lambda_tile.turn_arguments(view, turn, key_turn, rows, query),
         query if view.alibi_slopes is None else view.alibi_slopes,
         lambda_tile.sinks_argument(view.sinks, heads),
+        further,
+        further_lse,
         *lambda_tile.view_arguments(view, scale * k_scale, v_scale),
         *lambda_tile.stride_arguments(query, out, block_table, key_cache, value_cache),
         GROUP=group,
@@ -124,10 +132,10 @@ def lambda_decode(
         )
 
 
-@triton.jit(do_not_specialize=["seq_lens"])  # of any alignment
+@triton.jit(do_not_specialize=["seq_lens", "starts"])  # of any alignment
 def _decode(
-    query_ptr, key_cache, value_cache, out_ptr, lse, partial, partial_lse, block_table, seq_lens,
-    cos, sin, key_cos, key_sin, alibi_slopes, sinks,
+    query_ptr, key_cache, value_cache, out_ptr, lse, partial, partial_lse, block_table, seq_lens, starts,
+    cos, sin, key_cos, key_sin, alibi_slopes, sinks, further, further_lse,
     n_global, n_local, ceiling, scale, soft_cap, v_scale,
     stride_query, stride_query_head, stride_out, stride_out_head,
     stride_table, stride_block, stride_slot, stride_head,
@@ -144,7 +152,10 @@ def _decode(
     split = tl.program_id(2)
     splits = tl.num_programs(2)
     seq_len = tl.load(seq_lens + row)
-    window_start = tl.maximum(seq_len - n_local, 0)
+    if starts is not None:
+        window_start = tl.minimum(tl.load(starts + row), seq_len)
+    else:
+        window_start = tl.maximum(seq_len - n_local, 0)
     first_end = tl.minimum(window_start, n_global)
     first_tiles = tl.cdiv(first_end, FIRST_KEYS)
     tiles = tl.cdiv(first_tiles + tl.cdiv(seq_len - window_start, KEYS), splits)  # of this share
@@ -162,8 +173,11 @@ def _decode(
         key_cache, value_cache, block_table, row, kv_head,
         stride_table, stride_block, stride_slot, stride_head,
     )  # fmt: skip
-    softmax = lambda_tile.nothing_seen(ROWS, PADDED_HEAD)
     of_first_share = m < tl.where(split == 0, GROUP, 0)
+    softmax = lambda_tile.further_seen(
+        lambda_tile.nothing_seen(ROWS, PADDED_HEAD), further, further_lse,
+        row, heads, mask & of_first_share[:, None], of_first_share, d, tl.num_programs(1) * GROUP, HEAD_SIZE,
+    )  # fmt: skip
     softmax = lambda_tile.sinks_seen(softmax, sinks, heads, of_first_share)
 
     begin = split * tiles

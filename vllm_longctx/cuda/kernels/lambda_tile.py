@@ -246,6 +246,24 @@ def sinks_seen(softmax, sinks, heads, active):
 
 
 @triton.jit
+def further_seen(
+    softmax, further, further_lse, token, heads, mask, active, d, num_heads, HEAD_SIZE: tl.constexpr
+):
+    """Where attention over further keys ended, as the softmax to go on with. further: None for no such keys.
+
+    further float32 [tokens, num_heads, HEAD_SIZE]: its output. further_lse float32 [tokens, num_heads]: its
+    log-sum-exp, -inf where there are no keys. The rest as of `load_queries`.
+    """
+    if further is not None:
+        place = token * num_heads + heads
+        top = tl.load(further_lse + place, mask=active, other=float("-inf")) * 1.4426950408889634
+        total = tl.where(top > float("-inf"), 1.0, 0.0)
+        acc = tl.load(further + place[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
+        softmax = Softmax(top, total, acc)
+    return softmax
+
+
+@triton.jit
 def load_queries(query_ptr, token, heads, mask, d, stride_query, stride_query_head):
     """Queries [rows, PADDED_HEAD], and where each begins [rows, 1].
 

@@ -27,13 +27,17 @@ def stepped_attention(
     branch: tuple[Tensor, Tensor] | None = None,
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> None:
     """Attention of the last query_start_loc[r + 1] - query_start_loc[r] tokens of each row r to its keys from
     starts[r] on.
 
     starts int32 [rows]: positions, none behind a row's first query. branch: output float32 [tokens, heads,
     head_size] and log-sum-exp float32 [tokens, heads] of further keys, contiguous; -inf where there are none;
-    without the sinks. soft_cap, sinks: as in `View`. The rest as in `lambda_attention`.
+    without the sinks. soft_cap, sinks, alibi_slopes: as in `View`. The rest as in `lambda_attention`.
+
+    A row is one program for each tile of its queries and KV head. `lambda_decode` splits the keys of rows of
+    one token among many.
     """
     tokens, heads, head_size = query.shape
     kv_heads, rows = key_cache.shape[2], len(seq_lens)
@@ -42,7 +46,7 @@ def stepped_attention(
     group = heads // kv_heads
     launch = prefill_launch(head_size, query.element_size(), group, max_query_len)
     per_tile = launch.rows // group
-    further, further_lse = (query, query) if branch is None else branch
+    further, further_lse = branch or (None, None)
     # Each row wastes less than a tile: this many programs are enough whatever the rows' lengths.
     _stepped[(tokens // per_tile + rows, kv_heads)](
         query,
@@ -56,12 +60,13 @@ def stepped_attention(
         further,
         further_lse,
         lambda_tile.sinks_argument(sinks, heads),
+        query if alibi_slopes is None else alibi_slopes,
         rows,
         scale if soft_cap else scale * lambda_tile.LOG2_E,
         *lambda_tile.stride_arguments(query, out, block_table, key_cache, value_cache),
         GROUP=group,
         TOKENS=per_tile,
-        FURTHER=branch is not None,
+        ALIBI=alibi_slopes is not None,
         SOFT_CAP=soft_cap,
         UNSEEN=lambda_tile.UNBOUNDED,
         **launch.arguments(),
@@ -73,10 +78,10 @@ def stepped_attention(
 @triton.jit(do_not_specialize=["rows", "block_table", "starts", "seq_lens", "query_start_loc"])
 def _stepped(
     query_ptr, key_cache, value_cache, out_ptr, block_table, starts, seq_lens, query_start_loc,
-    further, further_lse, sinks, rows, scale,
+    further, further_lse, sinks, alibi_slopes, rows, scale,
     stride_query, stride_query_head, stride_out, stride_out_head,
     stride_table, stride_block, stride_slot, stride_head,
-    GROUP: tl.constexpr, TOKENS: tl.constexpr, FURTHER: tl.constexpr, SOFT_CAP: tl.constexpr,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, ALIBI: tl.constexpr, SOFT_CAP: tl.constexpr,
     UNSEEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     HEAD_SIZE: tl.constexpr, PADDED_HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -92,13 +97,11 @@ def _stepped(
     mask = active[:, None] & (d < HEAD_SIZE)[None, :]
     token = (row_begin + in_row).to(tl.int64)
     query, _ = lambda_tile.load_queries(query_ptr, token, heads, mask, d, stride_query, stride_query_head)
-    softmax = lambda_tile.nothing_seen(ROWS, PADDED_HEAD)
-    if FURTHER:
-        place = token * (tl.num_programs(1) * GROUP) + heads
-        top = tl.load(further_lse + place, mask=active, other=float("-inf")) * 1.4426950408889634
-        total = tl.where(top > float("-inf"), 1.0, 0.0)
-        acc = tl.load(further + place[:, None] * HEAD_SIZE + d[None, :], mask=mask, other=0.0)
-        softmax = lambda_tile.Softmax(top, total, acc)
+    slopes = lambda_tile.load_slopes(alibi_slopes, heads, active, ALIBI)
+    softmax = lambda_tile.further_seen(
+        lambda_tile.nothing_seen(ROWS, PADDED_HEAD), further, further_lse,
+        token, heads, mask, active, d, tl.num_programs(1) * GROUP, HEAD_SIZE,
+    )  # fmt: skip
     softmax = lambda_tile.sinks_seen(softmax, sinks, heads, active)
 
     positions = seq_len - query_len + in_row
@@ -112,12 +115,12 @@ def _stepped(
         stride_table, stride_block, stride_slot, stride_head,
     )  # fmt: skip
     softmax = lambda_tile.attend_window(
-        query, positions, positions, softmax, cache, begin, whole_end, UNSEEN, scale, SOFT_CAP,
-        KEYS, False, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, False, SOFT_CAP > 0,
+        query, positions, slopes, softmax, cache, begin, whole_end, UNSEEN, scale, SOFT_CAP,
+        KEYS, False, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, ALIBI, SOFT_CAP > 0,
     )  # fmt: skip
     softmax = lambda_tile.attend_window(
-        query, positions, positions, softmax, cache, whole_end, end, UNSEEN, scale, SOFT_CAP,
-        KEYS, True, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, False, SOFT_CAP > 0,
+        query, positions, slopes, softmax, cache, whole_end, end, UNSEEN, scale, SOFT_CAP,
+        KEYS, True, HEAD_SIZE, PADDED_HEAD, BLOCK_SIZE, ALIBI, SOFT_CAP > 0,
     )  # fmt: skip
     acc = softmax.acc / tl.where(softmax.total > 0, softmax.total, 1.0)[:, None]
     lambda_tile.store_output(out_ptr, acc, token, heads, mask, d, stride_out, stride_out_head)
