@@ -442,6 +442,9 @@ class AdaptationSection(_Section):
     """First tokens of the text that stay in front of every stepped window. At most a KV block."""
     on_failure: Literal["continue", "fail"] = "continue"
     """When a block cannot be trained: `continue` with the last good version, or `fail` the request."""
+    cache_gib: float | None = Field(default=None, ge=0)
+    """GiB of host memory for trained versions, so that a text which begins like an earlier one is not trained
+    again. 0 turns it off. Default: 32 versions of an adapter of `rank`, at most 4 GiB."""
     slots: int | None = Field(default=None, ge=1)
     """Requests that learn at once; more of them wait. Default: 8, at most `max_num_seqs`."""
     requests: Literal["opt_in", "all"] = "opt_in"

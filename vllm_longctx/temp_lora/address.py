@@ -30,6 +30,7 @@ NOT_DECIDING = frozenset(
         "kv_policy",
         "keep_first",
         "on_failure",
+        "cache_gib",
         "slots",
         "requests",
         "adapters_root",

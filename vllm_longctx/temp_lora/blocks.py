@@ -10,7 +10,7 @@ after training on blocks 1..v. Version 0 is untrained.
 Source: Temp-LoRA (arXiv 2401.11504, sections 3.1 and 3.2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vllm_longctx.config import KVPolicy, UpdateMode
@@ -61,6 +61,20 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class PassStart:
+    """Where a pass begins. Nothing that was computed before it matters from there on.
+
+    position: The first new position.
+    start: Of its window.
+    version: The one that computes it from its first position on.
+    """
+
+    position: int
+    start: int
+    version: int
+
+
+@dataclass(frozen=True)
 class Window:
     """A stepped window under a KV policy. Sizes in tokens.
 
@@ -93,6 +107,18 @@ class Window:
         if self.policy == "keep" or not (full or renews):
             return None
         return max(position - self.context_tokens, 0) // self.kv_block * self.kv_block
+
+    def passes(self, blocks: Blocks, end: int) -> Iterator[PassStart]:
+        """All passes after the first that begin before the position `end`."""
+        position = start = 0
+        while self.policy != "keep":
+            position = min(self.last_position(start), blocks.end_of_block(position))
+            if position >= end:
+                return
+            new = self.next_start(start, position, blocks)
+            if new is not None:
+                start = new
+                yield PassStart(position, start, blocks.version_of(position))
 
     def last_position(self, start: int) -> int:
         """First position that does not fit into the pass."""
