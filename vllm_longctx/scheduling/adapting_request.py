@@ -177,11 +177,11 @@ class AdaptingRequest:
 
     @property
     def trains(self) -> bool:
-        return self.settings.epochs > 0
+        return self.settings.epochs > 0 and self.settings.learn != "none"
 
     @property
     def needs_slot(self) -> bool:
-        return self.trains or self.start_from is not None or self.save_as is not None
+        return self.settings.epochs > 0 or self.start_from is not None or self.save_as is not None
 
     @property
     def needed_version(self) -> int:
@@ -202,7 +202,10 @@ class AdaptingRequest:
     @property
     def versions_behind(self) -> int:
         """Blocks that were computed before the one at the frontier and are not trained yet."""
-        return max(self.blocks.block_of(self.frontier) - 1 - self.versions.trained, 0)
+        if not self.trains:
+            return 0
+        begun, last = self.blocks.block_of(self.frontier) - 1, self.blocks.last_version
+        return max((begun if last is None else min(begun, last)) - self.versions.trained, 0)
 
     @property
     def slot_use(self) -> SlotUse | None:
@@ -239,7 +242,8 @@ class AdaptingRequest:
     def begin_with(self, begun: PassStart) -> None:
         """Begin with this pass in place of the text's first. Its version is in the free bank."""
         versions, version = self.versions, begun.version
-        versions.approved = versions.trained = versions.sent = version
+        if self.trains:
+            versions.approved = versions.trained = versions.sent = version
         versions.load(Weights(version, versions.free_bank))
         before = self.window.passes(self.blocks, begun.position)
         self.pass_versions = [0, *(earlier.version for earlier in before), version]

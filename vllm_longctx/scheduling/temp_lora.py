@@ -175,7 +175,7 @@ class TempLoraScheduler(LongContextScheduler):
             settings,
             options.save_as,
             options.start_from,
-            Blocks.of_prompt(prompt, settings.block_tokens, mode, settings.train_on_prompt),
+            Blocks.of_prompt(prompt, settings.block_tokens, mode, settings.learn),
             Window(settings.kv_policy, *sizes, self.block_size),
             self._kv_blocks_of(settings),
             owner=next(self.owners),

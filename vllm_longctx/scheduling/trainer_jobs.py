@@ -5,6 +5,7 @@ for a job that has ended the trainer twice. Without a trainer, requests go on wi
 have, or end.
 """
 
+from dataclasses import replace
 from typing import Protocol
 
 from vllm.logger import init_logger
@@ -88,7 +89,7 @@ class TrainerJobs:
         """
         request, settings, recipe = adapting.request, adapting.settings, recipe_of(adapting.settings)
         has_tokens = request.prompt_embeds is None
-        if self.model is None or not adapting.trains or not has_tokens:
+        if self.model is None or not settings.epochs or not has_tokens:
             return
         adapting.chain = [address.untrained(self.model, settings, recipe, request.cache_salt, content)]
         if not self.remembered or adapting.frontier:
@@ -100,10 +101,17 @@ class TrainerJobs:
             self._recall(adapting)
 
     def _recall(self, adapting: AdaptingRequest) -> None:
-        """Ask for the version of a later pass, if one may be remembered."""
+        """Ask for the version of a later pass, if one may be remembered.
+
+        A request that trains nothing computes all with one version. So it begins with its last pass, whatever
+        version there is.
+        """
         assert adapting.slot is not None
         chain = adapting.chain
         passes = list(adapting.window.passes(adapting.blocks, adapting.request.num_tokens))
+        if not adapting.trains:
+            last = passes[-1] if passes else PassStart(0, 0, 0)
+            passes = [replace(last, version=version) for version in range(1, len(chain))]
         adapting.recalls = [p for p in reversed(passes) if chain[p.version] in self.remembered]
         if adapting.recalls:
             versions = [(p.version, chain[p.version]) for p in adapting.recalls]
@@ -111,9 +119,11 @@ class TrainerJobs:
             self.trainer.send(messages.Recall(adapting.owner, adapting.slot, bank, versions))
 
     def _example(self, adapting: AdaptingRequest, version: int) -> list[int] | None:
-        """What a version is trained on. None while that is not known."""
-        text, targets = adapting.request.all_token_ids, adapting.blocks.targets(version)
-        if targets.stop > len(text):
+        """What a version is trained on. None while that is not known, or if it is never trained."""
+        text, blocks = adapting.request.all_token_ids, adapting.blocks
+        targets = blocks.targets(version)
+        is_behind = blocks.last_version is not None and version > blocks.last_version
+        if is_behind or targets.stop > len(text):
             return None
         return example(text, targets, adapting.settings.train_context_tokens, self.bos)
 

@@ -26,6 +26,7 @@ NOT_DECIDING = frozenset(
         "context_tokens",
         "window_tokens",
         "plain_tokens",
+        "learn",
         "train_on_prompt",
         "kv_policy",
         "keep_first",

@@ -43,7 +43,7 @@ class Again(Crowd):
                 "block_tokens": rng.choice([16, 17, 24]),
                 "update_mode": rng.choice(["cascaded", "parallel"]),
                 "kv_policy": "keep" if slides else rng.choice(["reuse", "recompute"]),
-                "train_on_prompt": rng.random() < 0.9,
+                "learn": rng.choice(["all", "all", "prompt", "output"]),
                 **({"start_from": "old"} if rng.random() < 0.2 else {}),
             }
             for _ in range(2)
@@ -100,11 +100,11 @@ def test_a_cache_that_is_lost_is_only_a_miss(
 
     A request that learns then loses its optimizer's state, which no digest shows.
     """
-    for seed in range(SEEDS):
+    for seed in range(SEEDS // 2):
         calm = Again(configs[steps_ahead], seed, steps_ahead, monkeypatch)
         calm.run()
         recalls = [poll + 1 for poll, job in calm.trainer.sent if isinstance(job, Recall)]
-        for at in {*recalls, random.Random(seed).randrange(2, calm.trainer.polls)}:
+        for at in {*recalls[:2], random.Random(seed).randrange(2, calm.trainer.polls)}:
             crowd = Again(configs[steps_ahead], seed, steps_ahead, monkeypatch, faults={at: Restarted()})
             crowd.run()
             assert_same(calm, crowd)
