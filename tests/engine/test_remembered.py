@@ -92,7 +92,11 @@ def stepped(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield llm
 
 
-@pytest.mark.parametrize("options", STEPPED_MODES, ids=lambda options: "-".join(options.values()))
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(o, marks=[pytest.mark.slow] * (o["update_mode"] == "parallel")) for o in STEPPED_MODES],
+    ids=lambda options: "-".join(options.values()),
+)
 def test_stepped_windows_say_what_they_say_when_they_learn_it_anew(
     stepped: LLM, options: dict[str, Any]
 ) -> None:
@@ -190,16 +194,21 @@ def test_saved_adapters_are_begun_with_by_what_they_are(stepped: LLM) -> None:
         assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 127)
 
 
-def test_sliding_windows_are_computed_again_and_not_trained(tiny_llama: Path) -> None:
-    """Their KV is that of all versions."""
+@pytest.fixture(scope="module")
+def sliding(tiny_llama: Path) -> Iterator[LLM]:
     attention = {"method": "lm_infinite", "n_global": 10, "n_local": 64, "distance_ceiling": 64}
     with running_here(tiny_llama, attention, {**RECIPE, **MORE}) as llm:
-        for mode in ("cascaded", "parallel"):
-            asked = cases({"update_mode": mode})[::3]
-            write(llm, [Case(TEXT, {"update_mode": mode}, {"temperature": 0})], cold=False, tokens=30)
-            trained = metric(llm, TRAINED)
-            warm = write(llm, asked, cold=False)
-            assert metric(llm, TRAINED) - trained < sum(map(versions_of, asked, warm)) / 3
-            for one, other in zip(warm, write(llm, asked, cold=True), strict=True):
-                assert_equal(one, other)
-                assert one.num_cached_tokens == 0
+        yield llm
+
+
+@pytest.mark.parametrize("mode", ["cascaded", pytest.param("parallel", marks=pytest.mark.slow)])
+def test_sliding_windows_are_computed_again_and_not_trained(sliding: LLM, mode: str) -> None:
+    """Their KV is that of all versions."""
+    asked = cases({"update_mode": mode})[::3]
+    write(sliding, [Case(TEXT, {"update_mode": mode}, {"temperature": 0})], cold=False, tokens=30)
+    trained = metric(sliding, TRAINED)
+    warm = write(sliding, asked, cold=False)
+    assert metric(sliding, TRAINED) - trained < sum(map(versions_of, asked, warm)) / 3
+    for one, other in zip(warm, write(sliding, asked, cold=True), strict=True):
+        assert_equal(one, other)
+        assert one.num_cached_tokens == 0
