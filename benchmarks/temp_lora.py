@@ -295,7 +295,7 @@ def main(
     json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot")] = None,
 ) -> None:
-    chosen = {"slots": streams, **json.loads(adaptation)}
+    chosen = {"slots": streams, "cache_gib": 0, **json.loads(adaptation)}  # every round learns anew
     kwargs: dict[str, Any] = {"dtype": "float32", "enforce_eager": enforce_eager, "max_num_seqs": 2 * streams}
     learning = {"temp_lora": True, "train_on_prompt": False}
     counts = [n for n in (1 << k for k in range(16)) if n < streams] + [streams]

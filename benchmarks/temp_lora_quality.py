@@ -205,7 +205,7 @@ def main(
             sizes = {
                 k: v for k, v in recipe.items() if not (sliding and k in ("window_tokens", "context_tokens"))
             }
-            own = {"slots": at_once, "adapters_root": root, **asdict(here[0])}
+            own = {"slots": at_once, "adapters_root": root, "cache_gib": 0, **asdict(here[0])}
             config = {"longctx": {"preset": preset, "attention": attention, "adaptation": {**sizes, **own}}}
             kwargs: dict[str, Any] = {
                 "dtype": dtype,

@@ -20,6 +20,7 @@ from vllm_longctx.modes import SLIDING_METHODS, Mode, mode_of
 KEY = "longctx"
 KVPolicy = Literal["reuse", "recompute", "keep"]
 UpdateMode = Literal["cascaded", "parallel"]
+Learn = Literal["all", "prompt", "output", "none"]
 ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # a directory's name, never a path
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -440,8 +441,12 @@ class AdaptationSection(_Section):
     """Passes over each block. 0 learns nothing, but keeps the windows."""
     adapter_seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the adapter's initial weights and of dropout."""
+    learn: Learn | None = None
+    """What is learned. `all` is what is read and written, `prompt` what is read, `output` what is written.
+    `none` learns nothing, and uses what is remembered of the prompt, or the adapter of `start_from`. Default:
+    `all`, or `output` if `train_on_prompt` is false."""
     train_on_prompt: bool = True
-    """Blocks begin with the text. If false, they begin with the first token written."""
+    """The former name of `learn`: true is `all`, false is `output`."""
     kv_policy: KVPolicy | None = None
     """What happens to KV that an older version computed. `reuse` keeps it until the window is full, then
     starts a new pass. `recompute` starts a new pass after every block. `keep` never does, and needs Λ
@@ -453,6 +458,9 @@ class AdaptationSection(_Section):
     """First tokens of the text that stay in front of every stepped window. At most a KV block."""
     on_failure: Literal["continue", "fail"] = "continue"
     """When a block cannot be trained: `continue` with the last good version, or `fail` the request."""
+    cache_gib: float | None = Field(default=None, ge=0)
+    """GiB of host memory for trained versions, so that a text which begins like an earlier one is not trained
+    again. 0 turns it off. Default: 32 versions of an adapter of `rank`, at most 4 GiB."""
     slots: int | None = Field(default=None, ge=1)
     """Requests that learn at once; more of them wait. Default: 8, at most `max_num_seqs`."""
     requests: Literal["opt_in", "all"] = "opt_in"
@@ -513,6 +521,7 @@ class AdaptationSection(_Section):
         filled = self.model_copy(
             update={
                 "kv_policy": policy,
+                "learn": learned(self.learn, self.train_on_prompt, "adaptation."),
                 "window_tokens": window,
                 "plain_tokens": self.plain_tokens or _at_most(room, trained_length),
                 "block_tokens": block,
@@ -551,6 +560,18 @@ class AdaptationSection(_Section):
         return filled
 
 
+def learned(learn: Learn | None, train_on_prompt: bool, where: str = "") -> Learn:
+    """The value of `learn`, given both of its names.
+
+    Raises LongContextError if they contradict each other. where: The section, for its message.
+    """
+    if learn in ("all", "prompt") and not train_on_prompt:
+        raise LongContextError(
+            f"{where}train_on_prompt = false contradicts {where}learn = {learn!r}; leave train_on_prompt out"
+        )
+    return learn or ("all" if train_on_prompt else "output")
+
+
 class RequestOptions(_Section):
     """What one request may set: `SamplingParams.extra_args["longctx"]`, over HTTP `vllm_xargs.longctx` (a
     JSON string).
@@ -571,6 +592,8 @@ class RequestOptions(_Section):
     """As `adaptation.learning_rate`."""
     epochs: int | None = Field(default=None, ge=0)
     """As `adaptation.epochs`, at most `adaptation.max_epochs`."""
+    learn: Learn | None = None
+    """As `adaptation.learn`."""
     train_on_prompt: bool | None = None
     """As `adaptation.train_on_prompt`."""
     kv_policy: KVPolicy | None = None

@@ -64,6 +64,7 @@ ADAPTATION_COUNTERS: Exported = {
     "idle_steps": ("idle_steps", "Engine steps in which every request waited for the trainer."),
     "adapted_tokens": ("adapted_tokens", "Tokens computed for requests that adapt, those of new passes too."),
     "blocks_trained": ("blocks_trained", "Blocks that became a version of an adapter."),
+    "blocks_remembered": ("blocks_remembered", "Blocks that were not trained: their version was remembered."),
     "train_failures": ("train_failures", "Blocks that could not be trained."),
     "trainer_restarts": ("trainer_restarts", "Times the trainer process was started again."),
     "adapters_saved": ("adapters_saved", "Adapters saved."),
@@ -142,6 +143,7 @@ class StepStats:
     idle_steps: int = 0
     adapted_tokens: int = 0
     blocks_trained: int = 0
+    blocks_remembered: int = 0
     train_failures: int = 0
     trainer_restarts: int = 0
     adapters_saved: int = 0

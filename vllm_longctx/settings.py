@@ -20,6 +20,7 @@ from vllm_longctx.config import (
     AdaptationSection,
     AttentionSection,
     KVPolicy,
+    Learn,
     LongContextConfig,
     LongContextError,
     RequestOptions,
@@ -27,6 +28,7 @@ from vllm_longctx.config import (
     TrainerSection,
     check_policy,
     filled,
+    learned,
 )
 from vllm_longctx.geometry import Geometry, SteppedWindows
 from vllm_longctx.modes import Mode, Role, load
@@ -109,6 +111,7 @@ class Adaptation(AdaptationSection):
     plain_tokens: int
     train_context_tokens: int
     kv_policy: KVPolicy
+    learn: Learn
     slots: int
     max_rank: int = Field(le=MAX_RANK)
     trainer: TrainerSettings
@@ -192,6 +195,8 @@ class Adaptation(AdaptationSection):
         if "block_tokens" in given and "train_context_tokens" not in given:
             room = max(min(trained_length - 1, most) - given["block_tokens"], 0)
             given["train_context_tokens"] = min(self.train_context_tokens, room)
+        if "learn" in given or "train_on_prompt" in given:
+            given["learn"] = learned(options.learn, given.get("train_on_prompt", True))
         own = self.model_copy(update=given)
         check_policy(own.kv_policy, sliding=not self.has_passes)
         own.check(trained_length, kv_block)

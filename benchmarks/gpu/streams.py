@@ -150,7 +150,7 @@ def sequential(record: "Record", plan: Plan, setting: "Setting") -> None:
 
 def learns(setting: "Setting", rank: int, slots: int) -> dict[str, Any]:
     """Temp-LoRA under Λ attention, whose window lets go of old KV by itself: nothing is computed twice."""
-    adaptation = {"method": "temp_lora", **sizes(setting), "rank": rank, "slots": slots}
+    adaptation = {"method": "temp_lora", **sizes(setting), "rank": rank, "slots": slots, "cache_gib": 0}
     return {"longctx": {"preset": "lm-infinite", "adaptation": adaptation}}
 
 

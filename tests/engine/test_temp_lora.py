@@ -35,6 +35,8 @@ STEPPED_CASES: list[tuple[int, int, dict[str, Any]]] = [
     (1, 80, {"epochs": 3, "learning_rate": 1e-3}),
     (129, 1, {"context_tokens": 95}),
     (260, 33, {"epochs": 0}),
+    (90, 80, {"learn": "prompt"}),
+    (97, 80, {"learn": "prompt", "kv_policy": "recompute", "update_mode": "parallel"}),
 ]
 KEEP_CASES: list[tuple[int, int, dict[str, Any]]] = [
     (50, 90, {}),
@@ -42,6 +44,7 @@ KEEP_CASES: list[tuple[int, int, dict[str, Any]]] = [
     (200, 60, {"update_mode": "parallel"}),
     (33, 70, {"train_on_prompt": False}),
     (1, 40, {"rank": 4}),
+    (97, 40, {"learn": "prompt"}),
 ]
 
 pytestmark = pytest.mark.alone

@@ -36,6 +36,9 @@ from vllm_longctx.temp_lora.messages import (
     Dead,
     Drop,
     Failed,
+    Kept,
+    Recall,
+    Recalled,
     Report,
     Restarted,
     Resume,
@@ -80,7 +83,8 @@ class Trainer:
     `faults`.
 
     faults: by the number of a poll, Restarted or Dead: then it forgets all it was sent and has made, as a
-    process that ends. unsaved: names that cannot be saved.
+    process that ends. unsaved: names that cannot be saved. remembers: so
+    many versions.
     """
 
     def __init__(
@@ -88,11 +92,16 @@ class Trainer:
         rng: random.Random,
         faults: Mapping[int, Restarted | Dead],
         unsaved: frozenset[str] = frozenset(),
+        remembers: int = 8,
     ):
         self.rng, self.faults, self.unsaved, self.polls, self.dead = rng, faults, unsaved, 0, False
         self.slots = Banks()
         self.jobs: deque[tuple[int, Any]] = deque()
         self.made: dict[int, int] = {}  # by owner: a digest of its weights
+        self.remembers = remembers
+        self.remembered: dict[bytes, int] = {}  # the least recently used first
+        self.recalled: list[int] = []  # versions, in answer to Recall
+        self.reused = 0  # versions, in answer to Train
         self.saved: dict[str, tuple[int, int]] = {}
         self.reports: list[Report] = []
         self.unanswered: deque[int] = deque()  # owners of jobs
@@ -118,6 +127,7 @@ class Trainer:
         if fault is not None:
             self.jobs.clear()
             self.made.clear()
+            self.remembered.clear()
             self.dead = isinstance(fault, Dead)
             self.reports = [
                 fault if self.dead else Restarted(self.unanswered[0] if self.unanswered else None)
@@ -137,7 +147,17 @@ class Trainer:
                 self.made[job.owner] = digest(job.start_from) if job.start_from else 0
                 if job.start_from and job.owner not in gone:
                     self.slots.held[job.slot, 0] = job.owner, 0, self.made[job.owner]
-                return [Began(job.owner)]
+                return [Began(job.owner, (job.start_from or "").encode())]
+            case Recall() if job.owner not in self.made:
+                return [Failed(job.owner, 0, "it has no adapter")]
+            case Recall():
+                found = ((version, self.remembered.get(named)) for version, named in job.versions)
+                version, made = next(((v, made) for v, made in found if made is not None), (0, 0))
+                self.recalled.append(version)
+                if version and job.owner not in gone:
+                    self.made[job.owner] = made
+                    self.slots.held[job.slot, job.bank] = job.owner, version, made
+                return [Recalled(job.owner, version)]
             case Resume():
                 owner, version, made = self.slots.held.get((job.slot, job.bank), (0, 0, 0))
                 if (owner, version) != (job.owner, job.version):
@@ -159,7 +179,12 @@ class Trainer:
                 self.made[job.owner] = made = digest(self.made[job.owner], job.tokens, job.num_targets)
                 if job.owner not in gone:
                     self.slots.held[job.slot, job.bank] = job.owner, job.version, made
-                return [Trained(job.owner, job.slot, job.bank, job.version, [1.0, 1.0], 0.1)]
+                remembered = None if job.address is None else self.remembered.get(job.address)
+                assert remembered in (None, made)
+                losses = [1.0, 1.0] if remembered is None else []
+                self.reused += remembered is not None
+                kept = [] if job.address is None else self._keep(job, job.address, made)
+                return [Trained(job.owner, job.slot, job.bank, job.version, losses, 0.1), *kept]
             case Save():
                 if job.name in self.unsaved:
                     return [SaveFailed(job.owner, job.name, "no space left on device")]
@@ -168,6 +193,17 @@ class Trainer:
             case Drop():
                 self.made.pop(job.owner, None)
         return []
+
+    def _keep(self, job: Train, address: bytes, made: int) -> list[Report]:
+        is_new = address not in self.remembered
+        self.remembered[address] = made
+        for used in job.uses:
+            if used in self.remembered:
+                self.remembered[used] = self.remembered.pop(used)
+        gone = list(self.remembered)[: max(len(self.remembered) - self.remembers, 0)]
+        for left in gone:
+            del self.remembered[left]
+        return [Kept(address, gone)] if is_new else []
 
     def wait(self, seconds: float) -> None: ...
 

@@ -54,6 +54,7 @@ class Options:
     epochs: int = 2
     adapter_seed: int = 0
     train_on_prompt: bool = True
+    learn: Literal["all", "prompt"] = "all"
     kv_policy: Literal["reuse", "recompute", "keep"] = "reuse"
     update_mode: Literal["cascaded", "parallel"] = "cascaded"
     keep_first: int = 1
@@ -108,11 +109,12 @@ def replay(
     position, start, last = 0, 0, prompt + max_tokens - 1
     while position < last:
         block = learner.block_of(position)
-        version = max(block - (1 if options.update_mode == "cascaded" else 2), 0)
+        due = max(block - (1 if options.update_mode == "cascaded" else 2), 0)
+        version = min(due, learner.last)
         reader.use(version, learner.version(version))
         kept = options.keep_first if start else 0
         full = options.kv_policy != "keep" and position - start + kept >= options.window_tokens
-        block_begins = block >= 2 and position == learner.first_position(block)
+        block_begins = block >= 2 and position == learner.first_position(block) and due == version
         if position == 0 or full or (options.kv_policy == "recompute" and block_begins):
             start = max(0, (position - options.context_tokens) // options.kv_block * options.kv_block)
             kept = options.keep_first if start else 0
@@ -149,6 +151,7 @@ class Learner:
     def __init__(self, model_dir: str | Path, options: Options, text: list[int]):
         self.options, self.text = options, text
         self.origin = 0 if options.train_on_prompt else len(text) - 1
+        self.last = (len(text) - 1) // options.block_tokens if options.learn == "prompt" else 1 << 30
         self.model = with_adapter(model_dir, options)
         self.weights = adapter_parameters(self.model)
         self.optimizer = torch.optim.AdamW(
@@ -169,7 +172,7 @@ class Learner:
     @property
     def completed(self) -> int:
         """Blocks all of whose targets are there."""
-        return max(0, len(self.text) - 1 - self.origin) // self.options.block_tokens
+        return min(max(0, len(self.text) - 1 - self.origin) // self.options.block_tokens, self.last)
 
     def block_of(self, position: int) -> int:
         """Blocks count from 1; 0 for what stands before the first."""

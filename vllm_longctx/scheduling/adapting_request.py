@@ -12,14 +12,14 @@ from vllm.v1.request import Request
 
 from vllm_longctx.engine.step import NO_LIMIT, Pass, SlotUse, Weights
 from vllm_longctx.settings import Adaptation
-from vllm_longctx.temp_lora.blocks import Blocks, Window
+from vllm_longctx.temp_lora.blocks import Blocks, PassStart, Window
 
 
 class WaitsFor(Enum):
     """What a request that adapts waits for.
 
     SLOT: A slot for its adapter, and room for its KV blocks.
-    BEGAN: The trainer's Began: the saved adapter that it starts from is being loaded.
+    BEGAN: The trainer's Began or Recalled: the adapter that it starts from is being loaded.
     VERSION: The version that computes its next position, which is being trained.
     SAVE: The save of its adapter. It has ended, and its last output is held back.
     """
@@ -134,7 +134,12 @@ class AdaptingRequest:
     slot: Slot of its adapter. None until it is admitted, and for one that needs none.
     loaded: Whether the adapter that it starts from is in the slot. True if it starts from none.
     versions: The versions of its adapter.
+    chain: The addresses of its versions, from h(0) on, as far as they are known. Empty where its versions are
+        not what their text alone makes of them.
+    recalls: Passes with which it may begin, the last of the text first, while the trainer is asked for their
+        versions.
     current_pass: The pass in which it is computed.
+    pass_versions: With which each of its passes began, the current one and those before.
     frontier: The first position that was never computed.
     checked: The frontier when the version and the pass were last found right for what comes next.
     held_since: When it began to wait for the trainer, in seconds of `time.monotonic`. None while it does not
@@ -154,7 +159,10 @@ class AdaptingRequest:
     slot: int | None = None
     loaded: bool = field(init=False)
     versions: Versions = field(default_factory=Versions)
+    chain: list[bytes] = field(default_factory=list)
+    recalls: list[PassStart] = field(default_factory=list)
     current_pass: CurrentPass = field(default_factory=CurrentPass)
+    pass_versions: list[int] = field(default_factory=lambda: [0])
     frontier: int = 0
     checked: int = 0
     held_since: float | None = None
@@ -169,11 +177,11 @@ class AdaptingRequest:
 
     @property
     def trains(self) -> bool:
-        return self.settings.epochs > 0
+        return self.settings.epochs > 0 and self.settings.learn != "none"
 
     @property
     def needs_slot(self) -> bool:
-        return self.trains or self.start_from is not None or self.save_as is not None
+        return self.settings.epochs > 0 or self.start_from is not None or self.save_as is not None
 
     @property
     def needed_version(self) -> int:
@@ -187,14 +195,17 @@ class AdaptingRequest:
             return WaitsFor.SAVE
         if not self.admitted:
             return WaitsFor.SLOT
-        if not self.loaded:
+        if not self.loaded or self.recalls:
             return WaitsFor.BEGAN
         return WaitsFor.VERSION if self.needed_version > self.versions.trained else None
 
     @property
     def versions_behind(self) -> int:
         """Blocks that were computed before the one at the frontier and are not trained yet."""
-        return max(self.blocks.block_of(self.frontier) - 1 - self.versions.trained, 0)
+        if not self.trains:
+            return 0
+        begun, last = self.blocks.block_of(self.frontier) - 1, self.blocks.last_version
+        return max((begun if last is None else min(begun, last)) - self.versions.trained, 0)
 
     @property
     def slot_use(self) -> SlotUse | None:
@@ -225,7 +236,31 @@ class AdaptingRequest:
         if self.frontier == current.began_at and not is_full:  # the pass that is due here is the current one
             return False
         self.current_pass = CurrentPass(start, window.first_computed(start), self.frontier, sends_table=True)
+        self.pass_versions.append(self.needed_version)
         return True
+
+    def begin_with(self, begun: PassStart) -> None:
+        """Begin with this pass in place of the text's first. Its version is in the free bank."""
+        versions, version = self.versions, begun.version
+        if self.trains:
+            versions.approved = versions.trained = versions.sent = version
+        versions.load(Weights(version, versions.free_bank))
+        before = self.window.passes(self.blocks, begun.position)
+        self.pass_versions = [0, *(earlier.version for earlier in before), version]
+        self.frontier = self.checked = begun.position
+        first = self.window.first_computed(begun.start)
+        self.current_pass = CurrentPass(begun.start, first, began_at=begun.position)
+
+    def versions_to_keep(self) -> list[int]:
+        """Versions with which a text that begins as this one would go on, the most useful last.
+
+        It would begin with the version of a pass, and then need those that compute the pass. Of the passes
+        before the current one, these are worth it: 1, 2, 4, 8, ... passes back. Empty before the second pass.
+        """
+        *earlier, begun = self.pass_versions
+        far = [earlier[-(2**n)] for n in reversed(range(len(earlier).bit_length()))]
+        kept = (*far, *range(begun + 1, self.versions.sent), begun) if begun else ()
+        return [version for version in kept if version]
 
     def pass_of_step(self, first: int) -> Pass | None:
         """What the workers must know of the pass in a step that computes from the position `first` on.

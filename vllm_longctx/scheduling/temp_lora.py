@@ -48,7 +48,7 @@ from vllm_longctx.scheduling.scheduler import LongContextScheduler
 from vllm_longctx.scheduling.trainer_jobs import TrainerJobs
 from vllm_longctx.settings import Adaptation
 from vllm_longctx.temp_lora import base_model, messages
-from vllm_longctx.temp_lora.blocks import Blocks, Window
+from vllm_longctx.temp_lora.blocks import Blocks, PassStart, Window
 from vllm_longctx.temp_lora.client import TrainerClient, trainer_client
 from vllm_longctx.temp_lora.shared_weights import shared_by_engine
 
@@ -94,7 +94,9 @@ class TempLoraScheduler(LongContextScheduler):
             trainer = trainer_client(self.vllm_config, self.temp_lora, shared)
             trainer.start()
         bos = self.vllm_config.model_config.hf_text_config.bos_token_id
-        self.jobs = TrainerJobs(trainer, self.temp_lora, bos, self)
+        remembers = self.temp_lora.cache_gib != 0
+        model = base_model.identity(self.vllm_config) if remembers else None
+        self.jobs = TrainerJobs(trainer, self.temp_lora, bos, model, self)
         check_trainer_at_engine_start()
 
     @property
@@ -173,7 +175,7 @@ class TempLoraScheduler(LongContextScheduler):
             settings,
             options.save_as,
             options.start_from,
-            Blocks.of_prompt(prompt, settings.block_tokens, mode, settings.train_on_prompt),
+            Blocks.of_prompt(prompt, settings.block_tokens, mode, settings.learn),
             Window(settings.kv_policy, *sizes, self.block_size),
             self._kv_blocks_of(settings),
             owner=next(self.owners),
@@ -211,6 +213,14 @@ class TempLoraScheduler(LongContextScheduler):
             self.jobs.begin(adapting)
             self.jobs.train_next(adapting)
         return True
+
+    def begin_with(self, adapting: AdaptingRequest, begun: PassStart) -> None:
+        adapting.begin_with(begun)
+        request, first = adapting.request, adapting.current_pass.first
+        if first:
+            self._roll_back(adapting)
+            if request.prefill_stats is not None:  # where vLLM counts what it finds in the prefix cache
+                request.prefill_stats.set(request.num_prompt_tokens, first, 0)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         adapting = self.adapting.pop(request.request_id, None)

@@ -5,6 +5,7 @@ for a job that has ended the trainer twice. Without a trainer, requests go on wi
 have, or end.
 """
 
+from dataclasses import replace
 from typing import Protocol
 
 from vllm.logger import init_logger
@@ -13,8 +14,8 @@ from vllm_longctx.engine.step import Weights
 from vllm_longctx.metrics import StepStats
 from vllm_longctx.scheduling.adapting_request import AdaptingRequest
 from vllm_longctx.settings import Adaptation
-from vllm_longctx.temp_lora import messages
-from vllm_longctx.temp_lora.blocks import example
+from vllm_longctx.temp_lora import address, messages
+from vllm_longctx.temp_lora.blocks import PassStart, example
 from vllm_longctx.temp_lora.client import TrainerClient
 
 logger = init_logger("vllm.longctx")
@@ -34,6 +35,9 @@ class JobEvents(Protocol):
     def fail_request(self, request_id: str, reason: str) -> None:
         """End a request with an error in the current step."""
 
+    def begin_with(self, adapting: AdaptingRequest, begun: PassStart) -> None:
+        """Have a request of which nothing is computed begin with a later pass. Its version is in the slot."""
+
     def end_save(self, adapting: AdaptingRequest, error: str | None) -> None:
         """Answer a request that waits for its save. error: Why its adapter is not saved; None if it is."""
 
@@ -44,15 +48,25 @@ class TrainerJobs:
     trainer: The engine's end of the trainer process.
     settings: The server's settings.
     bos: The model's token that begins a text; None if it has none.
-    events: Called back when a request fails or its save ends.
+    model: Names the model's weights, see `base_model.identity`. None where versions are not remembered.
+    events: Called back when a request begins with a later pass, fails, or its save ends.
 
     by_owner: By owner, each request until its adapter is dropped.
+    remembered: Addresses of versions that the trainer has, as far as is known.
     lost: Why there is no trainer any more; None while there is one.
     """
 
-    def __init__(self, trainer: TrainerClient, settings: Adaptation, bos: int | None, events: JobEvents):
-        self.trainer, self.settings, self.bos, self.events = trainer, settings, bos, events
+    def __init__(
+        self,
+        trainer: TrainerClient,
+        settings: Adaptation,
+        bos: int | None,
+        model: bytes | None,
+        events: JobEvents,
+    ):
+        self.trainer, self.settings, self.bos, self.model, self.events = trainer, settings, bos, model, events
         self.by_owner: dict[int, AdaptingRequest] = {}
+        self.remembered: set[bytes] = set()
         self.lost: str | None = None
 
     # --- jobs ---------------------------------------------------------------------------------------------
@@ -65,10 +79,70 @@ class TrainerJobs:
             return
         recipe = recipe_of(adapting.settings)
         self.trainer.send(messages.Begin(adapting.owner, adapting.slot, recipe, adapting.start_from))
+        if adapting.loaded:
+            self._begin_chain(adapting)
+
+    def _begin_chain(self, adapting: AdaptingRequest, content: bytes = b"") -> None:
+        """Name its untrained version, and ask for a later one if that may be remembered.
+
+        content: See `messages.Began`.
+        """
+        request, settings, recipe = adapting.request, adapting.settings, recipe_of(adapting.settings)
+        has_tokens = request.prompt_embeds is None
+        if self.model is None or not settings.epochs or not has_tokens:
+            return
+        adapting.chain = [address.untrained(self.model, settings, recipe, request.cache_salt, content)]
+        if not self.remembered or adapting.frontier:
+            return
+        while (tokens := self._example(adapting, len(adapting.chain))) is not None:
+            self._name(adapting, len(adapting.chain), tokens)
+        assert request.sampling_params is not None
+        if not request.sampling_params.skip_reading_prefix_cache:  # else its whole prompt is scored
+            self._recall(adapting)
+
+    def _recall(self, adapting: AdaptingRequest) -> None:
+        """Ask for the version of a later pass, if one may be remembered.
+
+        A request that trains nothing computes all with one version. So it begins with its last pass, whatever
+        version there is.
+        """
+        assert adapting.slot is not None
+        chain = adapting.chain
+        passes = list(adapting.window.passes(adapting.blocks, adapting.request.num_tokens))
+        if not adapting.trains:
+            last = passes[-1] if passes else PassStart(0, 0, 0)
+            passes = [replace(last, version=version) for version in range(1, len(chain))]
+        adapting.recalls = [p for p in reversed(passes) if chain[p.version] in self.remembered]
+        if adapting.recalls:
+            versions = [(p.version, chain[p.version]) for p in adapting.recalls]
+            bank = adapting.versions.free_bank
+            self.trainer.send(messages.Recall(adapting.owner, adapting.slot, bank, versions))
+
+    def _example(self, adapting: AdaptingRequest, version: int) -> list[int] | None:
+        """What a version is trained on. None while that is not known, or if it is never trained."""
+        text, blocks = adapting.request.all_token_ids, adapting.blocks
+        targets = blocks.targets(version)
+        is_behind = blocks.last_version is not None and version > blocks.last_version
+        if is_behind or targets.stop > len(text):
+            return None
+        return example(text, targets, adapting.settings.train_context_tokens, self.bos)
+
+    def _name(self, adapting: AdaptingRequest, version: int, tokens: list[int]) -> bytes | None:
+        """The address of a version, which is trained on `tokens`. None if it has none."""
+        chain = adapting.chain
+        if chain and version == len(chain):
+            chain.append(address.trained(chain[-1], tokens, adapting.settings.block_tokens))
+        return chain[version] if version < len(chain) else None
+
+    def _uses(self, adapting: AdaptingRequest) -> list[bytes]:
+        """See `messages.Train`. Last are later versions that the text itself needs."""
+        chain, version = adapting.chain, adapting.versions.sent
+        needed = [named for named in chain[version + 1 :] if named in self.remembered]
+        return [chain[v] for v in (*adapting.versions_to_keep(), version)] + needed
 
     def train_next(self, adapting: AdaptingRequest) -> None:
         """Have the next block trained if its tokens, the version before it and a bank are there."""
-        if adapting.loaded and adapting.versions.can_send:
+        if adapting.loaded and not adapting.recalls and adapting.versions.can_send:
             self._train_block(adapting)
 
     def save_next(self, adapting: AdaptingRequest, steps_done: int) -> None:
@@ -102,17 +176,19 @@ class TrainerJobs:
 
         False if it has none: its tokens are not all known, or it does not train.
         """
-        versions, request = adapting.versions, adapting.request
-        targets = adapting.blocks.targets(versions.sent + 1)
-        if not adapting.trains or adapting.slot is None or targets.stop > request.num_tokens:
+        versions = adapting.versions
+        tokens = self._example(adapting, versions.sent + 1)
+        if not adapting.trains or adapting.slot is None or tokens is None:
             return False
         versions.sent += 1
         if self.lost is not None:
             self._skip_block(adapting, self.lost)
             return True
-        tokens = example(request.all_token_ids, targets, adapting.settings.train_context_tokens, self.bos)
-        bank, version = versions.free_bank, versions.sent
-        self.trainer.send(messages.Train(adapting.owner, adapting.slot, bank, version, tokens, len(targets)))
+        bank, version, targets = versions.free_bank, versions.sent, adapting.settings.block_tokens
+        name = self._name(adapting, version, tokens)
+        uses = [] if name is None else self._uses(adapting)
+        job = messages.Train(adapting.owner, adapting.slot, bank, version, tokens, targets, name, uses)
+        self.trainer.send(job)
         return True
 
     # --- reports ------------------------------------------------------------------------------------------
@@ -124,6 +200,10 @@ class TrainerJobs:
         if isinstance(report, messages.Dead):
             self._handle_end(report.reason)
             return
+        if isinstance(report, messages.Kept):
+            self.remembered.add(report.address)
+            self.remembered.difference_update(report.gone)
+            return
         adapting = self.by_owner.get(getattr(report, "owner", -1))
         if adapting is None:  # its request has left, or is answered
             return
@@ -133,11 +213,23 @@ class TrainerJobs:
                 if not adapting.loaded:  # else a restarted trainer has begun: the weights in use stay
                     adapting.loaded = True
                     versions.load(Weights(version=0, bank=0))
+                    self._begin_chain(adapting, report.content)
+                self.train_next(adapting)
+            case messages.Recalled() | messages.Failed() if adapting.recalls:
+                version = report.version if isinstance(report, messages.Recalled) else 0
+                begun = next((p for p in adapting.recalls if p.version == version), None)
+                adapting.recalls = []
+                if begun is not None:
+                    stats.blocks_remembered += version
+                    self.events.begin_with(adapting, begun)
                 self.train_next(adapting)
             case messages.Trained() if report.version == versions.sent:
-                stats.blocks_trained += 1
-                stats.train_seconds.append(report.seconds)
-                stats.losses.append((report.losses[0], report.losses[-1]))
+                if report.losses:
+                    stats.blocks_trained += 1
+                    stats.train_seconds.append(report.seconds)
+                    stats.losses.append((report.losses[0], report.losses[-1]))
+                else:
+                    stats.blocks_remembered += 1
                 versions.add(Weights(report.version, report.bank))
                 self.train_next(adapting)
             case messages.Failed() if report.version == versions.sent:
@@ -155,6 +247,7 @@ class TrainerJobs:
         Go on with the last version, or end the request.
         """
         versions = adapting.versions
+        adapting.chain.clear()
         self.events.step_stats.train_failures += 1
         fails = self.settings.on_failure == "fail" or not adapting.loaded
         version = versions.trained_weights.version
@@ -180,6 +273,7 @@ class TrainerJobs:
         at: Owner of the job that the trainer worked on when it ended.
         """
         self.events.step_stats.trainer_restarts += 1
+        self._forget()
         logger.warning(
             "longctx: the trainer was restarted; the optimizer states of %d requests are lost",
             len(self.by_owner),
@@ -213,6 +307,7 @@ class TrainerJobs:
             self.begin(adapting)
             return
         assert adapting.slot is not None
+        adapting.chain.clear()  # without the optimizer's state, the next versions are others
         recipe = recipe_of(adapting.settings)
         self.trainer.send(
             messages.Resume(adapting.owner, adapting.slot, weights.bank, weights.version, recipe),
@@ -220,10 +315,17 @@ class TrainerJobs:
 
     def _handle_end(self, reason: str) -> None:
         """There is no trainer any more. Requests that wait for their save are answered in the next step."""
+        self._forget()
         for adapting in self.by_owner.values():
             if adapting.save is None and (adapting.versions.in_training or not adapting.loaded):
                 self._skip_block(adapting, reason)
         self.lost = reason
+
+    def _forget(self) -> None:
+        """What the trainer remembered is lost."""
+        self.remembered.clear()
+        for adapting in self.by_owner.values():
+            adapting.recalls = []
 
 
 def recipe_of(settings: Adaptation) -> messages.Recipe:

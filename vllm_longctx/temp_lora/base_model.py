@@ -8,9 +8,11 @@ before the first request.
 
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from hashlib import blake2b
 from statistics import pstdev
 from typing import Any
 
@@ -41,6 +43,8 @@ from vllm_longctx.temp_lora.shared_weights import skeleton
 logger = init_logger("vllm.longctx")
 
 PROBE_TOKENS = 64
+NAMES = ("_name_or_path", "transformers_version")  # of a config; no part of the model
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of each file of weights, for `identity`
 # The largest share of `logprob_difference` that one model may show, by the device's type. Measured on the
 # CPU, for a trained model and random ones of up to 24 layers: at most 4e-6, 0.007 and 0.03. With YaRN's
 # factor 2 on one side only: 0.14 to 1. A GPU's kernels compute float32 as TF32, which has float16's mantissa.
@@ -98,6 +102,31 @@ def weight_files(vllm_config: VllmConfig) -> list[str]:
             "load; give a checkpoint in Hugging Face's, or leave adaptation out"
         )
     return sorted(files)
+
+
+def identity(vllm_config: VllmConfig) -> bytes:
+    """Names the model's weights, as the engine computes with them, for the addresses of versions.
+
+    Neither the checkpoint's name nor its place is in it. Of large files a part is read: to read all of them
+    would take as long as to load them.
+    """
+    model = vllm_config.model_config
+    config = {key: value for key, value in resolved_config(model).items() if key not in NAMES}
+    about = json.dumps([config, str(model_dtype(model))], sort_keys=True)
+    found = blake2b(about.encode(), digest_size=32)
+    try:
+        files = weight_files(vllm_config)
+    except LongContextError:  # a format of vLLM's own, where the trainer shares the engine's weights
+        found.update(f"{model.model} {model.revision}".encode())
+        files = []
+    for path in files:
+        size = os.stat(path).st_size
+        found.update(size.to_bytes(8, "little"))
+        with open(path, "rb") as file:
+            for part in range(SAMPLES):
+                file.seek(part * size // SAMPLES)
+                found.update(file.read(SAMPLE_BYTES))
+    return found.digest()
 
 
 def probe(model: ModelConfig, adaptation: Adaptation) -> list[int]:

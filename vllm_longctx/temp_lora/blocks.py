@@ -10,10 +10,10 @@ after training on blocks 1..v. Version 0 is untrained.
 Source: Temp-LoRA (arXiv 2401.11504, sections 3.1 and 3.2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vllm_longctx.config import KVPolicy, UpdateMode
+from vllm_longctx.config import KVPolicy, Learn, UpdateMode
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class Blocks:
     origin: First position that belongs to a block (o).
     block_tokens: Size of a block (D), in tokens.
     update_mode: `cascaded` computes a block with the version before it; `parallel` with one older still.
+    last_version: The last one; None if every block is trained.
     """
 
     origin: int
     block_tokens: int
     update_mode: UpdateMode
+    last_version: int | None = None
 
     @classmethod
     def of_prompt(
@@ -35,9 +37,11 @@ class Blocks:
         prompt_tokens: int,
         block_tokens: int,
         update_mode: UpdateMode,
-        train_on_prompt: bool,
+        learn: Learn,
     ) -> "Blocks":
-        return cls(0 if train_on_prompt else prompt_tokens - 1, block_tokens, update_mode)
+        origin = prompt_tokens - 1 if learn == "output" else 0
+        last = (prompt_tokens - 1) // block_tokens if learn == "prompt" else None
+        return cls(origin, block_tokens, update_mode, last)
 
     def block_of(self, position: int) -> int:
         """The block, from 1 on, to which an input position belongs; 0 before the first."""
@@ -45,10 +49,22 @@ class Blocks:
 
     def version_of(self, position: int) -> int:
         """The version that computes this position."""
-        return max(self.block_of(position) - (1 if self.update_mode == "cascaded" else 2), 0)
+        version = max(self.block_of(position) - self._behind, 0)
+        return version if self.last_version is None else min(version, self.last_version)
+
+    @property
+    def _behind(self) -> int:
+        """Blocks between a block and the version that computes it."""
+        return 1 if self.update_mode == "cascaded" else 2
 
     def starts_block(self, position: int) -> bool:
         return position >= self.origin and (position - self.origin) % self.block_tokens == 0
+
+    def renews(self, position: int) -> bool:
+        """Whether another version computes the block that starts here, if it is not one of the first two."""
+        block = self.block_of(position)
+        is_trained = self.last_version is None or block - self._behind <= self.last_version
+        return block > 1 and self.starts_block(position) and is_trained
 
     def end_of_block(self, position: int) -> int:
         """First position behind the block of `position`; the origin for one before the first block."""
@@ -58,6 +74,20 @@ class Blocks:
         """Indices into the text of the tokens on which `block` is trained."""
         first = self.origin + (block - 1) * self.block_tokens + 1
         return range(first, first + self.block_tokens)
+
+
+@dataclass(frozen=True)
+class PassStart:
+    """Where a pass begins. Nothing that was computed before it matters from there on.
+
+    position: The first new position.
+    start: Of its window.
+    version: The one that computes it from its first position on.
+    """
+
+    position: int
+    start: int
+    version: int
 
 
 @dataclass(frozen=True)
@@ -88,11 +118,22 @@ class Window:
         None for no new pass.
         """
         full = self.live_tokens(start, position) >= self.window_tokens
-        is_new_block = blocks.block_of(position) > 1 and blocks.starts_block(position)
-        renews = self.policy == "recompute" and is_new_block
+        renews = self.policy == "recompute" and blocks.renews(position)
         if self.policy == "keep" or not (full or renews):
             return None
         return max(position - self.context_tokens, 0) // self.kv_block * self.kv_block
+
+    def passes(self, blocks: Blocks, end: int) -> Iterator[PassStart]:
+        """All passes after the first that begin before the position `end`."""
+        position = start = 0
+        while self.policy != "keep":
+            position = min(self.last_position(start), blocks.end_of_block(position))
+            if position >= end:
+                return
+            new = self.next_start(start, position, blocks)
+            if new is not None:
+                start = new
+                yield PassStart(position, start, blocks.version_of(position))
 
     def last_position(self, start: int) -> int:
         """First position that does not fit into the pass."""

@@ -70,12 +70,14 @@ def trainer_client(
 class TrainingNeed:
     """What training needs beside the model's weights.
 
-    bytes: Of memory.
+    bytes: Of its device's memory.
     sizes: The settings that decide it, with their values, for messages.
+    cache_bytes: Of the host's memory, for versions that are remembered. On the CPU `bytes` has them, too.
     """
 
     bytes: int
     sizes: str
+    cache_bytes: int = 0
 
 
 NOTHING = TrainingNeed(0, "adaptation.slots")
@@ -84,12 +86,13 @@ HOST_KV = "VLLM_CPU_KVCACHE_SPACE, kv_cache_memory_bytes, gpu_memory_utilization
 
 def training_need(vllm_config: VllmConfig, settings: Adaptation) -> TrainingNeed:
     rank = "rank" if settings.rank == settings.max_rank else "max_rank"
-    *most, last = (
-        f"adaptation.{name} = {getattr(settings, name)}"
-        for name in ("block_tokens", "train_context_tokens", "slots", rank)
-    )
+    names = ["block_tokens", "train_context_tokens", "slots", rank]
+    if settings.cache_gib and settings.trainer.device == "cpu":
+        names.insert(0, "cache_gib")
+    *most, last = (f"adaptation.{name} = {getattr(settings, name)}" for name in names)
     shape = Shape.of(base_model.trained_model(vllm_config))
-    return TrainingNeed(shape.training_bytes(settings), f"{', '.join(most)} or {last}")
+    sizes = f"{', '.join(most)} or {last}"
+    return TrainingNeed(shape.training_bytes(settings), sizes, shape.cache_bytes(settings))
 
 
 def trainer_bytes(vllm_config: VllmConfig, device: torch.device) -> int:
@@ -291,7 +294,8 @@ class TrainerClient:
         self._socket.connect(address)
         if self._share is not None:
             self._socket.send(m.encode(self._share()))
-        self._socket.send(m.encode(m.Join(self.probe, self._options.adapters_root)))
+        join = m.Join(self.probe, self._options.adapters_root, self._training.cache_bytes)
+        self._socket.send(m.encode(join))
         self._ready, self._start_at = False, None
         self._unanswered.clear()
         self._active_at = time.monotonic()

@@ -2,8 +2,8 @@
 
 Weights go through `slots`.
 
-A job is a message to the trainer, a report one to the engine. Every Probe, Begin, Resume, Train and Save is
-answered once, in the order sent: by Probed, Began, Trained, Saved, Failed or SaveFailed.
+A job is a message to the trainer, a report one to the engine. Every Probe, Begin, Recall, Resume, Train and
+Save is answered once, in the order sent: by Probed, Began, Recalled, Trained, Saved, Failed or SaveFailed.
 """
 
 import re
@@ -117,6 +117,7 @@ class Message(msgspec.Struct, frozen=True, tag=True):
     owner: Number of one request's adapter, never used again.
     slot, bank: Where its weights are, see `slots`.
     version: Number of the block that it was trained on last; 0 is untrained.
+    address: Of a version, see `address`.
     reason: Why something failed, for the log and the user.
     """
 
@@ -126,10 +127,12 @@ class Join(Message, frozen=True):
 
     probe: Token ids of the text of which Ready has the log-probabilities.
     adapters_root: The engine's, if it has one.
+    cache_bytes: Host memory for trained versions that may be needed again.
     """
 
     probe: list[int] = []
     adapters_root: str | None = None
+    cache_bytes: int = 0
 
 
 class Share(Message, frozen=True):
@@ -185,6 +188,19 @@ class Begin(Message, frozen=True):
     start_from: str | None = None
 
 
+class Recall(Message, frozen=True):
+    """Make an adapter that has just begun a version of it which is remembered. Answer: Recalled or Failed.
+
+    bank: For its weights.
+    versions: Versions with their addresses. The first that is remembered is taken.
+    """
+
+    owner: int
+    slot: int
+    bank: int
+    versions: list[tuple[int, bytes]]
+
+
 class Resume(Message, frozen=True):
     """After a restart: make an adapter from the weights in its slot. Its optimizer and dropout start anew.
 
@@ -199,11 +215,15 @@ class Resume(Message, frozen=True):
 
 
 class Train(Message, frozen=True):
-    """Make `version` by training on one block. Reports: Started, then the answer, Trained or Failed.
+    """Make `version` by training on one block, or by its address.
+
+    Reports: Started, then the answer, Trained or Failed, then Kept if the version is kept.
 
     bank: For the trained weights.
     tokens: The example, see `blocks.example`.
     num_targets: How many of its last tokens are targets.
+    address: None for a version that is neither kept nor looked up.
+    uses: Addresses of versions that are worth keeping, this one among them; the most useful last.
     """
 
     owner: int
@@ -212,6 +232,8 @@ class Train(Message, frozen=True):
     version: int
     tokens: list[int]
     num_targets: int
+    address: bytes | None = None
+    uses: list[bytes] = []
 
 
 class Save(Message, frozen=True):
@@ -261,9 +283,20 @@ class Probed(Message, frozen=True):
 
 
 class Began(Message, frozen=True):
-    """The adapter is made."""
+    """The adapter is made.
+
+    content: Names the weights of the saved adapter that it was made from. Empty for any other.
+    """
 
     owner: int
+    content: bytes = b""
+
+
+class Recalled(Message, frozen=True):
+    """The adapter is the version; 0 if none was remembered, and it is as it was."""
+
+    owner: int
+    version: int
 
 
 class Started(Message, frozen=True):
@@ -276,7 +309,7 @@ class Started(Message, frozen=True):
 class Trained(Message, frozen=True):
     """The slot's bank holds the version.
 
-    losses: One per epoch, before its step, in nats per token.
+    losses: One per epoch, before its step, in nats per token. Empty for a version that was remembered.
     seconds: What the training took.
     """
 
@@ -288,10 +321,20 @@ class Trained(Message, frozen=True):
     seconds: float
 
 
-class Failed(Message, frozen=True):
-    """A Probe, Begin, Resume or Train failed. The adapter is as it was before.
+class Kept(Message, frozen=True):
+    """A trained version is remembered. Not an answer.
 
-    version: The version that was not made; 0 for Probe and Begin.
+    gone: Addresses of versions that are not remembered any more.
+    """
+
+    address: bytes
+    gone: list[bytes]
+
+
+class Failed(Message, frozen=True):
+    """A Probe, Begin, Recall, Resume or Train failed. The adapter is as it was before.
+
+    version: The version that was not made; 0 for Probe, Begin and Recall.
     """
 
     owner: int
@@ -339,10 +382,10 @@ class Dead(Message, frozen=True):
     reason: str
 
 
-Job = Share | Join | Leave | OpenSlots | Probe | Begin | Resume | Train | Save | Drop
-Answer = Probed | Began | Trained | Failed | Saved | SaveFailed
-Report = Ready | Unable | Started | Answer | Lost | Restarted | Dead
-ANSWERED = (Probe, Begin, Resume, Train, Save)
+Job = Share | Join | Leave | OpenSlots | Probe | Begin | Recall | Resume | Train | Save | Drop
+Answer = Probed | Began | Recalled | Trained | Failed | Saved | SaveFailed
+Report = Ready | Unable | Started | Kept | Answer | Lost | Restarted | Dead
+ANSWERED = (Probe, Begin, Recall, Resume, Train, Save)
 ANSWERS = get_args(Answer)
 
 encode = msgspec.msgpack.Encoder().encode

@@ -14,9 +14,12 @@ from vllm_longctx.settings import Adaptation
 from vllm_longctx.temp_lora.host_memory import free_host_bytes
 from vllm_longctx.temp_lora.linear_layers import decoder_layers, linear_layers
 
+# Of versions that are remembered, where the user sets no limit.
+CACHED_VERSIONS, CACHE_BYTES = 32, 4 << 30
 Features = Mapping[str, tuple[int, int]]
 # Of a process on a GPU, in bytes: its CUDA context, cuBLAS's workspace, fragmentation. An estimate.
 OVERHEAD = 1 << 30
+SMALL_STATE = 1 << 16  # of a version beside its weights and their moments, in bytes: at most
 
 
 def free_bytes(device: torch.device) -> int:
@@ -110,8 +113,18 @@ class Shape:
         """in + out features of all adapted linear layers: an adapter has this many values per rank."""
         return sum(layer.adapter_inputs + layer.adapter_outputs for layer in self.layers)
 
+    def cache_bytes(self, settings: Adaptation) -> int:
+        """Host memory for versions that are remembered. Each has weights and AdamW's two moments."""
+        if settings.cache_gib is not None:
+            return int(settings.cache_gib * 2**30)
+        # Beside these there are the counts of AdamW's steps and the state of the random numbers.
+        version = 3 * 4 * settings.rank * self.adapted_features + SMALL_STATE
+        return min(CACHED_VERSIONS * version, CACHE_BYTES)
+
     def training_bytes(self, settings: Adaptation) -> int:
-        """The most that training needs beside the model's weights, for examples of the server's sizes."""
+        """The most that training needs on its device beside the model's weights, for examples of the server's
+        sizes.
+        """
         recompute = settings.trainer.recompute
         tokens = settings.train_context_tokens + settings.block_tokens + 1
         adapter = 4 * settings.max_rank * self.adapted_features
@@ -125,7 +138,8 @@ class Shape:
             kept += len(self.layers) * self.hidden * self.itemsize
         # logits, as float32 too, their log-softmax, and gradients of both
         logits = (settings.block_tokens + 1) * self.vocabulary * (2 * self.itemsize + 12)
-        return adapters + tokens * kept + logits + OVERHEAD
+        cache = self.cache_bytes(settings) if settings.trainer.device == "cpu" else 0
+        return adapters + tokens * kept + logits + cache + OVERHEAD
 
 
 def _experts_per_token(config: Any) -> int:

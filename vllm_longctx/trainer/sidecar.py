@@ -30,6 +30,7 @@ from vllm_longctx.temp_lora import shared_weights as shared
 from vllm_longctx.temp_lora.slots import Slots
 from vllm_longctx.trainer import attention
 from vllm_longctx.trainer.trainer import Trainer
+from vllm_longctx.trainer.version_cache import VersionCache
 
 NICENESS = 10  # the engine and the front end have priority, but the trainer still gets a share
 
@@ -57,6 +58,7 @@ class Sidecar:
         self._trainer, self._socket, self._adapters_root, self._about = trainer, socket, adapters_root, about
         self._device_slots, self._duty_cycle = device_slots, duty_cycle
         self._slots: Slots | None = None
+        self._cache = VersionCache()
         self._engine: bytes | None = None
         self._jobs: deque[tuple[bytes, m.Job]] = deque()
 
@@ -101,6 +103,7 @@ class Sidecar:
             self._send(m.Lost("works for another engine now, which has joined it"))
         self._trainer.drop_all()
         self._close_slots()
+        self._cache = VersionCache(0 if join is None else join.cache_bytes)
         self._engine = engine
         if join is not None:
             self._adapters_root = join.adapters_root or self._adapters_root
@@ -127,7 +130,7 @@ class Sidecar:
                     trainer.drop(job.owner)
                 self._send(m.Probed(job.owner, logprobs))
             case m.Begin() | m.Resume():
-                slots, rank = self._open_slots(), job.recipe.rank
+                slots, rank, content = self._open_slots(), job.recipe.rank, b""
                 if rank > slots.max_rank:
                     raise ValueError(f"rank {rank} is more than the server's slots hold ({slots.max_rank})")
                 trainer.begin(job.owner, job.recipe)
@@ -137,11 +140,14 @@ class Sidecar:
                             trainer.load(job.owner, weights)
                     elif job.start_from is not None:
                         trainer.load_directory(job.owner, m.adapter_path(self._adapters_root, job.start_from))
+                        content = trainer.content(job.owner)
                         slots.write(job.slot, 0, job.owner, 0, trainer.weights(job.owner))
                 except BaseException:
                     trainer.drop(job.owner)
                     raise
-                self._send(m.Began(job.owner))
+                self._send(m.Began(job.owner, content))
+            case m.Recall():
+                self._recall(job, self._open_slots())
             case m.Train():
                 self._train(job, self._open_slots())
             case m.Save():
@@ -154,18 +160,41 @@ class Sidecar:
             case m.Share() | m.Join():
                 pass  # taken where they come in
 
+    def _recall(self, job: m.Recall, slots: Slots) -> None:
+        found = ((version, self._cache.get(address)) for version, address in job.versions)
+        version, state = next(((v, state) for v, state in found if state is not None), (0, None))
+        if state is not None and not self._is_dropped(job.owner):
+            self._trainer.restore(job.owner, state)
+            slots.write(job.slot, job.bank, job.owner, version, self._trainer.weights(job.owner))
+        self._send(m.Recalled(job.owner, version))
+
     def _train(self, job: m.Train, slots: Slots) -> None:
         begin = time.perf_counter()
         losses = []
+        remembered = self._cache.get(job.address)
         if not self._is_dropped(job.owner):
             self._send(m.Started(job.owner, job.version))
-            losses = self._trainer.train(job.owner, job.version, job.tokens, job.num_targets)
+            if remembered is None:
+                losses = self._trainer.train(job.owner, job.version, job.tokens, job.num_targets)
+            else:
+                self._trainer.restore(job.owner, remembered)
         if self._is_dropped(job.owner):  # its slot may be cleared, or belong to another request
             raise ValueError(f"owner {job.owner} was dropped")
         slots.write(job.slot, job.bank, job.owner, job.version, self._trainer.weights(job.owner))
         seconds = time.perf_counter() - begin
         self._send(m.Trained(job.owner, job.slot, job.bank, job.version, losses, seconds))
+        if remembered is not None:
+            self._cache.use(job.uses)
+        elif job.address is not None:
+            self._keep(job, job.address)
         time.sleep(seconds * (1 / self._duty_cycle - 1))
+
+    def _keep(self, job: m.Train, address: bytes) -> None:
+        try:
+            gone = self._cache.put(address, self._trainer.state(job.owner), job.uses)
+        except (MemoryError, RuntimeError):  # no memory is left: who needs the version trains it again
+            return
+        self._send(m.Kept(address, gone))
 
     def _is_dropped(self, owner: int) -> bool:
         """Whether an adapter is not needed any more: a job that waits drops it, or changes the engine."""
@@ -194,7 +223,7 @@ def failure_report(job: m.Job, reason: str) -> m.Report:
             return m.SaveFailed(job.owner, job.name, reason)
         case m.Train() | m.Resume():
             return m.Failed(job.owner, job.version, reason)
-        case m.Begin() | m.Probe():
+        case m.Begin() | m.Probe() | m.Recall():
             return m.Failed(job.owner, 0, reason)
         case _:
             return m.Lost(f"failed: {reason}")

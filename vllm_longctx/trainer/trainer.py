@@ -9,6 +9,7 @@ import json
 from collections.abc import Collection
 from copy import deepcopy
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,25 @@ class Adapter:
     pairs: dict[str, tuple[nn.Parameter, nn.Parameter]]
     optimizer: torch.optim.AdamW
     rng: Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """A version of an adapter, and all that its training goes on from: copies, in host memory.
+
+    weights: A and B of each module, in turn.
+    optimizer: AdamW's state of each of them, by its names.
+    rng: See `Adapter.rng`.
+    """
+
+    weights: list[Tensor]
+    optimizer: list[dict[str, Tensor]]
+    rng: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        moments = (tensor for state in self.optimizer for tensor in state.values())
+        return sum(tensor.nbytes for tensor in (*self.weights, *moments, self.rng))
 
 
 class Trainer:
@@ -190,6 +210,35 @@ class Trainer:
         adapter.rng = rng
         return losses
 
+    def state(self, owner: int) -> State:
+        """Of an adapter that has been trained."""
+        adapter = self._adapter(owner)
+        states = adapter.optimizer.state_dict()["state"]
+        return State(
+            [_host_copy(p) for pair in adapter.pairs.values() for p in pair],
+            [{name: _host_copy(value) for name, value in states[i].items()} for i in sorted(states)],
+            adapter.rng,
+        )
+
+    def restore(self, owner: int, state: State) -> None:
+        """Make an adapter what another one with its recipe was, see `state`.
+
+        Raises ValueError for an adapter of other shapes.
+        """
+        adapter = self._adapter(owner)
+        parameters = [p for pair in adapter.pairs.values() for p in pair]
+        if [p.shape for p in parameters] != [p.shape for p in state.weights]:
+            raise ValueError("a remembered version has other shapes than the adapter")
+        optimizer = {
+            "state": dict(enumerate({k: v.clone() for k, v in each.items()} for each in state.optimizer)),
+            "param_groups": adapter.optimizer.state_dict()["param_groups"],
+        }
+        with torch.no_grad():
+            for parameter, weight in zip(parameters, state.weights, strict=True):
+                parameter.copy_(weight)
+        adapter.optimizer.load_state_dict(optimizer)
+        adapter.rng = state.rng
+
     def randomize(self, owner: int) -> None:
         """Give an adapter random weights, whose outputs are about half as large as those of its layers.
 
@@ -254,6 +303,14 @@ class Trainer:
             for name, (a, b) in adapter.pairs.items():
                 a.copy_(weights[name][0])
                 b.copy_(weights[name][1] * (adapter.recipe.rank / adapter.recipe.alpha))
+
+    def content(self, owner: int) -> bytes:
+        """Names an adapter's weights: equal ones have the same."""
+        found = blake2b(digest_size=32)
+        for pair in self._adapter(owner).pairs.values():
+            for parameter in pair:
+                found.update(parameter.detach().cpu().numpy().tobytes())
+        return found.digest()
 
     def load_directory(self, owner: int, directory: Path) -> None:
         """Replace an adapter's weights by those of a PEFT directory.
@@ -375,6 +432,10 @@ def _identity(directory: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return stat.st_dev, stat.st_ino
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _saved_key(module: str, matrix: str) -> str:

@@ -154,7 +154,7 @@ def test_what_training_a_7b_model_needs():
     assert 64 * shape.adapted_features == 159907840  # peft's count of trainable parameters
 
     def need(slots: int, recompute: bool) -> float:
-        sizes = {"max_rank": 64, "block_tokens": 1024, "train_context_tokens": 3071}
+        sizes = {"max_rank": 64, "block_tokens": 1024, "train_context_tokens": 3071, "cache_gib": 0}
         one = settings(**sizes, slots=slots, trainer=TrainerSection(recompute=recompute))
         return shape.training_bytes(one) / gib
 
@@ -234,6 +234,20 @@ def test_what_training_needs_is_that_of_the_models_shape_with_the_settings_that_
         need = client.training_need(config, more)
         assert need.bytes == shape.training_bytes(more)
         assert need.sizes.endswith(f"adaptation.slots = 2 or adaptation.{named}")
+
+
+def test_what_is_remembered_is_counted_where_it_is():
+    """In host memory: beside a trainer on the CPU it is the trainer's, beside one on a GPU it is not."""
+    shape = Shape.of(AutoModelForCausalLM.from_pretrained(BOOKLM))
+    kept, none = settings(cache_gib=0.5), settings(cache_gib=0)
+    assert shape.cache_bytes(kept) == 2**29 and shape.cache_bytes(none) == 0
+    assert shape.training_bytes(kept) - shape.training_bytes(none) == 2**29
+    version = 3 * 4 * 4 * shape.adapted_features
+    assert 32 * version < shape.cache_bytes(settings()) < 33 * version + 2**22
+    on_gpu = [settings(trainer=TrainerSection(device="cuda"), cache_gib=gib) for gib in (0.5, 0)]
+    assert shape.training_bytes(on_gpu[0]) == shape.training_bytes(on_gpu[1])
+    need = client.training_need(create(additional_config={}), kept)
+    assert need.cache_bytes == 2**29 and need.sizes.startswith("adaptation.cache_gib = 0.5, ")
 
 
 def test_free_memory_is_the_drivers(monkeypatch: pytest.MonkeyPatch):

@@ -26,6 +26,42 @@ def test_no_position_is_computed_by_a_version_that_saw_its_target(b: Blocks, pos
     assert version == max(b.block_of(position) - behind, 0)
 
 
+@given(
+    st.integers(1, 300), st.integers(1, 40), st.sampled_from(["cascaded", "parallel"]), st.integers(0, 400)
+)
+def test_who_learns_from_the_prompt_only_has_the_versions_of_whole_blocks_of_it(
+    prompt: int, block_tokens: int, mode: str, position: int
+) -> None:
+    everything, read = (Blocks.of_prompt(prompt, block_tokens, mode, learn) for learn in ("all", "prompt"))  # type: ignore[arg-type]
+    last = read.last_version
+    assert last is not None
+    assert read.targets(last).stop <= prompt < read.targets(last + 1).stop
+    assert read.version_of(position) == min(everything.version_of(position), last)
+    if everything.version_of(position) <= last:
+        assert read.renews(position) == everything.renews(position)
+    else:
+        assert not read.renews(position)
+
+
+@given(
+    st.sampled_from(["reuse", "recompute"]),
+    st.integers(1, 100),
+    st.integers(0, 32),
+    st.integers(1, 64),
+    st.integers(1, 600),
+)
+def test_passes_are_those_that_a_walk_finds(
+    policy: str, context: int, keep_first: int, block_tokens: int, end: int
+) -> None:
+    window = Window(policy, context + 32 + keep_first, context, keep_first, 32)  # type: ignore[arg-type]
+    b, start, found = Blocks(0, block_tokens, "cascaded"), 0, []
+    for position in range(end):
+        if (new := window.next_start(start, position, b)) is not None:
+            start = new
+            found.append((position, new, b.version_of(position)))
+    assert [(p.position, p.start, p.version) for p in window.passes(b, end)] == found
+
+
 @given(blocks, st.integers(1, 400))
 def test_versions_change_where_blocks_begin(b: Blocks, position: int) -> None:
     if b.version_of(position) != b.version_of(position - 1):
