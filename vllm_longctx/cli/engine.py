@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_longctx import BOOKLM
+from vllm_longctx.cli.get_model import PACKAGES, cache_directory
 from vllm_longctx.cli.output import console, counting
 
 if TYPE_CHECKING:
@@ -62,7 +63,13 @@ def load_plugin() -> None:
 
 
 def model_path(model: str) -> str:
-    return BOOKLM if model == "booklm" else model
+    """Raises ValueError for the name of a model that is to be fetched first."""
+    if model not in PACKAGES or Path(model).exists():
+        return BOOKLM if model == "booklm" else model
+    path = cache_directory(model)
+    if not path.is_dir():
+        raise ValueError(f"{model} is not on this machine: type vllm-longctx get-model {model}")
+    return str(path)
 
 
 def tokenizer_of(model: str) -> "PreTrainedTokenizerBase":

@@ -4,6 +4,7 @@ import typer
 
 from vllm_longctx.cli.doctor import doctor
 from vllm_longctx.cli.generate import generate
+from vllm_longctx.cli.get_model import get_model
 from vllm_longctx.cli.passkey import passkey
 from vllm_longctx.cli.score import score
 from vllm_longctx.cli.train_focused import train_focused
@@ -15,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(doctor)
+app.command()(get_model)
 app.command()(score)
 app.command()(generate)
 app.command()(passkey)
