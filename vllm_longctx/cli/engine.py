@@ -79,6 +79,18 @@ def tokenizer_of(model: str) -> "PreTrainedTokenizerBase":
     return AutoTokenizer.from_pretrained(model_path(model), model_max_length=1 << 60)
 
 
+def trained_tokens(model: str) -> int:
+    """The length, in tokens, that a model was trained on."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    load_plugin()
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_longctx.models.properties import trained_length
+
+    args = EngineArgs(model=model_path(model), additional_config=dict(STOCK))
+    return trained_length(args.create_engine_config().model_config)
+
+
 def longctx_config(longctx: str | None, preset: str | None) -> dict[str, Any]:
     """The flags as `additional_config`, checked. Raises LongContextError."""
     from vllm_longctx.config import KEY, LongContextConfig, checked_json
@@ -199,13 +211,21 @@ class PeakBlocks:
         self.reset()
 
     def reset(self) -> None:
-        self.peak_usage = 0.0
+        self.usage = self.peak_usage = 0.0
         self.steps = 0
         self.preemptions = 0
 
     @property
     def peak(self) -> int:
-        return round(self.peak_usage * (self.num_blocks - 1))  # vLLM's usage leaves out the null block
+        return self._blocks(self.peak_usage)
+
+    @property
+    def held(self) -> int:
+        """KV blocks in use at the end of the last step."""
+        return self._blocks(self.usage)
+
+    def _blocks(self, usage: float) -> int:
+        return round(usage * (self.num_blocks - 1))  # vLLM's usage leaves out the null block
 
     def logger(self, vllm_config: Any, engine_index: int = 0) -> Any:
         from vllm.v1.metrics.loggers import StatLoggerBase
@@ -221,19 +241,20 @@ class PeakBlocks:
                     meter.preemptions += iteration_stats.num_preempted_reqs
                 if scheduler_stats is not None:
                     meter.steps += 1
-                    meter.peak_usage = max(meter.peak_usage, scheduler_stats.kv_cache_usage)
+                    meter.usage = scheduler_stats.kv_cache_usage
+                    meter.peak_usage = max(meter.peak_usage, meter.usage)
 
         return Logger()
 
 
-def parse_lengths(text: str) -> list[int]:
-    """Distinct lengths in ascending order. Raises ValueError for anything but positive numbers."""
+def parse_lengths(text: str, option: str = "--lengths", least: int = 1) -> list[int]:
+    """Distinct lengths in ascending order. Raises ValueError for anything but numbers of at least `least`."""
     try:
         sizes = sorted({int(word) for word in text.split(",")})
     except ValueError:
-        sizes = [0]
-    if sizes[0] < 1:
-        raise ValueError(f"--lengths {text}: give numbers of tokens such as 512,1024")
+        sizes = [least - 1]
+    if sizes[0] < least:
+        raise ValueError(f"{option} {text}: give numbers of tokens such as 512,1024")
     return sizes
 
 
