@@ -19,6 +19,7 @@ setup(
     packages=find_packages(include=["vllm_longctx", "vllm_longctx.*"]),
     package_data={"vllm_longctx": ["booklm/*", "py.typed"]},
     install_requires=[
+        "gguf",
         "matplotlib",
         "msgspec",
         "peft",

@@ -39,7 +39,7 @@ from focused_methods import Comparison, Methods, attention_of, task_command
 from focused_report import Report, Row, Scale, averages
 from lm_infinite import decode_speed, token_times
 from load import random_tokens
-from perplexity import buckets_by_way
+from perplexity import ALL, buckets_by_way
 from rich.console import Console
 from rich.progress import Progress
 from texts import read_directory
@@ -223,7 +223,7 @@ def perplexity(
         read = {text: ids[: longest[name]] for text, ids in tokens[model].items()}
         nll = {text: score_in(engine, meter, ids, f"{name}: {text}").nll for text, ids in read.items()}
         (buckets,) = buckets_by_way({name: nll}).values()
-        means = buckets.pop("all texts")
+        means = buckets.pop(ALL)
         by_text = [{text: of[number].nll for text, of in buckets.items()} for number in range(len(means))]
         return [{**vars(mean), "texts": texts} for mean, texts in zip(means, by_text, strict=True)]
 

@@ -111,6 +111,17 @@ def goldens() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, where `vllm-longctx get-model smollm2` has put it."""
+    from vllm_longctx.cli.get_model import cache_directory
+
+    path = cache_directory("smollm2")
+    if not path.is_dir():
+        pytest.skip(f"SmolLM2 is not on this machine ({path}); run: vllm-longctx get-model smollm2")
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama, GQA, trained length 128, whose attention is far from uniform."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -74,6 +74,30 @@ def test_score_is_flat_where_stock_vllm_falls_apart(topics: Path, tmp_path: Path
     assert f"{ours[0]:.3f}" in shown and figure.stat().st_size > 10_000
 
 
+def test_tune_shows_what_windows_and_first_tokens_cost(topics: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tune.json"
+    words = ["--n-local", "256,512", "--n-global", "0,10", "--max-tokens", "1500", "--tolerance", "0.2"]
+    with engines_in_this_process():
+        code, shown = commands.run("tune", "--text", str(topics), *words, "--json", str(out), *QUICK)
+    assert code == 0, shown
+    result = json.loads(out.read_text())
+    assert (result["tokens"], result["trained"]) == (1500, 512)
+    runs = {(r["n_global"], r["n_local"]): r for r in result["runs"]}
+    large, small = runs[10, 512], runs[10, 256]
+    block = 32 * 6 * 2 * 4 * 32 * 4  # tokens, layers, keys and values, heads, their size, bytes
+    for run in (large, small):  # one block of first tokens, and a window that may cross blocks
+        held = round(run["kv_bytes"] / block)
+        assert run["n_local"] // 32 <= held <= run["n_local"] // 32 + 2
+        assert run["kv_bytes_peak"] / block >= held + 15
+        assert run["read_per_s"] > 0 and run["written_per_s"] > 0
+    assert abs(large["nll"] - small["nll"]) < 0.2 and min(large["extra"], small["extra"]) == 0
+    (without,) = (run for (first, _), run in runs.items() if first == 0)
+    assert without["extra"] > 0.3  # the model leans on its first token
+    chosen = result["recommended"]
+    assert chosen["n_global"] == 10 and without["n_local"] == chosen["n_local"]
+    assert f'"n_local": {chosen["n_local"]}}}' in shown
+
+
 def test_generate_writes_far_past_the_trained_length(topics: Path, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text(topics.read_text()[:10_000])
     done = run("generate", "--prompt-file", str(tmp_path / "prompt.txt"), "--max-tokens", "64", "--seed", "3")

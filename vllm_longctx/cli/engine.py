@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_longctx import BOOKLM
+from vllm_longctx.cli.get_model import PACKAGES, cache_directory
 from vllm_longctx.cli.output import console, counting
 
 if TYPE_CHECKING:
@@ -67,7 +68,13 @@ def load_plugin() -> None:
 
 
 def model_path(model: str) -> str:
-    return BOOKLM if model == "booklm" else model
+    """Raises ValueError for the name of a model that is to be fetched first."""
+    if model not in PACKAGES or Path(model).exists():
+        return BOOKLM if model == "booklm" else model
+    path = cache_directory(model)
+    if not path.is_dir():
+        raise ValueError(f"{model} is not on this machine: type vllm-longctx get-model {model}")
+    return str(path)
 
 
 def tokenizer_of(model: str) -> "PreTrainedTokenizerBase":
@@ -75,6 +82,18 @@ def tokenizer_of(model: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_path(model), model_max_length=1 << 60)
+
+
+def trained_tokens(model: str) -> int:
+    """The length, in tokens, that a model was trained on."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    load_plugin()
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_longctx.models.properties import trained_length
+
+    args = EngineArgs(model=model_path(model), additional_config=dict(STOCK))
+    return trained_length(args.create_engine_config().model_config)
 
 
 def longctx_config(longctx: str | None, preset: str | None) -> dict[str, Any]:
@@ -229,14 +248,22 @@ class PeakBlocks:
         self.reset()
 
     def reset(self) -> None:
-        self.peak_usage = 0.0
+        self.usage = self.peak_usage = 0.0
         self.steps = 0
         self.preemptions = 0
         self.graph_modes: Counter[str] = Counter()
 
     @property
     def peak(self) -> int:
-        return round(self.peak_usage * (self.num_blocks - 1))  # vLLM's usage leaves out the null block
+        return self._blocks(self.peak_usage)
+
+    @property
+    def held(self) -> int:
+        """KV blocks in use at the end of the last step."""
+        return self._blocks(self.usage)
+
+    def _blocks(self, usage: float) -> int:
+        return round(usage * (self.num_blocks - 1))  # vLLM's usage leaves out the null block
 
     def logger(self, vllm_config: Any, engine_index: int = 0) -> Any:
         from vllm.v1.metrics.loggers import StatLoggerBase
@@ -252,21 +279,22 @@ class PeakBlocks:
                     meter.preemptions += iteration_stats.num_preempted_reqs
                 if scheduler_stats is not None:
                     meter.steps += 1
-                    meter.peak_usage = max(meter.peak_usage, scheduler_stats.kv_cache_usage)
+                    meter.usage = scheduler_stats.kv_cache_usage
+                    meter.peak_usage = max(meter.peak_usage, meter.usage)
                     if scheduler_stats.cudagraph_stats is not None:
                         meter.graph_modes[scheduler_stats.cudagraph_stats.runtime_mode] += 1
 
         return Logger()
 
 
-def parse_lengths(text: str) -> list[int]:
-    """Distinct lengths in ascending order. Raises ValueError for anything but positive numbers."""
+def parse_lengths(text: str, option: str = "--lengths", least: int = 1) -> list[int]:
+    """Distinct lengths in ascending order. Raises ValueError for anything but numbers of at least `least`."""
     try:
         sizes = sorted({int(word) for word in text.split(",")})
     except ValueError:
-        sizes = [0]
-    if sizes[0] < 1:
-        raise ValueError(f"--lengths {text}: give numbers of tokens such as 512,1024")
+        sizes = [least - 1]
+    if sizes[0] < least:
+        raise ValueError(f"{option} {text}: give numbers of tokens such as 512,1024")
     return sizes
 
 

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 Model = Annotated[
-    str, typer.Option(help="Model directory or name. `booklm` is the small model that ships with longctx.")
+    str,
+    typer.Option(help="Model directory or name. `booklm` ships with longctx, `get-model` fetches `smollm2`."),
 ]
 Longctx = Annotated[str | None, typer.Option(help="Configuration as JSON, see docs/configuration.md.")]
 Preset = Annotated[

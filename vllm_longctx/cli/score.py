@@ -107,6 +107,7 @@ def scoring_params(options: dict[str, Any] | None = None, max_tokens: int = 1) -
         prompt_logprobs=0,
         flat_logprobs=True,
         detokenize=False,
+        ignore_eos=True,
         temperature=0,
         extra_args=None if options is None else {"longctx": options},
     )
@@ -127,18 +128,19 @@ def score_in(
     label: str,
     each_step: Callable[[int], None] | None = None,
     options: dict[str, Any] | None = None,
+    written: int = 2,
 ) -> Score:
     """The same in an engine that runs already.
 
     each_step is told how many tokens have been read. options: of the request, `config.RequestOptions`.
+    written: tokens, at least two, so that the blocks held after the last chunk are seen, too.
     """
     from vllm.inputs import tokens_input
     from vllm.logprobs import FlatLogprobs
 
     from vllm_longctx.settings import plugin_configs
 
-    # Two tokens are generated so that the blocks held after the last chunk are seen too.
-    engine.add_request("score", tokens_input(tokens), scoring_params(options, max_tokens=2))
+    engine.add_request("score", tokens_input(tokens), scoring_params(options, max_tokens=written))
     config = plugin_configs(engine.vllm_config).get("longctx", {})
     attention = config.get("attention", {})
     chunk = engine.vllm_config.scheduler_config.max_num_batched_tokens

@@ -118,15 +118,17 @@ class TempLoraScheduler(LongContextScheduler):
         mismatch = partial(base_model.mismatch, ours=ours, vllm_config=self.vllm_config, address=address)
         trainer.wait_until_ready(mismatch)
         if trainer.probe:
-            self._check_adapter(executor, adapted)
+            self._check_adapter(executor, adapted, ours)
         self.step_stats = StepStats()  # no user's request was in these steps
         seconds = time.monotonic() - begin
         logger.info("longctx: the trainer was ready, and its model compared, after %.1f s", seconds)
 
-    def _check_adapter(self, executor: Executor, adapted: AdaptedLayers) -> None:
+    def _check_adapter(self, executor: Executor, adapted: AdaptedLayers, without: list[float]) -> None:
         """Compute the probe with an adapter of random weights, here and in the trainer.
 
         Raises LongContextError if the results differ: then the two take one of the weights in another way.
+
+        without: our log-probabilities of the probe without an adapter, in nats.
         """
         trainer, rank, theirs = self.trainer, self.temp_lora.max_rank, []
 
@@ -141,7 +143,7 @@ class TempLoraScheduler(LongContextScheduler):
 
         ours = base_model.probe_logprobs(self, executor, trainer.probe, begin)
         model = self.vllm_config.model_config
-        difference = base_model.difference_beyond_rounding(ours, theirs, model, "an adapter")
+        difference = base_model.difference_beyond_rounding(ours, theirs, model, without)
         if difference is not None:
             raise LongContextError(
                 f"longctx.adaptation: the trainer computes an adapter of {model.model} otherwise than the "

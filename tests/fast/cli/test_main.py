@@ -48,6 +48,16 @@ from vllm_longctx.seams import SEAMS
             ["passkey", "--longctx", '{"attention": {"n_local": 513}}'],
             "attention.n_local = 513, but the model",
         ),
+        (
+            ["tune", "--text", "TEXT"],
+            "tokens of TEXT are read, but the loss is compared past the trained length",
+        ),
+        (
+            ["tune", "--text", "TEXT", "--n-local", "513"],
+            "--n-local 513: the model was trained on 512 tokens",
+        ),
+        (["tune", "--text", "TEXT", "--n-local", "0"], "--n-local 0: give numbers of tokens such as 512"),
+        (["tune", "--text", "TEXT", "--n-global", "-1,4"], "--n-global -1,4: give numbers of tokens"),
         (["generate"], "error: give one of --prompt and --prompt-file"),
         (
             ["generate", "--prompt", "a", "--prompt-file", "TEXT"],
@@ -60,6 +70,8 @@ def test_a_mistake_is_one_line(words: list[str], message: str, tmp_path: Path) -
     (tmp_path / "empty.txt").write_text(" \n")
     names = {"TEXT": str(tmp_path / "text.txt"), "EMPTY": str(tmp_path / "empty.txt")}
     code, output = run(*(names.get(w, w) for w in words))
+    for name, path in names.items():
+        output = output.replace(path, name)
     assert code == 2 and message in output and "Traceback" not in output
 
 

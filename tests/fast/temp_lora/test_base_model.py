@@ -288,6 +288,18 @@ def test_how_far_apart_two_models_are(
     assert base_model.logprob_difference(ours, theirs) == pytest.approx((nats, share))
 
 
+def test_an_adapter_is_compared_by_what_it_changes(tiny_llama: Path) -> None:
+    model, without = create(tiny_llama).model_config, [-1.0, -9.0] * 10
+    ours, theirs = [-2.0, -8.0] * 10, [-2.001, -8.001] * 10  # 0.001 of 1 nat, 0.0003 of a spread of 3
+    assert base_model.difference_beyond_rounding(ours, theirs, model, without) is None
+    theirs = [-2.004, -8.004] * 10
+    assert base_model.difference_beyond_rounding(ours, theirs, model) is None
+    reason = base_model.difference_beyond_rounding(ours, theirs, model, without)
+    assert reason is not None and "differ by 0.004 nats, 0.004 of what it changes" in reason
+    ignored = base_model.difference_beyond_rounding(without, ours, model, without)
+    assert ignored is not None and "differ by 1 nats" in ignored  # an engine that leaves the adapter out
+
+
 def test_a_difference_names_the_settings_that_may_explain_it(
     tiny_llama: Path, hub: Path, tmp_path: Path
 ) -> None:

@@ -194,14 +194,14 @@ def test_the_layers_that_are_adapted_may_be_chosen(tiny_llama: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("recipe", [Recipe(rank=4, alpha=4), Recipe(rank=16, alpha=4)], ids=["4", "16"])
-def test_a_random_adapter_is_half_as_large_as_what_it_adapts(tiny_llama: Path, recipe: Recipe):
+def test_a_random_adapter_is_a_seventh_as_large_as_what_it_adapts(tiny_llama: Path, recipe: Recipe):
     """In any layer; and it is the same one every time."""
     trainer = Trainer(load(tiny_llama))
     trainer.begin(1, recipe)
     trainer.randomize(1)
     for name, (a, b) in trainer.weights(1).items():
         weight = trainer._layers[name].get_base_layer().weight
-        assert 0.3 < (b @ a).norm() / weight.norm() < 0.8, name
+        assert 0.09 < (b @ a).norm() / weight.norm() < 0.24, name
     tokens = list(range(40))
     with_it, without = trainer.logprobs(tokens, 1), trainer.logprobs(tokens)
     assert max(abs(x - y) for x, y in zip(with_it, without, strict=True)) > 0.1
