@@ -35,7 +35,7 @@ class Again(Crowd):
         return Trainer(self.timing, self.faults, remembers=self.remembers)
 
     def add_requests(self, rng: random.Random) -> None:
-        slides = active_settings(self.scheduler.vllm_config).mode.slides
+        slides = not active_settings(self.scheduler.vllm_config).temp_lora.has_passes
         texts = [[rng.randrange(VOCABULARY) for _ in range(180)] for _ in range(2)]
         self.salts = {}
         modes = [
@@ -86,7 +86,7 @@ def test_remembered_versions_change_no_text(
         reused += crowds[2].trainer.reused
         computed.append([sum(map(len, crowd.scored.values())) for crowd in crowds])
     none, few, all_ = (sum(of_crowd) for of_crowd in zip(*computed, strict=True))
-    if active_settings(configs[0]).mode.slides:  # whose KV is that of all versions
+    if not active_settings(configs[0]).temp_lora.has_passes:  # whose KV is that of all versions
         assert recalled == 0 and none == all_
     else:
         assert recalled > SEEDS and none > few > all_
