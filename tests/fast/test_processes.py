@@ -80,7 +80,8 @@ def terminate(*_: Any) -> None:
 def vllm_serves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """SIGTERM is handled as while `vllm serve` starts."""
     monkeypatch.setattr(terminate, "__module__", "vllm.entrypoints.launchers.api_server.entry")
-    of_term, of_int = signal.signal(signal.SIGTERM, terminate), signal.getsignal(signal.SIGINT)
+    of_term = signal.signal(signal.SIGTERM, terminate)
+    of_int = signal.signal(signal.SIGINT, signal.default_int_handler)  # for which asyncio puts its own
     yield
     signal.signal(signal.SIGTERM, of_term)
     signal.signal(signal.SIGINT, of_int)

@@ -178,10 +178,10 @@ def blocks_of_prompt(engine: "LLMEngine", tokens: int, block_tokens: int | None 
     from vllm_longctx.temp_lora.blocks import Blocks
 
     adaptation = plugin_configs(engine.vllm_config)["longctx"]["adaptation"]
-    if adaptation["epochs"] == 0:
+    if adaptation["epochs"] == 0 or adaptation["learn"] == "none":
         return 0, 0
     size = block_tokens or adaptation["block_tokens"]
-    blocks = Blocks.of_prompt(tokens, size, adaptation["update_mode"], adaptation["train_on_prompt"])
+    blocks = Blocks.of_prompt(tokens, size, adaptation["update_mode"], adaptation["learn"])
     return blocks.version_of(tokens - 1), (tokens + 1 - blocks.origin) // size
 
 

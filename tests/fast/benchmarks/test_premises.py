@@ -79,12 +79,13 @@ def test_all_blocks_but_a_streams_last_are_trained(
         (63, {}, (3, 4)),  # two more tokens are written
         (15, {}, (0, 1)),
         (65, {"update_mode": "parallel"}, (3, 4)),
-        (65, {"train_on_prompt": False}, (0, 0)),
+        (65, {"learn": "output"}, (0, 0)),
+        (65, {"learn": "none"}, (0, 0)),
         (65, {"epochs": 0}, (0, 0)),
     ],
 )
 def test_blocks_of_a_prompt(tokens: int, changes: dict[str, Any], blocks: tuple[int, int]) -> None:
-    adaptation = {"block_tokens": 16, "update_mode": "cascaded", "train_on_prompt": True, "epochs": 2}
+    adaptation = {"block_tokens": 16, "update_mode": "cascaded", "learn": "all", "epochs": 2}
     config = SimpleNamespace(additional_config={"longctx": {"adaptation": {**adaptation, **changes}}})
     engine: Any = SimpleNamespace(vllm_config=config)
     assert blocks_of_prompt(engine, tokens) == blocks
@@ -127,4 +128,4 @@ def test_a_token_without_a_score_is_no_mean(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(perplexity, "method_engine", lambda *args, **kwargs: Silent())
     with pytest.raises(PremiseError, match="left tokens of a without a score"):
-        perplexity.score_fresh_windows("booklm", {"a": [1, 2, 3]}, 512)
+        list(perplexity.score_fresh_windows("booklm", {"a": [1, 2, 3]}, 512))

@@ -13,10 +13,10 @@ import torch
 from gpu import checks, flash_merge, report
 from gpu.kernels import BLOCK_SIZE
 from gpu.models import GIB, TINY_GQA
-from gpu.run_all import Setting
+from gpu.run_all import CPU, Setting
 from torch import Tensor
 
-QUICK = Setting(True, 6 * GIB, cuda=False)
+QUICK = Setting(CPU, 6 * GIB)
 SMALL = replace(TINY_GQA, trained=64)
 
 
