@@ -140,6 +140,8 @@ def test_several_answers_to_one_prompt_train_once(stepped: LLM) -> None:
     params = {"temperature": 0.0, "n": 1}
     write(stepped, [Case(text, {}, params)] * 4, cold=False, tokens=4)
     assert metric(stepped, TRAINED) == trained + 6
+    (again,) = write(stepped, [Case(text, {}, params)], cold=False, tokens=4)
+    assert again.kv_transfer_params == {"longctx": {"blocks_remembered": 6}}
 
 
 def test_a_chat_learns_what_is_new_only(stepped: LLM) -> None:

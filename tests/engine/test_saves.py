@@ -79,6 +79,29 @@ def test_what_is_saved_can_be_started_from_at_once(llm: LLM, adapters: Path, tim
     assert metric(llm, SAVED) == saved + times and metric(llm, FAILED) == 0
 
 
+def test_training_goes_on_where_it_was_saved(llm: LLM, adapters: Path) -> None:
+    """Of a text that begins with what the adapter was trained on. Nothing else is remembered here."""
+    options = {"kv_policy": "recompute", "rank": 4}
+    (first,) = write(llm, 60, save_as="day-1", **options).outputs
+    text = [*PROMPT, *first.token_ids, *PROMPT[:20]]
+
+    def trained_for(text: list[int], **more: Any) -> tuple[int, RequestOutput]:
+        before = metric(llm, "vllm:longctx_blocks_trained")
+        asked = params(40, **options, **more)
+        (output,) = llm.generate([{"prompt_token_ids": text}], asked, use_tqdm=False)
+        return int(metric(llm, "vllm:longctx_blocks_trained") - before), output
+
+    (anew, cold), (more, went_on) = trained_for(text), trained_for(text, start_from="day-1")
+    assert (anew, more) == (4, 1)
+    assert went_on.outputs[0].token_ids == cold.outputs[0].token_ids
+    assert went_on.kv_transfer_params == {"longctx": {"blocks_remembered": 3}}
+    for other, asked in ((text[1:], {}), (text, {"adapter_seed": 1}), (text, {"learning_rate": 2e-3})):
+        blocks, output = trained_for(other, start_from="day-1", **asked)
+        assert blocks == 4 and output.kv_transfer_params is None
+    assert trained_for(text, start_from="day-1", save_as="day-2", epochs=0)[0] == 0
+    assert trained_for(text, start_from="day-2")[0] == 4
+
+
 def test_one_name_for_many_is_the_last_ones(llm: LLM, adapters: Path) -> None:
     write(llm, 5, save_as="shared")
     prompts = [{"prompt_token_ids": PROMPT}] * 4

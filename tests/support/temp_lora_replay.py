@@ -148,10 +148,13 @@ def replay(
 class Learner:
     """Trains the blocks of `text`, which grows under its eyes, one after another."""
 
+    last = 1 << 30  # version
+
     def __init__(self, model_dir: str | Path, options: Options, text: list[int]):
         self.options, self.text = options, text
         self.origin = 0 if options.train_on_prompt else len(text) - 1
-        self.last = (len(text) - 1) // options.block_tokens if options.learn == "prompt" else 1 << 30
+        if options.learn == "prompt":
+            self.last = (len(text) - 1) // options.block_tokens
         self.model = with_adapter(model_dir, options)
         self.weights = adapter_parameters(self.model)
         self.optimizer = torch.optim.AdamW(

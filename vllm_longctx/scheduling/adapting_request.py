@@ -136,8 +136,10 @@ class AdaptingRequest:
     versions: The versions of its adapter.
     chain: The addresses of its versions, from h(0) on, as far as they are known. Empty where its versions are
         not what their text alone makes of them.
+    began_with: Names the weights of the saved adapter with which its training began. Empty for a new one.
     recalls: Passes with which it may begin, the last of the text first, while the trainer is asked for their
         versions.
+    blocks_remembered: Blocks that were not trained for it.
     current_pass: The pass in which it is computed.
     pass_versions: With which each of its passes began, the current one and those before.
     frontier: The first position that was never computed.
@@ -160,7 +162,9 @@ class AdaptingRequest:
     loaded: bool = field(init=False)
     versions: Versions = field(default_factory=Versions)
     chain: list[bytes] = field(default_factory=list)
+    began_with: bytes = b""
     recalls: list[PassStart] = field(default_factory=list)
+    blocks_remembered: int = 0
     current_pass: CurrentPass = field(default_factory=CurrentPass)
     pass_versions: list[int] = field(default_factory=lambda: [0])
     frontier: int = 0

@@ -55,7 +55,8 @@ class PendingSaves:
             logger.error("%s (request %s)", text, adapting.request_id)
             # Some routes do not show stop_reason, and no route acts on these kv_transfer_params.
             output.stop_reason = text
-            output.kv_transfer_params = {KEY: {"save_error": text}}
+            said = output.kv_transfer_params or {}
+            output.kv_transfer_params = said | {KEY: {**said.get(KEY, {}), "save_error": text}}
         del self.waiting[adapting.request_id]
         self.answers.append((adapting.request.client_index, output))
 

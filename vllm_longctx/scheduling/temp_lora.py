@@ -94,8 +94,7 @@ class TempLoraScheduler(LongContextScheduler):
             trainer = trainer_client(self.vllm_config, self.temp_lora, shared)
             trainer.start()
         bos = self.vllm_config.model_config.hf_text_config.bos_token_id
-        remembers = self.temp_lora.cache_gib != 0
-        model = base_model.identity(self.vllm_config) if remembers else None
+        model = base_model.identity(self.vllm_config)
         self.jobs = TrainerJobs(trainer, self.temp_lora, bos, model, self)
         check_trainer_at_engine_start()
 
@@ -225,10 +224,15 @@ class TempLoraScheduler(LongContextScheduler):
                 request.prefill_stats.set(request.num_prompt_tokens, first, 0)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """Free it. Returns what its last output says of transfers. What it says of KV has a part of ours."""
         adapting = self.adapting.pop(request.request_id, None)
         if adapting is not None:
             self._end_adapting(adapting)
-        return super()._free_request(request, *args, **kwargs)
+        kv_transfer_params, others = super()._free_request(request, *args, **kwargs)
+        if adapting is not None and adapting.blocks_remembered:
+            ours = {KEY: {"blocks_remembered": adapting.blocks_remembered}}
+            kv_transfer_params = (kv_transfer_params or {}) | ours
+        return kv_transfer_params, others
 
     def _end_adapting(self, adapting: AdaptingRequest) -> None:
         """Free what a request has that ends. It keeps its slot if its adapter is to be saved."""

@@ -48,7 +48,7 @@ class TrainerJobs:
     trainer: The engine's end of the trainer process.
     settings: The server's settings.
     bos: The model's token that begins a text; None if it has none.
-    model: Names the model's weights, see `base_model.identity`. None where versions are not remembered.
+    model: Names the model's weights, see `base_model.identity`.
     events: Called back when a request begins with a later pass, fails, or its save ends.
 
     by_owner: By owner, each request until its adapter is dropped.
@@ -61,7 +61,7 @@ class TrainerJobs:
         trainer: TrainerClient,
         settings: Adaptation,
         bos: int | None,
-        model: bytes | None,
+        model: bytes,
         events: JobEvents,
     ):
         self.trainer, self.settings, self.bos, self.model, self.events = trainer, settings, bos, model, events
@@ -78,27 +78,62 @@ class TrainerJobs:
             self._skip_block(adapting, self.lost)
             return
         recipe = recipe_of(adapting.settings)
-        self.trainer.send(messages.Begin(adapting.owner, adapting.slot, recipe, adapting.start_from))
+        goes_on = None if adapting.loaded else self._saved_version(adapting)
+        self.trainer.send(messages.Begin(adapting.owner, adapting.slot, recipe, adapting.start_from, goes_on))
         if adapting.loaded:
             self._begin_chain(adapting)
 
-    def _begin_chain(self, adapting: AdaptingRequest, content: bytes = b"") -> None:
-        """Name its untrained version, and ask for a later one if that may be remembered.
+    def _saved_version(self, adapting: AdaptingRequest) -> tuple[int, bytes] | None:
+        """The version of the request's own text that the saved adapter is, and its address. None if none."""
+        assert adapting.start_from is not None
+        saved = messages.chain_of(messages.adapter_path(self.settings.adapters_root, adapting.start_from))
+        if saved is None:
+            return None
+        self._name_prompt(adapting, bytes.fromhex(saved.began_with))
+        named = dict(enumerate(adapting.chain)).get(saved.version, b"")
+        return (saved.version, named) if saved.version and named.hex() == saved.address else None
 
-        content: See `messages.Began`.
-        """
+    def _name_prompt(self, adapting: AdaptingRequest, began_with: bytes, all_versions: bool = True) -> None:
+        """Name the versions of its prompt, if they have names. all_versions: Else the untrained one only."""
         request, settings, recipe = adapting.request, adapting.settings, recipe_of(adapting.settings)
-        has_tokens = request.prompt_embeds is None
-        if self.model is None or not settings.epochs or not has_tokens:
+        if not settings.epochs or request.prompt_embeds is not None:  # whose tokens are not known
             return
-        adapting.chain = [address.untrained(self.model, settings, recipe, request.cache_salt, content)]
-        if not self.remembered or adapting.frontier:
-            return
-        while (tokens := self._example(adapting, len(adapting.chain))) is not None:
+        adapting.began_with = began_with
+        adapting.chain = [address.untrained(self.model, settings, recipe, request.cache_salt, began_with)]
+        while all_versions and (tokens := self._example(adapting, len(adapting.chain))) is not None:
             self._name(adapting, len(adapting.chain), tokens)
-        assert request.sampling_params is not None
-        if not request.sampling_params.skip_reading_prefix_cache:  # else its whole prompt is scored
+
+    def _begin_chain(self, adapting: AdaptingRequest, began_with: bytes = b"") -> None:
+        """Name its versions, and ask for a later one if that may be remembered."""
+        may_recall = bool(self.remembered) and not adapting.frontier
+        self._name_prompt(adapting, began_with, all_versions=may_recall)
+        if may_recall and adapting.chain and not self._is_scored(adapting):
             self._recall(adapting)
+
+    def _go_on(self, adapting: AdaptingRequest, version: int) -> None:
+        """Begin with a version of its own text, which was saved.
+
+        With a pass from there on, where there are passes; else all is computed with this version.
+        """
+        blocks, window, end = adapting.blocks, adapting.window, adapting.request.num_tokens - 1
+        position = min(blocks.first_position_of(version), end) if adapting.trains else end
+        begun = PassStart(position, window.start_at(position), version)
+        if window.policy == "keep" or self._is_scored(adapting):
+            begun = PassStart(0, 0, version)
+        self._begin_with(adapting, begun)
+
+    def _begin_with(self, adapting: AdaptingRequest, begun: PassStart) -> None:
+        self._count_remembered(adapting, begun.version)
+        self.events.begin_with(adapting, begun)
+
+    def _count_remembered(self, adapting: AdaptingRequest, blocks: int) -> None:
+        adapting.blocks_remembered += blocks
+        self.events.step_stats.blocks_remembered += blocks
+
+    def _is_scored(self, adapting: AdaptingRequest) -> bool:
+        """Whether its whole prompt must be computed."""
+        params = adapting.request.sampling_params
+        return params is not None and bool(params.skip_reading_prefix_cache)
 
     def _recall(self, adapting: AdaptingRequest) -> None:
         """Ask for the version of a later pass, if one may be remembered.
@@ -163,7 +198,11 @@ class TrainerJobs:
         versions.approve()
         if not self._train_block(adapting):
             save.sent = True
-            self.trainer.send(messages.Save(adapting.owner, adapting.save_as, adapting.request.num_tokens))
+            version, chain = versions.trained_weights.version, None
+            if 0 < version < len(adapting.chain):
+                chain = messages.Chain(version, adapting.chain[version].hex(), adapting.began_with.hex())
+            position = adapting.request.num_tokens
+            self.trainer.send(messages.Save(adapting.owner, adapting.save_as, position, chain))
 
     def drop(self, adapting: AdaptingRequest) -> None:
         """Have its adapter forgotten. No report reaches the request any more."""
@@ -212,16 +251,18 @@ class TrainerJobs:
             case messages.Began():
                 if not adapting.loaded:  # else a restarted trainer has begun: the weights in use stay
                     adapting.loaded = True
-                    versions.load(Weights(version=0, bank=0))
-                    self._begin_chain(adapting, report.content)
+                    if report.version:
+                        self._go_on(adapting, report.version)
+                    else:
+                        versions.load(Weights(version=0, bank=0))
+                        self._begin_chain(adapting, report.content)
                 self.train_next(adapting)
             case messages.Recalled() | messages.Failed() if adapting.recalls:
                 version = report.version if isinstance(report, messages.Recalled) else 0
                 begun = next((p for p in adapting.recalls if p.version == version), None)
                 adapting.recalls = []
                 if begun is not None:
-                    stats.blocks_remembered += version
-                    self.events.begin_with(adapting, begun)
+                    self._begin_with(adapting, begun)
                 self.train_next(adapting)
             case messages.Trained() if report.version == versions.sent:
                 if report.losses:
@@ -229,7 +270,7 @@ class TrainerJobs:
                     stats.train_seconds.append(report.seconds)
                     stats.losses.append((report.losses[0], report.losses[-1]))
                 else:
-                    stats.blocks_remembered += 1
+                    self._count_remembered(adapting, 1)
                 versions.add(Weights(report.version, report.bank))
                 self.train_next(adapting)
             case messages.Failed() if report.version == versions.sent:

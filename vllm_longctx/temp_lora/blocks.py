@@ -52,6 +52,10 @@ class Blocks:
         version = max(self.block_of(position) - self._behind, 0)
         return version if self.last_version is None else min(version, self.last_version)
 
+    def first_position_of(self, version: int) -> int:
+        """The first position that this version computes; the version is one of `version_of`, and not 0."""
+        return self.origin + (version + self._behind - 1) * self.block_tokens
+
     @property
     def _behind(self) -> int:
         """Blocks between a block and the version that computes it."""
@@ -119,8 +123,10 @@ class Window:
         """
         full = self.live_tokens(start, position) >= self.window_tokens
         renews = self.policy == "recompute" and blocks.renews(position)
-        if self.policy == "keep" or not (full or renews):
-            return None
+        return None if self.policy == "keep" or not (full or renews) else self.start_at(position)
+
+    def start_at(self, position: int) -> int:
+        """Start of the window of a pass that begins at `position`."""
         return max(position - self.context_tokens, 0) // self.kv_block * self.kv_block
 
     def passes(self, blocks: Blocks, end: int) -> Iterator[PassStart]:

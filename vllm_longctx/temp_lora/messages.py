@@ -6,6 +6,7 @@ A job is a message to the trainer, a report one to the engine. Every Probe, Begi
 Save is answered once, in the order sent: by Probed, Began, Recalled, Trained, Saved, Failed or SaveFailed.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +15,8 @@ import msgspec
 from pydantic import BaseModel
 
 from vllm_longctx.config import ADAPTER_NAME
+
+ABOUT_NAME = "longctx.json"  # beside peft's files in a saved adapter
 
 
 class Recipe(msgspec.Struct, frozen=True):
@@ -48,6 +51,22 @@ class Recipe(msgspec.Struct, frozen=True):
         """
         warmed_up = min(1.0, (block - 1) / self.warmup_blocks) if self.warmup_blocks else 1.0
         return self.learning_rate * warmed_up
+
+
+class Chain(msgspec.Struct, frozen=True):
+    """What a saved adapter is, beside its weights.
+
+    version: The number of blocks that it was trained on.
+    address: Of that version, hexadecimal.
+    began_with: Names the weights of the saved adapter that its training began with, hexadecimal. Empty for a
+        new one.
+    digest: Of the weights and all that their training goes on from, hexadecimal.
+    """
+
+    version: int
+    address: str
+    began_with: str = ""
+    digest: str = ""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,13 +198,16 @@ class Probe(Message, frozen=True):
 class Begin(Message, frozen=True):
     """Make an adapter. Answer: Began or Failed.
 
-    start_from: Name of a saved adapter to load. Its weights are then in bank 0 as version 0.
+    start_from: Name of a saved adapter to load. Its weights are then in bank 0.
+    goes_on: The version with its address if that saved adapter's training is to go on. If it is another one
+        now, it is version 0.
     """
 
     owner: int
     slot: int
     recipe: Recipe
     start_from: str | None = None
+    goes_on: tuple[int, bytes] | None = None
 
 
 class Recall(Message, frozen=True):
@@ -240,11 +262,13 @@ class Save(Message, frozen=True):
     """Write the newest weights to adapters_root/name. Answer: Saved or SaveFailed.
 
     position: Length of the text so far, in tokens.
+    chain: Where its training can go on; None if it cannot.
     """
 
     owner: int
     name: str
     position: int
+    chain: "Chain | None" = None
 
 
 class Drop(Message, frozen=True):
@@ -286,10 +310,12 @@ class Began(Message, frozen=True):
     """The adapter is made.
 
     content: Names the weights of the saved adapter that it was made from. Empty for any other.
+    version: Which it is. Not 0 if the training of a saved adapter goes on.
     """
 
     owner: int
     content: bytes = b""
+    version: int = 0
 
 
 class Recalled(Message, frozen=True):
@@ -396,6 +422,15 @@ decode_report = msgspec.msgpack.Decoder(Report).decode
 def not_saved(name: str, reason: str) -> str:
     """Stop reason of a request whose adapter could not be saved."""
     return f"longctx: adapter {name!r} was not saved: {reason}"
+
+
+def chain_of(directory: Path) -> Chain | None:
+    """None where the training of a saved adapter cannot go on, or that is not known."""
+    try:
+        about = json.loads((directory / ABOUT_NAME).read_text())
+        return msgspec.convert(about["chain"], Chain)
+    except (OSError, ValueError, KeyError, TypeError, msgspec.ValidationError):
+        return None
 
 
 def adapter_path(adapters_root: str | None, name: str) -> Path:

@@ -130,7 +130,7 @@ class Sidecar:
                     trainer.drop(job.owner)
                 self._send(m.Probed(job.owner, logprobs))
             case m.Begin() | m.Resume():
-                slots, rank, content = self._open_slots(), job.recipe.rank, b""
+                slots, rank, content, version = self._open_slots(), job.recipe.rank, b"", 0
                 if rank > slots.max_rank:
                     raise ValueError(f"rank {rank} is more than the server's slots hold ({slots.max_rank})")
                 trainer.begin(job.owner, job.recipe)
@@ -139,19 +139,22 @@ class Sidecar:
                         with slots.read(job.slot, job.bank, job.owner, job.version) as weights:
                             trainer.load(job.owner, weights)
                     elif job.start_from is not None:
-                        trainer.load_directory(job.owner, m.adapter_path(self._adapters_root, job.start_from))
+                        path = m.adapter_path(self._adapters_root, job.start_from)
+                        number, address = job.goes_on or (0, None)
+                        version = number * trainer.load_directory(job.owner, path, address)
                         content = trainer.content(job.owner)
-                        slots.write(job.slot, 0, job.owner, 0, trainer.weights(job.owner))
+                        slots.write(job.slot, 0, job.owner, version, trainer.weights(job.owner))
                 except BaseException:
                     trainer.drop(job.owner)
                     raise
-                self._send(m.Began(job.owner, content))
+                self._send(m.Began(job.owner, content, version))
             case m.Recall():
                 self._recall(job, self._open_slots())
             case m.Train():
                 self._train(job, self._open_slots())
             case m.Save():
-                trainer.save(job.owner, m.adapter_path(self._adapters_root, job.name), job.position)
+                path = m.adapter_path(self._adapters_root, job.name)
+                trainer.save(job.owner, path, job.position, job.chain)
                 self._send(m.Saved(job.owner, job.name))
             case m.Drop():
                 trainer.drop(job.owner)
@@ -185,7 +188,7 @@ class Sidecar:
         self._send(m.Trained(job.owner, job.slot, job.bank, job.version, losses, seconds))
         if remembered is not None:
             self._cache.use(job.uses)
-        elif job.address is not None:
+        elif job.address is not None and self._cache.limit:
             self._keep(job, job.address)
         time.sleep(seconds * (1 / self._duty_cycle - 1))
 

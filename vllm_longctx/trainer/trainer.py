@@ -6,7 +6,7 @@ Only torch and peft are used here. `sidecar` gets the tokens and hands on the we
 
 import inspect
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -26,11 +27,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vllm_longctx.files import whole_directory
 from vllm_longctx.temp_lora.linear_layers import linear_layers, target_modules
-from vllm_longctx.temp_lora.messages import Recipe
+from vllm_longctx.temp_lora.messages import ABOUT_NAME, Chain, Recipe, chain_of
 from vllm_longctx.temp_lora.slots import Weights
 
-ABOUT_NAME = "longctx.json"  # beside peft's files in a saved adapter
 RANDOM_SHARE = 0.15  # size of a random adapter's outputs beside its layers'
+STATE_NAME = "longctx_state.safetensors"  # beside peft's files in a saved adapter
 SAVING_PREFIX = ".saving-"  # no adapter's name begins with a dot
 
 
@@ -71,8 +72,19 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        moments = (tensor for state in self.optimizer for tensor in state.values())
-        return sum(tensor.nbytes for tensor in (*self.weights, *moments, self.rng))
+        return sum(tensor.nbytes for tensor in (*self.weights, *self.moments.values()))
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """All but the weights, by name."""
+        numbered = enumerate(self.optimizer)
+        moments = {f"{n}.{name}": state[name] for n, state in numbered for name in sorted(state)}
+        return moments | {"rng": self.rng}
+
+    @property
+    def digest(self) -> str:
+        """Names what it holds, hexadecimal."""
+        return _digest((*self.weights, *self.moments.values())).hex()
 
 
 class Trainer:
@@ -309,16 +321,13 @@ class Trainer:
 
     def content(self, owner: int) -> bytes:
         """Names an adapter's weights: equal ones have the same."""
-        found = blake2b(digest_size=32)
-        for pair in self._adapter(owner).pairs.values():
-            for parameter in pair:
-                found.update(parameter.detach().cpu().numpy().tobytes())
-        return found.digest()
+        return _digest(p for pair in self._adapter(owner).pairs.values() for p in pair)
 
-    def load_directory(self, owner: int, directory: Path) -> None:
+    def load_directory(self, owner: int, directory: Path, goes_on: bytes | None = None) -> bool:
         """Replace an adapter's weights by those of a PEFT directory.
 
-        It must have plain LoRA of all linear layers, of the recipe's rank.
+        It must have plain LoRA of all linear layers, of the recipe's rank. Returns whether it is the version
+        with the address `goes_on` and its training goes on. Else that begins anew.
 
         All files are read from one directory, though another trainer may replace the directory in between.
         Raises ValueError where the adapter does not fit.
@@ -327,12 +336,34 @@ class Trainer:
             opened = _identity(directory)
             try:
                 self._load_directory(owner, directory)
+                state = None if goes_on is None else self._saved_state(directory, goes_on)
             except Exception:
                 if _identity(directory) == opened:
                     raise
             else:
                 if _identity(directory) == opened:
-                    return
+                    if state is not None:
+                        self.restore(owner, state)
+                    return state is not None
+
+    def _saved_state(self, directory: Path, address: bytes) -> State | None:
+        """None if it is another version, or its files are not what was saved."""
+        chain = chain_of(directory)
+        if chain is None or chain.address != address.hex():
+            return None
+        try:
+            weights = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
+            pairs = [weights[_saved_key(name, matrix)] for name in self.modules for matrix in "AB"]
+            moments = load_file(directory / STATE_NAME)
+            optimizer: list[dict[str, Tensor]] = [{} for _ in pairs]
+            rng = moments.pop("rng")
+            for key, tensor in moments.items():
+                number, _, name = key.partition(".")
+                optimizer[int(number)][name] = tensor
+        except (OSError, SafetensorError, KeyError, ValueError, IndexError):
+            return None
+        state = State(pairs, optimizer, rng)
+        return state if state.digest == chain.digest else None
 
     def _load_directory(self, owner: int, directory: Path) -> None:
         adapter = f"adapter {directory.name!r}"
@@ -358,13 +389,14 @@ class Trainer:
         except ValueError as e:
             raise ValueError(f"{adapter}: {e}") from None
 
-    def save(self, owner: int, directory: Path, position: int) -> None:
+    def save(self, owner: int, directory: Path, position: int, chain: Chain | None = None) -> None:
         """Write a PEFT directory, complete or not at all. It is on disk when this returns.
 
         Replaces a directory that `save` wrote. Raises ValueError if there is any other one, OSError if it
         cannot be written.
 
         position: Length of the text so far, in tokens; for information.
+        chain: Its digest is added. None where the training is not to go on.
         """
         adapter = self._adapter(owner)
         if directory.exists() and not (directory / ABOUT_NAME).is_file():
@@ -377,6 +409,10 @@ class Trainer:
             self._model.peft_config[adapter.name].save_pretrained(str(new))
             save_file(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             about = {"position": position, "model": self._about_model(), "recipe": asdict(adapter.recipe)}
+            if chain is not None:
+                state = self.state(owner)
+                save_file(state.moments, new / STATE_NAME)
+                about["chain"] = asdict(replace(chain, digest=state.digest))
             (new / ABOUT_NAME).write_text(json.dumps(about, indent=2) + "\n")
 
     def drop(self, owner: int) -> None:
@@ -435,6 +471,13 @@ def _identity(directory: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return stat.st_dev, stat.st_ino
+
+
+def _digest(tensors: Iterable[Tensor]) -> bytes:
+    found = blake2b(digest_size=32)
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().numpy().tobytes())
+    return found.digest()
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

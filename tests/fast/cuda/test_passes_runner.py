@@ -73,6 +73,12 @@ class Trainer:
         if isinstance(job, messages.Train):
             self.slots.write(job.slot, job.bank, job.owner, job.version, self.weights(job.version))
             self.reports.append(messages.Trained(job.owner, job.slot, job.bank, job.version, [1.0, 1.0], 0.1))
+            if job.address is not None:
+                self.reports.append(messages.Kept(job.address, []))
+        elif isinstance(job, messages.Recall):
+            version = job.versions[0][0]
+            self.slots.write(job.slot, job.bank, job.owner, version, self.weights(version))
+            self.reports.append(messages.Recalled(job.owner, version))
         elif isinstance(job, messages.Save):
             self.reports.append(messages.Saved(job.owner, job.name))
 
@@ -252,6 +258,25 @@ def test_passes_beside_a_request_that_does_not_adapt(
     expected_plain = plain_logprobs(engine, list(engine.requests["plain"].all_token_ids))
     assert [*engine.prompt_logprobs("plain").tolist(), *engine.logprobs("plain")] == pytest.approx(
         expected_plain, abs=1e-4
+    )
+    assert engine.is_empty()
+
+
+@pytest.mark.parametrize("engine", [(0, {}), (1, RECOMPUTE)], indirect=True)
+def test_a_request_may_begin_with_a_later_pass(engine: PassesEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a text that was read before, as one that comes to that pass itself."""
+    prompt = text(100)
+    for name in ("first", "again"):
+        engine.passes.clear()
+        # The penalty has vLLM forget which tokens the last request in this place has written.
+        engine.add(name, prompt, True, max_tokens=10, prompt_logprobs=None, presence_penalty=1e-6)
+        engine.run()
+        expected = replayed(engine, name, monkeypatch)
+        assert list(engine.requests[name].output_token_ids) == expected.tokens
+        assert engine.logprobs(name) == pytest.approx(expected.logprobs, abs=1e-4)
+    begun = [(frontier, p.start) for frontier, p in engine.passes]
+    assert begun == expected.passes[-len(begun) :] and begun[0][0] == max(
+        frontier for frontier, _ in expected.passes if frontier < len(prompt)
     )
     assert engine.is_empty()
 

@@ -178,7 +178,8 @@ def test_a_saved_adapter_is_another_requests_start(client: TrainerClient, adapte
     client.send(m.Save(1, "mine", 41))
     assert hear(client, m.Saved, m.SaveFailed)[-1] == m.Saved(1, "mine")
     assert json.loads((adapters / "mine" / "longctx.json").read_text())["position"] == 41
-    assert ask(client, m.Begin(2, 1, RECIPE, start_from="mine")) == m.Began(2)
+    began = ask(client, m.Begin(2, 1, RECIPE, start_from="mine"))
+    assert began == m.Began(2, began.content, version=0) and began.content
     assert_equal(read(client, 1, 0, 2, 0), read(client, 0, 1, 1, 1))
     client.send(m.Save(9, "none", 1))
     assert hear(client, m.SaveFailed)[-1] == m.SaveFailed(9, "none", "ValueError: owner 9 has no adapter")

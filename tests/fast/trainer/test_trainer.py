@@ -3,6 +3,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import peft
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support import families
 from vllm_longctx import files
-from vllm_longctx.temp_lora.messages import Recipe
+from vllm_longctx.temp_lora.messages import Chain, Recipe
 from vllm_longctx.trainer.trainer import NotFinite, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -368,6 +369,48 @@ def test_a_saved_adapter_is_a_start(trainer: Trainer, saved: Path):
     assert_close = torch.testing.assert_close
     for name, pair in trainer.weights(1).items():
         assert_close(trainer.weights(3)[name], pair, rtol=1e-6, atol=0)
+
+
+def damage(directory: Path, file: str, at: int) -> None:
+    """Another bit."""
+    content = bytearray((directory / file).read_bytes())
+    content[at] ^= 1
+    (directory / file).write_bytes(bytes(content))
+
+
+def test_training_goes_on_from_a_saved_adapter(trainer: Trainer, tmp_path: Path):
+    """Bit by bit; but not from one that is another version, or that is not what was saved."""
+    recipe, saved, address = Recipe(**{**FAST, "alpha": 10, "dropout": 0.2}), tmp_path / "a", b"address"
+    examples = blocks(1, 3)
+    trainer.begin(1, recipe)
+    trainer.train(1, 1, examples[0], 16)
+    trainer.save(1, saved, 41, Chain(1, address.hex()))
+    trainer.train(1, 2, examples[1], 16)
+    trainer.begin(2, recipe)
+    assert trainer.load_directory(2, saved, address)
+    trainer.train(2, 2, examples[1], 16)
+    assert equal(trainer.weights(1), trainer.weights(2))
+    state, weights = "longctx_state.safetensors", "adapter_model.safetensors"
+    for owner, harm in enumerate(
+        [
+            lambda copy: None,
+            lambda copy: damage(copy, state, -1),
+            lambda copy: damage(copy, state, 20),
+            lambda copy: damage(copy, weights, -2),
+            lambda copy: os.truncate(copy / state, 1000),
+            lambda copy: (copy / state).unlink(),
+            lambda copy: damage(
+                copy, "longctx.json", (copy / "longctx.json").read_bytes().index(b"digest") + 10
+            ),
+        ],
+        3,
+    ):
+        shutil.copytree(saved, copy := tmp_path / f"{owner}")
+        harm(copy)
+        trainer.begin(owner, recipe)
+        assert not trainer.load_directory(owner, copy, address if owner > 3 else b"another")
+        trainer.train(owner, 2, examples[1], 16)
+        assert not equal(trainer.weights(1), trainer.weights(owner))
 
 
 def test_saving_again_replaces_but_only_what_was_saved_here(trainer: Trainer, saved: Path):
