@@ -178,8 +178,8 @@ class Trainer:
     ) -> tuple[dict[str, tuple[nn.Parameter, nn.Parameter]], Tensor]:
         """The weights of a new adapter, and the state of the random numbers behind theirs.
 
-        peft draws them on the CPU, by one thread. On a GPU, where all other requests wait for it, the last ones
-        drawn are kept in host memory.
+        peft draws them on the CPU, by one thread. On a GPU, where others wait for it, the last ones drawn are
+        kept in host memory.
         """
         key = recipe.rank, recipe.adapter_seed
         initial = self._initial if self._initial is not None and self._initial.key == key else None
@@ -194,8 +194,8 @@ class Trainer:
                 for linear in (a, b):
                     linear.to_empty(device=self._device)
                 with torch.no_grad():
-                    a.weight.copy_(initial.weights[module])
-                    b.weight.zero_()
+                    a.get_parameter("weight").copy_(initial.weights[module])
+                    b.get_parameter("weight").zero_()
             pairs[module] = a.get_parameter("weight"), b.get_parameter("weight")
         if self._keeps_initial and initial is None:
             weights = {module: a.detach().cpu().clone() for module, (a, _) in pairs.items()}
