@@ -15,12 +15,13 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
+from gpu import costs
 from gpu.models import BLOCK_SIZE, GIB, GQA_8B, LLAMA_2_7B, N_GLOBAL, TINY, TINY_GQA, Shape
 from gpu.report import CPU, QUICK, SMOKE
 from torch import Tensor
@@ -154,7 +155,8 @@ def decode(record: "Record", plan: Plan, setting: "Setting") -> None:
         starts, lens = (integers([n] * batch) for n in (length - window, length))
         call = stepped_decode(pool, query, starts, lens, window, shape)
         ours["stepped_ms"] = milliseconds([partial(call, table) for table in tables])
-        record.add(**row, **ours, **flashes)
+        cost = costs.decode(shape, batch, window, int(ours["splits"]))
+        record.add(**row, **ours, **flashes, **asdict(cost))
 
 
 def lambda_decode_time(
@@ -212,7 +214,8 @@ def prefill(record: "Record", plan: Plan, setting: "Setting") -> None:
         tables = pool.tables(length, 1, 2)
         query = randn(queries, shape.heads, shape.head_size)
         flashes = flash_times(pool, query, [0, queries], length, queries, tables, shape)
-        record.add(**row, longctx_ms=lambda_prefill_time(pool, query, length, tables, shape), **flashes)
+        ours = lambda_prefill_time(pool, query, length, tables, shape)
+        record.add(**row, longctx_ms=ours, **flashes, **asdict(costs.prefill(shape, length, queries)))
 
 
 def lambda_prefill_time(
@@ -256,7 +259,8 @@ def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
                 way: milliseconds([partial(call, t, share) for t in tables]) for way, share in ways.items()
             }
             flashes = flash_times(pool, query[0], [0, 1], length, min(length, shape.window), tables, shape)
-            record.add(**row, k=K, share=SHARE, **ours, **flashes)
+            cost = costs.lookup(shape, length, K, None)
+            record.add(**row, k=K, share=SHARE, **ours, **flashes, **asdict(cost))
 
 
 def summaries_of(pool: "Pool") -> "Summaries":

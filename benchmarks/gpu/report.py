@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpu.costs import Cost
 from gpu.models import GIB
 
 # Sizes of a run. Targets are judged by whole ones. CPU: tiny shapes, and no GPU.
@@ -247,8 +248,8 @@ def rows_table(rows: list[Row]) -> str:
 
 
 def readable(row: Row, copy: float | None) -> Row:
-    """Memory in GiB; of a kernel's decode the share of the copy bandwidth; how much faster the other way
-    is.
+    """Memory in GiB; of a kernel the time that it could take at best; of a decode the share of the copy
+    bandwidth, and the share that it could reach; how much faster the other way is.
     """
     memory = ("kv_bytes", "used_bytes")
     result = {
@@ -256,6 +257,11 @@ def readable(row: Row, copy: float | None) -> Row:
     }
     if copy and "splits" in row:
         result["of_copy"] = bandwidth_share(row, copy)
+    if copy and "operations" in row:
+        best = Cost(result.pop("moved_bytes"), result.pop("operations")).seconds(copy)
+        result["possible_ms"] = 1000 * best
+        if "splits" in row:
+            result["of_copy_possible"] = row["bytes"] / best / copy
     if "flash_merge_ms" in row:
         result["FlashAttention + LSE merge, × our kernel"] = row["longctx_ms"] / row["flash_merge_ms"]
     return result

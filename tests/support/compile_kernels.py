@@ -1,8 +1,11 @@
-"""Compiles the Triton kernels for an H100 on a machine without a GPU, down to machine code; prints what each
-one takes.
+"""Compiles the Triton kernels on a machine without a GPU, down to machine code; prints what each one takes.
 
-    python tests/support/compile_kernels.py [case ...]       every case by default; exits with 1 where one
-    does not compile
+    python tests/support/compile_kernels.py [case ...]       for an H100; every case by default
+    python tests/support/compile_kernels.py --all [case ...] for every card of CARDS, by default every kernel
+    python tests/support/compile_kernels.py --write          for every card, and writes kernel_resources.json
+
+It exits with 1 where one does not compile, takes more shared memory than a card has, or other registers,
+local and shared memory than kernel_resources.json says.
 
 The interpreter runs kernels as numpy and accepts what the compiler refuses (types that do not agree, shapes
 that are no power of two) and what the chip refuses (too much shared memory). So for every kernel, add cases
@@ -12,6 +15,7 @@ Kernels must have been imported without TRITON_INTERPRET.
 """
 
 import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -37,7 +41,10 @@ from vllm_longctx.cuda.kernels.stepped import stepped_attention
 from vllm_longctx.cuda.kernels.swap import PaddedCopies
 from vllm_longctx.geometry import Geometry
 
-H100_SMS, H100_SHARED = 132, 227 * 1024  # multiprocessors; bytes of shared memory a program can have
+H100_SMS = 132  # multiprocessors
+# By compute capability, bytes of shared memory that a program can have: A100, H100, B200.
+CARDS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+RESOURCES = Path(__file__).with_name("kernel_resources.json")
 TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -53,17 +60,12 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers: per thread.
-
-    spilled: bytes of local memory per thread. shared: bytes per program. tensor_cores: PTX's name.
-    """
+    """registers: per thread. spilled: bytes of local memory per thread. shared: bytes per program."""
 
     kernel: str
     registers: int
     spilled: int
     shared: int
-    warps: int
-    tensor_cores: str
 
 
 @contextlib.contextmanager
@@ -119,11 +121,7 @@ def _resources(kernel: object) -> Compiled:
     registers, stack, local = (
         int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
     )
-    instruction = re.search(r"\b(wgmma|mma)\.", kernel.asm["ptx"])
-    m = kernel.metadata
-    return Compiled(
-        m.name, registers, stack + local, m.shared, m.num_warps, instruction[1] if instruction else "-"
-    )
+    return Compiled(kernel.metadata.name, registers, stack + local, kernel.metadata.shared)
 
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -329,25 +327,71 @@ CASES |= {
 }
 
 
-def main(names: list[str]) -> int:
-    failed = 0
-    for name in names or CASES:
-        try:
-            with compiling() as kernels:
-                CASES[name]()
-        except Exception as error:  # whatever the compiler raises, the other cases are of interest
-            print(f"{name}: {type(error).__name__}: {error}", flush=True)
-            failed += 1
-            continue
-        for k in kernels:
-            failed += k.shared > H100_SHARED
-            print(
-                f"{name}: {k.kernel}: {k.registers} registers, {k.spilled} bytes spilled, "
-                f"{k.shared / 1024:.0f} KiB shared,"
-                f" {k.warps} warps, {k.tensor_cores}"
-                + (" TOO MUCH SHARED MEMORY" if k.shared > H100_SHARED else ""),
-                flush=True,
-            )
+# Cases that have all kernels, for the cards beside an H100.
+EVERY_KERNEL = (
+    "lambda decode, 8B bfloat16",
+    "lambda prefill, 8B bfloat16",
+    "lookup, 8B bfloat16",
+    "lookup, 8B bfloat16 by blocks",
+    "lookup, 8B bfloat16, chunk by blocks",
+    "windows, 8B bfloat16, decode",
+    "windows, 8B bfloat16, chunk",
+    "swap, bfloat16",
+)
+
+
+def resources(name: str, capability: int) -> dict[str, list[int]]:
+    """By kernel of a case: registers, bytes spilled, bytes of shared memory."""
+    with compiling(capability) as kernels:
+        CASES[name]()
+    return {k.kernel: [k.registers, k.spilled, k.shared] for k in kernels}
+
+
+def stored() -> dict[str, dict[str, dict[str, list[int]]]]:
+    """`resources` by card and case. Empty where they are another Triton's."""
+    found = json.loads(RESOURCES.read_text())
+    return found["resources"] if found["triton"] == triton.__version__ else {}
+
+
+def differences(name: str, capability: int, found: dict[str, list[int]]) -> list[str]:
+    """What is wrong with a case."""
+    wrong = [
+        f"{kernel} takes {shared} bytes of shared memory, the card has {CARDS[capability]}"
+        for kernel, (_, _, shared) in found.items()
+        if shared > CARDS[capability]
+    ]
+    expected = stored().get(str(capability), {}).get(name, found)
+    return wrong + ([] if found == expected else [f"{found}, and {RESOURCES.name} has {expected}"])
+
+
+def main(words: list[str]) -> int:
+    writes = "--write" in words
+    capabilities = list(CARDS) if writes or "--all" in words else [90]
+    given = [word for word in words if not word.startswith("--")]
+    failed, table = 0, {}
+    for capability in capabilities:
+        of_card = table[str(capability)] = {}
+        for name in given or (CASES if capability == 90 else EVERY_KERNEL):
+            try:
+                found = of_card[name] = resources(name, capability)
+            except Exception as error:  # whatever the compiler raises, the other cases are of interest
+                print(f"{name}: sm_{capability}: {type(error).__name__}: {error}", flush=True)
+                failed += 1
+                continue
+            for kernel, (registers, spilled, shared) in found.items():
+                takes = f"{registers} registers, {spilled} bytes spilled, {shared / 1024:.0f} KiB shared"
+                print(f"{name}: {kernel}: sm_{capability}: {takes}", flush=True)
+            for wrong in [] if writes else differences(name, capability, found):
+                print(f"{name}: sm_{capability}: {wrong}", flush=True)
+                failed += 1
+    if writes:
+        lines = ",\n".join(
+            f" {json.dumps(card)}: {{\n"
+            + ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in of_card.items())
+            + "\n }"
+            for card, of_card in table.items()
+        )
+        RESOURCES.write_text(f'{{"triton": "{triton.__version__}", "resources": {{\n{lines}\n}}}}\n')
     return int(failed > 0)
 
 

@@ -8,11 +8,15 @@ blocks, each block has a summary: its keys in 7 bits with one step for the block
 which blocks are read.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 from vllm.utils.math_utils import cdiv
+
+from vllm_longctx.geometry import Geometry
 
 SHARE = 0.1  # of a memory's blocks, read by default
 SCANNED = 128  # blocks: so many are read in less time than it takes to choose among them
@@ -32,6 +36,41 @@ class ClosedWindow:
     start: int
     end: int
     blocks: Tensor
+
+
+class LeftBehind:
+    """Which keys of each request no sliding window sees any more, step by step.
+
+    Each key is left behind once. So a step has no more of them than the step before had tokens, also the one
+    in which a long prompt begins to write.
+
+    n_global: First tokens, which are never left behind.
+    n_local: Tokens of a window.
+    """
+
+    def __init__(self, n_global: int, n_local: int):
+        self.n_global, self.n_local = n_global, n_local
+        self._ends: dict[str, int] = {}
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> Self:
+        assert geometry.n_local is not None
+        return cls(geometry.n_global, geometry.n_local)
+
+    def take(self, request_id: str, position: int) -> tuple[int, int]:
+        """The keys, first and end, that are left behind in the step that begins at `position`.
+
+        A request that begins anew, at position 0, has none behind.
+        """
+        end = max(position + 1 - self.n_local, self.n_global)
+        start = self._ends.get(request_id, self.n_global)
+        self._ends[request_id] = end
+        return min(start, end), end
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Requests have ended."""
+        for request_id in request_ids:
+            self._ends.pop(request_id, None)
 
 
 def covering(table: Tensor, start: int, end: int, block_size: int) -> Tensor:

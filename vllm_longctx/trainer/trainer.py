@@ -87,6 +87,20 @@ class State:
         return _digest((*self.weights, *self.moments.values())).hex()
 
 
+@dataclass(frozen=True)
+class Initial:
+    """What an adapter of a rank and a seed begins with.
+
+    key: Rank and seed.
+    weights: Per module A [rank, in] on the CPU; B is 0.
+    rng: As of `Adapter`.
+    """
+
+    key: tuple[int, int]
+    weights: dict[str, Tensor]
+    rng: Tensor
+
+
 class Trainer:
     """Trains adapters of one model.
 
@@ -110,6 +124,8 @@ class Trainer:
         self._gpus = [model.device] if model.device.type == "cuda" else []
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._adapters: dict[int, Adapter] = {}
+        self._keeps_initial = bool(self._gpus)
+        self._initial: Initial | None = None
         self.linear = linear_layers(model)
         self.adapt(self.linear)
         if recompute:
@@ -131,6 +147,7 @@ class Trainer:
         if getattr(self, "modules", None) == modules:
             return
         assert not self._adapters
+        self._initial = None
         if hasattr(self, "_model"):
             self._model.unload()
         self.modules, self._targets = modules, target_modules(self._base, set(names))
@@ -150,25 +167,15 @@ class Trainer:
         if owner in self._adapters:
             raise ValueError(f"owner {owner} has an adapter already")
         name = f"owner-{owner}"
-        with torch.random.fork_rng(devices=self._gpus):
-            torch.manual_seed(recipe.adapter_seed)
-            self._model.add_adapter(
-                name,
-                LoraConfig(
-                    r=recipe.rank,
-                    lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # peft divides it by r, whatever number it is
-                    lora_dropout=recipe.dropout,
-                    target_modules=self._targets,
-                    task_type="CAUSAL_LM",
-                    base_model_name_or_path=self._base.name_or_path,
-                ),
-            )
-            rng = self._get_rng_state()
-        layers = self._layers.items()
-        pairs = {
-            m: (layer.lora_A[name].get_parameter("weight"), layer.lora_B[name].get_parameter("weight"))
-            for m, layer in layers
-        }
+        config = LoraConfig(
+            r=recipe.rank,
+            lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # peft divides it by r, whatever number it is
+            lora_dropout=recipe.dropout,
+            target_modules=self._targets,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self._base.name_or_path,
+        )
+        pairs, rng = self._add_adapter(name, config, recipe)
         optimizer = torch.optim.AdamW(
             [parameter for pair in pairs.values() for parameter in pair],
             lr=recipe.learning_rate,
@@ -177,6 +184,35 @@ class Trainer:
             fused=bool(self._gpus),  # on a GPU the default makes temporary copies of all weights
         )
         self._adapters[owner] = Adapter(name, recipe, pairs, optimizer, rng)
+
+    def _add_adapter(
+        self, name: str, config: LoraConfig, recipe: Recipe
+    ) -> tuple[dict[str, tuple[nn.Parameter, nn.Parameter]], Tensor]:
+        """The weights of a new adapter, and the state of the random numbers behind theirs.
+
+        peft draws them on the CPU, by one thread. On a GPU, where others wait for it, the last ones drawn are
+        kept in host memory.
+        """
+        key = recipe.rank, recipe.adapter_seed
+        initial = self._initial if self._initial is not None and self._initial.key == key else None
+        with torch.random.fork_rng(devices=self._gpus):
+            torch.manual_seed(recipe.adapter_seed)
+            self._model.add_adapter(name, config, low_cpu_mem_usage=initial is not None)
+            rng = self._get_rng_state() if initial is None else initial.rng
+        pairs = {}
+        for module, layer in self._layers.items():
+            a, b = layer.lora_A[name], layer.lora_B[name]
+            if initial is not None:  # they have shapes only
+                for linear in (a, b):
+                    linear.to_empty(device=self._device)
+                with torch.no_grad():
+                    a.get_parameter("weight").copy_(initial.weights[module])
+                    b.get_parameter("weight").zero_()
+            pairs[module] = a.get_parameter("weight"), b.get_parameter("weight")
+        if self._keeps_initial and initial is None:
+            weights = {module: a.detach().cpu().clone() for module, (a, _) in pairs.items()}
+            self._initial = Initial(key, weights, rng)
+        return pairs, rng
 
     def train(self, owner: int, version: int, tokens: list[int], num_targets: int) -> list[float]:
         """Take `epochs` AdamW steps on the mean cross-entropy of the last tokens.

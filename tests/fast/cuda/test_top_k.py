@@ -132,6 +132,7 @@ class Engine:
         tables = [table[rows] for table in self.tables]
         positions, slots = places(first, ends, tables)
         batch = SimpleNamespace(
+            req_ids=names,
             num_computed_tokens_np=np.array(first, dtype=np.int32),
             idx_mapping_np=np.array(rows),
             attn=(tables, slots),

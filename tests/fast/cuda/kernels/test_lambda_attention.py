@@ -2,12 +2,8 @@
 elsewhere.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -370,33 +366,3 @@ def test_decode_kernel_programs_fill_the_device_and_each_has_work(rows: int, kv_
     assert share * (splits - 1) < tiles  # the last one is not idle
     assert rows * kv_heads * splits >= sms or share == 2
     assert decode_splits(view, rows, kv_heads, sms, 128) == 1  # texts too short to split
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        [
-            "lambda decode, head 32 float16",
-            "lambda prefill, head 32 float16",
-            "lambda decode, head 32 float32, soft cap and sinks",
-            "lambda prefill, head 32 float32, soft cap and sinks",
-            "lookup, 8B bfloat16, soft cap and sinks",
-            "lookup, 8B bfloat16 by blocks",
-        ],
-        pytest.param(
-            ["lambda decode, 8B bfloat16", "lambda prefill, 8B bfloat16", "lookup, 8B bfloat16, chunk"],
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=["small", "large"],
-)
-def test_the_kernels_compile_for_an_h100(names: list[str]) -> None:
-    """The interpreter takes types, shapes and sizes that the compiler refuses.
-
-    `compile_kernels.py` has more cases.
-    """
-    script = Path(__file__).parents[3] / "support" / "compile_kernels.py"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, script, *names], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert all(f"{name}: _" in done.stdout for name in names)
