@@ -186,7 +186,7 @@ def test_a_trainer_that_dies_or_hangs_costs_no_token(stepped: LLM, fault: signal
     restarts = metric(stepped, "vllm:longctx_trainer_restarts")
     seen: list[RequestOutput] = []
     for number in range(SLOTS + 1):
-        add(stepped, f"{fault}-{number}", 40, 150)
+        add(stepped, f"{fault}-{number}", 40 + number, 150)  # other texts: one text is trained once for all
     trained = metric(stepped, "vllm:longctx_blocks_trained")
     seen += steps_until(stepped, lambda: metric(stepped, "vllm:longctx_blocks_trained") > trained + 2)
     (sidecar,) = sidecars()
