@@ -237,18 +237,20 @@ def outputs(record: "Record", plan: Plan, setting: "Setting", name: str) -> None
             record.add(**row, void=str(e))
             continue
         tolerance = TOLERANCES[row["dtype"]]
-        others = {"the CPU's": expected, **({"the graphs'": g} if (g := of_graphs.get(row["dtype"])) else {})}
+        others = {"cpu": expected}
+        if row["dtype"] in of_graphs:
+            others["graphs"] = of_graphs[row["dtype"]]
         if row["way"] == "graphs":
             of_graphs[row["dtype"]] = got
         found = {other: Difference.between(got, theirs, tolerance) for other, theirs in others.items()}
         figures = {
-            f"{figure}_from_{other.removeprefix('the ').removesuffix(chr(39) + 's').lower()}": value
+            f"{figure}_from_{other}": getattr(difference, figure)
             for other, difference in found.items()
-            for figure, value in asdict(difference).items()
-            if figure in ("worst", "mean", "written")
+            for figure in ("worst", "mean", "written")
         }
         record.add(**row, tolerance=tolerance.worst, **figures, steps=steps)
-        wrong += [f"{row['dtype']}, {row['way']}: {d.wrong} ({o})" for o, d in found.items() if d.wrong]
+        run_of = f"{row['dtype']}, {row['way']}"
+        wrong += [f"{run_of} against {other}: {d.wrong}" for other, d in found.items() if d.wrong]
     if wrong:
         raise RuntimeError("; ".join(wrong))
 
