@@ -411,3 +411,24 @@ def test_a_request_may_always_train_on_a_little() -> None:
     assert own is not None and own.block_tokens == 512
     with pytest.raises(LongContextError, match=r"train_context_tokens = 513 .*; give at most 512"):
         server.for_request(RequestOptions(temp_lora=True, block_tokens=513), TRAINED, KV_BLOCK)
+
+
+def test_what_is_learned_has_two_names() -> None:
+    def learn(of_server: dict[str, Any], **asked: Any) -> str:
+        server = adaptation({"preset": "temp-lora-quality", "adaptation": of_server})
+        own = server.for_request(RequestOptions(temp_lora=True, **asked), TRAINED, KV_BLOCK)
+        assert own is not None
+        return own.learn
+
+    assert [learn({}), learn({"train_on_prompt": False}), learn({"learn": "none"})] == [
+        "all",
+        "output",
+        "none",
+    ]
+    assert learn({"learn": "prompt"}, train_on_prompt=True) == "all"
+    assert learn({"learn": "prompt"}, train_on_prompt=False) == "output"
+    assert learn({}, learn="prompt") == "prompt"
+    with pytest.raises(LongContextError, match="train_on_prompt = false contradicts learn = 'prompt'; leave"):
+        learn({}, learn="prompt", train_on_prompt=False)
+    with pytest.raises(LongContextError, match=r"adaptation.train_on_prompt = false contradicts adaptation"):
+        learn({"learn": "all", "train_on_prompt": False})

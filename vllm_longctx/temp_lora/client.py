@@ -87,12 +87,12 @@ HOST_KV = "VLLM_CPU_KVCACHE_SPACE, kv_cache_memory_bytes, gpu_memory_utilization
 def training_need(vllm_config: VllmConfig, settings: Adaptation) -> TrainingNeed:
     rank = "rank" if settings.rank == settings.max_rank else "max_rank"
     names = ["block_tokens", "train_context_tokens", "slots", rank]
-    if settings.cache_gib and settings.trainer.device == "cpu":
-        names.insert(0, "cache_gib")
     *most, last = (f"adaptation.{name} = {getattr(settings, name)}" for name in names)
     shape = Shape.of(base_model.trained_model(vllm_config))
-    sizes = f"{', '.join(most)} or {last}"
-    return TrainingNeed(shape.training_bytes(settings), sizes, shape.cache_bytes(settings))
+    cache = shape.cache_bytes(settings)
+    if settings.trainer.device == "cpu" and cache >= 1 << 30:  # less is not worth naming
+        most.insert(0, f"adaptation.cache_gib = {cache / 2**30:g}")
+    return TrainingNeed(shape.training_bytes(settings), f"{', '.join(most)} or {last}", cache)
 
 
 def trainer_bytes(vllm_config: VllmConfig, device: torch.device) -> int:

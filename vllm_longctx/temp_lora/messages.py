@@ -428,9 +428,11 @@ def chain_of(directory: Path) -> Chain | None:
     """None where the training of a saved adapter cannot go on, or that is not known."""
     try:
         about = json.loads((directory / ABOUT_NAME).read_text())
-        return msgspec.convert(about["chain"], Chain)
-    except (OSError, ValueError, KeyError, TypeError, msgspec.ValidationError):
+        chain = msgspec.convert(about["chain"], Chain)
+        bytes.fromhex(chain.began_with)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return chain
 
 
 def adapter_path(adapters_root: str | None, name: str) -> Path:

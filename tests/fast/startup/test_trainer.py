@@ -246,8 +246,8 @@ def test_what_is_remembered_is_counted_where_it_is():
     assert 32 * version < shape.cache_bytes(settings()) < 33 * version + 2**22
     on_gpu = [settings(trainer=TrainerSection(device="cuda"), cache_gib=gib) for gib in (0.5, 0)]
     assert shape.training_bytes(on_gpu[0]) == shape.training_bytes(on_gpu[1])
-    need = client.training_need(create(additional_config={}), kept)
-    assert need.cache_bytes == 2**29 and need.sizes.startswith("adaptation.cache_gib = 0.5, ")
+    need = client.training_need(create(additional_config={}), settings(cache_gib=1.5))
+    assert need.cache_bytes == 3 * 2**29 and need.sizes.startswith("adaptation.cache_gib = 1.5, ")
 
 
 def test_free_memory_is_the_drivers(monkeypatch: pytest.MonkeyPatch):

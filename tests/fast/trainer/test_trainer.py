@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support import families
 from vllm_longctx import files
-from vllm_longctx.temp_lora.messages import Chain, Recipe
+from vllm_longctx.temp_lora.messages import Chain, Recipe, chain_of
 from vllm_longctx.trainer.trainer import NotFinite, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -439,6 +439,23 @@ def test_training_goes_on_from_a_saved_adapter(trainer: Trainer, tmp_path: Path)
         assert not trainer.load_directory(owner, copy, address if owner > 3 else b"another")
         trainer.train(owner, 2, examples[1], 16)
         assert not equal(trainer.weights(1), trainer.weights(owner))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"chain": null}',
+        '{"chain": {"version": "1", "address": ""}}',
+        '{"chain": {"version": 1, "address": "", "began_with": "x"}}',
+    ],
+)
+def test_what_is_not_known_of_a_saved_adapter_is_no_error(tmp_path: Path, content: str):
+    assert chain_of(tmp_path) is None
+    (tmp_path / "longctx.json").write_text(content)
+    assert chain_of(tmp_path) is None
 
 
 def test_saving_again_replaces_but_only_what_was_saved_here(trainer: Trainer, saved: Path):
