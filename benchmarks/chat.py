@@ -236,7 +236,7 @@ def verdict(turns: list[Turn], trained: int) -> str:
         f"The first token of turn {last.number} ({last.history:,} tokens, {last.history / trained:.1f} "
         f"trained lengths) takes {ratio:.2f} times as long as that of turn {early}. Both are medians of up "
         f"to {2 * AROUND + 1} turns.\n"
-        f"Tokenizing is {last.server_tokenizing_s / last.first_token_s:.0%} of it in the last turn, and takes "
+        f"Tokenizing is {last.server_tokenizing_s / last.first_token_s:.0%} of it in the last turn: "
         f"{1e6 * last.tokenizing_s / last.history:.1f} ms of CPU time per 1,000 tokens."
     )
 
