@@ -7,8 +7,9 @@ clients do. Its user's message is a part of a text, always of the same number of
 
 - time to the first token, as the client sees it;
 - tokens of the history, and how many of them the server found in its cache;
-- tokenizing the history: by the server (its route /tokenize, which also applies the chat template), and by
-  this process. It is part of the time to the first token;
+- tokenizing the history: seconds of the server (its route /tokenize, which also applies the chat template),
+  and CPU seconds of this process, which others on the machine do not lengthen. It is part of the time to the
+  first token;
 - NLL of the answer in a fresh window: the chat template around the user's message and the answer alone,
   scored by the same server. An answer that has become noise is unlikely there.
 
@@ -71,9 +72,9 @@ class Chat:
     def turn(self, number: int) -> Turn:
         self.history.append({"role": "user", "content": REQUEST + self.parts[number % len(self.parts)]})
         server_tokenizing_s = self.server_tokenizing_s()
-        begin = time.perf_counter()
+        begin = time.process_time()
         self.tokenizer.apply_chat_template(self.history, add_generation_prompt=True)
-        tokenizing_s = time.perf_counter() - begin
+        tokenizing_s = time.process_time() - begin
         begin, first, answer, usage = time.perf_counter(), None, "", None
         stream = self.client.chat.completions.create(
             model=self.model,
@@ -208,7 +209,7 @@ def around(turns: list[Turn], number: int) -> float:
 
 def turn_table(turns: list[Turn]) -> Table:
     table = Table(
-        *("turn", "history", "cached", "first token", "tokenizing", "NLL alone"),
+        *("turn", "history", "cached", "first token", "tokenizing", "its CPU time", "NLL alone"),
         title="Tokens; seconds; nats per token. Medians of the turns since the row before",
     )
     edges = sorted({*(round(len(turns) * k / 10) for k in range(1, 11))} - {0})
@@ -221,6 +222,7 @@ def turn_table(turns: list[Turn]) -> Table:
             f"{last.cached:,}",
             f"{statistics.median(t.first_token_s for t in part):.2f}",
             f"{statistics.median(t.server_tokenizing_s for t in part):.3f}",
+            f"{statistics.median(t.tokenizing_s for t in part):.3f}",
             f"{statistics.median(t.nll for t in part):.2f}",
         )
     return table
@@ -234,7 +236,8 @@ def verdict(turns: list[Turn], trained: int) -> str:
         f"The first token of turn {last.number} ({last.history:,} tokens, {last.history / trained:.1f} "
         f"trained lengths) takes {ratio:.2f} times as long as that of turn {early}. Both are medians of up "
         f"to {2 * AROUND + 1} turns.\n"
-        f"Tokenizing is {last.server_tokenizing_s / last.first_token_s:.0%} of it in the last turn."
+        f"Tokenizing is {last.server_tokenizing_s / last.first_token_s:.0%} of it in the last turn: "
+        f"{1e6 * last.tokenizing_s / last.history:.1f} ms of CPU time per 1,000 tokens."
     )
 
 
