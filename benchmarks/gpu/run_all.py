@@ -183,9 +183,9 @@ STAGES = (
 )
 NAMES = [stage.name for stage in STAGES]
 WANTED = (
-    "They want one NVIDIA GPU of compute capability 9.0 (H100 with 80 GB, or H200), vLLM 0.32.0 for CUDA, "
-    "this project installed beside it, and about half an hour; benchmarks/gpu/README.md says how to bring "
-    "both to a host without a network."
+    "They want one NVIDIA GPU of compute capability 9.0 (H100 with 80 GB, or H200), vLLM 0.32 or 0.33 for "
+    "CUDA, this project installed beside it, and about half an hour; benchmarks/gpu/README.md says how to "
+    "bring both to a host without a network."
 )
 
 

@@ -13,11 +13,28 @@ from pathlib import Path
 import pytest
 import torch
 import vllm
+from packaging.version import Version
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
+from tests.support.signatures import touched
+from vllm_longctx import seams
+from vllm_longctx.config import LongContextError
 from vllm_longctx.seams import SEAMS
 
-PATCHES = sorted((Path(__file__).parents[2] / "patches").glob("*.diff"))
+DIRECTORY = Path(__file__).parents[2] / "patches"
 SITE_PACKAGES = Path(vllm.__file__).parents[1]
+
+
+def of_this_vllm(patch: Path) -> Path:
+    """Its variant in the folder of the newest version up to the installed one, or itself."""
+    installed = Version(vllm.__version__)
+    newest_first = sorted((Version(d.name) for d in DIRECTORY.iterdir() if d.is_dir()), reverse=True)
+    variants = [DIRECTORY / str(v) / patch.name for v in newest_first if v <= installed]
+    return next((variant for variant in variants if variant.exists()), patch)
+
+
+PATCHES = [of_this_vllm(patch) for patch in sorted(DIRECTORY.glob("*.diff"))]
 
 
 def patched(patches: list[Path], directory: Path) -> list[str]:
@@ -58,16 +75,68 @@ def test_they_apply(patches: list[Path], tmp_path: Path) -> None:
 
 
 def test_each_has_its_row() -> None:
-    rows = re.findall(
-        r"^\| \[(\d+)\]\((\S+)\) \|", (PATCHES[0].parent / "README.md").read_text(), re.MULTILINE
-    )
+    rows = re.findall(r"^\| \[(\d+)\]\((\S+)\) \|", (DIRECTORY / "README.md").read_text(), re.MULTILINE)
     assert rows == [(p.name[:4], p.name) for p in PATCHES]
+    variants = {p.name for p in DIRECTORY.glob("*/*.diff")}
+    assert variants <= {p.name for p in PATCHES}
 
 
 def test_every_seam_names_its_diff() -> None:
     named = {seam.patch for seam in SEAMS if seam.patch is not None}
     assert named <= {p.name for p in PATCHES}
     assert all(s.what.startswith("torch.") for s in SEAMS if s.patch is None)
+
+
+def test_the_parameters_of_every_function_that_is_touched_are_known() -> None:
+    version = vllm.__version__.partition("+")[0]
+    known = {path: seams.known_parameters(path, version) for path in seams.SIGNATURES}
+    assert touched() == {path: parameters for path, parameters in known.items() if parameters is not None}
+    assert not seams.problems() and not [look for look in seams.hooks() if look.problem]
+
+
+def test_a_seam_says_which_versions_functions_it_has() -> None:
+    """Block tables of vLLM 0.33 leave out what a sliding window has left behind."""
+    (seam,) = (s for s in SEAMS if s.patch == "0014-model-runner-of-plugins.diff")
+    assert seam.variant() == vllm.__version__.partition("+")[0]
+    (same,) = (s for s in SEAMS if s.patch == "0018-block-hashes-of-a-request.diff")
+    assert same.variant() is None
+
+
+def next_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "1.2.3")
+    # Only in the newest that was tested.
+    only_new = [p for p in seams.SIGNATURES if seams.known_parameters(p, seams.TESTED_VERSIONS[0]) is None]
+    for path in only_new:
+        monkeypatch.delitem(seams.SIGNATURES, path)
+
+
+def test_an_untested_version_with_all_seams_starts_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    next_version(monkeypatch)
+    with caplog.at_level("WARNING", "vllm.longctx"):
+        seams.check_version()
+    assert "vLLM is 1.2.3, but longctx was tested with 0.32.0 and 0.33.0" in caplog.text
+
+
+def test_an_untested_version_is_refused_with_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    next_version(monkeypatch)
+    monkeypatch.delattr(Scheduler, "_free_request")
+    monkeypatch.setattr(SingleTypeKVCacheManager, "pop_blocks_for_free", lambda self, name: [])
+    with pytest.raises(LongContextError, match=r"it lacks what .* install vllm==0.33.0 \(on a CPU") as e:
+        seams.check_version()
+    base = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.pop_blocks_for_free"
+    assert str(e.value).splitlines()[1:] == [
+        "- vllm.v1.core.sched.scheduler:Scheduler._free_request is missing",
+        f"- {base} is (self, name), and longctx knows (self, request_id)",
+    ]
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.32.0rc1"])
+def test_an_older_version_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", version)
+    with pytest.raises(LongContextError, match=rf"vLLM is {version}, but .* with 0.32.0 and 0.33.0; install"):
+        seams.check_version()
 
 
 class Other:

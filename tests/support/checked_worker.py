@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from vllm.config import set_current_vllm_config
-from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from tests.support.engine_args import create
+from tests.support.vllm_names import kv_cache_config
 from vllm_longctx.cpu.worker import LongContextWorker
 from vllm_longctx.modes import load
 
@@ -44,10 +43,5 @@ def start(worker: LongContextWorker) -> None:
     config = worker.vllm_config
     with set_current_vllm_config(config):
         specs = worker.get_kv_cache_spec()
-        backends = [site.layer.get_attn_backend() for site in worker.sites]
-        layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
-        resolve_kv_cache_layout(config, [layouts], specs.values())
-        groups = get_kv_cache_groups(config, specs)
-        worker.initialize_from_config(
-            get_kv_cache_config_from_groups(config, groups, available_memory=1 << 28)
-        )
+        layers = [site.layer for site in worker.sites]
+        worker.initialize_from_config(kv_cache_config(config, specs, layers, 1 << 28))

@@ -17,13 +17,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
-from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
-from vllm.v1.core.kv_cache_utils import (
-    get_kv_cache_config_from_groups,
-    get_kv_cache_groups,
-    get_request_block_hasher,
-    init_none_hash,
-)
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput
@@ -34,6 +28,7 @@ from vllm.v1.worker.gpu import attn_utils
 
 from tests.support.engine_args import create
 from tests.support.reference_model import Layers, ReferenceLlama
+from tests.support.vllm_names import kv_cache_config
 from vllm_longctx.cuda.rows import StepRows
 from vllm_longctx.cuda.worker import LongContextWorker
 from vllm_longctx.engine.layers import LayerSite
@@ -204,11 +199,7 @@ class Engine(Core):
             self.runner.begin(*made_layers(self.runner.get_model(), config))
             specs = self.runner.get_kv_cache_spec()
             layers = config.compilation_config.static_forward_context.values()
-            supported = get_supported_kv_cache_layouts(layer.get_attn_backend() for layer in layers)
-            resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
-            kv = get_kv_cache_config_from_groups(
-                config, get_kv_cache_groups(config, specs), available_memory=1 << 30
-            )
+            kv = kv_cache_config(config, specs, layers, 1 << 30)
             config.cache_config.num_gpu_blocks = kv.num_blocks
             self.runner.initialize_kv_cache(kv)
             self.runner.bind_kv_cache()

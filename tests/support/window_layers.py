@@ -12,14 +12,13 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.worker.gpu import attn_utils
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from tests.support.cuda_engine import made_layers, metadata_of, places
 from tests.support.engine_args import create
+from tests.support.vllm_names import kv_cache_config
 from vllm_longctx import reference
 from vllm_longctx.cuda.memory_runner import MemoryRunner
 from vllm_longctx.engine.memory_kv import MemorySpec, WindowSpec
@@ -114,10 +113,7 @@ class Engine:
         }
         specs = attn_utils.get_kv_cache_spec(config)
         assert [type(spec) for spec in specs.values()] == [WindowSpec, MemorySpec]
-        supported = get_supported_kv_cache_layouts(layer.attn.get_attn_backend() for layer in self.layers)
-        resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
-        groups = get_kv_cache_groups(config, specs)
-        self.kv_cache_config = get_kv_cache_config_from_groups(config, groups, available_memory=1 << 24)
+        self.kv_cache_config = kv_cache_config(config, specs, [layer.attn for layer in self.layers], 1 << 24)
         self.attn_groups, self.support, sizes = attn_utils.init_attn_backend(
             self.kv_cache_config, config, torch.device("cpu")
         )

@@ -72,24 +72,32 @@ def versions() -> Table:
 
 
 def seam_table() -> tuple[Table, int]:
-    """The table, and how many are missing; another vLLM version counts as one."""
+    """The table, and how many are missing; what `seams.check_version` refuses counts as one."""
+    from vllm_longctx import seams
     from vllm_longctx.config import LongContextError
-    from vllm_longctx.seams import SEAMS
-    from vllm_longctx.startup.engine_args import VLLM_VERSION, check_vllm_version
 
-    found = {seam: seam.present() for seam in SEAMS}
     names = ("seam of vLLM", "used in", "for", "")
     table = Table(
         *(Column(name, overflow="fold") for name in names), title="Seams"
     )  # long names are never cut
-    for seam, present in found.items():
-        table.add_row(seam.what, seam.where, seam.why, "[green]found" if present else "[red]missing")
-    missing = list(found.values()).count(False)
+    missing = 0
+
+    def add(what: str, where: str, why: str, problems: list[str], variant: str | None = None) -> None:
+        nonlocal missing
+        missing += bool(problems)
+        found = "[green]found" if variant is None else f"[green]found, as in {variant}"
+        table.add_row(what, where, why, "\n".join(["[red]missing", *problems]) if problems else found)
+
+    for seam in seams.SEAMS:
+        add(seam.what, seam.where, seam.why, seam.problems(), seam.variant())
+    hooks = seams.hooks()
+    changed = [look.problem for look in hooks if look.problem is not None]
+    add(f"{len(hooks)} functions (overridden)", "all", "vLLM's own hooks, and what goes with a seam", changed)
+    tested = "vLLM " + " or ".join(seams.TESTED_VERSIONS)
     try:
-        check_vllm_version()
+        seams.check_version()
     except LongContextError as e:
-        table.add_row(f"vLLM {VLLM_VERSION}", "engine_args.py", str(e), "[red]missing")
-        missing += 1
+        add(tested, "startup/engine_args.py", str(e).partition(". Missing:")[0], ["another version"])
     return table, missing
 
 

@@ -57,6 +57,14 @@ class LambdaSpec(SlidingWindowSpec):
     def first_blocks(self) -> int:
         return cdiv(self.n_global, self.block_size)
 
+    @property
+    def num_retained_tokens(self) -> int:
+        """0: Model Runner V2 takes nothing out of a request's block table.
+
+        vLLM 0.33 asks, and takes out what a sliding window has left behind: the first tokens, too.
+        """
+        return 0
+
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         """Most blocks one request holds at once."""
         windows = SlidingWindows(Geometry(self.n_global, self.sliding_window))

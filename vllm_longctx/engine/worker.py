@@ -46,7 +46,8 @@ class ReportedOutput(AsyncModelRunnerOutput):
         return output
 
     def get_kv_connector_output(self) -> Any:  # vLLM 0.33 asks for it
-        return self.output.get_kv_connector_output()  # type: ignore[attr-defined]
+        output: Any = self.output
+        return output.get_kv_connector_output()
 
 
 class LongContextWorkerBase(WorkerBase, Platform):

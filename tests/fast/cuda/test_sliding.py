@@ -14,21 +14,24 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
-from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.worker.gpu import attn_utils
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+from tests.support.cuda_engine import Engine as WholeEngine
 from tests.support.cuda_engine import made_layers
 from tests.support.engine_args import create
-from tests.support.reference_model import ReferenceLlama
+from tests.support.reference_model import ReferenceLlama, alike
+from tests.support.vllm_names import kv_cache_config
 from vllm_longctx import reference
 from vllm_longctx.config import LongContextError
 from vllm_longctx.cuda import sliding as cuda
 from vllm_longctx.cuda import worker as worker_cuda
+from vllm_longctx.cuda.runner import LongContextRunner
 from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, LambdaMetadata, LambdaMetadataBuilder
 from vllm_longctx.engine.sliding_kv import LambdaSpec
 from vllm_longctx.geometry import Geometry, alibi_slopes, branches
 from vllm_longctx.rotary import Rotary, inverse_frequencies
+from vllm_longctx.scheduling.scheduler import AsyncLongContextScheduler, LongContextScheduler
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, SCALE = 4, 2, 32, 16, 0.25
 MAX_SEQS, MAX_TOKENS, MAX_LEN = 4, 64, 256
@@ -402,14 +405,10 @@ def test_a_model_of_vllms_gives_the_references_log_probabilities(loaded: Loaded,
     assert sum(isinstance(module, Rotary) for module in loaded.model.modules()) == 1  # shared by all layers
     specs = attn_utils.get_kv_cache_spec(config)
     assert all(isinstance(spec, LambdaSpec) for spec in specs.values())
-    supported = get_supported_kv_cache_layouts(layer.get_attn_backend() for layer in layers.values())
-    resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
-    kv_cache_config = get_kv_cache_config_from_groups(
-        config, get_kv_cache_groups(config, specs), available_memory=1 << 30
-    )
-    attn_groups, support, block_sizes = attn_utils.init_attn_backend(kv_cache_config, config, CPU)
+    kv_cache = kv_cache_config(config, specs, layers.values(), 1 << 30)
+    attn_groups, support, block_sizes = attn_utils.init_attn_backend(kv_cache, config, CPU)
     assert support.min_cg_support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    attn_utils.init_kv_cache(layers, kv_cache_config, CPU, block_sizes, config, attn_groups=attn_groups[0])
+    attn_utils.init_kv_cache(layers, kv_cache, CPU, block_sizes, config, attn_groups=attn_groups[0])
 
     ids = torch.randint(3, 512, (80,))
     table = torch.arange(1, 1 + len(ids) // BLOCK_SIZE, dtype=torch.int32)[None]
@@ -428,10 +427,10 @@ def test_a_model_of_vllms_gives_the_references_log_probabilities(loaded: Loaded,
             max_seq_len=end,
             block_tables=[table],
             slot_mappings=slots[None],
-            kv_cache_config=kv_cache_config,
+            kv_cache_config=kv_cache,
             positions=positions,
         )
-        by_layer = attn_utils.build_slot_mappings_by_layer(slots[None], kv_cache_config)
+        by_layer = attn_utils.build_slot_mappings_by_layer(slots[None], kv_cache)
         with (
             torch.inference_mode(),
             set_forward_context(metadata, config, num_tokens=end - first, slot_mapping=by_layer),
@@ -439,6 +438,27 @@ def test_a_model_of_vllms_gives_the_references_log_probabilities(loaded: Loaded,
             logits = loaded.model.compute_logits(loaded.model(ids[first:end], positions))
         ours = logits.double().log_softmax(-1)
         torch.testing.assert_close(ours, expected[first:end], atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
+@pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread")
+def test_model_runner_v2_keeps_the_first_tokens_in_its_block_tables(tiny_llama: Path) -> None:
+    """vLLM 0.33 has it take out what a sliding window has left behind."""
+    engine = WholeEngine(
+        tiny_llama,
+        {"attention": {"n_local": 24, "n_global": 5, "distance_ceiling": 30}},
+        type("Runner", (LongContextRunner, GPUModelRunner), {}),
+        [LongContextScheduler, AsyncLongContextScheduler],
+        1,
+        max_num_batched_tokens=40,
+    )
+    with set_current_vllm_config(engine.config):
+        engine.add("long", torch.randint(3, 512, (70,)).tolist(), max_tokens=4)
+        engine.add("short", torch.randint(3, 512, (20,)).tolist(), max_tokens=4)
+        engine.run()
+    for name in ("long", "short"):
+        engine.check(name, alike(LAMBDA))
+    assert engine.is_empty()
 
 
 def test_a_layer_of_another_backend_is_not_taken_over(loaded: Loaded) -> None:

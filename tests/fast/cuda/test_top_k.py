@@ -16,8 +16,6 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.v1.attention.backend import AttentionCGSupport
-from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.gpu import attn_utils
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -26,6 +24,7 @@ from tests.support.cuda_engine import BLOCK_SIZE, CPU, made_layers, metadata_of,
 from tests.support.cuda_engine import Engine as WholeEngine
 from tests.support.engine_args import create
 from tests.support.reference_model import ReferenceLlama, official_top_k, with_top_k
+from tests.support.vllm_names import kv_cache_config
 from vllm_longctx import reference
 from vllm_longctx.config import LongContextError
 from vllm_longctx.cuda import top_k_runner
@@ -92,10 +91,7 @@ class Engine:
             top_k_layers
         )
         assert sum(isinstance(spec, LambdaSpec) for spec in specs.values()) == len(specs) - len(top_k_layers)
-        supported = get_supported_kv_cache_layouts(layer.get_attn_backend() for layer in self.layers.values())
-        resolve_kv_cache_layout(config, [[layout.name for layout in supported]], specs.values())
-        groups = get_kv_cache_groups(config, specs)
-        self.kv_cache_config = get_kv_cache_config_from_groups(config, groups, available_memory=1 << 25)
+        self.kv_cache_config = kv_cache_config(config, specs, self.layers.values(), 1 << 25)
         self.attn_groups, self.support, sizes = attn_utils.init_attn_backend(
             self.kv_cache_config, config, CPU
         )

@@ -21,7 +21,6 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.launchers.api_server import app_state
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
@@ -34,6 +33,7 @@ from vllm.multimodal.processing import BaseProcessingInfo
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.input_processor import InputProcessor
 
+from tests.support.vllm_names import make_arg_parser
 from vllm_longctx import BOOKLM
 from vllm_longctx.metrics import MAX_FIELDS, count_ignored_field
 from vllm_longctx.models.properties import TEXT_ONLY

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.support.served_app import GENERATING, ROUTES, Core, post, served, socket_server, without_chance
 from vllm_longctx.serving.app import prepare
@@ -67,6 +68,8 @@ BAD["/v1/chat/completions"] += [
 ]
 
 
+# What clients are told; since vLLM 0.33 not what the log says.
+ENGINE_DIED = getattr(EngineDeadError, "CLIENT_MESSAGE", "EngineCore encountered an issue")
 BAD["/invocations"] = [
     bad for bad in BAD["/v1/completions"] if "model" not in bad
 ]  # SageMaker's header names it
@@ -127,7 +130,8 @@ def test_clients_read_on_over_signs_of_life(server: tuple[str, Core]) -> None:
     events = list(
         slowly(client.responses.create(model="booklm", input="x", max_output_tokens=3, stream=True))
     )
-    assert (events[0].type, events[-1].type) == ("response.created", "response.completed")
+    assert events[0].type == "response.created"
+    assert events[-1].type in ("response.completed", "response.incomplete")  # the latter since vLLM 0.33
     core.reads.clear()
     messages = anthropic.Anthropic(base_url=address, api_key="none", max_retries=0).messages
     events = list(slowly(messages.create(**chat, stream=True)))
@@ -178,7 +182,7 @@ def test_an_engine_that_dies_ends_every_stream_in_the_routes_own_way(path: str) 
         text = post(
             address, path, {**ROUTES[path][0], "stream": True}
         ).text  # and not a connection that is cut
-        assert "EngineCore encountered an issue" in text and text.endswith("\n\n")
+        assert ENGINE_DIED in text and text.endswith("\n\n")
         assert post(address, path, {**ROUTES[path][0], "stream": True}).status_code == 500
 
 
@@ -191,7 +195,7 @@ def test_a_shutdown_ends_requests_that_the_engine_did_not_end(monkeypatch: pytes
         body = {**ROUTES[path][0], "stream": True}
         with httpx.stream("POST", address + path, json=body, timeout=60, verify=False) as answer:
             core.front_end.shutdown()
-            assert "EngineCore encountered an issue" in answer.read().decode()
+            assert ENGINE_DIED in answer.read().decode()
 
 
 def other_app(events: list[str], pause_s: float = 0.0) -> FastAPI:
