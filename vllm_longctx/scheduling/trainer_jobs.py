@@ -90,8 +90,9 @@ class TrainerJobs:
         if saved is None:
             return None
         self._name_prompt(adapting, bytes.fromhex(saved.began_with))
-        named = dict(enumerate(adapting.chain)).get(saved.version, b"")
-        return (saved.version, named) if saved.version and named.hex() == saved.address else None
+        version, chain = saved.version, adapting.chain
+        is_own = 0 < version < len(chain) and chain[version].hex() == saved.address
+        return (version, chain[version]) if is_own else None
 
     def _name_prompt(self, adapting: AdaptingRequest, began_with: bytes, all_versions: bool = True) -> None:
         """Name the versions of its prompt, if they have names. all_versions: Else the untrained one only."""
