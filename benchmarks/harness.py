@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vllm_longctx.cli.engine import load_plugin, model_path
+from vllm_longctx.cli.engine import SHUTDOWN_S, load_plugin, model_path
 from vllm_longctx.cli.options import JsonOut
 from vllm_longctx.cli.output import errors_for_users, tables, write_json
 
@@ -86,16 +86,19 @@ def write_tasks(directory: Path, questions: int, topics: int, characters: int) -
 def evaluate(model: str, way: str, directory: Path, **engine: Any) -> dict[str, float]:
     """The score of each task."""
     from lm_eval import simple_evaluate
+    from lm_eval.models.vllm_causallms import VLLM
     from lm_eval.tasks import TaskManager
 
-    result = simple_evaluate(
-        model="vllm",
-        model_args={"pretrained": model_path(model), **engine, **WAYS[way]},
-        tasks=list(TASKS),
-        task_manager=TaskManager(include_path=str(directory), include_defaults=False),
-        batch_size="auto",
-        bootstrap_iters=0,
-    )
+    asked = VLLM(pretrained=model_path(model), batch_size="auto", **engine, **WAYS[way])
+    try:
+        result = simple_evaluate(
+            model=asked,
+            tasks=list(TASKS),
+            task_manager=TaskManager(include_path=str(directory), include_defaults=False),
+            bootstrap_iters=0,
+        )
+    finally:  # lm_eval leaves its engine running, and this process would not end
+        asked.model.llm_engine.engine_core.shutdown(timeout=SHUTDOWN_S)
     return {task: result["results"][task][score] for task, score in SCORES.items()}
 
 
@@ -124,7 +127,15 @@ def main(
         table.add_row(task, *(f"{scores[way][task]:.6g}" for way in WAYS))
     tables().print(table)
     write_json(
-        json_out, {"model": model, **engine, "questions": questions, "topics": topics, "scores": scores}
+        json_out,
+        {
+            "model": model,
+            **engine,
+            "questions": questions,
+            "topics": topics,
+            "characters": characters,
+            "scores": scores,
+        },
     )
 
 
