@@ -88,7 +88,8 @@ def test_tune_shows_what_windows_and_first_tokens_cost(topics: Path, tmp_path: P
     for run in (large, small):  # one block of first tokens, and a window that may cross blocks
         held = round(run["kv_bytes"] / block)
         assert run["n_local"] // 32 <= held <= run["n_local"] // 32 + 2
-        assert run["kv_bytes_peak"] / block >= held + 15
+        # With the tokens of a step of 512, before those that left the window are given back.
+        assert run["n_local"] // 32 + 16 <= round(run["kv_bytes_peak"] / block) <= held + 16
         assert run["read_per_s"] > 0 and run["written_per_s"] > 0
     assert abs(large["nll"] - small["nll"]) < 0.2 and min(large["extra"], small["extra"]) == 0
     (without,) = (run for (first, _), run in runs.items() if first == 0)
