@@ -430,7 +430,8 @@ def test_what_is_not_saved_is_told_on_every_route(
         "choose another name"
     )
     body, failed = adapting(save_as="taken"), metrics(address)["longctx_save_failures_total"]
-    told = {"longctx": {"save_error": error}}
+    # An answer to what was learned before also says how many blocks were remembered.
+    told = ({"save_error": error}, {"save_error": error, "blocks_remembered": 1})
     completion: dict[str, Any] = {**GREEDY, "prompt": text[:200], "max_tokens": 5, "extra_body": body}
     chat: dict[str, Any] = {
         **GREEDY,
@@ -440,7 +441,7 @@ def test_what_is_not_saved_is_told_on_every_route(
     }
     for answer in (client.completions.create(**completion), client.chat.completions.create(**chat)):
         assert [(c.finish_reason, c.stop_reason) for c in answer.choices] == [("length", error)]
-        assert answer.kv_transfer_params == told and answer.usage.completion_tokens == 5
+        assert answer.kv_transfer_params["longctx"] in told and answer.usage.completion_tokens == 5
     for stream in (
         client.completions.create(**completion, stream=True),
         client.chat.completions.create(**chat, stream=True),
@@ -457,13 +458,13 @@ def test_what_is_not_saved_is_told_on_every_route(
     }
     response["extra_body"].pop("return_token_ids")
     answer = client.responses.create(**response)
-    assert answer.kv_transfer_params == told and answer.usage.output_tokens == 16
+    assert answer.kv_transfer_params["longctx"] in told and answer.usage.output_tokens == 16
     (end,) = (e.response for e in client.responses.create(**response, stream=True) if e.type in ENDS)
-    assert end.kv_transfer_params == told
+    assert end.kv_transfer_params["longctx"] in told
     message = {"model": "booklm", "messages": [{"role": "user", "content": text[:200]}], "max_tokens": 5}
     message |= {"vllm_xargs": body["vllm_xargs"]}
     answer = httpx.post(f"{address}/v1/messages", json=message, timeout=60).json()
-    assert answer["kv_transfer_params"] == told and answer["stop_reason"] == "max_tokens"
+    assert answer["kv_transfer_params"]["longctx"] in told and answer["stop_reason"] == "max_tokens"
     assert metrics(address)["longctx_save_failures_total"] == failed + 7
     assert list((adapters / "taken").iterdir()) == []
     wait_until_idle(address)
