@@ -45,7 +45,3 @@ class VersionCache:
             self._bytes -= left.nbytes
             gone.append(oldest)
         return gone
-
-    def clear(self) -> None:
-        self._states.clear()
-        self._bytes = 0

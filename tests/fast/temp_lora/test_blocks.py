@@ -43,17 +43,25 @@ def test_who_learns_from_the_prompt_only_has_the_versions_of_whole_blocks_of_it(
         assert not read.renews(position)
 
 
-@given(
+walks = given(
     st.sampled_from(["reuse", "recompute"]),
     st.integers(1, 100),
     st.integers(0, 32),
     st.integers(1, 64),
     st.integers(1, 600),
 )
+
+
+def smallest_window(policy: str, context: int, keep_first: int) -> Window:
+    """That the context and the first tokens leave a KV block of room in."""
+    return Window(policy, context + 32 + keep_first, context, keep_first, 32)  # type: ignore[arg-type]
+
+
+@walks
 def test_passes_are_those_that_a_walk_finds(
     policy: str, context: int, keep_first: int, block_tokens: int, end: int
 ) -> None:
-    window = Window(policy, context + 32 + keep_first, context, keep_first, 32)  # type: ignore[arg-type]
+    window = smallest_window(policy, context, keep_first)
     b, start, found = Blocks(0, block_tokens, "cascaded"), 0, []
     for position in range(end):
         if (new := window.next_start(start, position, b)) is not None:
@@ -68,18 +76,12 @@ def test_versions_change_where_blocks_begin(b: Blocks, position: int) -> None:
         assert b.starts_block(position)
 
 
-@given(
-    st.sampled_from(["reuse", "recompute"]),
-    st.integers(1, 100),
-    st.integers(0, 32),
-    st.integers(1, 64),
-    st.integers(1, 600),
-)
+@walks
 def test_no_query_sees_more_than_the_window(
     policy: str, context: int, keep_first: int, block_tokens: int, text: int
 ) -> None:
     """Walked as the scheduler does: every pass makes room, and keeps at least the context."""
-    window = Window(policy, context + 32 + keep_first, context, keep_first, 32)  # type: ignore[arg-type]
+    window = smallest_window(policy, context, keep_first)
     b, start = Blocks(0, block_tokens, "cascaded"), 0
     for position in range(text):
         new = window.next_start(start, position, b)
