@@ -163,6 +163,22 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+class DecodeSplits:
+    """Among how many programs decodes of a layer share their keys, by the number of decodes.
+
+    workspace: As in `lambda_decode`, for the batch that needs most of it.
+    """
+
+    def __init__(self, impl: "LambdaImpl", longest: int, max_num_seqs: int, device: torch.device):
+        """longest: Most keys of a decode, in tokens, where its window does not bound them."""
+        self._impl, self._longest, self._num_sms = impl, longest, num_sms(device)
+        shares = max(rows * self(rows) for rows in range(1, max_num_seqs + 1))
+        self.workspace = decode_workspace(shares, impl.num_heads, impl.head_size, 1, device)
+
+    def __call__(self, rows: int) -> int:
+        return decode_splits(self._impl.view, rows, self._impl.num_kv_heads, self._num_sms, self._longest)
+
+
 class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
     """Nothing here waits for the device: what depends on values is computed there, the rest from shapes and
     host copies.
@@ -182,19 +198,14 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)  # decodes first
         self.impl: LambdaImpl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
-        self.num_sms = num_sms(device)
-        self.max_model_len = vllm_config.model_config.max_model_len
         impl, scheduler = self.impl, vllm_config.scheduler_config
-        shares = max(rows * self._splits(rows) for rows in range(1, scheduler.max_num_seqs + 1))
-        self.workspace = decode_workspace(shares, impl.num_heads, impl.head_size, 1, device)
+        longest = vllm_config.model_config.max_model_len
+        self.splits = DecodeSplits(impl, longest, scheduler.max_num_seqs, device)
         self.turn: Turn = None
         if impl.view.turns_queries:
             shape = scheduler.max_num_batched_tokens, impl.view.rotary_dim // 2
             cos, sin = torch.empty((2, *shape), dtype=torch.float32, device=device)
             self.turn = cos, sin
-
-    def _splits(self, rows: int) -> int:
-        return decode_splits(self.impl.view, rows, self.impl.num_kv_heads, self.num_sms, self.max_model_len)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -209,7 +220,7 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
                 m.block_table_tensor[:num_decodes],
                 m.seq_lens[:num_decodes],
                 turn and (turn[0][:num_decodes], turn[1][:num_decodes]),
-                self._splits(num_decodes),
+                self.splits(num_decodes),
             )
         if num_chunks > 0:
             chunks = Chunks(
@@ -220,7 +231,7 @@ class LambdaMetadataBuilder(AttentionMetadataBuilder[LambdaMetadata]):
                 m.max_query_len,
                 turn and (turn[0][first_token:], turn[1][first_token:]),
             )
-        return LambdaMetadata(m.num_actual_tokens, decodes, chunks, self.workspace)
+        return LambdaMetadata(m.num_actual_tokens, decodes, chunks, self.splits.workspace)
 
     def _write_turn(self, positions: Tensor) -> Turn:
         """Angles of the queries' turns, in place, once for all layers; [tokens, rotary_dim / 2] each."""

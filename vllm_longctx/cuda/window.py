@@ -23,10 +23,10 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_longctx.config import LongContextError
-from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
+from vllm_longctx.cuda.kernels.lambda_decode import lambda_decode
 from vllm_longctx.cuda.kernels.stepped import stepped_attention
 from vllm_longctx.cuda.rows import StepRows
-from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, num_sms, taken_over
+from vllm_longctx.cuda.sliding import DecodeSplits, LambdaBackend, LambdaImpl, taken_over
 from vllm_longctx.engine.layers import LayerSite, TakenOver
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.models.properties import trained_length
@@ -84,15 +84,9 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
     ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)  # decodes first
-        self.impl: LambdaImpl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
-        self.num_sms = num_sms(device)
-        self.longest = longest_window(vllm_config)
-        most = range(1, vllm_config.scheduler_config.max_num_seqs + 1)
-        shares = max(rows * self._splits(rows) for rows in most)
-        self.workspace = decode_workspace(shares, self.impl.num_heads, self.impl.head_size, 1, device)
-
-    def _splits(self, rows: int) -> int:
-        return decode_splits(self.impl.view, rows, self.impl.num_kv_heads, self.num_sms, self.longest)
+        impl: LambdaImpl = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
+        most = vllm_config.scheduler_config.max_num_seqs
+        self.splits = DecodeSplits(impl, longest_window(vllm_config), most, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -107,8 +101,8 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
             m.seq_lens,
             m.query_start_loc[num_decodes:] - first_token,
             m.max_query_len,
-            self._splits(max(num_decodes, 1)),
-            self.workspace,
+            self.splits(max(num_decodes, 1)),
+            self.splits.workspace,
         )
 
 
