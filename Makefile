@@ -31,9 +31,10 @@ IN_TWO := -n 2 --dist loadfile
 fast: setup
 	$(PYTEST) $(IN_TWO) -m "not alone $(QUICK)" tests/fast
 
-# A trainer, whose priority is low, would starve on a core that its engine shares with another one.
+# Processes of the first run have a core each. A trainer, whose priority is low, would starve there.
 engine: setup
-	$(PYTEST) $(IN_TWO) -m "not alone $(QUICK)" tests/engine
+	$(PYTEST) $(IN_TWO) -m "not trainer and not alone $(QUICK)" tests/engine
+	ALL_CORES=1 $(PYTEST) $(IN_TWO) -m "trainer $(QUICK)" tests/engine
 	$(PYTEST) -m "alone $(QUICK)" tests/engine
 
 demo: setup

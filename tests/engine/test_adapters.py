@@ -40,7 +40,7 @@ ALL_MODULES = (
     "lm_head",
 )
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.trainer
 
 
 @pytest.fixture(scope="module")

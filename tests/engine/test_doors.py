@@ -46,7 +46,7 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=pytest.mark.alone) if "adaptation" in config else name
+        pytest.param(name, marks=pytest.mark.trainer) if "adaptation" in config else name
         for name, config in MODES.items()
     ],
 )

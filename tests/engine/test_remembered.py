@@ -31,7 +31,7 @@ STEPPED_MODES = [
     for mode in ("cascaded", "parallel")
 ]
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.trainer
 
 
 @dataclass(frozen=True)

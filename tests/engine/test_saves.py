@@ -39,7 +39,7 @@ SAVED, FAILED, SAVING = (
     "vllm:longctx_num_requests_saving",
 )
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.trainer
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ KEEP_CASES: list[tuple[int, int, dict[str, Any]]] = [
     (97, 40, {"learn": "prompt"}),
 ]
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.trainer
 
 
 @pytest.fixture(scope="module")

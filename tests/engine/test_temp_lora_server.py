@@ -51,7 +51,7 @@ FLAGS += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_w
 GREEDY: dict[str, Any] = {"model": "booklm", "temperature": 0}
 HELD, IN_USE = "longctx_num_requests_held", "longctx_adapter_slots_in_use"
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.trainer
 
 
 @pytest.fixture(scope="module")

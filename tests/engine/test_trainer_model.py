@@ -24,7 +24,7 @@ NONE = {"method": "none"}
 ADAPTATION = {**STEPPED, "slots": 2}
 OPTIONS = Options(**{key: value for key, value in STEPPED.items() if key != "dropout"})
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.trainer
 
 
 def copied(model: Path, path: Path, **entries: Any) -> Path:
