@@ -277,8 +277,8 @@ def adaptation_on(config: VllmConfig, platform: PlatformFacts) -> Adaptation | N
     return Adaptation.of(given.model_copy(update={"trainer": trainer}))
 
 
-def layers_of(config: VllmConfig) -> list[Layers]:
-    """The KV of a request of max_model_len tokens, by the specs that the mode's row names."""
+def specs_of(config: VllmConfig) -> Counter[tuple[str, KVCacheSpec, AttentionSpec]]:
+    """How many layers are of each kind: its name, its KV spec by the mode's row, and vLLM's own."""
     settings, model = active_settings(config), config.model_config
     common: dict[str, Any] = {
         "block_size": config.cache_config.block_size,
@@ -286,7 +286,7 @@ def layers_of(config: VllmConfig) -> list[Layers]:
         "head_size": model.get_head_size(),
         "dtype": model_dtype(model),
     }
-    counted: Counter[tuple[AttentionSpec, KVCacheSpec, str]] = Counter()
+    kinds: Counter[tuple[str, KVCacheSpec, AttentionSpec]] = Counter()
     for number, window in enumerate(layer_windows(model)):
         stock: AttentionSpec = FullAttentionSpec(**common)
         if window is not None:
@@ -295,15 +295,20 @@ def layers_of(config: VllmConfig) -> list[Layers]:
         if not settings.mode.is_plain:
             role = settings.role(number, window is not None)
             spec = layer_spec(settings.mode.layers[role], stock, config)
-        counted[stock, spec, role if window is None else f"{role} ({window:,} tokens)"] += 1
-    kinds = []
-    for (stock, spec, name), number in counted.items():
+        kinds[role if window is None else f"{role} ({window:,} tokens)", spec, stock] += 1
+    return kinds
+
+
+def layers_of(config: VllmConfig) -> list[Layers]:
+    """The KV of a request of max_model_len tokens."""
+    layers = []
+    for (name, spec, stock), number in specs_of(config).items():
         kept, whole = _blocks(spec, config, in_flight=1), _blocks(stock, config, in_flight=1)
         reading = _blocks(spec, config, config.max_in_flight_tokens)
         host = whole if blocks_apart(spec) else 0
         page = spec.page_size_bytes
-        kinds.append(Layers(name, type(spec).__name__, number, page, kept, reading - kept, host, whole))
-    return kinds
+        layers.append(Layers(name, type(spec).__name__, number, page, kept, reading - kept, host, whole))
+    return layers
 
 
 def _blocks(spec: KVCacheSpec, config: VllmConfig, in_flight: int) -> int:

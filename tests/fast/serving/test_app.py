@@ -266,6 +266,43 @@ def test_handlers_of_every_server_end_open_ended_requests(
     assert inspect.getsource(app_state.init_app_state).count("init_endpoint_plugins_state") == 1
 
 
+@pytest.mark.parametrize(
+    ("more", "refused"),
+    [
+        ({"longctx": {"temp_lora": True}}, "longctx: options of ours stand in vllm_xargs"),
+        (
+            {"use_beam_search": True, "vllm_xargs": {"longctx": "{}"}},
+            "vllm_xargs.longctx: a beam search takes no options of ours",
+        ),
+        ({"vllm_xargs": {"longctx": ["{}"]}}, r"vllm_xargs.longctx = \['{}'\]: give a JSON string"),
+        ({"vllm_xargs": {"longctx": "{}"}, "anything": 5}, None),
+    ],
+)
+def test_options_of_ours_are_strict_without_http_too(more: dict[str, Any], refused: str | None) -> None:
+    """`vllm run-batch` and Ray Serve call vLLM's handlers themselves. Before: such options were ignored."""
+    front_end(LM_INFINITE)
+    vllm_config = EngineArgs(model=BOOKLM, additional_config=LM_INFINITE).create_engine_config()
+    state, taken = State(), []
+
+    async def create(request: ChatCompletionRequest, *args: Any) -> None:
+        taken.append(request)
+
+    state.chat = SimpleNamespace(create_chat_completion=create)
+    asyncio.run(
+        app_state.init_endpoint_plugins_state(
+            SimpleNamespace(vllm_config=vllm_config), state, SimpleNamespace()
+        )
+    )
+    request = ChatCompletionRequest(messages=[{"role": "user", "content": "x"}], **more)
+    answer = state.chat.create_chat_completion(request)
+    if refused is None:
+        asyncio.run(answer)
+    else:
+        with pytest.raises(RequestError, match=refused):
+            asyncio.run(answer)
+    assert len(taken) == (refused is None)
+
+
 def test_open_ended_requests_of_programs_end_at_the_default_too() -> None:
     add = front_end(LM_INFINITE, max_model_len=20)
     assert add([5, 6], max_tokens=None).sampling_params.max_tokens == 7
