@@ -195,29 +195,15 @@ SEAMS = [
         "0003-scratch-blocks.diff",
     ),
     Seam(
-        "KVCacheSpecRegistry._ensure_registered",
-        "engine/kv_cache.py",
-        "register our spec without losing the built-in ones",
-        _has("vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry", "_ensure_registered", "register"),
-        "0004-plugin-specs-before-builtin-ones.diff",
-    ),
-    Seam(
-        "SingleTypeKVCacheManager._remove_blocks_in_range, num_cached_block, _get_num_evictable_blocks; "
         "BlockPool.free_block_queue (reordered), cache_full_blocks (with a group id of our own)",
         "engine/sliding_kv.py, engine/memory_kv.py",
-        "free the middle of a request and have it reused first; publish a memory's first window while it is "
-        "open",
+        "have the middle of a request reused first; publish a memory's first window while it is open",
         _all(
-            _has(
-                "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
-                "_remove_blocks_in_range",
-                "_get_num_evictable_blocks",
-            ),
             _sets("vllm.v1.core.block_pool:BlockPool", "free_block_queue"),
             _has("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue", "popleft_n", "prepend_n", "remove"),
             _takes("vllm.v1.core.block_pool:BlockPool.cache_full_blocks", "kv_cache_group_id"),
         ),
-        "0005-public-block-range-in-managers.diff",
+        "0005-free-blocks-that-are-reused-first.diff",
     ),
     Seam(
         "GPUModelRunner.input_batch.generators, discard_request_mask (hidden while sampling)",
@@ -292,7 +278,7 @@ SEAMS = [
     ),
     Seam(
         "Scheduler._make_cached_request_data (overridden), resumed_req_ids of requests that run on; "
-        "SingleTypeKVCacheManager.req_to_blocks, num_cached_block, _null_block",
+        "SingleTypeKVCacheManager.req_to_blocks, num_cached_block (set)",
         "scheduling/temp_lora.py, cuda/passes_runner.py, engine/stepped_kv.py",
         "begin a new pass: free a running request's KV blocks and compute its window again, never shared "
         "with other requests",
@@ -302,7 +288,6 @@ SEAMS = [
                 "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
                 "req_to_blocks",
                 "num_cached_block",
-                "_null_block",
             ),
         ),
         "0012-roll-back-of-a-request.diff",
