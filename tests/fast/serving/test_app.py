@@ -7,6 +7,8 @@ Also the routes around the checks, without an engine. What it takes, and refuses
 import asyncio
 import inspect
 import json
+import multiprocessing
+import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -235,6 +237,21 @@ def test_requests_of_other_engines_are_vllms_affair() -> None:
     for config in ({}, {"longctx": {"attention": {"method": "none"}}}):
         request = front_end(config)([5, 6], priority=5, extra_args={"longctx": {}})
         assert request.sampling_params.extra_args == {"longctx": {}}
+
+
+@pytest.mark.parametrize("is_child", [False, True])
+def test_a_configuration_that_is_sent_brings_its_checks(
+    is_child: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Serve LLM makes it in a task, and takes requests elsewhere. Before: without any check."""
+    vllm_config = EngineArgs(model=BOOKLM, additional_config=LM_INFINITE).create_engine_config()
+    sent = pickle.dumps(vllm_config)
+    monkeypatch.setattr(InputProcessor, "process_inputs", InputProcessor.process_inputs.__wrapped__)
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object() if is_child else None)
+    arrived = pickle.loads(sent)
+    assert arrived.additional_config == vllm_config.additional_config
+    assert arrived.compute_hash() == vllm_config.compute_hash()
+    assert hasattr(InputProcessor.process_inputs, "__wrapped__") is not is_child
 
 
 class Handler:
