@@ -213,14 +213,12 @@ SEAMS = [
         "0006-seeded-chunked-prefill-on-cpu.diff",
     ),
     Seam(
-        "StatLoggerManager.__init__ (wrapped), SchedulerStats.kv_connector_stats (borrowed), an attribute on "
-        "ModelRunnerOutput",
-        "plugin.py, scheduling/scheduler.py, cpu/worker.py",
+        "StatLoggerManager.__init__ (wrapped), SchedulerStats.kv_connector_stats (borrowed)",
+        "plugin.py, scheduling/scheduler.py",
         "metrics of long requests beside vLLM's own, only for engines that run longctx, in LLM too",
         _all(
             _has("vllm.v1.metrics.loggers:StatLoggerManager", "record"),
             _takes("vllm.v1.metrics.stats:SchedulerStats", "kv_connector_stats"),
-            _open("vllm.v1.outputs:ModelRunnerOutput"),
         ),
         "0008-statistics-of-plugins.diff",
     ),
@@ -254,8 +252,7 @@ SEAMS = [
         "0010-app-hooks-of-plugins.diff",
     ),
     Seam(
-        "Scheduler._reserve_prefill_lookahead, _handle_blocked_waiting_request, _update_after_schedule, "
-        "_preempt_request, "
+        "Scheduler._reserve_prefill_lookahead, _handle_blocked_waiting_request, _preempt_request, "
         "_free_request (overridden), running (reordered)",
         "scheduling/scheduler.py, scheduling/temp_lora.py, scheduling/memory.py",
         "share a step's tokens, let a request that adapts compute to the end of its block, or of its window, "
@@ -268,7 +265,6 @@ SEAMS = [
                 "vllm.v1.core.sched.scheduler:Scheduler",
                 "_reserve_prefill_lookahead",
                 "_handle_blocked_waiting_request",
-                "_update_after_schedule",
                 "_preempt_request",
                 "_free_request",
             ),
@@ -293,10 +289,10 @@ SEAMS = [
         "0012-roll-back-of-a-request.diff",
     ),
     Seam(
-        "SchedulerOutput (an attribute added)",
+        "SchedulerOutput, ModelRunnerOutput (an attribute added)",
         "engine/step.py",
-        "send the workers the weights and the window of each request of the step",
-        _open("vllm.v1.core.sched.output:SchedulerOutput"),
+        "send the workers the weights and the window of each request of the step, and a report back",
+        _all(_open("vllm.v1.core.sched.output:SchedulerOutput"), _open("vllm.v1.outputs:ModelRunnerOutput")),
         "0013-plugin-data-of-a-step.diff",
     ),
     Seam(
