@@ -291,7 +291,7 @@ class SimulatedTrainer:
 class Simulation:
     """An engine's scheduler whose steps take what they cost.
 
-    python_s: What each step's scheduling took of real time.
+    python_s: What each step's scheduling took of a core's time.
     most_running: Requests in the largest step.
     """
 
@@ -333,20 +333,20 @@ class Simulation:
     def step(self) -> dict[str, list[int]]:
         from vllm.v1.outputs import ModelRunnerOutput
 
-        begin, clock = time.perf_counter(), self.clock
+        begin, clock = time.thread_time(), self.clock
         output = self.scheduler.schedule()
+        scheduled_s = time.thread_time() - begin
         computed = self.sampled(output)
-        scheduled_s = time.perf_counter() - begin
         names = list(output.num_scheduled_tokens)
         if names:
             self.pass_step(output)
         elif self.clock == clock:
             self.pass_idle(1e-3)
-        begin = time.perf_counter()
+        begin = time.thread_time()
         done = ModelRunnerOutput(names, {name: row for row, name in enumerate(names)}, computed)
         outputs = self.scheduler.update_from_output(output, done)
         if names:
-            self.python_s.append(scheduled_s + time.perf_counter() - begin)
+            self.python_s.append(scheduled_s + time.thread_time() - begin)
             self.most_running = max(self.most_running, len(names))
         ended = [
             o.request_id for each in outputs.values() for o in each.outputs if o.finish_reason is not None

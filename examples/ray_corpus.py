@@ -84,10 +84,10 @@ class Reader:
             )
             for book in left
         ]
-        begin = time.monotonic()
+        begin = time.time()
         prompts = [{"prompt_token_ids": text + asked} for text in texts]
         outputs = self.llm.generate(prompts, params, use_tqdm=False) if left else []
-        seconds = time.monotonic() - begin
+        end = time.time()
         for book, text, output in zip(left, texts, outputs, strict=True):
             refusal = (output.kv_transfer_params or {}).get("longctx", {})
             result = {
@@ -96,7 +96,8 @@ class Reader:
                 "nll": -fmean(output.prompt_logprobs.logprobs[: len(text) - 1]),
                 "written": output.outputs[0].text,
                 "adapter": book.stem if self.learns and "save_error" not in refusal else None,
-                "seconds": seconds,
+                "began": begin,
+                "ended": end,
             }
             unfinished = result_of(self.args.out, book).with_suffix(f".{os.getpid()}")
             unfinished.write_text(json.dumps(result, indent=1) + "\n")
@@ -150,15 +151,17 @@ def main() -> None:
     (args.out / ADAPTERS).mkdir(parents=True, exist_ok=True)
     left = [book for book in books if not result_of(args.out, book).exists()]
     print(f"{len(books) - len(left)} of {len(books)} books are done", flush=True)
-    begin = time.monotonic()
     if left:
         read(args, [str(book) for book in left])
-    seconds = time.monotonic() - begin
     results = {book: json.loads(result_of(args.out, book).read_text()) for book in books}
     tokens = sum(result["tokens"] for result in results.values())
     nll = sum(result["nll"] * result["tokens"] for result in results.values()) / tokens
-    new = sum(results[book]["tokens"] for book in left)
-    print(f"{len(books)} books, {tokens:,} tokens, {nll:.3f} nats per token; {new / seconds:,.0f} tokens/s")
+    print(f"{len(books)} books, {tokens:,} tokens, {nll:.3f} nats per token")
+    if new := [results[book] for book in left]:
+        seconds = max(result["ended"] for result in new) - min(result["began"] for result in new)
+        print(
+            f"{sum(result['tokens'] for result in new) / seconds:,.0f} tokens/s, without the start of engines"
+        )
 
 
 if __name__ == "__main__":
