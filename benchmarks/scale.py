@@ -467,13 +467,22 @@ class Step:
 
 
 class Watched(Real):
-    """steps: All of the engine's. added_s: What each request took to be added."""
+    """steps: All of the engine's. added_s: What each request took to be added. blocks_s: And each block."""
 
     def __init__(self, engine: "LLMEngine"):
         super().__init__(engine)
         self.scheduler = engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
         self.steps: list[Step] = []
         self.added_s: list[float] = []
+        self.blocks_s: list[float] = []
+        handle = self.scheduler.jobs.handle
+
+        def watched(report: Any) -> None:
+            if getattr(report, "losses", None):  # of a version that was trained, and not remembered
+                self.blocks_s.append(report.seconds)
+            handle(report)
+
+        self.scheduler.jobs.handle = watched
 
     def add(self, name: str, prompt: list[int], written: int, learns: bool) -> None:
         begin = time.perf_counter()
@@ -524,11 +533,6 @@ class Watched(Real):
             self.step()
         return self.steps[first:]
 
-    def block_seconds(self) -> tuple[float, int]:
-        """What the trainer took for all blocks so far, and their number."""
-        (found,) = [m for m in self.engine.get_metrics() if m.name == "vllm:longctx_train_time_seconds"]
-        return found.sum, found.count  # type: ignore[attr-defined]
-
 
 def calibrate(engine: "LLMEngine", length: int, most: int, vocabulary: int) -> Costs:
     """length: Of texts, in tokens. most: Requests in a step."""
@@ -538,12 +542,11 @@ def calibrate(engine: "LLMEngine", length: int, most: int, vocabulary: int) -> C
         return [words.choices(range(3, vocabulary), k=length) for _ in range(count)]
 
     def block_s(run: Callable[[], Any]) -> float:
-        seconds, blocks = watched.block_seconds()
+        watched.blocks_s.clear()
         run()
-        more, trained = watched.block_seconds()
-        if trained == blocks:
+        if not watched.blocks_s:
             raise PremiseError("no block was trained; the log says why")
-        return (more - seconds) / (trained - blocks)
+        return statistics.median(watched.blocks_s)
 
     watched.run(prompts(2), 40, learning=1)  # warms up
     steps: dict[int, float] = {}
@@ -628,7 +631,7 @@ def check(
     """Predict what a load of real streams takes, and compare."""
     counts = parse_lengths(streams, "--streams")
     most = max(counts)
-    settings = engine_settings(max(most, 2), history + turns * (read + written) + 1024)
+    settings = engine_settings(max(most, 16), history + turns * (read + written) + 1024)
     longest = settings.pop("max_model_len")
     rows = []
     with running_engine(model, section(slots), longest, enforce_eager=enforce_eager, **settings) as (

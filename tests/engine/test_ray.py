@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from server import free_port
 
 from tests.support.documentation import ROOT
 from tests.support.engines import wait_until
@@ -85,3 +86,44 @@ def test_adapters_are_saved(books: Path, tmp_path: Path) -> None:
         assert program.wait(900) == 0, (tmp_path / "log").read_text()[-3000:]
     assert json.loads((out / "book-0.json").read_text())["adapter"] == "book-0"
     assert (out / "adapters" / "book-0" / "adapter_model.safetensors").is_file()
+
+
+# Run in a process of its own, which starts Ray, serves, asks, and prints the answers.
+SERVE = """
+import json, sys
+import httpx, ray, yaml
+from ray import serve
+from ray.serve.llm import LLMConfig, build_openai_app
+
+arguments = yaml.safe_load(open("examples/ray_serve.yaml"))["applications"][0]["args"]["llm_configs"][0]
+arguments["engine_kwargs"]["additional_config"]["longctx"]["serving"]["default_max_tokens"] = 6
+arguments["engine_kwargs"]["kv_cache_memory_bytes"] = 100_000_000
+ray.init(num_cpus=4)  # of Ray's own counting
+serve.start(http_options={"port": int(sys.argv[1])})
+serve.run(build_openai_app({"llm_configs": [LLMConfig(**arguments)]}))
+for more in json.loads(sys.argv[2]):
+    body = {"model": "booklm", "prompt": [5] * 20, "ignore_eos": True, **more}
+    answer = httpx.post(f"http://127.0.0.1:{sys.argv[1]}/v1/completions", json=body, timeout=300)
+    print("ANSWER", json.dumps([answer.status_code, answer.json()]), flush=True)
+serve.shutdown()
+"""
+
+
+def test_ray_serve_has_the_checks_and_limits_of_a_server() -> None:
+    pytest.importorskip("ray.serve.llm")
+    asked = [
+        {},
+        {"max_tokens": 9},
+        {"prompt": [5] * 3000, "max_tokens": 3},
+        {"vllm_xargs": {"longctx": '{"temp_lora": true}'}},
+        {"longctx": {"temp_lora": True}},
+    ]
+    command = [sys.executable, "-c", SERVE, str(free_port()), json.dumps(asked)]
+    done = subprocess.run(command, env=QUIET, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert len(lines) == len(asked), done.stderr[-3000:]
+    answers = [json.loads(line.removeprefix("ANSWER ")) for line in lines]
+    assert [status for status, _ in answers] == [200, 200, 200, 400, 400]
+    assert [body["usage"]["completion_tokens"] for _, body in answers[:3]] == [6, 9, 3]
+    assert "this engine has no options per request" in str(answers[3])
+    assert "options of ours stand in vllm_xargs" in str(answers[4])
