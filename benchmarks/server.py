@@ -13,10 +13,13 @@ from pathlib import Path
 
 import httpx
 
+from vllm_longctx.cli.engine import allow_plugin
+
 
 @contextmanager
 def running_server(model: str, log: Path, *flags: str, patience_s: int = 300) -> Iterator[str]:
     """Its address, once it answers. Raises RuntimeError with the end of its log if it does not start."""
+    allow_plugin()
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [

@@ -18,12 +18,13 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.metrics.loggers import StatLoggerManager
 
-from vllm_longctx import processes, refusals
+from vllm_longctx import front_end, processes
 from vllm_longctx.config import KEY, PRESETS, LongContextError, checked_json
 from vllm_longctx.engine import kv_cache
 from vllm_longctx.metrics import LongContextStatLogger
 from vllm_longctx.models import longllama
 from vllm_longctx.modes import SCHEDULERS
+from vllm_longctx.settings import plugin_configs
 from vllm_longctx.startup import engine_args
 from vllm_longctx.startup.platform import CUDA_BACKEND
 
@@ -56,18 +57,8 @@ def _wrap_create_engine_config() -> None:
                 vllm_config = create_engine_config(self, *args, **kwargs)
         if config is not None:
             engine_args.complete(config, vllm_config, self.enable_lora)
-            from vllm_longctx.serving import (
-                app,
-                stop_strings,
-            )  # the front end's, which other processes do not load
-
-            app.check_engine_requests()
-            app.refuse_images()
-            app.limit_requests()
-            stop_strings.wait_for_saves()
-            refusals.raise_in_front_end()
-            if not config.mode.is_plain:
-                processes.end_together()
+            vllm_config.additional_config = front_end.AdditionalConfig(plugin_configs(vllm_config))
+            front_end.install(config)
         elif longllama.ARCHITECTURE in vllm_config.model_config.architectures:
             raise LongContextError(
                 f"model {self.model} is LongLLaMA, which needs its memory; start it with --plugin longctx"

@@ -195,29 +195,15 @@ SEAMS = [
         "0003-scratch-blocks.diff",
     ),
     Seam(
-        "KVCacheSpecRegistry._ensure_registered",
-        "engine/kv_cache.py",
-        "register our spec without losing the built-in ones",
-        _has("vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry", "_ensure_registered", "register"),
-        "0004-plugin-specs-before-builtin-ones.diff",
-    ),
-    Seam(
-        "SingleTypeKVCacheManager._remove_blocks_in_range, num_cached_block, _get_num_evictable_blocks; "
         "BlockPool.free_block_queue (reordered), cache_full_blocks (with a group id of our own)",
         "engine/sliding_kv.py, engine/memory_kv.py",
-        "free the middle of a request and have it reused first; publish a memory's first window while it is "
-        "open",
+        "have the middle of a request reused first; publish a memory's first window while it is open",
         _all(
-            _has(
-                "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
-                "_remove_blocks_in_range",
-                "_get_num_evictable_blocks",
-            ),
             _sets("vllm.v1.core.block_pool:BlockPool", "free_block_queue"),
             _has("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue", "popleft_n", "prepend_n", "remove"),
             _takes("vllm.v1.core.block_pool:BlockPool.cache_full_blocks", "kv_cache_group_id"),
         ),
-        "0005-public-block-range-in-managers.diff",
+        "0005-free-blocks-that-are-reused-first.diff",
     ),
     Seam(
         "GPUModelRunner.input_batch.generators, discard_request_mask (hidden while sampling)",
@@ -227,14 +213,12 @@ SEAMS = [
         "0006-seeded-chunked-prefill-on-cpu.diff",
     ),
     Seam(
-        "StatLoggerManager.__init__ (wrapped), SchedulerStats.kv_connector_stats (borrowed), an attribute on "
-        "ModelRunnerOutput",
-        "plugin.py, scheduling/scheduler.py, cpu/worker.py",
+        "StatLoggerManager.__init__ (wrapped), SchedulerStats.kv_connector_stats (borrowed)",
+        "plugin.py, scheduling/scheduler.py",
         "metrics of long requests beside vLLM's own, only for engines that run longctx, in LLM too",
         _all(
             _has("vllm.v1.metrics.loggers:StatLoggerManager", "record"),
             _takes("vllm.v1.metrics.stats:SchedulerStats", "kv_connector_stats"),
-            _open("vllm.v1.outputs:ModelRunnerOutput"),
         ),
         "0008-statistics-of-plugins.diff",
     ),
@@ -268,8 +252,7 @@ SEAMS = [
         "0010-app-hooks-of-plugins.diff",
     ),
     Seam(
-        "Scheduler._reserve_prefill_lookahead, _handle_blocked_waiting_request, _update_after_schedule, "
-        "_preempt_request, "
+        "Scheduler._reserve_prefill_lookahead, _handle_blocked_waiting_request, _preempt_request, "
         "_free_request (overridden), running (reordered)",
         "scheduling/scheduler.py, scheduling/temp_lora.py, scheduling/memory.py",
         "share a step's tokens, let a request that adapts compute to the end of its block, or of its window, "
@@ -282,7 +265,6 @@ SEAMS = [
                 "vllm.v1.core.sched.scheduler:Scheduler",
                 "_reserve_prefill_lookahead",
                 "_handle_blocked_waiting_request",
-                "_update_after_schedule",
                 "_preempt_request",
                 "_free_request",
             ),
@@ -292,7 +274,7 @@ SEAMS = [
     ),
     Seam(
         "Scheduler._make_cached_request_data (overridden), resumed_req_ids of requests that run on; "
-        "SingleTypeKVCacheManager.req_to_blocks, num_cached_block, _null_block",
+        "SingleTypeKVCacheManager.req_to_blocks, num_cached_block (set)",
         "scheduling/temp_lora.py, cuda/passes_runner.py, engine/stepped_kv.py",
         "begin a new pass: free a running request's KV blocks and compute its window again, never shared "
         "with other requests",
@@ -302,16 +284,15 @@ SEAMS = [
                 "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
                 "req_to_blocks",
                 "num_cached_block",
-                "_null_block",
             ),
         ),
         "0012-roll-back-of-a-request.diff",
     ),
     Seam(
-        "SchedulerOutput (an attribute added)",
+        "SchedulerOutput, ModelRunnerOutput (an attribute added)",
         "engine/step.py",
-        "send the workers the weights and the window of each request of the step",
-        _open("vllm.v1.core.sched.output:SchedulerOutput"),
+        "send the workers the weights and the window of each request of the step, and a report back",
+        _all(_open("vllm.v1.core.sched.output:SchedulerOutput"), _open("vllm.v1.outputs:ModelRunnerOutput")),
         "0013-plugin-data-of-a-step.diff",
     ),
     Seam(

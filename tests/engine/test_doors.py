@@ -1,8 +1,11 @@
 """Doors into an engine other than `vllm serve`, and what an operator may do to it while it runs."""
 
+import asyncio
+import importlib
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,12 +14,14 @@ from typing import Any
 
 import pytest
 from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
 
-from tests.support.engines import CHAT_TEMPLATE, generate, prompt, running_here
+from tests.support.engines import CHAT_TEMPLATE, generate, prompt, running_here, wait_until
 from tests.support.lora_adapters import write_adapter
 from vllm_longctx import BOOKLM
 
@@ -204,3 +209,92 @@ def test_a_batch_runs_with_the_checks_and_the_default_of_a_server(tmp_path: Path
     assert limited["response"]["body"]["usage"]["completion_tokens"] == 9
     assert refused["response"]["status_code"] == 400
     assert "this engine has no options per request" in refused["error"]["error"]["message"]
+
+
+# Of the doors below: open-ended requests write 6 tokens, and who does not adapt has 512 tokens at the most.
+LIMITED = {"preset": "temp-lora-quality", "serving": {"default_max_tokens": 6}}
+ENGINE = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 100_000_000}
+
+
+@pytest.mark.slow
+def test_a_program_around_async_llm_has_the_checks_and_limits() -> None:
+    async def ask(engine: AsyncLLM, prompt: Any, **given: Any) -> int:
+        params = SamplingParams(**{"max_tokens": None, "ignore_eos": True, **given})
+        async for output in engine.generate(prompt, params, str(asyncio.get_running_loop().time())):
+            written = len(output.outputs[0].token_ids)
+        return written
+
+    async def visit() -> None:
+        args = AsyncEngineArgs(model=BOOKLM, additional_config={"longctx": LIMITED}, **ENGINE)
+        engine = AsyncLLM.from_engine_args(args)
+        try:
+            # Raw prompts are checked in a thread of their own.
+            for prompt in ("It was a dark night.", tokens_input([5] * 20)):
+                assert await ask(engine, prompt) == 6
+                assert await ask(engine, prompt, max_tokens=9) == 9
+                with pytest.raises(VLLMValidationError, match=r"longctx\.rank = 4096 is beyond"):
+                    await ask(engine, prompt, extra_args={"longctx": {"temp_lora": True, "rank": 4096}})
+            with pytest.raises(VLLMValidationError, match="and this request does not adapt"):
+                await ask(engine, tokens_input([5] * 600))
+        finally:
+            engine.shutdown()
+
+    asyncio.run(visit())
+
+
+@pytest.mark.slow
+def test_the_grpc_server_has_the_checks_and_limits(tmp_path: Path) -> None:
+    """Its clients cannot name options of ours."""
+    reason = "needs smg-grpc-servicer (pip install vllm[grpc])"
+    pytest.importorskip("smg_grpc_servicer", reason=reason)
+    grpc, proto = importlib.import_module("grpc"), importlib.import_module("smg_grpc_proto")
+    messages, services = proto.vllm_engine_pb2, proto.vllm_engine_pb2_grpc
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.launchers.grpc_server",
+        "--model",
+        BOOKLM,
+        "--port",
+        port,
+    ]
+    command += [
+        "--host",
+        "127.0.0.1",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--longctx",
+        json.dumps(LIMITED),
+    ]
+    command += ["--kv-cache-memory-bytes", "100000000"]
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        server = subprocess.Popen(command, env=os.environ, stdout=out, stderr=out)
+    try:
+        wait_until(lambda: "ready to accept requests" in log.read_text() or server.poll() is not None, 300)
+        assert server.poll() is None, log.read_text()[-3000:]
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            client = services.VllmEngineStub(channel)
+
+            def ask(number: int, length: int, **given: Any) -> Any:
+                params = messages.SamplingParams(ignore_eos=True, n=1, top_p=1, repetition_penalty=1, **given)
+                text = messages.TokenizedInput(input_ids=[5] * length)
+                request = messages.GenerateRequest(
+                    request_id=str(number), tokenized=text, sampling_params=params
+                )
+                *_, last = client.Generate(request)
+                return last.complete
+
+            assert ask(1, 20).completion_tokens == 6
+            assert ask(2, 20, max_tokens=9).completion_tokens == 9
+            with pytest.raises(grpc.RpcError) as refused:
+                ask(3, 600)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "this request does not adapt" in refused.value.details()
+    finally:
+        server.terminate()
+        server.wait(60)

@@ -40,4 +40,5 @@ def test_sources_stand_beside_the_compiled_code_of_the_installed_build(tmp_path:
 def test_every_name_that_is_imported_is_looked_for() -> None:
     found = set(next_vllm.imports())
     assert ("vllm_longctx/plugin.py", "vllm.engine.arg_utils", "EngineArgs") in found
-    assert ("tests/support/vllm_names.py", "vllm.entrypoints.common.cli_args", "make_arg_parser") in found
+    assert ("tests/support/vllm_names.py", "vllm.config", "VllmConfig") in found
+    assert not [name for _, _, name in found if name == "make_arg_parser"]  # each version has one of two

@@ -45,26 +45,45 @@ def why_left_out() -> str | None:
     """Why vLLM does not load longctx, and what to do; None if it does."""
     names = os.environ.get("VLLM_PLUGINS")
     if not entry_points(group="vllm.general_plugins", name="longctx"):
-        return "vllm-longctx is not installed for this Python, and vLLM finds only what is; pip install it"
+        return (
+            "longctx is not loaded: vllm-longctx is not installed for this Python, and vLLM finds only what "
+            "is; pip install it"
+        )
     if names is not None and "longctx" not in names.split(","):
         return (
-            f"VLLM_PLUGINS = {names!r} leaves longctx out, and vLLM then ignores its configuration in "
-            f"silence; add longctx to "
-            "it, or unset it"
+            f"longctx is not loaded: VLLM_PLUGINS = {names!r} leaves it out, and vLLM then ignores its "
+            f"configuration in silence; add longctx to it, or unset it"
         )
     return None
 
 
-def load_plugin() -> None:
-    """Have vLLM load longctx, here and in the processes that it starts: whoever runs a command of ours wants
-    it.
+def allow_plugin() -> None:
+    """Have vLLM load longctx, here and in the processes that are started from here: whoever runs a command of
+    ours wants it.
 
-    To be called before vLLM's engine arguments are made. Raises ValueError if longctx is not installed.
+    Raises ValueError if longctx is not installed.
     """
     if why_left_out() is not None and "VLLM_PLUGINS" in os.environ:
         os.environ["VLLM_PLUGINS"] = ",".join(["longctx", *os.environ["VLLM_PLUGINS"].split(",")])
     if (reason := why_left_out()) is not None:
         raise ValueError(reason)
+
+
+def load_plugin() -> None:
+    """`allow_plugin`, and load it now. To be called before vLLM's engine arguments are made.
+
+    Raises ValueError if it is not loaded: then vLLM would ignore every configuration of ours.
+    """
+    allow_plugin()
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    if not hasattr(EngineArgs.create_engine_config, "__wrapped__"):
+        raise ValueError(
+            "longctx is not loaded: vLLM could not import it, as its log says, or had loaded its plugins "
+            "before VLLM_PLUGINS named longctx; mend that, and start again"
+        )
 
 
 def model_path(model: str) -> str:

@@ -7,6 +7,7 @@ from vllm_longctx.cli.generate import generate
 from vllm_longctx.cli.get_model import get_model
 from vllm_longctx.cli.passkey import passkey
 from vllm_longctx.cli.score import score
+from vllm_longctx.cli.size import size
 from vllm_longctx.cli.train_focused import train_focused
 from vllm_longctx.cli.tune import tune
 
@@ -22,6 +23,7 @@ app.command()(score)
 app.command()(generate)
 app.command()(passkey)
 app.command()(tune)
+app.command()(size)
 app.command()(train_focused)
 
 if __name__ == "__main__":

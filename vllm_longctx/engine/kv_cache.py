@@ -43,10 +43,8 @@ def layer_spec(kind: str, spec: AttentionSpec, vllm_config: VllmConfig) -> KVCac
 
 
 def register() -> None:
-    """Make the specs known to vLLM; also needed where it is only unpickled.
-
-    Built-in specs must be there first.
-    """
-    KVCacheSpecRegistry._ensure_registered()
+    """Make the specs known to vLLM; also needed where it is only unpickled."""
+    # vLLM registers its own when it is first asked, but not if there are any: so it is asked before.
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({})
     for spec, manager in MANAGERS.items():
         KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)

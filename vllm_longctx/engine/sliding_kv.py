@@ -137,19 +137,21 @@ class LambdaManager(PrivateRequests):
         if end - first <= gap:  # most steps: the window is still in the same block
             return
         kept = self._kept_blocks(self._hits.get(request_id, 0), num_prompt_tokens or 0)
-        table = self.req_to_blocks[request_id]
-        leaving = [
-            table[b]
-            for b in range(first + gap, min(end, len(table)))
-            if not any(b in blocks for blocks in kept)
-        ]
-        free = self.block_pool.get_num_free_blocks()
-        self._remove_blocks_in_range(request_id, first, end)
-        self._num_freed_blocks += self.block_pool.get_num_free_blocks() - free
+        table, pool = self.req_to_blocks[request_id], self.block_pool
+        # From the end, as vLLM does it. Those of a hit may be null already.
+        places = reversed(range(first + gap, min(end, len(table))))
+        leaving = {b: table[b] for b in places if not table[b].is_null}
+        for b in leaving:
+            table[b] = pool.null_block
+        free = pool.get_num_free_blocks()
+        pool.free_blocks(leaving.values())
+        self._num_freed_blocks += pool.get_num_free_blocks() - free
         self._gaps[request_id] = end - first
-        # Null blocks and those without a hash never match, and the pool hands the latter out first by itself.
+        # Those without a hash never match, and the pool hands them out first by itself.
         self._middles |= {
-            b.block_id: (b, b.block_hash) for b in leaving if b.block_hash is not None and b.ref_cnt == 0
+            block.block_id: (block, block.block_hash)
+            for b, block in reversed(leaving.items())
+            if block.block_hash is not None and block.ref_cnt == 0 and not any(b in blocks for blocks in kept)
         }
 
     def _kept_blocks(self, hit: int, prompt: int) -> tuple[range, range]:
@@ -253,7 +255,8 @@ class LambdaManager(PrivateRequests):
             )
         hit = sum(not block.is_null for block in new_computed_blocks)
         missing = cdiv(num_tokens, self.block_size) - len(new_computed_blocks)
-        return max(min(hit + missing, cap) - hit, 0) + self._get_num_evictable_blocks(new_computed_blocks)
+        taken_from_free = sum(block.ref_cnt == 0 and not block.is_null for block in new_computed_blocks)
+        return max(min(hit + missing, cap) - hit, 0) + taken_from_free
 
     @classmethod
     def find_longest_cache_hit(

@@ -68,7 +68,7 @@ class SteppedManager(PrivateRequests, FullAttentionManager):
         """Give back all blocks; `position` is what the request computes next, null blocks stand before it."""
         self.free(request_id)
         empty = position // self.block_size
-        self.req_to_blocks[request_id] = [self._null_block] * empty
+        self.req_to_blocks[request_id] = [self.block_pool.null_block] * empty
         self.num_cached_block[request_id] = empty
 
     def get_num_blocks_to_allocate(

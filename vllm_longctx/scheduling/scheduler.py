@@ -85,6 +85,7 @@ class LongContextScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         waiting = self._share_budget() if self.shares_budget else []
         output = super().schedule(*args, **kwargs)
+        self._step_info(output).send_with(output)
         scheduled = output.num_scheduled_tokens
         self.admitted_waiting = not waiting or any(request.request_id in scheduled for request in waiting)
         for request_id, new in output.num_scheduled_tokens.items():
@@ -139,10 +140,6 @@ class LongContextScheduler(Scheduler):
     def _most_tokens(self, request: Request, computed: int) -> int:
         """How many tokens the request may compute in the coming step, from position `computed` on."""
         return self.shares.get(request.request_id, NO_LIMIT)
-
-    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        super()._update_after_schedule(scheduler_output)
-        self._step_info(scheduler_output).send_with(scheduler_output)
 
     def _step_info(self, output: SchedulerOutput) -> StepInfo:
         """What the workers get with a step. vLLM counts the step's tokens as computed already."""

@@ -305,6 +305,10 @@ class TempLoraScheduler(LongContextScheduler):
         # vLLM preempts the last of them. Requests that adapt cannot be replayed, so they stand first.
         self.running.sort(key=lambda request: request.request_id not in self.adapting)
         output = super().schedule(*args, **kwargs)
+        for request_id in output.num_scheduled_tokens:
+            adapting = self.adapting.get(request_id)
+            if adapting is not None:
+                adapting.frontier = max(adapting.frontier, adapting.request.num_computed_tokens)
         if output.total_num_scheduled_tokens:
             self.steps_scheduled += 1
         elif self._only_trainer_works():
@@ -371,13 +375,6 @@ class TempLoraScheduler(LongContextScheduler):
         if slots is None:
             return None
         return SlotsMemory(slots.path, slots.modules, slots.max_rank, slots.num_slots)
-
-    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        super()._update_after_schedule(scheduler_output)
-        for request_id in scheduler_output.num_scheduled_tokens:
-            adapting = self.adapting.get(request_id)
-            if adapting is not None:
-                adapting.frontier = max(adapting.frontier, adapting.request.num_computed_tokens)
 
     def _step_info(self, output: SchedulerOutput) -> StepInfo:
         slots: dict[str, SlotUse] = {}

@@ -113,7 +113,9 @@ def prepare(app: FastAPI) -> None:
 
 
 def limit_requests() -> None:
-    """Give the handlers of every server of this process the output limits of its longctx engine.
+    """Give the handlers of every server of this process the limits of its longctx engine, and its checks.
+
+    `vllm run-batch` and Ray Serve call the handlers without any HTTP.
 
     vLLM makes the handlers for `vllm serve` and `vllm run-batch` alike, and then initializes endpoint
     plugins.
@@ -138,8 +140,24 @@ def limit_requests() -> None:
                 defaults.setdefault("max_tokens", settings.serving.default_max_tokens)
             if hasattr(handler, "beam_search") and not settings.mode.extends:
                 handler.beam_search = _within(handler.beam_search, settings.temp_lora.plain_tokens)
+            for name in ("create_chat_completion", "create_completion"):
+                if (create := getattr(handler, name, None)) is not None:
+                    setattr(handler, name, _with_own_options(create))
 
     app_state.init_endpoint_plugins_state = limit
+
+
+def _with_own_options(create: Any) -> Any:
+    """As `check_own_options`, for a handler's request."""
+
+    @functools.wraps(create)
+    async def checked(request: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(request, BaseModel):
+            given = {name: getattr(request, name) for name in request.model_fields_set}
+            check_own_options((type(request),), given)
+        return await create(request, *args, **kwargs)
+
+    return checked
 
 
 async def _checked(

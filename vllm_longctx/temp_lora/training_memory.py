@@ -113,13 +113,18 @@ class Shape:
         """in + out features of all adapted linear layers: an adapter has this many values per rank."""
         return sum(layer.adapter_inputs + layer.adapter_outputs for layer in self.layers)
 
+    def version_bytes(self, settings: Adaptation) -> int:
+        """Host memory of a version that is remembered: weights and AdamW's two moments.
+
+        Beside these there are the counts of AdamW's steps and the state of the random numbers.
+        """
+        return 3 * 4 * settings.rank * self.adapted_features + SMALL_STATE
+
     def cache_bytes(self, settings: Adaptation) -> int:
-        """Host memory for versions that are remembered. Each has weights and AdamW's two moments."""
+        """Host memory for versions that are remembered."""
         if settings.cache_gib is not None:
             return int(settings.cache_gib * 2**30)
-        # Beside these there are the counts of AdamW's steps and the state of the random numbers.
-        version = 3 * 4 * settings.rank * self.adapted_features + SMALL_STATE
-        return min(CACHED_VERSIONS * version, CACHE_BYTES)
+        return min(CACHED_VERSIONS * self.version_bytes(settings), CACHE_BYTES)
 
     def training_bytes(self, settings: Adaptation) -> int:
         """The most that training needs on its device beside the model's weights, for examples of the server's

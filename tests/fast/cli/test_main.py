@@ -1,12 +1,16 @@
 """The commands' words and mistakes, without an engine."""
 
+import importlib
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
+from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_plugins_by_group
 
+import vllm_longctx
 from tests.support.commands import run
 from vllm_longctx.cli.engine import load_plugin, why_left_out
 from vllm_longctx.cli.score import Score, bucket_edges
@@ -102,7 +106,8 @@ def test_commands_load_what_vllm_plugins_leaves_out_and_doctor_says_so(
     code, output = run("doctor", "--model", "booklm")
     assert (
         code == 1
-        and f"VLLM_PLUGINS = {names!r} leaves longctx out, and vLLM then ignores its configuration" in output
+        and f"longctx is not loaded: VLLM_PLUGINS = {names!r} leaves it out, and vLLM then ignores its"
+        in output
     )
     assert "attention.n_local │ 512" in output
     assert "longctx" in load_plugins_by_group(
@@ -119,6 +124,31 @@ def test_what_vllm_loads_stays_as_it_is(names: str | None, monkeypatch: pytest.M
         monkeypatch.setenv("VLLM_PLUGINS", names)
     load_plugin()
     assert os.environ.get("VLLM_PLUGINS") == names
+
+
+@pytest.mark.parametrize("words", [["doctor", "--model", "booklm"], ["score", "--text", "TEXT"]])
+def test_a_plugin_that_vllm_did_not_load_is_said(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before: a KeyError, or stock vLLM's figures."""
+    (tmp_path / "text.txt").write_text("some words\n" * 50)
+    monkeypatch.setattr(EngineArgs, "create_engine_config", EngineArgs.create_engine_config.__wrapped__)
+    code, output = run(*(str(tmp_path / "text.txt") if w == "TEXT" else w for w in words))
+    assert code == 2 and "error: longctx is not loaded: vLLM could not import it" in output
+
+
+@pytest.mark.parametrize(("names", "warns"), [("other", True), ("other,longctx", False), (None, False)])
+def test_a_program_of_the_users_is_warned(
+    names: str | None, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if names is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", names)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        importlib.reload(vllm_longctx)
+    said = [str(warning.message) for warning in caught]
+    assert any(text.startswith("longctx is not loaded: VLLM_PLUGINS = 'other'") for text in said) == warns
 
 
 def test_buckets_double_or_are_equal() -> None:

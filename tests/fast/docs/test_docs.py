@@ -217,6 +217,9 @@ def test_configurations_are_valid(block: Block) -> None:
 
 def test_the_configuration_of_the_examples_is_valid() -> None:
     LongContextConfig.parse(yaml.safe_load((ROOT / "examples" / "serve.yaml").read_text())[KEY])
+    (application,) = yaml.safe_load((ROOT / "examples" / "ray_serve.yaml").read_text())["applications"]
+    (llm,) = application["args"]["llm_configs"]
+    LongContextConfig.parse(EngineArgs(**llm["engine_kwargs"]).additional_config[KEY])
 
 
 def test_every_block_has_a_language_that_is_checked() -> None:

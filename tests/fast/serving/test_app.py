@@ -7,6 +7,8 @@ Also the routes around the checks, without an engine. What it takes, and refuses
 import asyncio
 import inspect
 import json
+import multiprocessing
+import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -237,6 +239,21 @@ def test_requests_of_other_engines_are_vllms_affair() -> None:
         assert request.sampling_params.extra_args == {"longctx": {}}
 
 
+@pytest.mark.parametrize("is_child", [False, True])
+def test_a_configuration_that_is_sent_brings_its_checks(
+    is_child: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Serve LLM makes it in a task, and takes requests elsewhere. Before: without any check."""
+    vllm_config = EngineArgs(model=BOOKLM, additional_config=LM_INFINITE).create_engine_config()
+    sent = pickle.dumps(vllm_config)
+    monkeypatch.setattr(InputProcessor, "process_inputs", InputProcessor.process_inputs.__wrapped__)
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object() if is_child else None)
+    arrived = pickle.loads(sent)
+    assert arrived.additional_config == vllm_config.additional_config
+    assert arrived.compute_hash() == vllm_config.compute_hash()
+    assert hasattr(InputProcessor.process_inputs, "__wrapped__") is not is_child
+
+
 class Handler:
     def __init__(self, **defaults: Any) -> None:
         self.default_sampling_params = defaults
@@ -264,6 +281,43 @@ def test_handlers_of_every_server_end_open_ended_requests(
     assert state.unset.default_sampling_params == unset
     assert state.set_by_model.default_sampling_params == {"max_tokens": 3}
     assert inspect.getsource(app_state.init_app_state).count("init_endpoint_plugins_state") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "refused"),
+    [
+        ({"longctx": {"temp_lora": True}}, "longctx: options of ours stand in vllm_xargs"),
+        (
+            {"use_beam_search": True, "vllm_xargs": {"longctx": "{}"}},
+            "vllm_xargs.longctx: a beam search takes no options of ours",
+        ),
+        ({"vllm_xargs": {"longctx": ["{}"]}}, r"vllm_xargs.longctx = \['{}'\]: give a JSON string"),
+        ({"vllm_xargs": {"longctx": "{}"}, "anything": 5}, None),
+    ],
+)
+def test_options_of_ours_are_strict_without_http_too(more: dict[str, Any], refused: str | None) -> None:
+    """`vllm run-batch` and Ray Serve call vLLM's handlers themselves. Before: such options were ignored."""
+    front_end(LM_INFINITE)
+    vllm_config = EngineArgs(model=BOOKLM, additional_config=LM_INFINITE).create_engine_config()
+    state, taken = State(), []
+
+    async def create(request: ChatCompletionRequest, *args: Any) -> None:
+        taken.append(request)
+
+    state.chat = SimpleNamespace(create_chat_completion=create)
+    asyncio.run(
+        app_state.init_endpoint_plugins_state(
+            SimpleNamespace(vllm_config=vllm_config), state, SimpleNamespace()
+        )
+    )
+    request = ChatCompletionRequest(messages=[{"role": "user", "content": "x"}], **more)
+    answer = state.chat.create_chat_completion(request)
+    if refused is None:
+        asyncio.run(answer)
+    else:
+        with pytest.raises(RequestError, match=refused):
+            asyncio.run(answer)
+    assert len(taken) == (refused is None)
 
 
 def test_open_ended_requests_of_programs_end_at_the_default_too() -> None:
