@@ -54,6 +54,7 @@ SIZES = (
     "train_context_tokens",
 )  # of Temp-LoRA; None: from the window
 DEFAULT_SLOTS = 8
+DEFAULT_CACHE_DIR_GIB = 16.0
 # Papers' choices: LM-Infinite section 4.1 (10 to 100 first tokens), StreamingLLM section 3.2 (4).
 DEFAULT_N_GLOBAL = {"lm_infinite": 10, "streaming": 4}
 
@@ -461,6 +462,11 @@ class AdaptationSection(_Section):
     cache_gib: float | None = Field(default=None, ge=0)
     """GiB of host memory for trained versions, so that a text which begins like an earlier one is not trained
     again. 0 turns it off. Default: 32 versions of an adapter of `rank`, at most 4 GiB."""
+    cache_dir: str | None = Field(default=None, min_length=1)
+    """Directory where trained versions outlive the memory and the engine. Engines may share one. It is made
+    at start, for this user only, and `~` is your home. Default: they are in memory only."""
+    cache_dir_gib: float | None = Field(default=None, gt=0)
+    """GiB that all versions in `cache_dir` may take. The least recently used goes first. Default: 16."""
     slots: int | None = Field(default=None, ge=1)
     """Requests that learn at once; more of them wait. Default: 8, at most `max_num_seqs`."""
     requests: Literal["opt_in", "all"] = "opt_in"
@@ -478,6 +484,17 @@ class AdaptationSection(_Section):
     """The process that trains the adapters."""
 
     _recommended_sizes: dict[str, int] = {}
+
+    @model_validator(mode="after")
+    def _consistent_cache(self) -> Self:
+        if self.cache_dir is None and self.cache_dir_gib is not None:
+            given = f"cache_dir_gib = {self.cache_dir_gib}"
+            raise ValueError(f"{given} has no effect without cache_dir; give cache_dir, or leave it out")
+        if self.cache_dir is not None and self.cache_gib == 0:
+            raise ValueError(
+                f"cache_dir = {self.cache_dir!r} has no effect with cache_gib = 0; leave one of them out"
+            )
+        return self
 
     def with_recommended(self, recipe: Mapping[str, Any]) -> Self:
         """With what a checkpoint recommends, in place of defaults only."""

@@ -32,6 +32,8 @@ NOT_DECIDING = frozenset(
         "keep_first",
         "on_failure",
         "cache_gib",
+        "cache_dir",
+        "cache_dir_gib",
         "slots",
         "requests",
         "adapters_root",

@@ -69,6 +69,17 @@ class Chain(msgspec.Struct, frozen=True):
     digest: str = ""
 
 
+class CacheFiles(msgspec.Struct, frozen=True):
+    """Where trained versions are on disk.
+
+    directory: A path.
+    max_bytes: Of all files in it together.
+    """
+
+    directory: str
+    max_bytes: int
+
+
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What the trainer process is started with.
 
@@ -147,11 +158,13 @@ class Join(Message, frozen=True):
     probe: Token ids of the text of which Ready has the log-probabilities.
     adapters_root: The engine's, if it has one.
     cache_bytes: Host memory for trained versions that may be needed again.
+    cache_files: Their place on disk, if they have one.
     """
 
     probe: list[int] = []
     adapters_root: str | None = None
     cache_bytes: int = 0
+    cache_files: CacheFiles | None = None
 
 
 class Share(Message, frozen=True):
@@ -348,9 +361,9 @@ class Trained(Message, frozen=True):
 
 
 class Kept(Message, frozen=True):
-    """A trained version is remembered. Not an answer.
+    """A version is remembered: it was trained, or another trainer has written it to disk. Not an answer.
 
-    gone: Addresses of versions that are not remembered any more.
+    gone: Addresses of versions that are not remembered any more. It may be among them.
     """
 
     address: bytes

@@ -6,7 +6,7 @@ Only torch and peft are used here. `sidecar` gets the tokens and hands on the we
 
 import inspect
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -32,6 +32,7 @@ from vllm_longctx.temp_lora.slots import Weights
 
 RANDOM_SHARE = 0.15  # size of a random adapter's outputs beside its layers'
 STATE_NAME = "longctx_state.safetensors"  # beside peft's files in a saved adapter
+WEIGHT = "weight"  # beside AdamW's names of its state
 SAVING_PREFIX = ".saving-"  # no adapter's name begins with a dot
 
 
@@ -82,6 +83,23 @@ class State:
         return moments | {"rng": self.rng}
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All, by name."""
+        return {f"{n}.{WEIGHT}": weight for n, weight in enumerate(self.weights)} | self.moments
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "State":
+        """The inverse of `tensors`. Raises ValueError, KeyError or IndexError for any others."""
+        tensors = dict(tensors)
+        rng = tensors.pop("rng")
+        weights = [tensors.pop(f"{n}.{WEIGHT}") for n in range(sum(key.endswith(WEIGHT) for key in tensors))]
+        optimizer: list[dict[str, Tensor]] = [{} for _ in weights]
+        for key, tensor in tensors.items():
+            number, _, name = key.partition(".")
+            optimizer[int(number)][name] = tensor
+        return cls(weights, optimizer, rng)
+
+    @property
     def digest(self) -> str:
         """Names what it holds, hexadecimal."""
         return _digest((*self.weights, *self.moments.values())).hex()
@@ -112,6 +130,7 @@ class Trainer:
     linear: Of every linear layer that may have adapters, under the model's name for it, the (in, out)
         features.
     modules: Those that have adapters, likewise; at first all.
+    device: The model's.
     """
 
     modules: dict[str, tuple[int, int]]
@@ -119,7 +138,7 @@ class Trainer:
 
     def __init__(self, model: PreTrainedModel, recompute: bool = False):
         model.eval()
-        self._base, self._device = model, model.device
+        self._base, self.device = model, model.device
         # GPUs whose random numbers dropout draws.
         self._gpus = [model.device] if model.device.type == "cuda" else []
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -204,7 +223,7 @@ class Trainer:
             a, b = layer.lora_A[name], layer.lora_B[name]
             if initial is not None:  # they have shapes only
                 for linear in (a, b):
-                    linear.to_empty(device=self._device)
+                    linear.to_empty(device=self.device)
                 with torch.no_grad():
                     a.get_parameter("weight").copy_(initial.weights[module])
                     b.get_parameter("weight").zero_()
@@ -232,7 +251,7 @@ class Trainer:
             raise ValueError(f"{num_targets} targets in {len(tokens)} tokens: {needed}")
         self._check_vocabulary(tokens)
         self._model.set_adapter(adapter.name)
-        ids = torch.tensor([tokens], device=self._device)
+        ids = torch.tensor([tokens], device=self.device)
         for group in adapter.optimizer.param_groups:
             group["lr"] = adapter.recipe.learning_rate_of(version)
         parameters = [p for pair in adapter.pairs.values() for p in pair]
@@ -272,11 +291,14 @@ class Trainer:
     def restore(self, owner: int, state: State) -> None:
         """Make an adapter what another one with its recipe was, see `state`.
 
-        Raises ValueError for an adapter of other shapes.
+        Raises ValueError for an adapter of other shapes, and for a state that is not one of AdamW's.
         """
         adapter = self._adapter(owner)
         parameters = [p for pair in adapter.pairs.values() for p in pair]
-        if [p.shape for p in parameters] != [p.shape for p in state.weights]:
+        shapes = [p.shape for p in parameters]
+        needed = [{"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape} for shape in shapes]
+        found = [{name: value.shape for name, value in each.items()} for each in state.optimizer]
+        if shapes != [p.shape for p in state.weights] or found != needed or state.rng.dtype != torch.uint8:
             raise ValueError("a remembered version has other shapes than the adapter")
         optimizer = {
             "state": dict(enumerate({k: v.clone() for k, v in each.items()} for each in state.optimizer)),
@@ -323,9 +345,9 @@ class Trainer:
             for dropout in dropouts:
                 dropout.eval()
             with torch.no_grad():
-                ids = torch.tensor([tokens], device=self._device)
+                ids = torch.tensor([tokens], device=self.device)
                 logits = self._base(input_ids=ids, use_cache=False).logits[0, :-1]
-                targets = torch.tensor(tokens[1:], device=self._device)
+                targets = torch.tensor(tokens[1:], device=self.device)
                 return (-cross_entropy(logits.float(), targets, reduction="none")).tolist()
         finally:
             for dropout in dropouts:
@@ -390,15 +412,10 @@ class Trainer:
         try:
             weights = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
             pairs = [weights[_saved_key(name, matrix)] for name in self.modules for matrix in "AB"]
-            moments = load_file(directory / STATE_NAME)
-            optimizer: list[dict[str, Tensor]] = [{} for _ in pairs]
-            rng = moments.pop("rng")
-            for key, tensor in moments.items():
-                number, _, name = key.partition(".")
-                optimizer[int(number)][name] = tensor
+            named = {f"{n}.{WEIGHT}": tensor for n, tensor in enumerate(pairs)}
+            state = State.of(named | load_file(directory / STATE_NAME))
         except (OSError, SafetensorError, KeyError, ValueError, IndexError):
             return None
-        state = State(pairs, optimizer, rng)
         return state if state.digest == chain.digest else None
 
     def _load_directory(self, owner: int, directory: Path) -> None:
@@ -468,11 +485,11 @@ class Trainer:
             raise ValueError(f"a token is out of range: the model has 0 to {vocabulary - 1}")
 
     def _get_rng_state(self) -> Tensor:
-        return torch.cuda.get_rng_state(self._device) if self._gpus else torch.get_rng_state()
+        return torch.cuda.get_rng_state(self.device) if self._gpus else torch.get_rng_state()
 
     def _set_rng_state(self, state: Tensor) -> None:
         if self._gpus:
-            torch.cuda.set_rng_state(state, self._device)
+            torch.cuda.set_rng_state(state, self.device)
         else:
             torch.set_rng_state(state)
 
