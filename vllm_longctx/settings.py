@@ -208,17 +208,27 @@ class Adaptation(AdaptationSection):
         return own
 
     def _saved_rank(self, name: str) -> int:
+        """The largest of a saved adapter's. Raises LongContextError without an adapter, or room for it."""
         path = Path(filled(self.adapters_root), name, "adapter_config.json")
         if not path.is_file():
             raise LongContextError(
                 f"start_from = {name!r}: there is no such adapter in adaptation.adapters_root"
             )
         try:
-            return int(json.loads(path.read_text())["r"])
-        except (OSError, ValueError, KeyError) as e:
+            config = json.loads(path.read_text())
+            rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+            if not isinstance(rank, int):
+                raise TypeError(f"a rank is {rank!r}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise LongContextError(
                 f"start_from = {name!r}: its adapter_config.json cannot be read: {e!r}"
             ) from None
+        if rank > self.max_rank:
+            raise LongContextError(
+                f"start_from = {name!r}: it has rank {rank}, but this server has room for at most "
+                f"{self.max_rank} (adaptation.max_rank)"
+            )
+        return rank
 
 
 @dataclass(frozen=True)

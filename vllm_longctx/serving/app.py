@@ -44,7 +44,9 @@ from vllm_longctx.serving.streams import (
     track_admissions,
     with_response_sender,
 )
-from vllm_longctx.settings import Settings, active_settings, plugin_configs
+from vllm_longctx.settings import Adaptation, Settings, active_settings, plugin_configs
+from vllm_longctx.temp_lora.messages import adapter_path
+from vllm_longctx.temp_lora.peft_adapter import rank_of, read_directory_config
 
 logger = init_logger("vllm.longctx")
 
@@ -403,13 +405,30 @@ def _adaptation(settings: Settings, vllm_config: VllmConfig, params: Any) -> tup
     try:
         options = RequestOptions.parse(given.get(KEY, {}))
         trained, kv_block = trained_length(vllm_config.model_config), vllm_config.cache_config.block_size
-        adapts = settings.temp_lora.for_request(options, trained, kv_block) is not None
+        own = settings.temp_lora.for_request(options, trained, kv_block)
+        if own is not None and options.start_from is not None:
+            _check_start(own, options.start_from)
     except LongContextError as e:
         raise _bad_options(str(e) if str(e).startswith(KEY) else f"{KEY}.{e}") from None
     if options.save_as is not None and params.n > 1:
         given = f"{KEY}.save_as = {options.save_as!r} with n = {params.n}"
         raise _bad_options(f"{given}: samples would overwrite it; set n to 1")
-    return options, adapts
+    return options, own is not None
+
+
+def _check_start(settings: Adaptation, name: str) -> None:
+    """Raises LongContextError for a saved adapter with which a request cannot begin, by what its config says.
+
+    settings: The request's.
+    """
+    try:
+        rank = rank_of(read_directory_config(adapter_path(settings.adapters_root, name)))
+    except ValueError as e:
+        raise LongContextError(f"start_from = {name!r}: {e}") from None
+    if rank > settings.rank:
+        raise LongContextError(
+            f"start_from = {name!r}: it has rank {rank}, more than rank = {settings.rank}; leave rank out"
+        )
 
 
 def _bad_options(message: str) -> RequestError:

@@ -17,7 +17,6 @@ import torch
 from msgspec.structs import asdict, replace
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,6 +27,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vllm_longctx.files import whole_directory
 from vllm_longctx.temp_lora.linear_layers import linear_layers, target_modules
 from vllm_longctx.temp_lora.messages import ABOUT_NAME, Chain, Recipe, chain_of
+from vllm_longctx.temp_lora.peft_adapter import (
+    WEIGHTS_NAME,
+    Pair,
+    pairs_of,
+    read_directory_config,
+    saved_key,
+)
 from vllm_longctx.temp_lora.slots import Weights
 
 RANDOM_SHARE = 0.15  # size of a random adapter's outputs beside its layers'
@@ -382,10 +388,11 @@ class Trainer:
         return _digest(p for pair in self._adapter(owner).pairs.values() for p in pair)
 
     def load_directory(self, owner: int, directory: Path, goes_on: bytes | None = None) -> bool:
-        """Replace an adapter's weights by those of a PEFT directory.
+        """Replace the weights of an adapter that has just begun by those of a PEFT directory.
 
-        It must have plain LoRA of all linear layers, of the recipe's rank. Returns whether it is the version
-        with the address `goes_on` and its training goes on. Else that begins anew.
+        It must have plain LoRA of linear layers, of ranks up to the recipe's, see `peft_adapter`. What it
+        does not have stays as it began, which adds nothing. Returns whether it is the version with the
+        address `goes_on` and its training goes on. Else that begins anew.
 
         All files are read from one directory, though another trainer may replace the directory in between.
         Raises ValueError where the adapter does not fit.
@@ -393,16 +400,19 @@ class Trainer:
         while True:
             opened = _identity(directory)
             try:
-                self._load_directory(owner, directory)
+                pairs = self._read_directory(directory, self._adapter(owner).recipe.rank)
                 state = None if goes_on is None else self._saved_state(directory, goes_on)
             except Exception:
                 if _identity(directory) == opened:
                     raise
             else:
                 if _identity(directory) == opened:
-                    if state is not None:
-                        self.restore(owner, state)
-                    return state is not None
+                    break
+        if state is None:
+            self._begin_with(owner, pairs)
+        else:
+            self.restore(owner, state)
+        return state is not None
 
     def _saved_state(self, directory: Path, address: bytes) -> State | None:
         """None if it is another version, or its files are not what was saved."""
@@ -410,37 +420,35 @@ class Trainer:
         if chain is None or chain.address != address.hex():
             return None
         try:
-            weights = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
-            pairs = [weights[_saved_key(name, matrix)] for name in self.modules for matrix in "AB"]
+            weights = load_file(directory / WEIGHTS_NAME)
+            pairs = [weights[saved_key(name, matrix)] for name in self.modules for matrix in "AB"]
             named = {f"{n}.{WEIGHT}": tensor for n, tensor in enumerate(pairs)}
             state = State.of(named | load_file(directory / STATE_NAME))
         except (OSError, SafetensorError, KeyError, ValueError, IndexError):
             return None
         return state if state.digest == chain.digest else None
 
-    def _load_directory(self, owner: int, directory: Path) -> None:
-        adapter = f"adapter {directory.name!r}"
-        if not (directory / CONFIG_NAME).is_file():
-            raise ValueError(f"there is no {adapter} in adapters_root")
+    def _read_directory(self, directory: Path, max_rank: int) -> dict[str, Pair]:
+        named, config = f"adapter {directory.name!r}", read_directory_config(directory)
         if (directory / ABOUT_NAME).is_file():
             theirs, ours = json.loads((directory / ABOUT_NAME).read_text())["model"], self._about_model()
             if theirs != ours:
-                raise ValueError(f"{adapter} was made for {theirs}, but this model is {ours}")
-        config = LoraConfig.from_pretrained(str(directory))
-        if config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern:
-            raise ValueError(f"{adapter} is not plain LoRA of one rank")
-        if config.r != self._adapter(owner).recipe.rank:
-            raise ValueError(f"{adapter} has rank {config.r}: ask for that rank to start from it")
-        saved = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
-        keys = {name: (_saved_key(name, "A"), _saved_key(name, "B")) for name in self.modules}
-        if saved.keys() != {key for pair in keys.values() for key in pair}:
-            raise ValueError(f"{adapter} does not adapt exactly this model's {len(keys)} linear layers")
-        scaling = config.lora_alpha / config.r
+                raise ValueError(f"{named} was made for {theirs}, but this model is {ours}")
         try:
-            pairs = {name: (saved[a], saved[b]) for name, (a, b) in keys.items()}
-            self.load(owner, {name: (a.float(), b.float() * scaling) for name, (a, b) in pairs.items()})
-        except ValueError as e:
-            raise ValueError(f"{adapter}: {e}") from None
+            return pairs_of(config, load_file(directory / WEIGHTS_NAME), self.modules, max_rank)
+        except (OSError, SafetensorError, ValueError) as e:
+            raise ValueError(f"{named}: {e}") from None
+
+    def _begin_with(self, owner: int, pairs: Mapping[str, Pair]) -> None:
+        """pairs: By module, of ranks up to the adapter's."""
+        adapter = self._adapter(owner)
+        scale = adapter.recipe.alpha / adapter.recipe.rank
+        with torch.no_grad():
+            for name, pair in pairs.items():
+                a, b = adapter.pairs[name]
+                rank = len(pair.a)
+                a[:rank].copy_(pair.a)
+                b[:, :rank].copy_(pair.b.double() * (pair.scale / scale))
 
     def save(self, owner: int, directory: Path, position: int, chain: Chain | None = None) -> None:
         """Write a PEFT directory, complete or not at all. It is on disk when this returns.
@@ -457,10 +465,10 @@ class Trainer:
             raise ValueError(f"{directory.name!r} {why}; choose another name")
         tensors = {}
         for name, (a, b) in adapter.pairs.items():
-            tensors[_saved_key(name, "A")], tensors[_saved_key(name, "B")] = a.detach(), b.detach()
+            tensors[saved_key(name, "A")], tensors[saved_key(name, "B")] = a.detach(), b.detach()
         with whole_directory(directory, SAVING_PREFIX) as new:
             self._model.peft_config[adapter.name].save_pretrained(str(new))
-            save_file(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            save_file(tensors, new / WEIGHTS_NAME, metadata={"format": "pt"})
             about = {"position": position, "model": self._about_model(), "recipe": asdict(adapter.recipe)}
             if chain is not None:
                 state = self.state(owner)
@@ -535,7 +543,3 @@ def _digest(tensors: Iterable[Tensor]) -> bytes:
 
 def _host_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-def _saved_key(module: str, matrix: str) -> str:
-    return f"base_model.model.{module}.lora_{matrix}.weight"
