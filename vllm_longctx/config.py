@@ -22,6 +22,7 @@ KVPolicy = Literal["reuse", "recompute", "keep"]
 UpdateMode = Literal["cascaded", "parallel"]
 Learn = Literal["all", "prompt", "output", "none"]
 ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # a directory's name, never a path
+OWNED_NAME = f"(@{ADAPTER_NAME}/)?{ADAPTER_NAME}"  # of a tenant, or of nobody
 
 PRESETS: dict[str, dict[str, Any]] = {
     "lm-infinite": {"attention": {"method": "lm_infinite"}},
@@ -399,6 +400,18 @@ class TrainerSection(_Section):
         return self
 
 
+class QuotaSection(_Section):
+    """What each tenant may have, see `adaptation.tenant_header`; without that, all together."""
+
+    adapters: int | None = Field(default=None, ge=0)
+    """Saved adapters. Default: any number."""
+    gib: float | None = Field(default=None, ge=0)
+    """GiB that saved adapters take on disk. Default: any number."""
+    tokens: int | None = Field(default=None, ge=0)
+    """Tokens of prompts and answers of requests that adapt and are under way, in each API server. An answer
+    counts with its `max_tokens`. Default: any number."""
+
+
 class AdaptationSection(_Section):
     """Temp-LoRA (arXiv 2401.11504): what is trained, when, and what happens to the KV cache.
 
@@ -474,6 +487,11 @@ class AdaptationSection(_Section):
     adapters_root: str | None = Field(default=None, min_length=1)
     """Directory of saved adapters. It is made at start, and `~` is your home. Default: requests cannot save
     or load adapters."""
+    tenant_header: str | None = Field(default=None, pattern=r"^[A-Za-z0-9-]{1,64}$")
+    """HTTP header that names the tenant of a request, such as `X-Tenant`. Each tenant has saved adapters and
+    remembered versions of its own. Default: there is one namespace for all."""
+    quota: QuotaSection = QuotaSection()
+    """What each tenant may have."""
     max_rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
     """Largest rank that a request may ask for. Default: `rank`."""
     max_epochs: int = Field(default=8, ge=0)
@@ -619,9 +637,10 @@ class RequestOptions(_Section):
     """As `adaptation.update_mode`."""
     adapter_seed: int | None = Field(default=None, ge=0, lt=2**63)
     """As `adaptation.adapter_seed`."""
-    save_as: str | None = Field(default=None, pattern=f"^{ADAPTER_NAME}$")
-    """Name under which the adapter is saved when the request ends. A name, never a path."""
-    start_from: str | None = Field(default=None, pattern=f"^{ADAPTER_NAME}$")
+    save_as: str | None = Field(default=None, pattern=f"^{OWNED_NAME}$")
+    """Name under which the adapter is saved when the request ends. A name, never a path. Offline it may be a
+    tenant's: `@TENANT/NAME`."""
+    start_from: str | None = Field(default=None, pattern=f"^{OWNED_NAME}$")
     """Name of a saved adapter to begin with."""
 
     @classmethod

@@ -154,14 +154,18 @@ class Adaptation(AdaptationSection):
                 f"{remedy}"
             )
 
+    def is_asked(self, options: RequestOptions) -> bool:
+        """Whether a request with these options is to adapt."""
+        return self.requests == "all" if options.temp_lora is None else options.temp_lora
+
     def for_request(self, options: RequestOptions, trained_length: int, kv_block: int) -> Self | None:
         """The settings of one request, or None if it does not adapt.
 
         Raises LongContextError for an option beyond the server's limits.
         """
         given = options.model_dump(exclude_none=True)
-        wanted = given.pop("temp_lora", self.requests == "all")
-        if not wanted:
+        given.pop("temp_lora", None)
+        if not self.is_asked(options):
             if given:
                 raise LongContextError(
                     f"{next(iter(given))} has no effect without temp_lora; set temp_lora true, or leave it "

@@ -37,8 +37,10 @@ from vllm.v1.serial_utils import MsgpackEncoder
 from vllm_longctx.config import KEY, LongContextConfig, LongContextError, RequestOptions, did_you_mean
 from vllm_longctx.metrics import count_ignored_field, export_ignored_fields
 from vllm_longctx.models.properties import TEXT_ONLY, trained_length
-from vllm_longctx.serving import stop_strings
+from vllm_longctx.serving import adapters, stop_strings
 from vllm_longctx.serving.streams import (
+    Admission,
+    current_admission,
     end_requests_at_shutdown,
     over_http,
     track_admissions,
@@ -106,6 +108,7 @@ def prepare(app: FastAPI) -> None:
     export_ignored_fields()
     track_admissions(app.state.engine_client)
     end_requests_at_shutdown(app.state.engine_client)
+    adapters.add_routes(app)
     for route in app.routes:
         if isinstance(route, APIRoute) and "POST" in route.methods:
             models = _models(route.body_field.field_info.annotation) if route.body_field is not None else ()
@@ -366,7 +369,7 @@ def check_engine_requests() -> None:
         settings = active_settings(self.vllm_config)
         if settings.mode.is_plain:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        options, adapts = _adaptation(settings, self.vllm_config, params)
+        options, adapts, tenant = _adaptation(settings, self.vllm_config, params)
         try:
             request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         except VLLMValidationError as e:
@@ -384,6 +387,9 @@ def check_engine_requests() -> None:
             sampling.max_tokens = min(sampling.max_tokens, settings.serving.default_max_tokens)
         if adapts:
             _check_adapting(request, options)
+            _adapt_for(tenant, request, options, settings.temp_lora, getattr(params, "n", 1))
+        elif settings.mode.adapts:
+            adapters.know_by_content(request, settings.temp_lora.adapters_root)
         if settings.serving.strict:
             _check_room(request, self.model_config.max_model_len)
             _check_priority(request, self.scheduler_config.policy)
@@ -395,25 +401,58 @@ def check_engine_requests() -> None:
     InputProcessor.process_inputs = process  # type: ignore[method-assign]  # a seam
 
 
-def _adaptation(settings: Settings, vllm_config: VllmConfig, params: Any) -> tuple[RequestOptions, bool]:
-    """A request's options, and whether it adapts. Raises RequestError naming what is wrong with them."""
+def _adaptation(
+    settings: Settings, vllm_config: VllmConfig, params: Any
+) -> tuple[RequestOptions, bool, str | None]:
+    """A request's options, whether it adapts, and for whom. Raises RequestError naming what is wrong."""
     given = getattr(params, "extra_args", None) or {}
     if not settings.mode.adapts or not isinstance(params, SamplingParams):
         if KEY in given:
             raise _bad_options(f"{KEY}: {NOT_PER_REQUEST}")
-        return RequestOptions(), False
+        return RequestOptions(), False, None
+    tenant = None
     try:
         options = RequestOptions.parse(given.get(KEY, {}))
+        if (admission := current_admission()) is not None and settings.temp_lora.is_asked(options):
+            tenant = _tenant(settings.temp_lora, admission)
+            options = adapters.of_tenant(options, tenant)
         trained, kv_block = trained_length(vllm_config.model_config), vllm_config.cache_config.block_size
         own = settings.temp_lora.for_request(options, trained, kv_block)
         if own is not None and options.start_from is not None:
             _check_start(own, options.start_from)
+    except RequestError:
+        raise
     except LongContextError as e:
         raise _bad_options(str(e) if str(e).startswith(KEY) else f"{KEY}.{e}") from None
     if options.save_as is not None and params.n > 1:
         given = f"{KEY}.save_as = {options.save_as!r} with n = {params.n}"
         raise _bad_options(f"{given}: samples would overwrite it; set n to 1")
-    return options, own is not None
+    return options, own is not None, tenant
+
+
+def _tenant(settings: Adaptation, admission: Admission) -> str | None:
+    try:
+        return adapters.tenant_of(settings, admission.headers)
+    except LongContextError as e:
+        raise RequestError(str(e), str(settings.tenant_header)) from None
+
+
+def _adapt_for(
+    tenant: str | None, request: EngineCoreRequest, options: RequestOptions, settings: Adaptation, n: int
+) -> None:
+    """Have a request adapt under its tenant's names, apart from those of others. Raises QuotaError.
+
+    n: Answers that it asks for.
+    """
+    sampling = request.sampling_params
+    assert sampling is not None and sampling.max_tokens is not None and request.prompt_token_ids is not None
+    tokens = n * (len(request.prompt_token_ids) + sampling.max_tokens)
+    adapters.admit(settings, tenant, options.save_as, tokens)
+    if tenant is not None:
+        given = options.model_dump(exclude_none=True)
+        sampling.extra_args = {**(sampling.extra_args or {}), KEY: given}
+    if over_http():
+        request.cache_salt = adapters.salt_of(settings, tenant, request.cache_salt)
 
 
 def _check_start(settings: Adaptation, name: str) -> None:

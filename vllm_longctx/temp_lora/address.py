@@ -37,6 +37,8 @@ NOT_DECIDING = frozenset(
         "slots",
         "requests",
         "adapters_root",
+        "tenant_header",
+        "quota",
         "max_rank",
         "max_epochs",
         "min_block_tokens",

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import msgspec
 from pydantic import BaseModel
 
-from vllm_longctx.config import ADAPTER_NAME
+from vllm_longctx.config import OWNED_NAME
 
 ABOUT_NAME = "longctx.json"  # beside peft's files in a saved adapter
 
@@ -449,11 +449,14 @@ def chain_of(directory: Path) -> Chain | None:
 
 
 def adapter_path(adapters_root: str | None, name: str) -> Path:
-    """The directory of a saved adapter. Raises ValueError for a name that is not a plain one."""
+    """The directory of a saved adapter.
+
+    name: A plain one, or a tenant's: `@TENANT/NAME`. Raises ValueError for any other.
+    """
     if adapters_root is None:
         remedy = "set it to save adapters or to start from one"
         raise ValueError(f"adapter {name!r}: the server has no adapters_root; {remedy}")
-    if not re.fullmatch(ADAPTER_NAME, name):
+    if not re.fullmatch(OWNED_NAME, name):
         allowed = "up to 128 letters, digits, '.', '_' and '-', the first a letter or a digit"
         raise ValueError(f"adapter name {name!r}: use {allowed}")
     return Path(adapters_root) / name

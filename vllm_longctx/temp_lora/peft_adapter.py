@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_longctx.temp_lora.messages import ABOUT_NAME
+
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"  # peft's
+SAVING_PREFIX = ".saving-"  # no adapter's name begins with a dot
 # Fields of peft's config that change nothing of what the weights say, or that are read here. Any other one
 # must be empty.
 KNOWN = frozenset(
@@ -163,3 +166,16 @@ def read_directory_config(directory: Path) -> dict[str, Any]:
         return read_config(path.read_bytes())
     except (OSError, ValueError) as e:
         raise ValueError(f"adapter {directory.name!r}: {e}") from None
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raises ValueError for a directory that is not ours to replace or remove."""
+    if directory.exists() and not (directory / ABOUT_NAME).is_file():
+        why = "exists in adapters_root and was not saved by longctx"
+        raise ValueError(f"{directory.name!r} {why}; choose another name")
+
+
+def about_model(config: Any) -> dict[str, Any]:
+    """What a saved adapter says of the model that it is for. config: Hugging Face's."""
+    keys = "model_type", "hidden_size", "num_hidden_layers", "vocab_size"
+    return {key: getattr(config, key, None) for key in keys}

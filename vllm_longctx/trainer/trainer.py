@@ -28,8 +28,11 @@ from vllm_longctx.files import whole_directory
 from vllm_longctx.temp_lora.linear_layers import linear_layers, target_modules
 from vllm_longctx.temp_lora.messages import ABOUT_NAME, Chain, Recipe, chain_of
 from vllm_longctx.temp_lora.peft_adapter import (
+    SAVING_PREFIX,
     WEIGHTS_NAME,
     Pair,
+    about_model,
+    check_replaceable,
     pairs_of,
     read_directory_config,
     saved_key,
@@ -39,7 +42,6 @@ from vllm_longctx.temp_lora.slots import Weights
 RANDOM_SHARE = 0.15  # size of a random adapter's outputs beside its layers'
 STATE_NAME = "longctx_state.safetensors"  # beside peft's files in a saved adapter
 WEIGHT = "weight"  # beside AdamW's names of its state
-SAVING_PREFIX = ".saving-"  # no adapter's name begins with a dot
 
 
 class NotFinite(Exception):
@@ -431,7 +433,10 @@ class Trainer:
     def _read_directory(self, directory: Path, max_rank: int) -> dict[str, Pair]:
         named, config = f"adapter {directory.name!r}", read_directory_config(directory)
         if (directory / ABOUT_NAME).is_file():
-            theirs, ours = json.loads((directory / ABOUT_NAME).read_text())["model"], self._about_model()
+            theirs, ours = (
+                json.loads((directory / ABOUT_NAME).read_text())["model"],
+                about_model(self._base.config),
+            )
             if theirs != ours:
                 raise ValueError(f"{named} was made for {theirs}, but this model is {ours}")
         try:
@@ -460,16 +465,18 @@ class Trainer:
         chain: Its digest is added. None where the training is not to go on.
         """
         adapter = self._adapter(owner)
-        if directory.exists() and not (directory / ABOUT_NAME).is_file():
-            why = "exists in adapters_root and was not saved by longctx"
-            raise ValueError(f"{directory.name!r} {why}; choose another name")
+        check_replaceable(directory)
         tensors = {}
         for name, (a, b) in adapter.pairs.items():
             tensors[saved_key(name, "A")], tensors[saved_key(name, "B")] = a.detach(), b.detach()
         with whole_directory(directory, SAVING_PREFIX) as new:
             self._model.peft_config[adapter.name].save_pretrained(str(new))
             save_file(tensors, new / WEIGHTS_NAME, metadata={"format": "pt"})
-            about = {"position": position, "model": self._about_model(), "recipe": asdict(adapter.recipe)}
+            about = {
+                "position": position,
+                "model": about_model(self._base.config),
+                "recipe": asdict(adapter.recipe),
+            }
             if chain is not None:
                 state = self.state(owner)
                 save_file(state.moments, new / STATE_NAME)
@@ -519,10 +526,6 @@ class Trainer:
             nn.utils.clip_grad_norm_(parameters, adapter.recipe.grad_clip)
         adapter.optimizer.step()
         return loss.item()
-
-    def _about_model(self) -> dict[str, Any]:
-        keys = "model_type", "hidden_size", "num_hidden_layers", "vocab_size"
-        return {key: getattr(self._base.config, key, None) for key in keys}
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:
