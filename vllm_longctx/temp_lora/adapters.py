@@ -7,7 +7,7 @@ Names are as in `adapter_path`: those of a tenant begin with `@TENANT/`.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -136,11 +136,11 @@ class Adapters:
                 (new / CONFIG_NAME).write_bytes(written.encode() if isinstance(written, str) else written)
                 (new / WEIGHTS_NAME).write_bytes(weights)
                 (new / ABOUT_NAME).write_text(json.dumps({"position": 0, "model": model}, indent=2) + "\n")
+                found = SavedAdapter.read(new)
         except ValueError as e:
             raise LongContextError(f"adapter {name!r}: {e}") from None
-        found = SavedAdapter.read(path)
         assert found is not None
-        return found
+        return replace(found, name=path.name)
 
     def list(self, tenant: str | None = None) -> list[SavedAdapter]:
         """Those of a tenant, or of nobody, by name."""
