@@ -263,7 +263,7 @@ def test_engines_share_what_they_have_learned(tiny_llama: Path, tmp_path: Path) 
 def test_a_trainer_killed_while_it_writes_a_version_costs_only_that(tiny_llama: Path, tmp_path: Path) -> None:
     """Its memory is so small that each version goes to disk as the next one comes."""
     adaptation = {**STEPPED, **MORE, "cache_dir": str(tmp_path), "cache_gib": 0.0015}
-    texts = [Case(prompt(230, seed), {}, {"temperature": 0}) for seed in range(40, 46)]
+    texts = [Case(prompt(230, seed), {}, {"temperature": 0}) for seed in (40, 41)]
     with running_here(tiny_llama, {"method": "none"}, adaptation) as llm:
         killed = threading.Event()
 
@@ -273,7 +273,7 @@ def test_a_trainer_killed_while_it_writes_a_version_costs_only_that(tiny_llama: 
                     for process in sidecars():
                         process.kill()
                         killed.set()
-                time.sleep(0)
+                time.sleep(0.001)
 
         thread = threading.Thread(target=kill)
         thread.start()

@@ -137,17 +137,19 @@ def _pair(
             f"its {name} has shapes {tuple(a.shape)} and {tuple(b.shape)}; this model and rank {rank} need "
             f"{needed[0]} and {needed[1]}"
         )
+    if rank < 1:
+        raise ValueError(f"its {name} has rank {rank}; give at least 1")
     if rank > max_rank:
         raise ValueError(
             f"its {name} has rank {rank}: ask for that rank to start from it (at most {max_rank})"
         )
+    alpha = _by_pattern(config, "alpha_pattern", name, config["lora_alpha"])
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     for tensor in (a, b):
         if tensor.dtype not in FLOATS:
             raise ValueError(f"its {name} is {tensor.dtype}; give float32, float16 or bfloat16")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"its {name} is not finite")
-    alpha = _by_pattern(config, "alpha_pattern", name, config["lora_alpha"])
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        if not torch.isfinite(tensor.float() * scale).all():
+            raise ValueError(f"its {name} is not finite, times its scale {scale:g}")
     return Pair(a.float(), b.float(), scale)
 
 

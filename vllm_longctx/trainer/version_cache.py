@@ -30,7 +30,9 @@ class VersionCache:
         state = self._states.get(address)
         if state is not None:
             self._states.move_to_end(address)
-        elif self.files is not None and (state := self.files.get(address)) is not None:
+            return state
+        state = None if self.files is None else self.files.get(address)
+        if state is not None and state.nbytes <= self.limit:
             self._add(address, state)
             self._make_room()
         return state

@@ -621,6 +621,8 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "no lora": ({"peft_type": "IA3"}, "is not that of a LoRA"),
     "rank": ({"r": 3}, r"has shapes \(4, 256\) and \(128, 4\); this model and rank 3 need"),
     "no rank": ({"r": "4"}, "has r = '4', which is no number"),
+    "rank 0": ({"rank": 0}, "has rank 0; give at least 1"),
+    "large": ({"lora_alpha": 1e42}, "is not finite, times its scale"),
     "alpha": ({"lora_alpha": float("nan")}, "has lora_alpha = nan, which is no number"),
     "slow": ({"alpha_pattern": {"(a+)+$": 4}}, "name layers, with at most two"),
     "slower": ({"alpha_pattern": {".*.*.*.*x": 4}}, "name layers, with at most two"),

@@ -271,6 +271,14 @@ def test_what_leaves_the_memory_goes_to_disk_if_its_text_needs_it(tmp_path: Path
     assert {n for n in range(1, 10) if cache.files.has(name(n))} == {1, 6, 7, 8, 9}
 
 
+def test_what_is_too_large_for_the_memory_takes_nobodys_place(tmp_path: Path) -> None:
+    made = files(tmp_path)
+    made.put(name(1), state(1, 2000))
+    cache = VersionCache(2 * state(0).nbytes, made)
+    cache.put(name(2), state(2), 1, [])
+    assert cache.get(name(1)) is not None and cache.get(name(2)) is not None
+
+
 def test_nothing_is_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = VersionCache(MUCH, files(tmp_path))
     cache.put(name(1), state(1), 1, [name(1)])
