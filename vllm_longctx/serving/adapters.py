@@ -10,6 +10,7 @@ import json
 import os
 import re
 import weakref
+from collections.abc import Mapping
 from hashlib import blake2b
 from http import HTTPStatus
 from pathlib import Path
@@ -22,6 +23,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.types import Message, Receive
+from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 from vllm.v1.engine import EngineCoreRequest
 
@@ -39,6 +41,7 @@ ALLOWED = "up to 128 letters, digits, '.', '_' and '-', the first a letter or a 
 
 # Those of HTTP requests that adapt and are under way.
 _adapting: weakref.WeakSet[Admission] = weakref.WeakSet()
+_adapters: dict[str, Adapters] = {}  # by the engine's `instance_id`
 
 
 class QuotaError(GracefulHTTPError, LongContextError):
@@ -85,11 +88,19 @@ def salt_of(settings: Adaptation, tenant: str | None, salt: str | None) -> str |
 # --- quotas -----------------------------------------------------------------------------------------------
 
 
-def admit(settings: Adaptation, tenant: str | None, save_as: str | None, tokens: int) -> None:
+def adapters_of(vllm_config: VllmConfig) -> Adapters:
+    """Of an engine of this process, which keeps adapters."""
+    return _adapters.setdefault(vllm_config.instance_id, Adapters(vllm_config))
+
+
+def admit(
+    settings: Adaptation, vllm_config: VllmConfig, tenant: str | None, save_as: str | None, tokens: int
+) -> None:
     """Count the current HTTP request, which adapts, until it is answered.
 
     Raises QuotaError if it is too much.
 
+    settings: The request's.
     save_as: The engine's name of the adapter that it saves.
     tokens: Of its prompt and its answer, at most.
     """
@@ -97,7 +108,12 @@ def admit(settings: Adaptation, tenant: str | None, save_as: str | None, tokens:
     if admission is None:
         return
     others = [a for a in _adapting if a.tenant == tenant and a is not admission]
-    check_names(settings, tenant, save_as, {name for a in others for name in a.saves})
+    saves: dict[str, int] = {}
+    if save_as is not None:
+        saves[save_as] = (
+            0 if settings.quota.gib is None else adapters_of(vllm_config).saved_bytes(settings.rank)
+        )
+        check_names(settings, tenant, saves, _saves(tenant, admission))
     limit, used, own = settings.quota.tokens, sum(a.tokens for a in others), admission.tokens + tokens
     if limit is not None and used + own > limit:
         raise QuotaError(
@@ -106,40 +122,40 @@ def admit(settings: Adaptation, tenant: str | None, save_as: str | None, tokens:
             "answered, or lower max_tokens"
         )
     admission.tenant, admission.tokens = tenant, own
-    if save_as is not None:
-        admission.saves.add(save_as)
+    admission.saves |= saves
     _adapting.add(admission)
 
 
-def check_names(
-    settings: Adaptation,
-    tenant: str | None,
-    save_as: str | None,
-    under_way: set[str] = frozenset(),  # type: ignore[assignment]  # never changed
-    nbytes: int = 1,
-) -> None:
-    """Raises QuotaError if one more adapter is too much. Nothing where none is saved.
+def _saves(tenant: str | None, but: Admission | None = None) -> dict[str, int]:
+    """What requests that are under way save, as `check_names` takes it. but: Of them not this one."""
+    others = (a for a in _adapting if a.tenant == tenant and a is not but)
+    return {name: size for a in others for name, size in a.saves.items()}
 
-    save_as: As of `admit`.
-    under_way: Such names of other requests.
-    nbytes: What is known of its size.
+
+def check_names(
+    settings: Adaptation, tenant: str | None, saves: Mapping[str, int], under_way: dict[str, int]
+) -> None:
+    """Raises QuotaError if what is to be saved is too much, beside what is there.
+
+    saves: By the engine's name, the bytes of each, at most.
+    under_way: The same of other requests.
     """
     quota, root = settings.quota, settings.adapters_root
-    if save_as is None or root is None or (quota.adapters is None and quota.gib is None):
+    if root is None or (quota.adapters is None and quota.gib is None):
         return
-    found = saved_adapters(root, tenant)
-    names = {owned(adapter.name, tenant) for adapter in found} | under_way
-    remedy = f"delete one (DELETE {ROUTE}/NAME)"
-    if quota.adapters is not None and save_as not in names and len(names) >= quota.adapters:
+    there = {owned(adapter.name, tenant): adapter.nbytes for adapter in saved_adapters(root, tenant)}
+    names, remedy = there | under_way, f"delete one (DELETE {ROUTE}/NAME)"
+    if quota.adapters is not None and not saves.keys() <= names.keys() and len(names) >= quota.adapters:
         raise QuotaError(
             f"{_whose(tenant)} {len(names)} adapters, where adaptation.quota.adapters = {quota.adapters}; "
             f"{remedy}, or save under a name that is there"
         )
-    others = sum(adapter.nbytes for adapter in found if owned(adapter.name, tenant) != save_as)
-    if quota.gib is not None and others + nbytes > quota.gib * 2**30:
+    needed = sum(saves.values()) / 2**30
+    others = sum(nbytes for name, nbytes in names.items() if name not in saves) / 2**30
+    if quota.gib is not None and others + needed > quota.gib:
         raise QuotaError(
-            f"{_whose(tenant)} {others / 2**30:.3f} GiB of other adapters, where adaptation.quota.gib = "
-            f"{quota.gib}; {remedy}"
+            f"{_whose(tenant)} {others:.3f} GiB of other adapters, and this one takes up to {needed:.3f}, "
+            f"where adaptation.quota.gib = {quota.gib}; {remedy}"
         )
 
 
@@ -181,14 +197,16 @@ def add_routes(app: FastAPI) -> None:
     settings = active_settings(app.state.vllm_config)
     if not settings.mode.adapts or settings.temp_lora.adapters_root is None:
         return
-    adaptation, adapters = settings.temp_lora, Adapters(app.state.vllm_config)
+    adaptation, adapters = settings.temp_lora, adapters_of(app.state.vllm_config)
+    if adaptation.quota.gib is not None:
+        adapters.saved_bytes(1)  # so that no request waits for the model's shapes
 
     async def put(name: str, request: Request) -> JSONResponse:
         tenant = tenant_of(adaptation, request.headers)
         full_name = owned(name, tenant)
         most = await run_in_threadpool(lambda: adapters.max_bytes)
         config, weights = await _files(request, most)
-        check_names(adaptation, tenant, full_name, nbytes=len(config) + len(weights))
+        check_names(adaptation, tenant, {full_name: len(config) + len(weights)}, _saves(tenant))
         return JSONResponse(_shown(await run_in_threadpool(adapters.put, full_name, config, weights)))
 
     async def list_all(request: Request) -> JSONResponse:

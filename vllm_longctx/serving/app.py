@@ -369,7 +369,7 @@ def check_engine_requests() -> None:
         settings = active_settings(self.vllm_config)
         if settings.mode.is_plain:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        options, adapts, tenant = _adaptation(settings, self.vllm_config, params)
+        options, own, tenant = _adaptation(settings, self.vllm_config, params)
         try:
             request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         except VLLMValidationError as e:
@@ -379,21 +379,22 @@ def check_engine_requests() -> None:
         # A request that cannot be sent to the engine fails now. Later, the front end would keep it for ever.
         _encoder.encode((request.request_id, request.sampling_params, request.cache_salt, request.session_id))
         if request.lora_request is not None and options == RequestOptions():
-            adapts = False  # it has an adapter, also where all others adapt
+            own = None  # it has an adapter, also where all others adapt
         if request.resumable:
             _check_streamed(settings)
         if (sampling := request.sampling_params) is not None and getattr(params, "max_tokens", 0) is None:
             assert sampling.max_tokens is not None  # vLLM has filled it in
             sampling.max_tokens = min(sampling.max_tokens, settings.serving.default_max_tokens)
-        if adapts:
+        if own is not None:
             _check_adapting(request, options)
-            _adapt_for(tenant, request, options, settings.temp_lora, getattr(params, "n", 1))
+            adapters.admit(own, self.vllm_config, tenant, options.save_as, params.n * _tokens(request))
+            _adapt_for(tenant, request, options, own)
         elif settings.mode.adapts:
             adapters.know_by_content(request, settings.temp_lora.adapters_root)
         if settings.serving.strict:
             _check_room(request, self.model_config.max_model_len)
             _check_priority(request, self.scheduler_config.policy)
-        if not adapts and not settings.mode.extends:
+        if own is None and not settings.mode.extends:
             trained = trained_length(self.model_config)
             _limit_plain(request, params, settings.temp_lora.plain_tokens, trained, settings.serving.strict)
         return request
@@ -403,13 +404,16 @@ def check_engine_requests() -> None:
 
 def _adaptation(
     settings: Settings, vllm_config: VllmConfig, params: Any
-) -> tuple[RequestOptions, bool, str | None]:
-    """A request's options, whether it adapts, and for whom. Raises RequestError naming what is wrong."""
+) -> tuple[RequestOptions, Adaptation | None, str | None]:
+    """A request's options, its settings if it adapts, and its tenant.
+
+    Raises RequestError naming what is wrong.
+    """
     given = getattr(params, "extra_args", None) or {}
     if not settings.mode.adapts or not isinstance(params, SamplingParams):
         if KEY in given:
             raise _bad_options(f"{KEY}: {NOT_PER_REQUEST}")
-        return RequestOptions(), False, None
+        return RequestOptions(), None, None
     tenant = None
     try:
         options = RequestOptions.parse(given.get(KEY, {}))
@@ -427,7 +431,7 @@ def _adaptation(
     if options.save_as is not None and params.n > 1:
         given = f"{KEY}.save_as = {options.save_as!r} with n = {params.n}"
         raise _bad_options(f"{given}: samples would overwrite it; set n to 1")
-    return options, own is not None, tenant
+    return options, own, tenant
 
 
 def _tenant(settings: Adaptation, admission: Admission) -> str | None:
@@ -437,17 +441,18 @@ def _tenant(settings: Adaptation, admission: Admission) -> str | None:
         raise RequestError(str(e), str(settings.tenant_header)) from None
 
 
-def _adapt_for(
-    tenant: str | None, request: EngineCoreRequest, options: RequestOptions, settings: Adaptation, n: int
-) -> None:
-    """Have a request adapt under its tenant's names, apart from those of others. Raises QuotaError.
+def _tokens(request: EngineCoreRequest) -> int:
+    """Of the prompt and of one answer, at most."""
+    assert request.sampling_params is not None and request.sampling_params.max_tokens is not None
+    return len(request.prompt_token_ids or ()) + request.sampling_params.max_tokens
 
-    n: Answers that it asks for.
-    """
+
+def _adapt_for(
+    tenant: str | None, request: EngineCoreRequest, options: RequestOptions, settings: Adaptation
+) -> None:
+    """Have a request adapt under its tenant's names, apart from the requests of others."""
     sampling = request.sampling_params
-    assert sampling is not None and sampling.max_tokens is not None and request.prompt_token_ids is not None
-    tokens = n * (len(request.prompt_token_ids) + sampling.max_tokens)
-    adapters.admit(settings, tenant, options.save_as, tokens)
+    assert sampling is not None
     if tenant is not None:
         given = options.model_dump(exclude_none=True)
         sampling.extra_args = {**(sampling.extra_args or {}), KEY: given}

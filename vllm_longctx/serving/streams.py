@@ -47,14 +47,14 @@ class Admission:
 
     headers: Of the HTTP request.
     tenant, tokens, saves: What it counts for in quotas while it is under way, see `adapters.admit`: whose it
-        is, its tokens, and the adapters that it saves.
+        is, its tokens, and by name the bytes of adapters that it saves, at most.
     """
 
     def __init__(self, headers: Headers) -> None:
         self.headers = headers
         self.tenant: str | None = None
         self.tokens = 0
-        self.saves: set[str] = set()
+        self.saves: dict[str, int] = {}
         self.requested = self.admitted = 0
         self.error: Exception | None = None
         self.decided = asyncio.Event()
@@ -149,7 +149,7 @@ def with_response_sender(app: ASGIApp, route: APIRoute, keep_alive_s: float) -> 
                 raise
         finally:
             _admission.reset(token)
-            sender.admission.tokens, sender.admission.saves = 0, set()
+            sender.admission.tokens, sender.admission.saves = 0, {}
             await sender.close()
 
     return respond

@@ -106,8 +106,15 @@ class Adapters:
     @property
     def max_bytes(self) -> int:
         """Of the weights of one that is put: all layers, at the largest rank."""
+        return self._weight_bytes(self._max_rank) + OTHER_BYTES
+
+    def saved_bytes(self, rank: int) -> int:
+        """What one takes that a request saves, at most: its weights, and twice that for AdamW's moments."""
+        return 3 * self._weight_bytes(rank) + OTHER_BYTES
+
+    def _weight_bytes(self, rank: int) -> int:
         modules, _ = self._model
-        return 4 * self._max_rank * sum(sum(features) for features in modules.values()) + OTHER_BYTES
+        return 4 * rank * sum(sum(features) for features in modules.values())
 
     def put(
         self, name: str, config: bytes | str | Mapping[str, Any], weights: bytes | Mapping[str, Tensor]

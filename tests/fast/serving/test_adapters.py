@@ -286,11 +286,36 @@ def test_adapters_are_within_a_quota(server: Served, made: Path) -> None:
         put(server, "c", made),
     ):
         assert answer.status_code == 200
-    with (server[2] / "@acme" / "a" / "more").open("wb") as file:
-        file.truncate(120 << 20)
-    for answer in (put(server, "b", made, tenant="acme"), learn(server, tenant="acme", save_as="b")):
-        assert answer.status_code == 429 and "adaptation.quota.gib = 0.1; delete one" in message(answer)
+    more = server[2] / "@acme" / "a" / "more"
+    more.touch()
+    os.truncate(
+        more, 100 << 20
+    )  # beside it there is room for a small one, but not for all layers and AdamW's state
+    assert put(server, "b", made, tenant="acme").status_code == 200
+    refused = learn(server, tenant="acme", save_as="b")
+    assert refused.status_code == 429 and "GiB of other adapters, and this one takes up to" in message(
+        refused
+    )
+    os.truncate(more, 110 << 20)
+    refused = put(server, "b", made, tenant="acme")
+    assert refused.status_code == 429 and "adaptation.quota.gib = 0.1; delete one" in message(refused)
     assert put(server, "a", made, tenant="acme").status_code == 200, "it takes the place of what is too large"
+
+
+def test_adapters_that_are_about_to_be_saved_count(server: Served, made: Path) -> None:
+    """Of two new names one is there, and one request saves the other."""
+    core = server[1]
+    put(server, "a", made)
+    core.reads.clear()
+    thread = threading.Thread(target=learn, args=(server,), kwargs={"save_as": "b"})
+    thread.start()
+    while not core.requests:
+        thread.join(0.01)
+    for answer in (put(server, "c", made), learn(server, save_as="c")):
+        assert answer.status_code == 429 and "this server has 2 adapters" in message(answer)
+    core.reads.set()
+    thread.join()
+    assert learn(server, save_as="c").status_code == 200, "this engine has saved nothing"
 
 
 def engine(root: Path | None, **kwargs: Any) -> Any:
