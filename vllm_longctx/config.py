@@ -22,6 +22,7 @@ KVPolicy = Literal["reuse", "recompute", "keep"]
 UpdateMode = Literal["cascaded", "parallel"]
 Learn = Literal["all", "prompt", "output", "none"]
 ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"  # a directory's name, never a path
+OWNED_NAME = f"(@{ADAPTER_NAME}/)?{ADAPTER_NAME}"  # of a tenant, or of nobody
 
 PRESETS: dict[str, dict[str, Any]] = {
     "lm-infinite": {"attention": {"method": "lm_infinite"}},
@@ -54,6 +55,7 @@ SIZES = (
     "train_context_tokens",
 )  # of Temp-LoRA; None: from the window
 DEFAULT_SLOTS = 8
+DEFAULT_CACHE_DIR_GIB = 16.0
 # Papers' choices: LM-Infinite section 4.1 (10 to 100 first tokens), StreamingLLM section 3.2 (4).
 DEFAULT_N_GLOBAL = {"lm_infinite": 10, "streaming": 4}
 
@@ -398,6 +400,18 @@ class TrainerSection(_Section):
         return self
 
 
+class QuotaSection(_Section):
+    """What each tenant may have, see `adaptation.tenant_header`; without that, all together."""
+
+    adapters: int | None = Field(default=None, ge=0)
+    """Saved adapters. Default: any number."""
+    gib: float | None = Field(default=None, ge=0)
+    """GiB that saved adapters take on disk. Default: any number."""
+    tokens: int | None = Field(default=None, ge=0)
+    """Tokens of prompts and answers of requests that adapt and are under way, in each API server. An answer
+    counts with its `max_tokens`. Default: any number."""
+
+
 class AdaptationSection(_Section):
     """Temp-LoRA (arXiv 2401.11504): what is trained, when, and what happens to the KV cache.
 
@@ -461,6 +475,11 @@ class AdaptationSection(_Section):
     cache_gib: float | None = Field(default=None, ge=0)
     """GiB of host memory for trained versions, so that a text which begins like an earlier one is not trained
     again. 0 turns it off. Default: 32 versions of an adapter of `rank`, at most 4 GiB."""
+    cache_dir: str | None = Field(default=None, min_length=1)
+    """Directory where trained versions outlive the memory and the engine. Engines may share one. It is made
+    at start, for this user only, and `~` is your home. Default: they are in memory only."""
+    cache_dir_gib: float | None = Field(default=None, gt=0)
+    """GiB that all versions in `cache_dir` may take. The least recently used goes first. Default: 16."""
     slots: int | None = Field(default=None, ge=1)
     """Requests that learn at once; more of them wait. Default: 8, at most `max_num_seqs`."""
     requests: Literal["opt_in", "all"] = "opt_in"
@@ -468,6 +487,11 @@ class AdaptationSection(_Section):
     adapters_root: str | None = Field(default=None, min_length=1)
     """Directory of saved adapters. It is made at start, and `~` is your home. Default: requests cannot save
     or load adapters."""
+    tenant_header: str | None = Field(default=None, pattern=r"^[A-Za-z0-9-]{1,64}$")
+    """HTTP header that names the tenant of a request, such as `X-Tenant`. Each tenant has saved adapters and
+    remembered versions of its own. Default: there is one namespace for all."""
+    quota: QuotaSection = QuotaSection()
+    """What each tenant may have."""
     max_rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
     """Largest rank that a request may ask for. Default: `rank`."""
     max_epochs: int = Field(default=8, ge=0)
@@ -478,6 +502,17 @@ class AdaptationSection(_Section):
     """The process that trains the adapters."""
 
     _recommended_sizes: dict[str, int] = {}
+
+    @model_validator(mode="after")
+    def _consistent_cache(self) -> Self:
+        if self.cache_dir is None and self.cache_dir_gib is not None:
+            given = f"cache_dir_gib = {self.cache_dir_gib}"
+            raise ValueError(f"{given} has no effect without cache_dir; give cache_dir, or leave it out")
+        if self.cache_dir is not None and self.cache_gib == 0:
+            raise ValueError(
+                f"cache_dir = {self.cache_dir!r} has no effect with cache_gib = 0; leave one of them out"
+            )
+        return self
 
     def with_recommended(self, recipe: Mapping[str, Any]) -> Self:
         """With what a checkpoint recommends, in place of defaults only."""
@@ -602,9 +637,10 @@ class RequestOptions(_Section):
     """As `adaptation.update_mode`."""
     adapter_seed: int | None = Field(default=None, ge=0, lt=2**63)
     """As `adaptation.adapter_seed`."""
-    save_as: str | None = Field(default=None, pattern=f"^{ADAPTER_NAME}$")
-    """Name under which the adapter is saved when the request ends. A name, never a path."""
-    start_from: str | None = Field(default=None, pattern=f"^{ADAPTER_NAME}$")
+    save_as: str | None = Field(default=None, pattern=f"^{OWNED_NAME}$")
+    """Name under which the adapter is saved when the request ends. A name, never a path. Offline it may be a
+    tenant's: `@TENANT/NAME`."""
+    start_from: str | None = Field(default=None, pattern=f"^{OWNED_NAME}$")
     """Name of a saved adapter to begin with."""
 
     @classmethod

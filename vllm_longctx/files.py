@@ -38,6 +38,18 @@ def whole_directory(path: Path, prefix: str) -> Iterator[Path]:
         _sync_one(path.parent)
 
 
+def remove_directory(path: Path, prefix: str) -> None:
+    """Remove a directory, which others see as a whole or not at all. Nothing if there is none.
+
+    Raises OSError. prefix: as of `whole_directory`.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as temporary,
+        suppress(FileNotFoundError),
+    ):
+        path.rename(Path(temporary, "old"))
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a directory and all that is in it, is on disk. Raises OSError."""
     for parent, _, files in os.walk(path):

@@ -154,14 +154,18 @@ class Adaptation(AdaptationSection):
                 f"{remedy}"
             )
 
+    def is_asked(self, options: RequestOptions) -> bool:
+        """Whether a request with these options is to adapt."""
+        return self.requests == "all" if options.temp_lora is None else options.temp_lora
+
     def for_request(self, options: RequestOptions, trained_length: int, kv_block: int) -> Self | None:
         """The settings of one request, or None if it does not adapt.
 
         Raises LongContextError for an option beyond the server's limits.
         """
         given = options.model_dump(exclude_none=True)
-        wanted = given.pop("temp_lora", self.requests == "all")
-        if not wanted:
+        given.pop("temp_lora", None)
+        if not self.is_asked(options):
             if given:
                 raise LongContextError(
                     f"{next(iter(given))} has no effect without temp_lora; set temp_lora true, or leave it "
@@ -208,17 +212,27 @@ class Adaptation(AdaptationSection):
         return own
 
     def _saved_rank(self, name: str) -> int:
+        """The largest of a saved adapter's. Raises LongContextError without an adapter, or room for it."""
         path = Path(filled(self.adapters_root), name, "adapter_config.json")
         if not path.is_file():
             raise LongContextError(
                 f"start_from = {name!r}: there is no such adapter in adaptation.adapters_root"
             )
         try:
-            return int(json.loads(path.read_text())["r"])
-        except (OSError, ValueError, KeyError) as e:
+            config = json.loads(path.read_text())
+            rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+            if not isinstance(rank, int):
+                raise TypeError(f"a rank is {rank!r}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise LongContextError(
                 f"start_from = {name!r}: its adapter_config.json cannot be read: {e!r}"
             ) from None
+        if rank > self.max_rank:
+            raise LongContextError(
+                f"start_from = {name!r}: it has rank {rank}, but this server has room for at most "
+                f"{self.max_rank} (adaptation.max_rank)"
+            )
+        return rank
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from server import running_server
 from vllm import LLM, SamplingParams
 from vllm.inputs import tokens_input
@@ -23,6 +24,7 @@ from vllm.outputs import RequestOutput
 from tests.support.engines import generate, logprobs_of, metric, prompt, running_here, tokens_of
 from tests.support.lora_adapters import logprobs_by_peft, write_adapter, write_bad_adapters
 from vllm_longctx import BOOKLM
+from vllm_longctx.temp_lora.adapters import Adapters
 
 RECIPE = {"rank": 8, "dropout": 0.0, "learning_rate": 2e-3, "block_tokens": 32, "train_context_tokens": 64}
 STEPPED = {**RECIPE, "window_tokens": 128, "context_tokens": 64, "slots": 2}
@@ -66,12 +68,18 @@ def bad(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def learning(tiny_llama: Path) -> Iterator[LLM]:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the adapters that requests save and begin with."""
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(scope="module")
+def learning(tiny_llama: Path, root: Path) -> Iterator[LLM]:
     """Two slots, and one place for the users' adapters."""
     with running_here(
         tiny_llama,
         {"method": "none"},
-        STEPPED,
+        {**STEPPED, "adapters_root": str(root)},
         enable_lora=True,
         max_loras=1,
         max_cpu_loras=2,
@@ -129,6 +137,42 @@ def test_adapters_after_all_slots_were_used(
     ]
     for (_, _, adapter, _), output in zip(requests, write(learning, requests), strict=True):
         assert_right(tiny_llama, adapter, output)
+
+
+def put(llm: LLM, name: str, path: Path) -> None:
+    weights = load_file(path / "adapter_model.safetensors")
+    Adapters.of(llm).put(name, (path / "adapter_config.json").read_text(), weights)
+
+
+def test_an_adapter_that_is_replaced_is_another_one(
+    learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest], root: Path
+) -> None:
+    """Neither the weights that are loaded under its name are used, nor their KV. Of 60 tokens 32 are hit."""
+    request = LoRARequest("served", 50, str(root / "served"))
+    asked = [(prompt(60, 3), 5, request, {})]
+    for name, cached in (("a", 0), ("a", 32), ("b", 0), ("b", 32)):
+        if not cached:
+            put(learning, "served", Path(adapters[name].lora_path))
+        (output,) = write(learning, asked)
+        assert output.num_cached_tokens == cached
+        assert_right(tiny_llama, request, output)
+    assert Adapters.of(learning).delete("served")
+
+
+def test_requests_begin_with_ordinary_adapters(
+    learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest], root: Path
+) -> None:
+    """What is written with one of two kinds of layers, before anything is learned, is what peft says."""
+    put(learning, "some", Path(adapters["c"].lora_path))
+    begins: dict[str, Any] = {"longctx": {"temp_lora": True, "start_from": "some", "epochs": 0}}
+    for rank in (4, 8):
+        begins["longctx"]["rank"] = rank
+        (output,) = write(learning, [(prompt(60, 4), 20, None, {"extra_args": begins})])
+        assert_right(tiny_llama, adapters["c"], output)
+    begins["longctx"]["rank"] = 2
+    with pytest.raises(ValueError, match="it has rank 4, more than rank = 2; leave rank out"):
+        write(learning, [(prompt(60, 4), 20, None, {"extra_args": begins})])
+    assert Adapters.of(learning).delete("some")
 
 
 def test_a_crowd_over_few_places(learning: LLM, tiny_llama: Path, adapters: dict[str, LoRARequest]) -> None:

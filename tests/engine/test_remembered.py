@@ -4,7 +4,10 @@ remembers nothing of it, and is not trained again.
 Cold runs have a `cache_salt` of their own. Greedy and seeded, float32, with dropout.
 """
 
+import functools
 import itertools
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
-from tests.support.engines import logprobs_of, metric, prompt, running_here
+from tests.support.engines import logprobs_of, metric, prompt, running_here, sidecars, wait_until
 from tests.support.temp_lora_engine import RECIPE, STEPPED
 
 TRAINED, REMEMBERED = "vllm:longctx_blocks_trained", "vllm:longctx_blocks_remembered"
@@ -214,3 +217,72 @@ def test_sliding_windows_are_computed_again_and_not_trained(sliding: LLM, mode: 
     for one, other in zip(warm, write(sliding, asked, cold=True), strict=True):
         assert_equal(one, other)
         assert one.num_cached_tokens == 0
+
+
+def on_disk(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+
+
+def remembered(output: RequestOutput) -> int:
+    return int(((output.kv_transfer_params or {}).get("longctx") or {}).get("blocks_remembered", 0))
+
+
+@pytest.mark.slow
+def test_engines_share_what_they_have_learned(tiny_llama: Path, tmp_path: Path) -> None:
+    """Two at once, and one after them. What is damaged meanwhile is trained again, and all say the same."""
+    adaptation = {**STEPPED, **MORE, "cache_dir": str(tmp_path)}
+    case, longer = Case(TEXT, {}, {"temperature": 0}), Case([*TEXT, *prompt(60, 5)], {}, {"temperature": 0})
+    here = functools.partial(running_here, tiny_llama, {"method": "none"}, adaptation)
+    with here() as one, here() as other:
+        (first,) = write(one, [case], cold=False)
+        assert remembered(first) == 0
+        time.sleep(8)  # in which the one writes its versions, and the other one finds them
+        (second,) = write(other, [case], cold=False)
+        assert_equal(first, second)
+        assert remembered(second) >= 6 and second.num_cached_tokens
+        (more,) = write(other, [longer], cold=False)
+        (cold,) = write(one, [longer], cold=True)
+        assert_equal(more, cold)
+    kept = on_disk(tmp_path)
+    assert len(kept) < 12, "not every version"
+    with here() as third:
+        (again,) = write(third, [longer], cold=False)
+        assert_equal(again, cold)
+        assert remembered(again) >= 8 and again.num_cached_tokens
+    for path in tmp_path.rglob("version.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    with here() as fourth:
+        (anew,) = write(fourth, [longer], cold=False)
+        assert_equal(anew, cold)
+        assert remembered(anew) == 0
+
+
+@pytest.mark.slow
+def test_a_trainer_killed_while_it_writes_a_version_costs_only_that(tiny_llama: Path, tmp_path: Path) -> None:
+    """Its memory is so small that each version goes to disk as the next one comes."""
+    adaptation = {**STEPPED, **MORE, "cache_dir": str(tmp_path), "cache_gib": 0.0015}
+    texts = [Case(prompt(230, seed), {}, {"temperature": 0}) for seed in (40, 41)]
+    with running_here(tiny_llama, {"method": "none"}, adaptation) as llm:
+        killed = threading.Event()
+
+        def kill() -> None:
+            while not killed.is_set():
+                if any(path.name.startswith(".writing-") for path in tmp_path.iterdir()):
+                    for process in sidecars():
+                        process.kill()
+                        killed.set()
+                time.sleep(0.001)
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        write(llm, texts, cold=False)
+        wait_until(killed.is_set, 60)
+        thread.join()
+        warm = write(llm, texts, cold=False)
+        for one, other in zip(warm, write(llm, texts, cold=True), strict=True):
+            assert_equal(one, other)
+    with running_here(tiny_llama, {"method": "none"}, adaptation) as llm:
+        for one, other in zip(write(llm, texts, cold=False), warm, strict=True):
+            assert_equal(one, other)

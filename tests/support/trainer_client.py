@@ -8,7 +8,7 @@ from pathlib import Path
 from vllm_longctx.config import TrainerSection
 from vllm_longctx.settings import TrainerSettings
 from vllm_longctx.temp_lora import messages as m
-from vllm_longctx.temp_lora.client import TrainerClient
+from vllm_longctx.temp_lora.client import TrainerClient, TrainingNeed
 
 TIMEOUT_S = 120  # a start takes a few seconds on an idle machine
 
@@ -22,9 +22,13 @@ def client_of(
     adapters_root: Path | None = None,
     probe: Sequence[int] = (),
     share: Callable[[], m.Share] | None = None,
+    cache_files: m.CacheFiles | None = None,
     **given: object,
 ) -> TrainerClient:
-    """As the scheduler makes it. given: of a TrainerSection."""
+    """As the scheduler makes it, with a cache of 1 GiB where that has a place on disk.
+
+    given: of a TrainerSection.
+    """
     trainer = TrainerSettings.of(TrainerSection(**given))
     options = m.Options(
         **{**m.shared_fields(m.Options, trainer), "address": trainer.address or ""},
@@ -34,7 +38,16 @@ def client_of(
         adapters_root=None if adapters_root is None else str(adapters_root),
         parent=os.getpid(),
     )
-    return TrainerClient(options, trainer, max_rank=max_rank, num_slots=num_slots, probe=probe, share=share)
+    return TrainerClient(
+        options,
+        trainer,
+        max_rank=max_rank,
+        num_slots=num_slots,
+        probe=probe,
+        training=TrainingNeed(0, "", cache_bytes=0 if cache_files is None else 1 << 30),
+        cache_files=cache_files,
+        share=share,
+    )
 
 
 def hear(client: TrainerClient, *kinds: type) -> list:

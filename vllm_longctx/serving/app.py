@@ -37,14 +37,18 @@ from vllm.v1.serial_utils import MsgpackEncoder
 from vllm_longctx.config import KEY, LongContextConfig, LongContextError, RequestOptions, did_you_mean
 from vllm_longctx.metrics import count_ignored_field, export_ignored_fields
 from vllm_longctx.models.properties import TEXT_ONLY, trained_length
-from vllm_longctx.serving import stop_strings
+from vllm_longctx.serving import adapters, stop_strings
 from vllm_longctx.serving.streams import (
+    Admission,
+    current_admission,
     end_requests_at_shutdown,
     over_http,
     track_admissions,
     with_response_sender,
 )
-from vllm_longctx.settings import Settings, active_settings, plugin_configs
+from vllm_longctx.settings import Adaptation, Settings, active_settings, plugin_configs
+from vllm_longctx.temp_lora.messages import adapter_path
+from vllm_longctx.temp_lora.peft_adapter import rank_of, read_directory_config
 
 logger = init_logger("vllm.longctx")
 
@@ -104,6 +108,7 @@ def prepare(app: FastAPI) -> None:
     export_ignored_fields()
     track_admissions(app.state.engine_client)
     end_requests_at_shutdown(app.state.engine_client)
+    adapters.add_routes(app)
     for route in app.routes:
         if isinstance(route, APIRoute) and "POST" in route.methods:
             models = _models(route.body_field.field_info.annotation) if route.body_field is not None else ()
@@ -382,7 +387,7 @@ def check_engine_requests() -> None:
         settings = active_settings(self.vllm_config)
         if settings.mode.is_plain:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        options, adapts = _adaptation(settings, self.vllm_config, params)
+        options, own, tenant = _adaptation(settings, self.vllm_config, params)
         try:
             request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         except VLLMValidationError as e:
@@ -392,18 +397,22 @@ def check_engine_requests() -> None:
         # A request that cannot be sent to the engine fails now. Later, the front end would keep it for ever.
         _encoder.encode((request.request_id, request.sampling_params, request.cache_salt, request.session_id))
         if request.lora_request is not None and options == RequestOptions():
-            adapts = False  # it has an adapter, also where all others adapt
+            own = None  # it has an adapter, also where all others adapt
         if request.resumable:
             _check_streamed(settings)
         if (sampling := request.sampling_params) is not None and getattr(params, "max_tokens", 0) is None:
             assert sampling.max_tokens is not None  # vLLM has filled it in
             sampling.max_tokens = min(sampling.max_tokens, settings.serving.default_max_tokens)
-        if adapts:
+        if own is not None:
             _check_adapting(request, options)
+            adapters.admit(own, self.vllm_config, tenant, options.save_as, params.n * _tokens(request))
+            _adapt_for(tenant, request, options, own)
+        elif settings.mode.adapts:
+            adapters.know_by_content(request, settings.temp_lora.adapters_root)
         if settings.serving.strict:
             _check_room(request, self.model_config.max_model_len)
             _check_priority(request, self.scheduler_config.policy)
-        if not adapts and not settings.mode.extends:
+        if own is None and not settings.mode.extends:
             trained = trained_length(self.model_config)
             _limit_plain(request, params, settings.temp_lora.plain_tokens, trained, settings.serving.strict)
         return request
@@ -411,23 +420,77 @@ def check_engine_requests() -> None:
     InputProcessor.process_inputs = process  # type: ignore[method-assign]  # a seam
 
 
-def _adaptation(settings: Settings, vllm_config: VllmConfig, params: Any) -> tuple[RequestOptions, bool]:
-    """A request's options, and whether it adapts. Raises RequestError naming what is wrong with them."""
+def _adaptation(
+    settings: Settings, vllm_config: VllmConfig, params: Any
+) -> tuple[RequestOptions, Adaptation | None, str | None]:
+    """A request's options, its settings if it adapts, and its tenant.
+
+    Raises RequestError naming what is wrong.
+    """
     given = getattr(params, "extra_args", None) or {}
     if not settings.mode.adapts or not isinstance(params, SamplingParams):
         if KEY in given:
             raise _bad_options(f"{KEY}: {NOT_PER_REQUEST}")
-        return RequestOptions(), False
+        return RequestOptions(), None, None
+    tenant = None
     try:
         options = RequestOptions.parse(given.get(KEY, {}))
+        if (admission := current_admission()) is not None and settings.temp_lora.is_asked(options):
+            tenant = _tenant(settings.temp_lora, admission)
+            options = adapters.of_tenant(options, tenant)
         trained, kv_block = trained_length(vllm_config.model_config), vllm_config.cache_config.block_size
-        adapts = settings.temp_lora.for_request(options, trained, kv_block) is not None
+        own = settings.temp_lora.for_request(options, trained, kv_block)
+        if own is not None and options.start_from is not None:
+            _check_start(own, options.start_from)
+    except RequestError:
+        raise
     except LongContextError as e:
         raise _bad_options(str(e) if str(e).startswith(KEY) else f"{KEY}.{e}") from None
     if options.save_as is not None and params.n > 1:
         given = f"{KEY}.save_as = {options.save_as!r} with n = {params.n}"
         raise _bad_options(f"{given}: samples would overwrite it; set n to 1")
-    return options, adapts
+    return options, own, tenant
+
+
+def _tenant(settings: Adaptation, admission: Admission) -> str | None:
+    try:
+        return adapters.tenant_of(settings, admission.headers)
+    except LongContextError as e:
+        raise RequestError(str(e), str(settings.tenant_header)) from None
+
+
+def _tokens(request: EngineCoreRequest) -> int:
+    """Of the prompt and of one answer, at most."""
+    assert request.sampling_params is not None and request.sampling_params.max_tokens is not None
+    return len(request.prompt_token_ids or ()) + request.sampling_params.max_tokens
+
+
+def _adapt_for(
+    tenant: str | None, request: EngineCoreRequest, options: RequestOptions, settings: Adaptation
+) -> None:
+    """Have a request adapt under its tenant's names, apart from the requests of others."""
+    sampling = request.sampling_params
+    assert sampling is not None
+    if tenant is not None:
+        given = options.model_dump(exclude_none=True)
+        sampling.extra_args = {**(sampling.extra_args or {}), KEY: given}
+    if over_http():
+        request.cache_salt = adapters.salt_of(settings, tenant, request.cache_salt)
+
+
+def _check_start(settings: Adaptation, name: str) -> None:
+    """Raises LongContextError for a saved adapter with which a request cannot begin, by what its config says.
+
+    settings: The request's.
+    """
+    try:
+        rank = rank_of(read_directory_config(adapter_path(settings.adapters_root, name)))
+    except ValueError as e:
+        raise LongContextError(f"start_from = {name!r}: {e}") from None
+    if rank > settings.rank:
+        raise LongContextError(
+            f"start_from = {name!r}: it has rank {rank}, more than rank = {settings.rank}; leave rank out"
+        )
 
 
 def _bad_options(message: str) -> RequestError:

@@ -11,9 +11,11 @@ import contextvars
 import functools
 import json
 from collections.abc import AsyncGenerator
+from http import HTTPStatus
 from typing import Any
 
 from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.anthropic import protocol as anthropic
@@ -42,9 +44,17 @@ class Admission:
     admitted: How many the engine has admitted.
     error: What the first that failed raised, before or after its admission.
     decided: Set when all are admitted, or one has failed.
+
+    headers: Of the HTTP request.
+    tenant, tokens, saves: What it counts for in quotas while it is under way, see `adapters.admit`: whose it
+        is, its tokens, and by name the bytes of adapters that it saves, at most.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers
+        self.tenant: str | None = None
+        self.tokens = 0
+        self.saves: dict[str, int] = {}
         self.requested = self.admitted = 0
         self.error: Exception | None = None
         self.decided = asyncio.Event()
@@ -60,6 +70,11 @@ class Admission:
 
 
 _admission: contextvars.ContextVar[Admission | None] = contextvars.ContextVar("admission", default=None)
+
+
+def current_admission() -> Admission | None:
+    """Of the HTTP request to a longctx server within which the caller runs. None offline."""
+    return _admission.get()
 
 
 def over_http() -> bool:
@@ -134,6 +149,7 @@ def with_response_sender(app: ASGIApp, route: APIRoute, keep_alive_s: float) -> 
                 raise
         finally:
             _admission.reset(token)
+            sender.admission.tokens, sender.admission.saves = 0, {}
             await sender.close()
 
     return respond
@@ -158,7 +174,7 @@ class ResponseSender:
         self._anthropic = route.responses.get(400, {}).get("model") is AnthropicErrorResponse
         self._responses = route.path == "/v1/responses"
         self._keep_alive_s = keep_alive_s
-        self.admission = Admission()
+        self.admission = Admission(Headers(scope=scope))
         self._buffered: list[Message] = []  # of a stream that waits for its admission
         self._first_event = self._last_event = b""
         self._streams = self._ended = False
@@ -313,6 +329,8 @@ class ResponseSender:
 
 def _anthropic_type(error: Exception, details: ErrorInfo) -> str:
     """What Anthropic's API calls an error. vLLM 0.32 gives it its own name."""
+    if details.code == HTTPStatus.TOO_MANY_REQUESTS:
+        return "rate_limit_error"
     if isinstance(error, LongContextError):
         return "invalid_request_error"
     translate = getattr(anthropic, "translate_error_type", None)

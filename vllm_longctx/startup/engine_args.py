@@ -110,7 +110,7 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     args.worker_cls, args.scheduler_cls = worker, scheduler
     args.language_model_only = True  # of a model for images too; of others it says nothing
     if mode.adapts:
-        adaptation = with_recommended(_with_root(config.temp_lora), args)
+        adaptation = with_recommended(_with_directories(config.temp_lora), args)
         config = config.model_copy(update={"adaptation": adaptation})
         args.enable_lora = True  # what vLLM decides is to go with LoRA layers; `complete` takes it back
     args.block_size = args.block_size or DEFAULT_BLOCK_SIZE
@@ -122,25 +122,31 @@ def prepare(args: EngineArgs) -> LongContextConfig | None:
     return config
 
 
-def _with_root(adaptation: AdaptationSection) -> AdaptationSection:
-    """With `adapters_root` as every process finds it.
+def _with_directories(adaptation: AdaptationSection) -> AdaptationSection:
+    """With `adapters_root` and `cache_dir` as every process finds them.
 
-    Raises LongContextError unless adapters can be written there.
+    Raises LongContextError unless they can be written to.
     """
-    if adaptation.adapters_root is None:
-        return adaptation
-    root = Path(adaptation.adapters_root).expanduser().absolute()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
-    except OSError as e:
+    found = {}
+    for name, what, mode in (("adapters_root", "adapters", 0o777), ("cache_dir", "versions", 0o700)):
+        if (given := getattr(adaptation, name)) is None:
+            continue
+        path = Path(given).expanduser().absolute()
+        try:
+            path.mkdir(mode, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as e:
+            raise LongContextError(
+                f"adaptation.{name} = {given!r}: {what} cannot be written there ({e.strerror}); give a "
+                "directory that exists or can be made, and in which this user may write"
+            ) from None
+        found[name] = str(path)
+    if len(found) == 2 and len(set(found.values())) == 1:
         raise LongContextError(
-            f"adaptation.adapters_root = {adaptation.adapters_root!r}: adapters cannot be written there "
-            f"({e.strerror}); give a "
-            "directory that exists or can be made, and in which this user may write"
-        ) from None
-    return adaptation.model_copy(update={"adapters_root": str(root)})
+            f"adaptation.cache_dir = {adaptation.cache_dir!r} is adaptation.adapters_root; give another one"
+        )
+    return adaptation.model_copy(update=found)
 
 
 def _with_max_length(overrides: Any, max_model_len: int) -> Any:

@@ -19,7 +19,7 @@ import zmq
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_longctx.config import LongContextError
+from vllm_longctx.config import DEFAULT_CACHE_DIR_GIB, LongContextError
 from vllm_longctx.processes import SOCKETS
 from vllm_longctx.settings import Adaptation, TrainerSettings, active_settings
 from vllm_longctx.temp_lora import base_model
@@ -55,6 +55,7 @@ def trainer_client(
         adapters_root=settings.adapters_root,
         parent=os.getpid(),
     )
+    directory, limit = settings.cache_dir, settings.cache_dir_gib or DEFAULT_CACHE_DIR_GIB
     return TrainerClient(
         options,
         trainer,
@@ -62,6 +63,7 @@ def trainer_client(
         num_slots=settings.slots,
         probe=base_model.probe(model, settings),
         training=training_need(vllm_config, settings),
+        cache_files=None if directory is None else m.CacheFiles(directory, int(limit * 2**30)),
         share=None if shared is None else shared.message,
     )
 
@@ -115,6 +117,7 @@ class TrainerClient:
     num_slots: Number of slots in the shared memory.
     probe: Token ids of the text of which `messages.Ready` has the log-probabilities.
     training: What a trainer needs beside the model's weights.
+    cache_files: Where it keeps versions on disk. None for nowhere.
     share: Makes the message by which a new process uses the engine's weights. None where it loads its own.
 
     modules: Names of the linear layers that adapters adapt. None for all that the trainer has.
@@ -131,13 +134,14 @@ class TrainerClient:
         num_slots: int,
         probe: Sequence[int] = (),
         training: TrainingNeed = NOTHING,
+        cache_files: m.CacheFiles | None = None,
         share: Callable[[], m.Share] | None = None,
     ):
         self.modules: Sequence[str] | None = None
         self.slots: Slots | None = None
         self.probe = list(probe)
         self._options, self._trainer = options, trainer
-        self._training, self._share = training, share
+        self._training, self._cache_files, self._share = training, cache_files, share
         self._mismatch: Callable[[m.Ready], str | None] = lambda ready: None
         self._ready_report: m.Ready | None = None
         self._reason: str | None = None
@@ -208,10 +212,14 @@ class TrainerClient:
         Returns the log-probabilities of the job's text with it. Raises LongContextError if it fails.
         """
         self.send(job)
+        remembered: list[m.Report] = []  # on disk, since another engine
         while True:
-            for report in self.poll():
+            reports = self.poll()
+            remembered += [report for report in reports if isinstance(report, m.Kept)]
+            for report in reports:
                 match report:
                     case m.Probed():
+                        self._reports[:0] = remembered
                         return report.logprobs
                     case m.Failed() | m.Dead():
                         raise LongContextError(f"longctx.adaptation: no adapter works: {report.reason}")
@@ -253,8 +261,10 @@ class TrainerClient:
         """
         if self._joins and self._socket is not None:
             self._socket.send(m.encode(m.Leave()), zmq.NOBLOCK)
-        # A save may be in progress. vLLM gives its engine core 5 s for the whole shutdown.
-        self._end_process(grace_s=3.0 if self._unanswered else 0.0)
+        # A save may be in progress, or versions go to disk. vLLM gives its engine core 5 s for the whole
+        # shutdown.
+        is_writing = bool(self._unanswered) or self._cache_files is not None
+        self._end_process(grace_s=3.0 if is_writing else 0.0)
         self._disconnect(linger_ms=1000 if self._joins else 0)
         self._context.term()
         self._ended = True
@@ -294,7 +304,8 @@ class TrainerClient:
         self._socket.connect(address)
         if self._share is not None:
             self._socket.send(m.encode(self._share()))
-        join = m.Join(self.probe, self._options.adapters_root, self._training.cache_bytes)
+        root, cache_bytes = self._options.adapters_root, self._training.cache_bytes
+        join = m.Join(self.probe, root, cache_bytes, self._cache_files)
         self._socket.send(m.encode(join))
         self._ready, self._start_at = False, None
         self._unanswered.clear()

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import msgspec
 from pydantic import BaseModel
 
-from vllm_longctx.config import ADAPTER_NAME
+from vllm_longctx.config import OWNED_NAME
 
 ABOUT_NAME = "longctx.json"  # beside peft's files in a saved adapter
 
@@ -67,6 +67,17 @@ class Chain(msgspec.Struct, frozen=True):
     address: str
     began_with: str = ""
     digest: str = ""
+
+
+class CacheFiles(msgspec.Struct, frozen=True):
+    """Where trained versions are on disk.
+
+    directory: A path.
+    max_bytes: Of all files in it together.
+    """
+
+    directory: str
+    max_bytes: int
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,11 +158,13 @@ class Join(Message, frozen=True):
     probe: Token ids of the text of which Ready has the log-probabilities.
     adapters_root: The engine's, if it has one.
     cache_bytes: Host memory for trained versions that may be needed again.
+    cache_files: Their place on disk, if they have one.
     """
 
     probe: list[int] = []
     adapters_root: str | None = None
     cache_bytes: int = 0
+    cache_files: CacheFiles | None = None
 
 
 class Share(Message, frozen=True):
@@ -348,9 +361,9 @@ class Trained(Message, frozen=True):
 
 
 class Kept(Message, frozen=True):
-    """A trained version is remembered. Not an answer.
+    """A version is remembered: it was trained, or another trainer has written it to disk. Not an answer.
 
-    gone: Addresses of versions that are not remembered any more.
+    gone: Addresses of versions that are not remembered any more. It may be among them.
     """
 
     address: bytes
@@ -436,11 +449,14 @@ def chain_of(directory: Path) -> Chain | None:
 
 
 def adapter_path(adapters_root: str | None, name: str) -> Path:
-    """The directory of a saved adapter. Raises ValueError for a name that is not a plain one."""
+    """The directory of a saved adapter.
+
+    name: A plain one, or a tenant's: `@TENANT/NAME`. Raises ValueError for any other.
+    """
     if adapters_root is None:
         remedy = "set it to save adapters or to start from one"
         raise ValueError(f"adapter {name!r}: the server has no adapters_root; {remedy}")
-    if not re.fullmatch(ADAPTER_NAME, name):
+    if not re.fullmatch(OWNED_NAME, name):
         allowed = "up to 128 letters, digits, '.', '_' and '-', the first a letter or a digit"
         raise ValueError(f"adapter name {name!r}: use {allowed}")
     return Path(adapters_root) / name

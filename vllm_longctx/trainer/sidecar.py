@@ -31,7 +31,9 @@ from vllm_longctx.temp_lora.slots import Slots
 from vllm_longctx.trainer import attention
 from vllm_longctx.trainer.trainer import Trainer
 from vllm_longctx.trainer.version_cache import VersionCache
+from vllm_longctx.trainer.version_files import VersionFiles, trained_by
 
+IDLE_MS = 1000  # without a job, before versions are written to disk
 NICENESS = 10  # the engine and the front end have priority, but the trainer still gets a share
 
 
@@ -68,7 +70,7 @@ class Sidecar:
 
     def serve_one(self) -> None:
         """Do the next job; wait for one if there is none."""
-        self._receive(wait=not self._jobs)
+        self._wait_for_job()
         engine, job = self._jobs.popleft()
         if isinstance(job, m.Join):
             self._change_engine(engine, job)
@@ -81,6 +83,32 @@ class Sidecar:
                 raise
             except Exception as e:
                 self._send(failure_report(job, f"{type(e).__name__}: {e}"))
+
+    def _wait_for_job(self) -> None:
+        """Meanwhile write versions to disk, and look for those of other trainers."""
+        files = self._cache.files
+        self._receive(wait=not self._jobs and files is None)
+        while not self._jobs:
+            if not self._socket.poll(IDLE_MS):
+                self._cache.write_next()
+                self._find_versions()
+            self._receive()
+
+    def _find_versions(self) -> None:
+        """Say which versions on disk have come or gone."""
+        if self._cache.files is None:
+            return
+        new, gone = self._cache.files.refresh()
+        left = [address for address in gone if not self._cache.holds(address)]
+        for address in new:
+            self._send(m.Kept(address, []))
+        if left:
+            self._send(m.Kept(left[0], left))
+
+    def keep_versions(self) -> None:
+        """Write to disk what ought to be there, as far as it can be written."""
+        while self._cache.write_next():
+            pass
 
     def _receive(self, wait: bool = False) -> None:
         """Queue all jobs sent so far. wait: Until there is at least one."""
@@ -103,7 +131,8 @@ class Sidecar:
             self._send(m.Lost("works for another engine now, which has joined it"))
         self._trainer.drop_all()
         self._close_slots()
-        self._cache = VersionCache(0 if join is None else join.cache_bytes)
+        self.keep_versions()
+        self._cache = VersionCache() if join is None else self._new_cache(join)
         self._engine = engine
         if join is not None:
             self._adapters_root = join.adapters_root or self._adapters_root
@@ -111,6 +140,13 @@ class Sidecar:
                 self._send(m.Ready(self._trainer.linear, self._trainer.logprobs(join.probe), self._about))
             except ValueError as e:
                 self._send(m.Unable(f"has {self._about}, and {e}"))
+            self._find_versions()
+
+    def _new_cache(self, join: m.Join) -> VersionCache:
+        given, files = join.cache_files, None
+        if given is not None:
+            files = VersionFiles(Path(given.directory), given.max_bytes, trained_by(self._trainer.device))
+        return VersionCache(join.cache_bytes, files)
 
     def _do(self, job: m.Job) -> None:
         trainer = self._trainer
@@ -164,37 +200,48 @@ class Sidecar:
                 pass  # taken where they come in
 
     def _recall(self, job: m.Recall, slots: Slots) -> None:
-        found = ((version, self._cache.get(address)) for version, address in job.versions)
-        version, state = next(((v, state) for v, state in found if state is not None), (0, None))
-        if state is not None and not self._is_dropped(job.owner):
-            self._trainer.restore(job.owner, state)
+        version = 0
+        if not self._is_dropped(job.owner):
+            version = next((v for v, address in job.versions if self._restore(job.owner, address)), 0)
+        if version:
             slots.write(job.slot, job.bank, job.owner, version, self._trainer.weights(job.owner))
         self._send(m.Recalled(job.owner, version))
 
+    def _restore(self, owner: int, address: bytes | None) -> bool:
+        """Make an adapter the version with this address. False if that is not remembered."""
+        state = self._cache.get(address)
+        if address is None or state is None:
+            return False
+        try:
+            self._trainer.restore(owner, state)
+        except ValueError as e:  # a stranger's, on disk
+            self._cache.forget(address, str(e))
+            return False
+        return True
+
     def _train(self, job: m.Train, slots: Slots) -> None:
         begin = time.perf_counter()
-        losses = []
-        remembered = self._cache.get(job.address)
+        losses: list[float] = []
+        is_remembered = False
         if not self._is_dropped(job.owner):
             self._send(m.Started(job.owner, job.version))
-            if remembered is None:
+            is_remembered = self._restore(job.owner, job.address)
+            if not is_remembered:
                 losses = self._trainer.train(job.owner, job.version, job.tokens, job.num_targets)
-            else:
-                self._trainer.restore(job.owner, remembered)
         if self._is_dropped(job.owner):  # its slot may be cleared, or belong to another request
             raise ValueError(f"owner {job.owner} was dropped")
         slots.write(job.slot, job.bank, job.owner, job.version, self._trainer.weights(job.owner))
         seconds = time.perf_counter() - begin
         self._send(m.Trained(job.owner, job.slot, job.bank, job.version, losses, seconds))
-        if remembered is not None:
-            self._cache.use(job.uses)
+        if is_remembered:
+            self._cache.use(job.owner, job.uses)
         elif job.address is not None and self._cache.limit:
             self._keep(job, job.address)
         time.sleep(seconds * (1 / self._duty_cycle - 1))
 
     def _keep(self, job: m.Train, address: bytes) -> None:
         try:
-            gone = self._cache.put(address, self._trainer.state(job.owner), job.uses)
+            gone = self._cache.put(address, self._trainer.state(job.owner), job.owner, job.uses)
         except (MemoryError, RuntimeError):  # no memory is left: who needs the version trains it again
             return
         self._send(m.Kept(address, gone))
@@ -338,7 +385,10 @@ def main() -> None:
             except Exception as e:
                 report_load_failure(socket, f"{type(e).__name__}: {e}")
                 raise
-            sidecar.serve()
+            try:
+                sidecar.serve()
+            finally:
+                sidecar.keep_versions()
     finally:
         path.unlink(missing_ok=True)  # ZeroMQ leaves it
 

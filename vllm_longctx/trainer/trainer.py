@@ -6,7 +6,7 @@ Only torch and peft are used here. `sidecar` gets the tokens and hands on the we
 
 import inspect
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,7 +17,6 @@ import torch
 from msgspec.structs import asdict, replace
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,11 +27,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vllm_longctx.files import whole_directory
 from vllm_longctx.temp_lora.linear_layers import linear_layers, target_modules
 from vllm_longctx.temp_lora.messages import ABOUT_NAME, Chain, Recipe, chain_of
+from vllm_longctx.temp_lora.peft_adapter import (
+    SAVING_PREFIX,
+    WEIGHTS_NAME,
+    Pair,
+    about_model,
+    check_replaceable,
+    pairs_of,
+    read_directory_config,
+    saved_key,
+)
 from vllm_longctx.temp_lora.slots import Weights
 
 RANDOM_SHARE = 0.15  # size of a random adapter's outputs beside its layers'
 STATE_NAME = "longctx_state.safetensors"  # beside peft's files in a saved adapter
-SAVING_PREFIX = ".saving-"  # no adapter's name begins with a dot
+WEIGHT = "weight"  # beside AdamW's names of its state
 
 
 class NotFinite(Exception):
@@ -82,6 +91,23 @@ class State:
         return moments | {"rng": self.rng}
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All, by name."""
+        return {f"{n}.{WEIGHT}": weight for n, weight in enumerate(self.weights)} | self.moments
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "State":
+        """The inverse of `tensors`. Raises ValueError, KeyError or IndexError for any others."""
+        tensors = dict(tensors)
+        rng = tensors.pop("rng")
+        weights = [tensors.pop(f"{n}.{WEIGHT}") for n in range(sum(key.endswith(WEIGHT) for key in tensors))]
+        optimizer: list[dict[str, Tensor]] = [{} for _ in weights]
+        for key, tensor in tensors.items():
+            number, _, name = key.partition(".")
+            optimizer[int(number)][name] = tensor
+        return cls(weights, optimizer, rng)
+
+    @property
     def digest(self) -> str:
         """Names what it holds, hexadecimal."""
         return _digest((*self.weights, *self.moments.values())).hex()
@@ -112,6 +138,7 @@ class Trainer:
     linear: Of every linear layer that may have adapters, under the model's name for it, the (in, out)
         features.
     modules: Those that have adapters, likewise; at first all.
+    device: The model's.
     """
 
     modules: dict[str, tuple[int, int]]
@@ -119,7 +146,7 @@ class Trainer:
 
     def __init__(self, model: PreTrainedModel, recompute: bool = False):
         model.eval()
-        self._base, self._device = model, model.device
+        self._base, self.device = model, model.device
         # GPUs whose random numbers dropout draws.
         self._gpus = [model.device] if model.device.type == "cuda" else []
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -204,7 +231,7 @@ class Trainer:
             a, b = layer.lora_A[name], layer.lora_B[name]
             if initial is not None:  # they have shapes only
                 for linear in (a, b):
-                    linear.to_empty(device=self._device)
+                    linear.to_empty(device=self.device)
                 with torch.no_grad():
                     a.get_parameter("weight").copy_(initial.weights[module])
                     b.get_parameter("weight").zero_()
@@ -232,7 +259,7 @@ class Trainer:
             raise ValueError(f"{num_targets} targets in {len(tokens)} tokens: {needed}")
         self._check_vocabulary(tokens)
         self._model.set_adapter(adapter.name)
-        ids = torch.tensor([tokens], device=self._device)
+        ids = torch.tensor([tokens], device=self.device)
         for group in adapter.optimizer.param_groups:
             group["lr"] = adapter.recipe.learning_rate_of(version)
         parameters = [p for pair in adapter.pairs.values() for p in pair]
@@ -272,11 +299,14 @@ class Trainer:
     def restore(self, owner: int, state: State) -> None:
         """Make an adapter what another one with its recipe was, see `state`.
 
-        Raises ValueError for an adapter of other shapes.
+        Raises ValueError for an adapter of other shapes, and for a state that is not one of AdamW's.
         """
         adapter = self._adapter(owner)
         parameters = [p for pair in adapter.pairs.values() for p in pair]
-        if [p.shape for p in parameters] != [p.shape for p in state.weights]:
+        shapes = [p.shape for p in parameters]
+        needed = [{"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape} for shape in shapes]
+        found = [{name: value.shape for name, value in each.items()} for each in state.optimizer]
+        if shapes != [p.shape for p in state.weights] or found != needed or state.rng.dtype != torch.uint8:
             raise ValueError("a remembered version has other shapes than the adapter")
         optimizer = {
             "state": dict(enumerate({k: v.clone() for k, v in each.items()} for each in state.optimizer)),
@@ -323,9 +353,9 @@ class Trainer:
             for dropout in dropouts:
                 dropout.eval()
             with torch.no_grad():
-                ids = torch.tensor([tokens], device=self._device)
+                ids = torch.tensor([tokens], device=self.device)
                 logits = self._base(input_ids=ids, use_cache=False).logits[0, :-1]
-                targets = torch.tensor(tokens[1:], device=self._device)
+                targets = torch.tensor(tokens[1:], device=self.device)
                 return (-cross_entropy(logits.float(), targets, reduction="none")).tolist()
         finally:
             for dropout in dropouts:
@@ -360,10 +390,11 @@ class Trainer:
         return _digest(p for pair in self._adapter(owner).pairs.values() for p in pair)
 
     def load_directory(self, owner: int, directory: Path, goes_on: bytes | None = None) -> bool:
-        """Replace an adapter's weights by those of a PEFT directory.
+        """Replace the weights of an adapter that has just begun by those of a PEFT directory.
 
-        It must have plain LoRA of all linear layers, of the recipe's rank. Returns whether it is the version
-        with the address `goes_on` and its training goes on. Else that begins anew.
+        It must have plain LoRA of linear layers, of ranks up to the recipe's, see `peft_adapter`. What it
+        does not have stays as it began, which adds nothing. Returns whether it is the version with the
+        address `goes_on` and its training goes on. Else that begins anew.
 
         All files are read from one directory, though another trainer may replace the directory in between.
         Raises ValueError where the adapter does not fit.
@@ -371,16 +402,19 @@ class Trainer:
         while True:
             opened = _identity(directory)
             try:
-                self._load_directory(owner, directory)
+                pairs = self._read_directory(directory, self._adapter(owner).recipe.rank)
                 state = None if goes_on is None else self._saved_state(directory, goes_on)
             except Exception:
                 if _identity(directory) == opened:
                     raise
             else:
                 if _identity(directory) == opened:
-                    if state is not None:
-                        self.restore(owner, state)
-                    return state is not None
+                    break
+        if state is None:
+            self._begin_with(owner, pairs)
+        else:
+            self.restore(owner, state)
+        return state is not None
 
     def _saved_state(self, directory: Path, address: bytes) -> State | None:
         """None if it is another version, or its files are not what was saved."""
@@ -388,42 +422,38 @@ class Trainer:
         if chain is None or chain.address != address.hex():
             return None
         try:
-            weights = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
-            pairs = [weights[_saved_key(name, matrix)] for name in self.modules for matrix in "AB"]
-            moments = load_file(directory / STATE_NAME)
-            optimizer: list[dict[str, Tensor]] = [{} for _ in pairs]
-            rng = moments.pop("rng")
-            for key, tensor in moments.items():
-                number, _, name = key.partition(".")
-                optimizer[int(number)][name] = tensor
+            weights = load_file(directory / WEIGHTS_NAME)
+            pairs = [weights[saved_key(name, matrix)] for name in self.modules for matrix in "AB"]
+            named = {f"{n}.{WEIGHT}": tensor for n, tensor in enumerate(pairs)}
+            state = State.of(named | load_file(directory / STATE_NAME))
         except (OSError, SafetensorError, KeyError, ValueError, IndexError):
             return None
-        state = State(pairs, optimizer, rng)
         return state if state.digest == chain.digest else None
 
-    def _load_directory(self, owner: int, directory: Path) -> None:
-        adapter = f"adapter {directory.name!r}"
-        if not (directory / CONFIG_NAME).is_file():
-            raise ValueError(f"there is no {adapter} in adapters_root")
+    def _read_directory(self, directory: Path, max_rank: int) -> dict[str, Pair]:
+        named, config = f"adapter {directory.name!r}", read_directory_config(directory)
         if (directory / ABOUT_NAME).is_file():
-            theirs, ours = json.loads((directory / ABOUT_NAME).read_text())["model"], self._about_model()
+            theirs, ours = (
+                json.loads((directory / ABOUT_NAME).read_text())["model"],
+                about_model(self._base.config),
+            )
             if theirs != ours:
-                raise ValueError(f"{adapter} was made for {theirs}, but this model is {ours}")
-        config = LoraConfig.from_pretrained(str(directory))
-        if config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern:
-            raise ValueError(f"{adapter} is not plain LoRA of one rank")
-        if config.r != self._adapter(owner).recipe.rank:
-            raise ValueError(f"{adapter} has rank {config.r}: ask for that rank to start from it")
-        saved = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
-        keys = {name: (_saved_key(name, "A"), _saved_key(name, "B")) for name in self.modules}
-        if saved.keys() != {key for pair in keys.values() for key in pair}:
-            raise ValueError(f"{adapter} does not adapt exactly this model's {len(keys)} linear layers")
-        scaling = config.lora_alpha / config.r
+                raise ValueError(f"{named} was made for {theirs}, but this model is {ours}")
         try:
-            pairs = {name: (saved[a], saved[b]) for name, (a, b) in keys.items()}
-            self.load(owner, {name: (a.float(), b.float() * scaling) for name, (a, b) in pairs.items()})
-        except ValueError as e:
-            raise ValueError(f"{adapter}: {e}") from None
+            return pairs_of(config, load_file(directory / WEIGHTS_NAME), self.modules, max_rank)
+        except (OSError, SafetensorError, ValueError) as e:
+            raise ValueError(f"{named}: {e}") from None
+
+    def _begin_with(self, owner: int, pairs: Mapping[str, Pair]) -> None:
+        """pairs: By module, of ranks up to the adapter's."""
+        adapter = self._adapter(owner)
+        scale = adapter.recipe.alpha / adapter.recipe.rank
+        with torch.no_grad():
+            for name, pair in pairs.items():
+                a, b = adapter.pairs[name]
+                rank = len(pair.a)
+                a[:rank].copy_(pair.a)
+                b[:, :rank].copy_(pair.b.double() * (pair.scale / scale))
 
     def save(self, owner: int, directory: Path, position: int, chain: Chain | None = None) -> None:
         """Write a PEFT directory, complete or not at all. It is on disk when this returns.
@@ -435,16 +465,18 @@ class Trainer:
         chain: Its digest is added. None where the training is not to go on.
         """
         adapter = self._adapter(owner)
-        if directory.exists() and not (directory / ABOUT_NAME).is_file():
-            why = "exists in adapters_root and was not saved by longctx"
-            raise ValueError(f"{directory.name!r} {why}; choose another name")
+        check_replaceable(directory)
         tensors = {}
         for name, (a, b) in adapter.pairs.items():
-            tensors[_saved_key(name, "A")], tensors[_saved_key(name, "B")] = a.detach(), b.detach()
+            tensors[saved_key(name, "A")], tensors[saved_key(name, "B")] = a.detach(), b.detach()
         with whole_directory(directory, SAVING_PREFIX) as new:
             self._model.peft_config[adapter.name].save_pretrained(str(new))
-            save_file(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-            about = {"position": position, "model": self._about_model(), "recipe": asdict(adapter.recipe)}
+            save_file(tensors, new / WEIGHTS_NAME, metadata={"format": "pt"})
+            about = {
+                "position": position,
+                "model": about_model(self._base.config),
+                "recipe": asdict(adapter.recipe),
+            }
             if chain is not None:
                 state = self.state(owner)
                 save_file(state.moments, new / STATE_NAME)
@@ -468,11 +500,11 @@ class Trainer:
             raise ValueError(f"a token is out of range: the model has 0 to {vocabulary - 1}")
 
     def _get_rng_state(self) -> Tensor:
-        return torch.cuda.get_rng_state(self._device) if self._gpus else torch.get_rng_state()
+        return torch.cuda.get_rng_state(self.device) if self._gpus else torch.get_rng_state()
 
     def _set_rng_state(self, state: Tensor) -> None:
         if self._gpus:
-            torch.cuda.set_rng_state(state, self._device)
+            torch.cuda.set_rng_state(state, self.device)
         else:
             torch.set_rng_state(state)
 
@@ -495,10 +527,6 @@ class Trainer:
         adapter.optimizer.step()
         return loss.item()
 
-    def _about_model(self) -> dict[str, Any]:
-        keys = "model_type", "hidden_size", "num_hidden_layers", "vocab_size"
-        return {key: getattr(self._base.config, key, None) for key in keys}
-
 
 def _identity(directory: Path) -> tuple[int, int] | None:
     """Device and inode of the directory that has this name now. None if there is none."""
@@ -518,7 +546,3 @@ def _digest(tensors: Iterable[Tensor]) -> bytes:
 
 def _host_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-def _saved_key(module: str, matrix: str) -> str:
-    return f"base_model.model.{module}.lora_{matrix}.weight"

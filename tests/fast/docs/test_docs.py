@@ -5,6 +5,7 @@ leads somewhere.
 import argparse
 import functools
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -42,6 +43,7 @@ from vllm_longctx import BOOKLM, plugin
 from vllm_longctx.cli.engine import longctx_config
 from vllm_longctx.cli.main import app
 from vllm_longctx.config import KEY, LongContextConfig, RequestOptions
+from vllm_longctx.serving.adapters import ROUTE
 from vllm_longctx.temp_lora.messages import Options
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -137,6 +139,10 @@ def check_pip(words: list[str]) -> None:
 
 
 def check_curl(words: list[str]) -> None:
+    if any(ROUTE in word for word in words):
+        fields = {word.partition("=")[0] for flag, word in itertools.pairwise(words) if flag == "-F"}
+        assert fields == ({"config", "weights"} if "PUT" in words else set())
+        return
     body = json.loads(words[words.index("-d") + 1])
     if KEY in body.get("vllm_xargs", {}):
         RequestOptions.parse(body["vllm_xargs"][KEY])
@@ -197,6 +203,7 @@ def test_python_runs_up_to_the_engine(block: Block, monkeypatch: pytest.MonkeyPa
     def made(model: str, **arguments: Any) -> MagicMock:
         check_config(arguments)
         EngineArgs(model=BOOKLM if model == "MODEL" else model, **arguments)
+        engine.llm_engine.vllm_config.additional_config = arguments["additional_config"]
         return engine
 
     sampling_params = vllm.SamplingParams

@@ -265,7 +265,10 @@ def test_cpus_are_those_of_this_process(model: Path, monkeypatch: pytest.MonkeyP
         start(model, {"trainer": {"cpus": [4]}})
 
 
-def test_a_root_that_cannot_be_written_is_refused(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "what"), [("adapters_root", "adapters"), ("cache_dir", "versions")])
+def test_a_directory_that_cannot_be_written_is_refused(
+    model: Path, tmp_path: Path, name: str, what: str
+) -> None:
     (tmp_path / "file").touch()
     for root in (
         tmp_path / "file",
@@ -275,14 +278,27 @@ def test_a_root_that_cannot_be_written_is_refused(model: Path, tmp_path: Path) -
     ):
         with pytest.raises(
             LongContextError,
-            match=rf"adaptation.adapters_root = '{root}': adapters cannot be written there \(",
+            match=rf"adaptation.{name} = '{root}': {what} cannot be written there \(",
         ):
-            start(model, {"adapters_root": str(root)})
+            start(model, {name: str(root)})
     with pytest.raises(
         LongContextError,
-        match=r"longctx.adaptation.adapters_root = '': String should have at least 1 character",
+        match=rf"longctx.adaptation.{name} = '': String should have at least 1 character",
     ):
-        LongContextConfig.parse({"adaptation": {"adapters_root": ""}})
+        LongContextConfig.parse({"adaptation": {name: ""}})
+
+
+def test_a_cache_on_disk_has_a_place_of_its_own(model: Path, tmp_path: Path) -> None:
+    found = start(model, {"cache_dir": str(tmp_path / "versions"), "cache_dir_gib": 0.5})
+    assert (found.cache_dir, found.cache_dir_gib) == (str(tmp_path / "versions"), 0.5)
+    assert (tmp_path / "versions").stat().st_mode & 0o777 == 0o700
+    both = {"cache_dir": str(tmp_path / "versions"), "adapters_root": f"{tmp_path}/versions/"}
+    with pytest.raises(LongContextError, match=r"is adaptation\.adapters_root; give another one"):
+        start(model, both)
+    with pytest.raises(LongContextError, match=r"cache_dir_gib = 0\.5 has no effect without cache_dir"):
+        LongContextConfig.parse({"adaptation": {"cache_dir_gib": 0.5}})
+    with pytest.raises(LongContextError, match="cache_dir = 'x' has no effect with cache_gib = 0"):
+        LongContextConfig.parse({"adaptation": {"cache_dir": "x", "cache_gib": 0}})
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")

@@ -443,6 +443,47 @@ def test_engines_can_join_a_running_trainer(checkpoint: Path, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_what_was_learned_outlives_trainers(checkpoint: Path, tmp_path: Path):
+    """One that is ended writes it, as does one that is killed later than a moment after it has trained."""
+    addresses = [bytes([n]) * 32 for n in range(4)]
+
+    def train(client: TrainerClient, *versions: int) -> list[bool]:
+        """Whether each was trained, not remembered."""
+        client.send(m.Begin(1, 0, RECIPE))
+        for v in versions:
+            address = addresses[v]
+            client.send(m.Train(1, 0, v % 2, v, tokens(v), 16, address, [address]))
+        reports: list = []
+        while sum(isinstance(report, m.Trained) for report in reports) < len(versions):
+            reports += hear(client, m.Trained)
+        if reports[-1].losses:
+            hear(client, m.Kept)
+        client.send(m.Drop(1))
+        return [bool(report.losses) for report in reports if isinstance(report, m.Trained)]
+
+    def start() -> TrainerClient:
+        client = client_of(checkpoint, cache_files=m.CacheFiles(str(tmp_path), 1 << 30))
+        client.start()
+        return client
+
+    client = start()
+    assert train(client, 1, 2) == [True, True]
+    client.close()
+    assert len(list(tmp_path.iterdir())) == 1
+    client = start()
+    assert m.Kept(addresses[2], []) in hear(client, m.Kept)
+    assert train(client, 1, 2, 3) == [True, False, True]
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    os.kill(client.process_id, signal.SIGKILL)
+    assert m.Restarted() in hear(client, m.Restarted)
+    found = hear(client, m.Kept)
+    found += hear(client, m.Kept)
+    assert {r.address for r in found if isinstance(r, m.Kept)} == {addresses[2], addresses[3]}
+    assert train(client, 1, 2, 3) == [True, False, False]
+    client.close()
+
+
 def test_too_little_memory_is_an_error_before_the_start(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**20})())
     client = client_of(checkpoint)

@@ -9,12 +9,15 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.support import families
+from tests.support.lora_adapters import write_adapter
 from vllm_longctx import files
 from vllm_longctx.temp_lora.messages import Chain, Recipe, chain_of
+from vllm_longctx.temp_lora.peft_adapter import read_directory_config
 from vllm_longctx.trainer.trainer import NotFinite, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,7 +209,7 @@ def test_the_layers_that_are_adapted_may_be_chosen(tiny_llama: Path, tmp_path: P
         trainer.train(1, 1, blocks(1, 1)[0], 16)
         assert trainer.weights(1).keys() == set(chosen) and not torch.equal(model(ids).logits, logits)
         trainer.save(1, tmp_path / "saved", 0)
-        assert LoraConfig.from_pretrained(str(tmp_path / "saved")).target_modules == set(targets)
+        assert peft.LoraConfig.from_pretrained(str(tmp_path / "saved")).target_modules == set(targets)
         trainer.drop(1)
         assert torch.equal(model(ids).logits, logits)
     trainer.adapt(everything)
@@ -542,29 +545,142 @@ def test_a_start_is_all_of_one_adapter(trainer: Trainer, saved: Path, monkeypatc
     trainer.begin(2, Recipe(**{**FAST, "alpha": 40}))
     trainer.train(2, 1, blocks(1, 2)[1], 16)
     trainer.begin(3, Recipe(**{**FAST, "alpha": 10}))
-    read, calls = LoraConfig.from_pretrained, []
+    read, calls = read_directory_config, []
 
-    def replaced(*args, **kwargs):
-        config = read(*args, **kwargs)
+    def replaced(directory: Path):
+        config = read(directory)
         if not calls:
             trainer.save(2, saved, position=57)
-        calls.append(config.lora_alpha)
+        calls.append(config["lora_alpha"])
         return config
 
-    monkeypatch.setattr(LoraConfig, "from_pretrained", replaced)
+    monkeypatch.setattr("vllm_longctx.trainer.trainer.read_directory_config", replaced)
     trainer.load_directory(3, saved)
     assert calls == [10, 40]
     for name, pair in trainer.weights(2).items():
         torch.testing.assert_close(trainer.weights(3)[name], pair, rtol=1e-6, atol=0)
 
 
+ORDINARY: dict[str, dict] = {
+    "q and v": {"modules": ("q_proj", "v_proj"), "lora_alpha": 7},
+    "rslora": {"use_rslora": True, "lora_alpha": 3},
+    "alphas": {"alpha_pattern": {"q_proj": 11, "layers.1.mlp.up_proj": 0.5, r".*\.v_proj": 3}},
+    "some layers": {"modules": ("o_proj",), "layers_to_transform": None, "fan_in_fan_out": False},
+}
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("case", ORDINARY)
+def test_ordinary_adapters_are_a_start(
+    trainer: Trainer, tiny_llama: Path, tmp_path: Path, case: str, rank: int
+):
+    """What the model says with one is what it says in peft, at every rank that has room for it. It trains."""
+    path = write_adapter(tmp_path / "a", tiny_llama, seed=3, rank=rank, **ORDINARY[case])
+    tokens = blocks(2, 1)[0]
+    wrapped = peft.PeftModel.from_pretrained(load(tiny_llama), str(path))
+    with torch.no_grad():
+        logits = wrapped(torch.tensor([tokens])).logits[0, :-1]
+    want = logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    for owner, recipe in enumerate(({"rank": rank, "alpha": 4}, {"rank": 5, "alpha": 10})):
+        trainer.begin(owner, Recipe(**{**FAST, **recipe}))
+        assert not trainer.load_directory(owner, path)
+        torch.testing.assert_close(torch.tensor(trainer.logprobs(tokens, owner)), want, rtol=0, atol=1e-4)
+        before = copied(trainer.weights(owner))
+        trainer.train(owner, 1, tokens, 16)
+        assert all(not torch.equal(b, before[name][1]) for name, (_, b) in trainer.weights(owner).items())
+
+
+def test_ranks_may_differ_from_layer_to_layer(trainer: Trainer, tiny_llama: Path, tmp_path: Path):
+    base = load(tiny_llama)
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        rank_pattern={"q_proj": 4, "layers.2.self_attn.v_proj": 1},
+        target_modules="all-linear",
+    )
+    made = peft.get_peft_model(base, config)
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    made.save_pretrained(str(tmp_path / "a"))
+    tokens = blocks(2, 1)[0]
+    with torch.no_grad():
+        logits = made(torch.tensor([tokens])).logits[0, :-1]
+    want = logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    trainer.begin(1, Recipe(**FAST))
+    trainer.load_directory(1, tmp_path / "a")
+    torch.testing.assert_close(torch.tensor(trainer.logprobs(tokens, 1)), want, rtol=0, atol=1e-4)
+
+
+REFUSED: dict[str, tuple[dict, str]] = {
+    "dora": ({"use_dora": True}, "has use_dora = True"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"has modules_to_save = \['lm_head'\]"),
+    "bias": ({"bias": "all"}, "has bias = 'all'"),
+    "pissa": ({"init_lora_weights": "pissa"}, "has init_lora_weights = 'pissa'"),
+    "new": ({"of_a_later_peft": [1]}, r"has of_a_later_peft = \[1\]"),
+    "no lora": ({"peft_type": "IA3"}, "is not that of a LoRA"),
+    "rank": ({"r": 3}, r"has shapes \(4, 256\) and \(128, 4\); this model and rank 3 need"),
+    "no rank": ({"r": "4"}, "has r = '4', which is no number"),
+    "rank 0": ({"rank": 0}, "has rank 0; give at least 1"),
+    "large": ({"lora_alpha": 1e42}, "is not finite, times its scale"),
+    "alpha": ({"lora_alpha": float("nan")}, "has lora_alpha = nan, which is no number"),
+    "slow": ({"alpha_pattern": {"(a+)+$": 4}}, "name layers, with at most two"),
+    "slower": ({"alpha_pattern": {".*.*.*.*x": 4}}, "name layers, with at most two"),
+    "pattern": ({"rank_pattern": {"[": 4}}, "which is no regular expression"),
+    "patterns": ({"rank_pattern": [4]}, "which is no object"),
+    "embedding": ({"modules": ("embed_tokens",)}, "lora_embedding_A, which is no LoRA of a linear layer"),
+    "head": ({"modules": ("lm_head",)}, "it adapts lm_head, where requests of this model have no adapter"),
+    "nothing": ({"modules": ()}, "it adapts nothing"),
+    "wide": ({"wider": 1}, r"has shapes \(4, 257\) and"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_plain_lora_is_refused(trainer: Trainer, tiny_llama: Path, tmp_path: Path, case: str):
+    given, reason = REFUSED[case]
+    path = write_adapter(tmp_path / "a", tiny_llama, seed=3, **given)
+    trainer.begin(1, Recipe(**FAST))
+    before = trainer.content(1)
+    with pytest.raises(ValueError, match=f"adapter 'a': .*{reason}"):
+        trainer.load_directory(1, path)
+    assert trainer.content(1) == before
+
+
+def change(tensors: dict[str, torch.Tensor], case: str) -> None:
+    key = next(iter(tensors))
+    if case == "nan":
+        tensors[key][0, 0] = torch.nan
+    elif case == "half":
+        del tensors[key]
+    else:
+        tensors[key] = tensors[key].to(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"), [("nan", "is not finite"), ("half", "has lora_B of"), ("int8", "is torch.int8; give")]
+)
+def test_weights_that_cannot_be_used_are_refused(
+    trainer: Trainer, tiny_llama: Path, tmp_path: Path, case: str, reason: str
+):
+    path = write_adapter(tmp_path / "a", tiny_llama, seed=3)
+    tensors = load_file(path / "adapter_model.safetensors")
+    change(tensors, case)
+    save_file(tensors, path / "adapter_model.safetensors")
+    trainer.begin(1, Recipe(**FAST))
+    with pytest.raises(ValueError, match=reason):
+        trainer.load_directory(1, path)
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter 'a': .*adapter_model.safetensors"):
+        trainer.load_directory(1, path)
+
+
 def test_adapters_that_do_not_fit_are_refused(trainer: Trainer, saved: Path):
-    trainer.begin(2, Recipe(**{**FAST, "rank": 8}))
-    with pytest.raises(ValueError, match=r"'a1' has rank 4: ask for that rank"):
+    trainer.begin(2, Recipe(**{**FAST, "rank": 2}))
+    with pytest.raises(ValueError, match=r"'a1': its model\S+ has rank 4: ask for that rank"):
         trainer.load_directory(2, saved)
     with pytest.raises(ValueError, match=r"no adapter 'nothing'"):
         trainer.load_directory(2, saved.parent / "nothing")
-    with pytest.raises(ValueError, match=r"shape \(4, 128\); this model and rank need \(8, 128\)"):
+    with pytest.raises(ValueError, match=r"shape \(4, 128\); this model and rank need \(2, 128\)"):
         trainer.load(2, trainer.weights(1))
     about = json.loads((saved / "longctx.json").read_text())
     about["model"]["hidden_size"] = 64
