@@ -18,6 +18,7 @@ with the weights there.
 
 import functools
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -40,7 +41,7 @@ from vllm_longctx.engine.adapted_layers import AdaptedLayers, kinds
 from vllm_longctx.engine.sliding_kv import PrivateRequests
 from vllm_longctx.engine.step import Pass, SlotsMemory, SlotUse, StepInfo, Weights
 from vllm_longctx.engine.stepped_kv import SteppedManager
-from vllm_longctx.engine.waiting import limit_reader_sleep
+from vllm_longctx.engine.waiting import InputQueue, limit_reader_sleep, listen_to_inputs
 from vllm_longctx.metrics import StepStats
 from vllm_longctx.scheduling.adapting_request import AdaptingRequest
 from vllm_longctx.scheduling.saves import PendingSaves, ended_by_itself
@@ -54,8 +55,11 @@ from vllm_longctx.temp_lora.shared_weights import shared_by_engine
 
 logger = init_logger("vllm.longctx")
 
-# The engine loop would spin while every request is held. It waits this long for the trainer, in seconds.
-IDLE_WAIT = 0.06
+# Where something else than the trainer may have to be looked at, the engine waits for the trainer this long, in
+# seconds.
+SHORT_WAIT = 0.06
+# What these requests wait for is polled in every step.
+POLLED = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR, RequestStatus.WAITING_FOR_REMOTE_KVS
 
 
 class TempLoraScheduler(LongContextScheduler):
@@ -72,6 +76,8 @@ class TempLoraScheduler(LongContextScheduler):
     reserved_blocks: KV blocks reserved for admitted requests.
     steps_scheduled, steps_done: Steps that computed anything: scheduled so far, and those whose outputs have
         come.
+    is_idle: Whether the last step whose output has come computed nothing.
+    inputs: What comes to the engine core. None where the scheduler's process gives it requests itself.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -89,6 +95,8 @@ class TempLoraScheduler(LongContextScheduler):
         self.freed_slots: list[int] = []
         self.reserved_blocks = 0
         self.steps_scheduled = self.steps_done = 0
+        self.is_idle = False
+        self.inputs: InputQueue | None = None
         shared = shared_by_engine.pop(self.vllm_config.instance_id, None)
         with refusals.reported(self.vllm_config):
             trainer = trainer_client(self.vllm_config, self.temp_lora, shared)
@@ -309,14 +317,34 @@ class TempLoraScheduler(LongContextScheduler):
             self.steps_scheduled += 1
         elif self._only_trainer_works():
             self.step_stats.idle_steps += 1
-            self.trainer.wait(IDLE_WAIT)
+            # The first such step goes on to the workers and the front end: statistics tell who is held.
+            if self.is_idle:
+                self._wait_for_trainer()
         return output
 
     def _only_trainer_works(self) -> bool:
         """Whether nothing is in flight or to be answered, while requests wait for the trainer."""
-        if self.steps_scheduled > self.steps_done or self.saves.answers:
+        if self.steps_scheduled > self.steps_done or self.saves.answers or self.failed:
             return False
         return any(adapting.admitted for adapting in self.jobs.by_owner.values())
+
+    def _wait_for_trainer(self) -> None:
+        """Block until the trainer has something to say, or something comes to the engine core.
+
+        Not for long where neither would tell that a request can go on, or where other engines compute each
+        of their steps together with this one's.
+        """
+        is_polled = (
+            self.jobs.lost is not None
+            or self.vllm_config.parallel_config.data_parallel_size > 1
+            or any(request.status in POLLED for request in self.requests.values())
+            or any(a.admitted and a.waits_for is None for a in self.jobs.by_owner.values())
+        )
+        seconds = SHORT_WAIT if is_polled else math.inf
+        if self.inputs is None:
+            self.trainer.wait(seconds)
+        elif self.inputs.forget_arrivals():
+            self.trainer.wait(seconds, [self.inputs.arrivals])
 
     def _prepare_next_position(self, adapting: AdaptingRequest) -> None:
         """At the frontier: approve the version that comes next, and begin a new pass if one is due."""
@@ -421,7 +449,8 @@ class TempLoraScheduler(LongContextScheduler):
         for request_id, tokens in scheduler_output.num_scheduled_tokens.items():
             if request_id in self.adapting:
                 self.step_stats.adapted_tokens += tokens
-        if scheduler_output.total_num_scheduled_tokens:
+        self.is_idle = not scheduler_output.total_num_scheduled_tokens
+        if not self.is_idle:
             self.steps_done += 1
             self._free_retiring_slots()
         answers = self.saves.take_answers()  # those that vLLM's statistics of this step count
@@ -467,6 +496,7 @@ def check_trainer_at_engine_start() -> None:
     def initialize_and_check(self: EngineCore) -> None:
         initialize(self)
         if isinstance(self.scheduler, TempLoraScheduler):
+            self.scheduler.inputs = listen_to_inputs(self)
             try:
                 with refusals.reported(self.vllm_config):
                     self.scheduler.check_trainer_model(self.model_executor)
