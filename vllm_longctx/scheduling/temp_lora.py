@@ -55,11 +55,10 @@ from vllm_longctx.temp_lora.shared_weights import shared_by_engine
 
 logger = init_logger("vllm.longctx")
 
-# Where something else than the trainer may have to be looked at, the engine waits for the trainer this long, in
-# seconds.
+# All in seconds. When all requests were held for so long, an empty step goes by, whose statistics say so.
+LATE = 1.0
+# Where something else may have to be looked at, the engine waits for the trainer this long.
 SHORT_WAIT = 0.06
-# What these requests wait for is polled in every step.
-POLLED = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR, RequestStatus.WAITING_FOR_REMOTE_KVS
 
 
 class TempLoraScheduler(LongContextScheduler):
@@ -209,8 +208,7 @@ class TempLoraScheduler(LongContextScheduler):
 
         False if it must wait for them.
         """
-        room = self.kv_cache_manager.block_pool.num_gpu_blocks - 1 - self.reserved_blocks
-        if adapting.kv_blocks > room or (adapting.needs_slot and not self.free_slots):
+        if not self._has_place(adapting):
             return False
         self.reserved_blocks += adapting.kv_blocks
         for manager in self.private_managers:
@@ -222,6 +220,11 @@ class TempLoraScheduler(LongContextScheduler):
             self.jobs.begin(adapting)
             self.jobs.train_next(adapting)
         return True
+
+    def _has_place(self, adapting: AdaptingRequest) -> bool:
+        """Whether there are KV blocks for it, and a slot if it needs one."""
+        room = self.kv_cache_manager.block_pool.num_gpu_blocks - 1 - self.reserved_blocks
+        return adapting.kv_blocks <= room and (not adapting.needs_slot or bool(self.free_slots))
 
     def begin_with(self, adapting: AdaptingRequest, begun: PassStart) -> None:
         adapting.begin_with(begun)
@@ -303,9 +306,8 @@ class TempLoraScheduler(LongContextScheduler):
     # --- a step -------------------------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        for report in self.trainer.poll():
-            self.jobs.handle(report)
-        self._continue_saves()
+        self._hear_trainer()
+        self._wait_while_held(math.inf if self.is_idle else LATE)
         for request in self.running:
             adapting = self.adapting.get(request.request_id)
             if adapting is not None and request.num_in_flight_tokens == 0:
@@ -317,10 +319,14 @@ class TempLoraScheduler(LongContextScheduler):
             self.steps_scheduled += 1
         elif self._only_trainer_works():
             self.step_stats.idle_steps += 1
-            # The first such step goes on to the workers and the front end: statistics tell who is held.
-            if self.is_idle:
-                self._wait_for_trainer()
+            if not self._all_are_held():
+                self.trainer.wait(SHORT_WAIT)
         return output
+
+    def _hear_trainer(self) -> None:
+        for report in self.trainer.poll():
+            self.jobs.handle(report)
+        self._continue_saves()
 
     def _only_trainer_works(self) -> bool:
         """Whether nothing is in flight or to be answered, while requests wait for the trainer."""
@@ -328,23 +334,36 @@ class TempLoraScheduler(LongContextScheduler):
             return False
         return any(adapting.admitted for adapting in self.jobs.by_owner.values())
 
-    def _wait_for_trainer(self) -> None:
-        """Block until the trainer has something to say, or something comes to the engine core.
+    def _all_are_held(self) -> bool:
+        """Whether nothing can happen until the trainer reports or something comes to the engine core.
 
-        Not for long where neither would tell that a request can go on, or where other engines compute each
-        of their steps together with this one's.
+        Never where other engines compute each of their steps together with this one's.
         """
-        is_polled = (
-            self.jobs.lost is not None
-            or self.vllm_config.parallel_config.data_parallel_size > 1
-            or any(request.status in POLLED for request in self.requests.values())
-            or any(a.admitted and a.waits_for is None for a in self.jobs.by_owner.values())
+        return (
+            self._only_trainer_works()
+            and self.jobs.lost is None
+            and not self.finished_req_ids  # the workers have not heard of them
+            and self.vllm_config.parallel_config.data_parallel_size == 1
+            and all(map(self._is_held, self.requests.values()))
         )
-        seconds = SHORT_WAIT if is_polled else math.inf
-        if self.inputs is None:
-            self.trainer.wait(seconds)
-        elif self.inputs.forget_arrivals():
-            self.trainer.wait(seconds, [self.inputs.arrivals])
+
+    def _is_held(self, request: Request) -> bool:
+        adapting = self.adapting.get(request.request_id)
+        if adapting is None:
+            return False
+        return adapting.waits_for is not None if adapting.admitted else not self._has_place(adapting)
+
+    def _wait_while_held(self, seconds: float) -> None:
+        """Block while all requests are held, at most this long, until something comes to the engine core."""
+        end, arrivals = time.monotonic() + seconds, [] if self.inputs is None else [self.inputs.arrivals]
+        while self._all_are_held() and (left := end - time.monotonic()) > 0:
+            for adapting in self.adapting.values():
+                if adapting.admitted and adapting.held_since is None:
+                    adapting.held_since = time.monotonic()
+            if self.inputs is not None and not self.inputs.forget_arrivals():
+                return
+            self.trainer.wait(left, arrivals)
+            self._hear_trainer()
 
     def _prepare_next_position(self, adapting: AdaptingRequest) -> None:
         """At the frontier: approve the version that comes next, and begin a new pass if one is due."""
