@@ -11,9 +11,9 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from vllm_longctx.engine.lora import SlotLoRAManager
 
-# Which rows have which adapter: (index in the layers, rows), or where every adapter has one row, both as
-# tensors.
-Rows = list[tuple[int | Tensor, slice | Tensor]]
+# Which rows have which adapter: (index in the layers, rows), or where every adapter has one row, all indices
+# and all rows. Indices that follow each other are a slice, with which no weights are copied.
+Rows = list[tuple[int | slice | Tensor, slice | Tensor]]
 
 
 def rows_by_adapter(indices: Tensor) -> Rows:
@@ -22,16 +22,16 @@ def rows_by_adapter(indices: Tensor) -> Rows:
     ends = list(accumulate(lengths))
     found = [(index, end - n, end) for index, n, end in zip(runs, lengths, ends, strict=True) if index >= 0]
     if len(found) > 1 and all(end - begin == 1 for _, begin, end in found):
-        return [
-            (torch.tensor([index for index, _, _ in found]), torch.tensor([begin for _, begin, _ in found]))
-        ]
+        found.sort()
+        of_rows = [index for index, _, _ in found]
+        all_of = slice(of_rows[0], of_rows[-1] + 1)
+        follow = of_rows == list(range(all_of.start, all_of.stop))
+        return [(all_of if follow else torch.tensor(of_rows), torch.tensor([begin for _, begin, _ in found]))]
     return [(index, slice(begin, end)) for index, begin, end in found]
 
 
-def times(x: Tensor, weights: Tensor, index: int | Tensor) -> Tensor:
-    """x [rows, in] W^T [rows, out], with weights [adapters, 1, out, in]; index: of all rows, or int64
-    [rows].
-    """
+def times(x: Tensor, weights: Tensor, index: int | slice | Tensor) -> Tensor:
+    """x [rows, in] W^T [rows, out], with weights [adapters, 1, out, in]; index: of all rows, or of each."""
     if isinstance(index, int):
         return x.to(weights.dtype) @ weights[index, 0].T
     return torch.bmm(weights[index, 0], x.unsqueeze(-1).to(weights.dtype)).squeeze(-1)
@@ -44,6 +44,17 @@ def add(y: Tensor, rows: slice | Tensor, added: Tensor) -> None:
         y[rows] += added.to(y.dtype)
     else:
         y.index_add_(0, rows, added.to(y.dtype))
+
+
+def add_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """y [rows, out] += scale * x [rows, in] A^T B^T, of one adapter: A [rank, in], B [out, rank].
+
+    In as few operations as can be: a step has hundreds of these, and for a few rows each costs its start.
+    """
+    if x.dtype == a.dtype == y.dtype:
+        y.addmm_(torch.mm(x, a.T), b.T, alpha=scale)
+    else:
+        y += (torch.mm(torch.mm(x.to(a.dtype), a.T), b.T) * scale).to(y.dtype)
 
 
 class SegmentedPunica(PunicaWrapperCPU):
@@ -108,11 +119,17 @@ class SegmentedPunica(PunicaWrapperCPU):
         """y [T, out] += scale * x [T, in] A^T B^T per run and slice; A [loras, 1, rank, in], B [loras, 1,
         out, rank].
         """
-        y, x, offset = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), 0
-        for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            for index, rows in self.by_token:
-                add(y[:, offset:], rows, times(times(x[rows], a, index), b, index)[:, :size] * scale)
-            offset += size
+        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        for index, rows in self.by_token:
+            offset, x_rows = 0, x[rows]
+            for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+                if isinstance(index, int):
+                    part = y[rows, offset : offset + size]
+                    add_product(part, x_rows, a[index, 0], b[index, 0, :size], scale)
+                else:
+                    product = times(times(x_rows, a, index), b, index)[:, :size]
+                    add(y[:, offset:], rows, product * scale)
+                offset += size
 
     def add_lora_embedding(
         self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
