@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Tests marked `slow` are left to `make test-all`.
 QUICK := and not slow
 
-.PHONY: test test-all demo setup lint docs format fast engine clients next-vllm clean
+.PHONY: test test-all demo setup lint docs format fast engine bench-quick clients next-vllm clean
 
 test: lint docs fast engine
 
@@ -36,6 +36,10 @@ engine: setup
 	$(PYTEST) $(IN_TWO) -m "not trainer and not alone $(QUICK)" tests/engine
 	ALL_CORES=1 $(PYTEST) $(IN_TWO) -m "trainer $(QUICK)" tests/engine
 	$(PYTEST) -m "alone $(QUICK)" tests/engine
+
+# Ten minutes, on a machine that does nothing else.
+bench-quick: setup
+	$(BIN)/python benchmarks/quick.py
 
 demo: setup
 	$(BIN)/python benchmarks/demo.py

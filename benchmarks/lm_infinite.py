@@ -4,10 +4,13 @@ in one run.
     python benchmarks/lm_infinite.py --json OUT.json --plot OUT.png python benchmarks/lm_infinite.py --batch
     16 --lengths 1024,32768,131072,1000000 --stock-up-to 0 --json OUT.json
 
-Both engines are up at the same time and take turns, round by round; figures are medians over rounds. Stock
+All engines are up at the same time and take turns, round by round; figures are medians over rounds. Stock
 vLLM's RoPE table is enlarged, or it could not run past the trained length at all; it is spared lengths above
 `--stock-up-to`, which would take it hours. Each engine also runs at the window's own length (n_global +
 n_local tokens), the speed that Λ attention should keep at any length.
+
+`sliding` is stock vLLM again, with a plain sliding window of n_global + n_local tokens in each layer: as many
+keys for each query as Λ attention has, at every length.
 
 Texts are random tokens. Prefill is the time to the first token of one request. Decode is the median time
 between tokens of `--batch` requests at once: their prompts share the text that was just read, from the prefix
@@ -18,7 +21,8 @@ cache, but for their last 1,024 tokens, more than a window, so that no two read 
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,8 +32,16 @@ from load import add_requests, random_tokens
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from transformers import AutoConfig
 
-from vllm_longctx.cli.engine import METHODS, PremiseError, method_engine
+from vllm_longctx.cli.engine import (
+    METHODS,
+    STOCK,
+    PremiseError,
+    method_engine,
+    model_path,
+    running_engine,
+)
 from vllm_longctx.cli.options import JsonOut
 from vllm_longctx.cli.output import console, plot, write_json
 
@@ -85,6 +97,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Requests that decode at once.")] = 1,
     rounds: int = 3,
     written: int = 128,
+    sliding: Annotated[bool, typer.Option(help="Run stock vLLM with a plain sliding window, too.")] = True,
     dtype: str = "float32",
     enforce_eager: bool = False,
     max_num_batched_tokens: int = 2048,
@@ -104,24 +117,25 @@ def main(
         << 30,  # or a round's shorter texts push the longest out of the prefix cache
     }
     stock_longest = max(stock_up_to, OWN_TOKENS) + 2 * written
-    stock_context = method_engine(model, None, stock_longest, **kwargs)
-    ours_context = method_engine(model, METHODS["lm-infinite"], max(sizes) + 2 * written, **kwargs)
+    longest = max(sizes) + 2 * written
     figures: dict[tuple[str, str, int], list[float]] = {}
-    with stock_context as (stock, _), ours_context as (ours, _), Progress(console=console) as progress:
+    with ExitStack() as stack:
+        stock, _ = stack.enter_context(method_engine(model, None, stock_longest, **kwargs))
+        ours, _ = stack.enter_context(method_engine(model, METHODS["lm-infinite"], longest, **kwargs))
         attention = ours.vllm_config.additional_config["longctx"]["attention"]
         window = attention["n_global"] + attention["n_local"]
+        engines = {"stock": stock, "longctx": ours}
+        if sliding:
+            engines["sliding"] = stack.enter_context(sliding_engine(model, window, longest, kwargs))
+        progress = stack.enter_context(Progress(console=console))
         plan = [
             (n, name, engine)
             for n in [*sizes, window]
-            for name, engine in (("stock", stock), ("longctx", ours))
-        ]
-        plan = [
-            (n, name, engine)
-            for n, name, engine in plan
-            if name == "longctx" or n <= max(stock_up_to, window)
+            for name, engine in engines.items()
+            if name != "stock" or n <= max(stock_up_to, window)
         ]
         task = progress.add_task("warming up", total=len(plan) * rounds)
-        for engine in (stock, ours):
+        for engine in engines.values():
             decode_speed(engine, random_tokens(engine, OWN_TOKENS, 0.5), batch, 8)
         for number in range(rounds):
             for length, name, engine in plan:
@@ -141,7 +155,27 @@ def main(
         plot(plot_out, curves(rows), "context (tokens)", "milliseconds per token", yscale="log")
 
 
-NAMES = ("stock", "longctx")
+@contextmanager
+def sliding_engine(model: str, window: int, longest: int, kwargs: dict[str, Any]) -> "Iterator[LLMEngine]":
+    """Stock vLLM with a sliding window of so many tokens in each layer.
+
+    Raises PremiseError at the end if it kept more than a window: then the model took no notice.
+    """
+    layers = AutoConfig.from_pretrained(model_path(model)).num_hidden_layers
+    overrides = {
+        "max_position_embeddings": longest,
+        "sliding_window": window,
+        "layer_types": ["sliding_attention"] * layers,
+    }
+    with running_engine(model, STOCK, longest, hf_overrides=overrides, **kwargs) as (engine, meter):
+        yield engine
+        block = engine.vllm_config.cache_config.block_size
+        most = kwargs["max_num_seqs"] * (window // block + 2) + kwargs["max_num_batched_tokens"] // block + 2
+        if meter.peak > most:
+            raise PremiseError(f"{meter.peak} blocks were in use where windows need {most}: it has no window")
+
+
+NAMES = ("stock", "sliding", "longctx")
 
 
 def row(medians: dict[tuple[str, str, int], float], length: int, window: int) -> dict[str, float]:
@@ -156,6 +190,8 @@ def row(medians: dict[tuple[str, str, int], float], length: int, window: int) ->
         ours = medians[what, "longctx", length]
         if (what, "stock", length) in medians:
             result[f"{what}_ratio"] = ours / medians[what, "stock", length]
+        if (what, "sliding", length) in medians:
+            result[f"{what}_ratio_to_sliding"] = ours / medians[what, "sliding", length]
         result[f"{what}_ratio_to_window"] = ours / medians[what, "stock", window]
     return result
 
@@ -180,7 +216,7 @@ def print_table(rows: list[dict[str, float]], batch: int) -> None:
             for column, form in COLUMNS.values()
         ]
         table.add_row(f"{r['length']:,.0f}", *cells)
-    Console(width=120).print(table)
+    Console(width=140).print(table)
 
 
 COLUMNS = {
@@ -188,6 +224,7 @@ COLUMNS = {
     "longctx": ("longctx_{}", ",.0f"),
     "×": ("{}_ratio", ".2f"),
     "× stock at window": ("{}_ratio_to_window", ".2f"),
+    "× sliding": ("{}_ratio_to_sliding", ".2f"),
 }
 
 

@@ -483,6 +483,30 @@ SEAMS = [
         "0020-readers-that-sleep.diff",
     ),
     Seam(
+        "EngineCoreProc.input_queue (replaced)",
+        "engine/waiting.py, scheduling/temp_lora.py",
+        "let an engine core sleep while every request waits for the trainer, and wake up when something "
+        "comes",
+        _sets("vllm.v1.engine.core:EngineCoreProc", "input_queue", by="_process_input_queue"),
+        "0030-engines-that-wait.diff",
+    ),
+    Seam(
+        "BaseIncrementalDetokenizer.update, get_next_output_text (wrapped), output_text, "
+        "_last_output_text_offset (changed)",
+        "serving/written_text.py",
+        "append a token to a long text without copying the text",
+        _all(
+            _has("vllm.v1.engine.detokenizer:BaseIncrementalDetokenizer", "update", "get_next_output_text"),
+            _sets(
+                "vllm.v1.engine.detokenizer:BaseIncrementalDetokenizer",
+                "output_text",
+                "_last_output_text_offset",
+                "stop",
+            ),
+        ),
+        "0031-texts-that-are-not-copied.diff",
+    ),
+    Seam(
         "EngineCore._initialize_effective_attention_block_size, CoreEngineProcManager.__init__, "
         "finished_procs (wrapped)",
         "scheduling/temp_lora.py, refusals.py",

@@ -208,11 +208,11 @@ def test_a_request_that_leaves_while_it_is_held_gives_everything_back(stepped: L
     add(stepped, "leaves", 40, 100)
     add(stepped, "stays", 20, 40)
     steps_until(stepped, lambda: metric(stepped, "vllm:longctx_num_requests_held") == 2)
-    idle, started = metric(stepped, "vllm:longctx_idle_steps"), time.monotonic()
-    while time.monotonic() < started + 3:  # long beside what the engine had counted and not told before
-        stepped.llm_engine.step()
-    assert metric(stepped, "vllm:longctx_idle_steps") - idle <= 20 * (time.monotonic() - started)
+    idle = metric(stepped, "vllm:longctx_idle_steps")
+    time.sleep(3)  # an engine that spins takes many steps meanwhile, and its output waits to be read
     stepped.llm_engine.abort_request(["leaves"])
+    steps_until(stepped, lambda: metric(stepped, "vllm:longctx_num_requests_held") == 1)
+    assert metric(stepped, "vllm:longctx_idle_steps") - idle <= 6
     sidecar.resume()
     (output,) = (o for o in steps_until(stepped, lambda: False) if o.finished)
     assert len(output.outputs[0].token_ids) == 40

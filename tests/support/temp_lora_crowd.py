@@ -8,7 +8,7 @@ own, says another text.
 
 import random
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import MagicMock
@@ -106,6 +106,7 @@ class Trainer:
         self.reports: list[Report] = []
         self.unanswered: deque[int] = deque()  # owners of jobs
         self.sent: list[tuple[int, Any]] = []  # all jobs, each with the number of the poll before
+        self.waits = 0
 
     def start(self) -> None: ...
 
@@ -205,7 +206,9 @@ class Trainer:
             del self.remembered[left]
         return [Kept(address, gone)] if is_new else []
 
-    def wait(self, seconds: float) -> None: ...
+    def wait(self, seconds: float, wakes: Sequence[int] = ()) -> None:
+        self.waits += 1
+        assert self.reports or self.jobs or seconds < 1, "nothing would end it"
 
 
 class Crowd(Core):

@@ -54,7 +54,7 @@ def hear(client: TrainerClient, *kinds: type) -> list:
     """All reports up to the first of one of the kinds."""
     reports, end = [], time.monotonic() + TIMEOUT_S
     while time.monotonic() < end:
-        client.wait(0.05)
+        client.wait(max(end - time.monotonic(), 0.0))
         for report in client.poll():
             reports.append(report)
             if isinstance(report, kinds):

@@ -5,7 +5,9 @@ state.
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -46,6 +48,8 @@ def doctor(
             output.print(live_state(url))
         return
     output.print(versions())
+    if platform.machine() == "x86_64":
+        output.print(preload_table())
     seams, missing = seam_table()
     output.print(seams)
     left_out = why_left_out()
@@ -68,6 +72,26 @@ def versions() -> Table:
             table.add_row(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             table.add_row(package, "[dim]not installed")
+    return table
+
+
+def preloadable() -> dict[str, str | None]:
+    """The libraries that vLLM asks for at each start on a CPU, and where each lies. None: it is not there.
+
+    tcmalloc is looked for in the system's directories and intel-openmp's libiomp in this environment's.
+    """
+    names = {"tcmalloc": "libtcmalloc_minimal.so.4", "libiomp": "libiomp5.so"}
+    directories = [Path(sys.prefix, "lib"), *Path("/usr/lib").glob("*-linux-gnu"), Path("/usr/lib64")]
+    found = {what: [d / name for d in directories if (d / name).is_file()] for what, name in names.items()}
+    return {what: str(paths[0]) if paths else None for what, paths in found.items()}
+
+
+def preload_table() -> Table:
+    table = Table("library", "", title="Preloaded libraries (on a CPU; see docs/operations.md)")
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    for what, path in preloadable().items():
+        state = "not installed" if path is None else f"not preloaded; LD_PRELOAD={path} does it"
+        table.add_row(what, "preloaded" if what in preloaded else state)
     return table
 
 

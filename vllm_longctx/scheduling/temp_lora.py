@@ -18,6 +18,7 @@ with the weights there.
 
 import functools
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -40,7 +41,7 @@ from vllm_longctx.engine.adapted_layers import AdaptedLayers, kinds
 from vllm_longctx.engine.sliding_kv import PrivateRequests
 from vllm_longctx.engine.step import Pass, SlotsMemory, SlotUse, StepInfo, Weights
 from vllm_longctx.engine.stepped_kv import SteppedManager
-from vllm_longctx.engine.waiting import limit_reader_sleep
+from vllm_longctx.engine.waiting import InputQueue, limit_reader_sleep, listen_to_inputs
 from vllm_longctx.metrics import StepStats
 from vllm_longctx.scheduling.adapting_request import AdaptingRequest
 from vllm_longctx.scheduling.saves import PendingSaves, ended_by_itself
@@ -54,8 +55,10 @@ from vllm_longctx.temp_lora.shared_weights import shared_by_engine
 
 logger = init_logger("vllm.longctx")
 
-# The engine loop would spin while every request is held. It waits this long for the trainer, in seconds.
-IDLE_WAIT = 0.06
+# All in seconds. When all requests were held for so long, an empty step goes by, whose statistics say so.
+LATE = 1.0
+# Where something else may have to be looked at, the engine waits for the trainer this long.
+SHORT_WAIT = 0.06
 
 
 class TempLoraScheduler(LongContextScheduler):
@@ -72,6 +75,8 @@ class TempLoraScheduler(LongContextScheduler):
     reserved_blocks: KV blocks reserved for admitted requests.
     steps_scheduled, steps_done: Steps that computed anything: scheduled so far, and those whose outputs have
         come.
+    is_idle: Whether the last step whose output has come computed nothing.
+    inputs: What comes to the engine core. None where the scheduler's process gives it requests itself.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -89,6 +94,8 @@ class TempLoraScheduler(LongContextScheduler):
         self.freed_slots: list[int] = []
         self.reserved_blocks = 0
         self.steps_scheduled = self.steps_done = 0
+        self.is_idle = False
+        self.inputs: InputQueue | None = None
         shared = shared_by_engine.pop(self.vllm_config.instance_id, None)
         with refusals.reported(self.vllm_config):
             trainer = trainer_client(self.vllm_config, self.temp_lora, shared)
@@ -201,8 +208,7 @@ class TempLoraScheduler(LongContextScheduler):
 
         False if it must wait for them.
         """
-        room = self.kv_cache_manager.block_pool.num_gpu_blocks - 1 - self.reserved_blocks
-        if adapting.kv_blocks > room or (adapting.needs_slot and not self.free_slots):
+        if not self._has_place(adapting):
             return False
         self.reserved_blocks += adapting.kv_blocks
         for manager in self.private_managers:
@@ -214,6 +220,11 @@ class TempLoraScheduler(LongContextScheduler):
             self.jobs.begin(adapting)
             self.jobs.train_next(adapting)
         return True
+
+    def _has_place(self, adapting: AdaptingRequest) -> bool:
+        """Whether there are KV blocks for it, and a slot if it needs one."""
+        room = self.kv_cache_manager.block_pool.num_gpu_blocks - 1 - self.reserved_blocks
+        return adapting.kv_blocks <= room and (not adapting.needs_slot or bool(self.free_slots))
 
     def begin_with(self, adapting: AdaptingRequest, begun: PassStart) -> None:
         adapting.begin_with(begun)
@@ -295,9 +306,8 @@ class TempLoraScheduler(LongContextScheduler):
     # --- a step -------------------------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        for report in self.trainer.poll():
-            self.jobs.handle(report)
-        self._continue_saves()
+        self._hear_trainer()
+        self._wait_while_held(math.inf if self.is_idle else LATE)
         for request in self.running:
             adapting = self.adapting.get(request.request_id)
             if adapting is not None and request.num_in_flight_tokens == 0:
@@ -313,14 +323,51 @@ class TempLoraScheduler(LongContextScheduler):
             self.steps_scheduled += 1
         elif self._only_trainer_works():
             self.step_stats.idle_steps += 1
-            self.trainer.wait(IDLE_WAIT)
+            if not self._all_are_held():
+                self.trainer.wait(SHORT_WAIT)
         return output
+
+    def _hear_trainer(self) -> None:
+        for report in self.trainer.poll():
+            self.jobs.handle(report)
+        self._continue_saves()
 
     def _only_trainer_works(self) -> bool:
         """Whether nothing is in flight or to be answered, while requests wait for the trainer."""
-        if self.steps_scheduled > self.steps_done or self.saves.answers:
+        if self.steps_scheduled > self.steps_done or self.saves.answers or self.failed:
             return False
         return any(adapting.admitted for adapting in self.jobs.by_owner.values())
+
+    def _all_are_held(self) -> bool:
+        """Whether nothing can happen until the trainer reports or something comes to the engine core.
+
+        Never where other engines compute each of their steps together with this one's.
+        """
+        return (
+            self._only_trainer_works()
+            and self.jobs.lost is None
+            and not self.finished_req_ids  # the workers have not heard of them
+            and self.vllm_config.parallel_config.data_parallel_size == 1
+            and all(map(self._is_held, self.requests.values()))
+        )
+
+    def _is_held(self, request: Request) -> bool:
+        adapting = self.adapting.get(request.request_id)
+        if adapting is None:
+            return False
+        return adapting.waits_for is not None if adapting.admitted else not self._has_place(adapting)
+
+    def _wait_while_held(self, seconds: float) -> None:
+        """Block while all requests are held, at most this long, until something comes to the engine core."""
+        end, arrivals = time.monotonic() + seconds, [] if self.inputs is None else [self.inputs.arrivals]
+        while self._all_are_held() and (left := end - time.monotonic()) > 0:
+            for adapting in self.adapting.values():
+                if adapting.admitted and adapting.held_since is None:
+                    adapting.held_since = time.monotonic()
+            if self.inputs is not None and not self.inputs.forget_arrivals():
+                return
+            self.trainer.wait(left, arrivals)
+            self._hear_trainer()
 
     def _prepare_next_position(self, adapting: AdaptingRequest) -> None:
         """At the frontier: approve the version that comes next, and begin a new pass if one is due."""
@@ -418,7 +465,8 @@ class TempLoraScheduler(LongContextScheduler):
         for request_id, tokens in scheduler_output.num_scheduled_tokens.items():
             if request_id in self.adapting:
                 self.step_stats.adapted_tokens += tokens
-        if scheduler_output.total_num_scheduled_tokens:
+        self.is_idle = not scheduler_output.total_num_scheduled_tokens
+        if not self.is_idle:
             self.steps_done += 1
             self._free_retiring_slots()
         answers = self.saves.take_answers()  # those that vLLM's statistics of this step count
@@ -464,6 +512,7 @@ def check_trainer_at_engine_start() -> None:
     def initialize_and_check(self: EngineCore) -> None:
         initialize(self)
         if isinstance(self.scheduler, TempLoraScheduler):
+            self.scheduler.inputs = listen_to_inputs(self)
             try:
                 with refusals.reported(self.vllm_config):
                     self.scheduler.check_trainer_model(self.model_executor)

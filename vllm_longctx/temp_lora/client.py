@@ -1,5 +1,6 @@
 """The engine's end of the trainer process: starts it, supervises it, sends jobs and receives reports."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -8,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from vllm_longctx.temp_lora.training_memory import Shape, free_bytes
 logger = init_logger("vllm.longctx")
 
 SOCKET_PATH_BYTES = 107  # of a Unix socket, on Linux
+POLL_INTERVAL = 0.5  # seconds, where the kernel does not tell that a process has ended
 
 
 def trainer_client(
@@ -245,14 +247,41 @@ class TrainerClient:
         reports, self._reports = self._reports, []
         return reports
 
-    def wait(self, seconds: float) -> None:
-        """Block until `poll` has a report, at most this long."""
+    def wait(self, seconds: float = math.inf, wakes: Iterable[int] = ()) -> None:
+        """Block until `poll` has something to do: a report, a trainer that ended or hangs, or one to start.
+
+        seconds: The longest time to wait.
+        wakes: Files. Data in one of them ends the wait, too.
+        """
         if self._reports:
             return
-        if self._socket is None:
-            time.sleep(seconds)
-        else:
-            self._socket.poll(math.ceil(1000 * seconds))
+        poller = zmq.Poller()
+        for file in wakes:
+            poller.register(file, zmq.POLLIN)
+        if self._socket is not None:
+            poller.register(self._socket, zmq.POLLIN)
+        with contextlib.ExitStack() as stack:
+            if self._process is not None:
+                try:
+                    ended = os.pidfd_open(self._process.pid)
+                except OSError:  # a sandbox without it
+                    seconds = min(seconds, POLL_INTERVAL)
+                else:
+                    stack.callback(os.close, ended)
+                    poller.register(ended, zmq.POLLIN)
+            seconds = min(seconds, max(self._next_check - time.monotonic(), 0.0))
+            poller.poll(None if seconds == math.inf else math.ceil(1000 * seconds))
+
+    @property
+    def _next_check(self) -> float:
+        """When `_supervise` has something to do if nothing happens before, as `time.monotonic`."""
+        if self._start_at is not None:
+            return self._start_at
+        if self._socket is not None and not self._ready:
+            return self._active_at + self._trainer.start_timeout_s
+        if self._socket is not None and self._unanswered:
+            return self._active_at + self._trainer.timeout_s
+        return math.inf
 
     def close(self) -> None:
         """End the trainer, or leave it if it was joined.

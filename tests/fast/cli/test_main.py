@@ -84,6 +84,7 @@ def test_doctor_finds_every_seam_and_says_what_it_would_set() -> None:
     assert code == 0 and "missing" not in output
     assert output.count("found") == len(SEAMS) + 1  # and the functions that are overridden
     assert "attention.n_local │ 508" in output
+    assert "tcmalloc" in output and "libiomp" in output
     assert "prefix caching │ in steps of 32 tokens" in output
 
 

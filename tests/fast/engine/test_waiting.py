@@ -1,14 +1,18 @@
-"""Readers of vLLM's shared memory that sleep between two looks."""
+"""Readers of vLLM's shared memory that sleep between two looks, and what ends an engine core's wait."""
 
+import queue
+import select
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import zmq
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
 
-from vllm_longctx.engine.waiting import limit_reader_sleep
+from vllm_longctx.engine.waiting import limit_reader_sleep, listen_to_inputs
 
 
 @pytest.fixture
@@ -54,3 +58,22 @@ def test_wrapped_once(limited: None) -> None:
     wait = SpinCondition.wait
     limit_reader_sleep()
     assert SpinCondition.wait is wait
+
+
+def test_what_comes_to_an_engine_core_ends_its_wait() -> None:
+    engine: Any = SimpleNamespace(input_queue=queue.Queue())
+    engine.input_queue.put("a worker failed")
+    inputs = listen_to_inputs(engine)
+    assert inputs is engine.input_queue
+
+    def arrives(seconds: float = 0.0) -> bool:
+        return bool(select.select([inputs.arrivals], [], [], seconds)[0])
+
+    assert not inputs.forget_arrivals() and inputs.get_nowait() == "a worker failed"
+    assert inputs.forget_arrivals() and not arrives()
+    late = threading.Timer(0.05, lambda: inputs.put("late"))
+    late.start()
+    assert arrives(20) and not inputs.forget_arrivals()
+    late.join()
+    assert inputs.get() == "late" and inputs.forget_arrivals()
+    assert listen_to_inputs(SimpleNamespace()) is None  # type: ignore[arg-type]  # an engine without a process

@@ -14,12 +14,13 @@ SEEDS = 20
 def test_a_step_ahead_every_text_is_the_same(
     configs: list[VllmConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compared = stale = 0
+    compared = stale = waits = 0
     for seed in range(SEEDS):
         crowds = [Crowd(configs[ahead], seed, ahead, monkeypatch) for ahead in (0, 1)]
         for crowd in crowds:
             crowd.run()
         stale += len(crowds[1].stale)
+        waits += sum(crowd.trainer.waits for crowd in crowds)
         for name, request in crowds[0].requests.items():
             other = crowds[1].requests[name]
             if RequestStatus.FINISHED_ABORTED in (request.status, other.status):
@@ -34,7 +35,7 @@ def test_a_step_ahead_every_text_is_the_same(
             for crowd in crowds:
                 assert sorted(crowd.scored[name])[:length] == list(range(length))
             assert all(crowds[0].scored[name][i] == crowds[1].scored[name][i] for i in range(length))
-    assert compared > 4 * SEEDS and stale
+    assert compared > 4 * SEEDS and stale and waits
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])

@@ -6,7 +6,7 @@ worker and the trainer of `tests.support.temp_lora_crowd`.
 
 import random
 from collections.abc import Mapping
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -344,17 +344,22 @@ def test_a_stop_string_is_answered_once_the_adapter_is_saved(
 
 @pytest.fixture
 def ended(steps_ahead: int, configs: list[VllmConfig], monkeypatch: pytest.MonkeyPatch) -> Savers:
-    """With one request, which has written all it is to write; of its trainer nothing is heard any more."""
+    """With one request that has written all it is to write. For some steps its trainer said nothing.
+
+    Something came to the engine core meanwhile, or it would have waited.
+    """
     crowd = Savers(configs[steps_ahead], 0, steps_ahead, monkeypatch, 0)
     crowd.add_saver("late", list(range(20)), 20, ignore_stop=True)
     while "late" not in crowd.scheduler.saves.waiting:
         crowd.step()
     poll = crowd.trainer.poll
     monkeypatch.setattr(crowd.trainer, "poll", list)
+    monkeypatch.setattr(crowd.scheduler, "inputs", SimpleNamespace(arrivals=0, forget_arrivals=lambda: False))
     for _ in range(5):
         crowd.step()
     assert len(crowd.outputs["late"]) == 19 and not crowd.outputs["late"][-1].finished
     monkeypatch.setattr(crowd.trainer, "poll", poll)
+    monkeypatch.setattr(crowd.scheduler, "inputs", None)
     return crowd
 
 
