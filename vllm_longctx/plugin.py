@@ -59,12 +59,14 @@ def _wrap_create_engine_config() -> None:
             from vllm_longctx.serving import (
                 app,
                 stop_strings,
+                token_cache,
             )  # the front end's, which other processes do not load
 
             app.check_engine_requests()
             app.refuse_images()
             app.limit_requests()
             stop_strings.wait_for_saves()
+            token_cache.keep_ids()
             refusals.raise_in_front_end()
             if not config.mode.is_plain:
                 processes.end_together()
