@@ -10,6 +10,7 @@ import functools
 import re
 from array import array
 from collections import OrderedDict
+from itertools import pairwise
 from threading import Lock
 from typing import Any
 
@@ -65,14 +66,15 @@ class TokenCache:
         self._kept: OrderedDict[str, array[int]] = OrderedDict()
         self._lock = Lock()
         cuts = safe_cuts(tokenizer)
-        self._cut = re.compile("|".join(f"(?={re.escape(c)})" for c in cuts)) if cuts else None
+        self._cut = re.compile("|".join(map(re.escape, cuts))) if cuts else None
         self._adds = bool(cuts) and tokenizer.num_special_tokens_to_add() > 0
 
     def ids(self, tokenizer: Any, text: str, add_special_tokens: bool) -> list[int] | None:
         """As `tokenizer(text, add_special_tokens=…)` gives them; None where it has to be asked itself."""
         if self._cut is None or (add_special_tokens and self._adds):
             return None
-        pieces = [piece for piece in self._cut.split(text) if piece]
+        starts = [match.start() for match in self._cut.finditer(text)]
+        pieces = [text[a:b] for a, b in pairwise([0, *starts, len(text)]) if a < b]
         if len(pieces) < 2:
             return None
         found = self._take(pieces)
