@@ -219,13 +219,13 @@ class Translator:
         with blocks_are_trained(self.engine, 0, len(history) // size + 1):
             self.ask(history, params)
 
-    def book(self, name: str, chapters: Sequence[Chapter], adapts: bool, each: Any) -> Translated:
-        """each is called after every chapter."""
+    def book(self, number: int, chapters: Sequence[Chapter], adapts: bool, each: Any) -> Translated:
+        """number: of the book, in the names of its adapters. each is called after every chapter."""
         result, history, adapter = Translated(), list[int](), None
-        for number, chapter in enumerate(chapters):
+        for place, chapter in enumerate(chapters):
             history += self.chapter(chapter, adapter, result)
-            if adapts and len(history) > self.adaptation["block_tokens"] and number + 1 < len(chapters):
-                saved = f"{re.sub(r'[^A-Za-z0-9]', '-', name)}-{number}"
+            if adapts and len(history) > self.adaptation["block_tokens"] and place + 1 < len(chapters):
+                saved = f"book-{number}-{place}"
                 self.learn(history, adapter, saved)
                 adapter = saved
             each()
@@ -274,10 +274,10 @@ def main(
             with running_engine(model, config, longest, dtype=dtype, max_num_seqs=2) as (engine, _):
                 window = engine.vllm_config.additional_config["longctx"]["adaptation"]["window_tokens"]
                 translator = Translator(engine, tokenizer_of(model), target_name, lines, window)
-                for way, (name, some) in itertools.product(WAYS, books.items()):
+                for way, (number, name) in itertools.product(WAYS, enumerate(books)):
                     progress.update(task, description=f"{way}: {name}")
                     translated[way][name] = translator.book(
-                        name, some, way == WAYS[1], lambda: progress.advance(task)
+                        number, books[name], way == WAYS[1], lambda: progress.advance(task)
                     )
         rows = {
             way: {name: {**result.figures(), "thirds": result.thirds()} for name, result in by_book.items()}

@@ -103,7 +103,7 @@ def test_each_chapter_begins_with_what_was_learned_before(
     tokenizer = AutoTokenizer.from_pretrained(BOOKLM)
     engine, done = Engine(tokenizer, 16), list[None]()
     translator = Translator(engine, tokenizer, "English", 2, 512)  # type: ignore[arg-type]
-    result = translator.book("a book", [FIRST, SECOND, SECOND], adapts, lambda: done.append(None))
+    result = translator.book(7, [FIRST, SECOND, SECOND], adapts, lambda: done.append(None))
     assert len(done) == 3 and result.written == ["One.\nOne.", "One.", "One."]
     assert result.references == ["One.\nTwo.\nThree.", "Four and five.", "Four and five."]
     references = [
@@ -115,10 +115,10 @@ def test_each_chapter_begins_with_what_was_learned_before(
     if not adapts:
         assert using == [None] * 8 and not learning
         return
-    assert using == [None] * 4 + ["a-book-0"] * 2 + ["a-book-1"] * 2 and len(trained) == 2
+    assert using == [None] * 4 + ["book-7-0"] * 2 + ["book-7-1"] * 2 and len(trained) == 2
     assert [(o["save_as"], o.get("start_from")) for _, o in learning] == [
-        ("a-book-0", None),
-        ("a-book-1", "a-book-0"),
+        ("book-7-0", None),
+        ("book-7-1", "book-7-0"),
     ]
     assert learning[1][0].startswith(learning[0][0]) and learning[0][0].count("Translate into English") == 2
 
@@ -127,7 +127,7 @@ def test_a_part_that_does_not_fit_is_named() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BOOKLM)
     translator = Translator(Engine(tokenizer, 16), tokenizer, "English", 2, 20)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a part of chapter 0001 does not fit into 20 tokens; lower --lines"):
-        translator.book("a", [FIRST], False, lambda: None)
+        translator.book(0, [FIRST], False, lambda: None)
 
 
 def test_figures_are_of_whole_chapters() -> None:
