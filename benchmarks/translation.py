@@ -76,7 +76,7 @@ def read_books(directory: Path, source: str, target: str) -> dict[str, list[Chap
     for language, found in texts.items():
         pattern = re.compile(rf"(.+)[.-]{re.escape(language)}\.txt", re.IGNORECASE)
         for path in sorted(directory.rglob("*")):
-            book = str(path.parent.relative_to(directory))
+            book = str(path.parent.relative_to(directory.parent))
             if named := pattern.fullmatch(path.name):
                 found[book, named[1]] = lines_of(path.read_text(encoding="utf-8"))
             elif path.suffix.lower() == f".{language.lower()}":

@@ -39,7 +39,8 @@ def test_a_file_for_each_chapter(source: str, target: str, tmp_path: Path) -> No
         write(tmp_path / book, "0002", SECOND, source, target)
         write(tmp_path / book, "0001", FIRST, source, target)
     (tmp_path / "README.md").write_text("not a chapter")
-    assert read_books(tmp_path, "de", "en") == {"a": [FIRST, SECOND], "b": [FIRST, SECOND]}
+    books = read_books(tmp_path, "de", "en")
+    assert books == {f"{tmp_path.name}/{book}": [FIRST, SECOND] for book in ("a", "b")}
 
 
 def test_a_file_for_each_language(tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         read_books(tmp_path, "de", "en")
     write(tmp_path, "0001", FIRST, ".de", ".en")
     (tmp_path / "0002.de.txt").write_text("Vier.")
-    with pytest.raises(ValueError, match=r"chapter 0002 of \. is there in one language only"):
+    with pytest.raises(ValueError, match=r"chapter 0002 of \w+ is there in one language only"):
         read_books(tmp_path, "de", "en")
     (tmp_path / "all.en").write_text("One.")
     with pytest.raises(ValueError, match="has no <CHAPTER id=…> tags"):
