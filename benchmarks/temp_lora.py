@@ -139,8 +139,55 @@ def official_writer(base: Any, recipe: dict[str, Any]) -> Callable[[list[int], i
     base: a model of transformers', on any device.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import GenerationConfig
+
+    block = recipe["block_tokens"]
+    greedy = GenerationConfig(max_new_tokens=block, do_sample=False, use_cache=True, pad_token_id=0)
+
+    def write(prompt: list[int], tokens: int) -> list[int]:
+        stream, train = official_stream(base, recipe)
+        text = list(prompt)
+        for written in range(0, tokens, block):
+            if written:
+                train(text, block)
+            context = text[-recipe["context_tokens"] :] if written else text
+            ids = torch.tensor([context], device=base.device)
+            text += stream.generate(ids, generation_config=greedy)[0, len(context) :].tolist()
+        stream.unload()
+        return text[len(prompt) :]
+
+    return write
+
+
+def official_reader(base: Any, recipe: dict[str, Any]) -> Callable[[list[int]], list[float]]:
+    """A function that returns the NLL (nats) of each token of a text but the first, every block scored behind
+    its context before it is trained on.
+    """
+    import torch
+
+    def read(text: list[int]) -> list[float]:
+        stream, train = official_stream(base, recipe)
+        found: list[float] = []
+        for first in range(1, len(text), recipe["block_tokens"]):
+            upto = min(first + recipe["block_tokens"], len(text))
+            context = text[max(0, first - recipe["context_tokens"]) : upto]
+            ids, count = torch.tensor([context], device=base.device), upto - first
+            with torch.no_grad():
+                logits = stream(input_ids=ids).logits[0, -count - 1 : -1].float().log_softmax(-1)
+            found += (-logits.gather(-1, ids[0, -count:, None])[:, 0]).tolist()
+            train(text[:upto], count)
+        stream.unload()
+        return found
+
+    return read
+
+
+def official_stream(base: Any, recipe: dict[str, Any]) -> tuple[Any, Callable[[list[int], int], None]]:
+    """The model with a fresh adapter, and a function that trains it on the last tokens of a text, as many as
+    it is told.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=recipe["rank"],
@@ -149,38 +196,28 @@ def official_writer(base: Any, recipe: dict[str, Any]) -> Callable[[list[int], i
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    block, epochs = recipe["block_tokens"], recipe["epochs"]
-    greedy = GenerationConfig(max_new_tokens=block, do_sample=False, use_cache=True, pad_token_id=0)
+    stream = get_peft_model(base, config).eval()
+    optimizer = torch.optim.AdamW(
+        (p for p in stream.parameters() if p.requires_grad),
+        lr=recipe["learning_rate"],
+        eps=recipe["adam_eps"],
+        weight_decay=recipe["weight_decay"],
+    )
 
-    def write(prompt: list[int], tokens: int) -> list[int]:
-        stream = get_peft_model(base, config)
-        optimizer = torch.optim.AdamW(
-            (p for p in stream.parameters() if p.requires_grad),
-            lr=recipe["learning_rate"],
-            eps=recipe["adam_eps"],
-            weight_decay=recipe["weight_decay"],
-        )
-        text = list(prompt)
-        for written in range(0, tokens, block):
-            if written:
-                stream.train()
-                first = len(text) - block
-                example = text[max(0, first - recipe["train_context_tokens"]) :]
-                labels = [-100] * (len(example) - block) + text[first:]
-                for _ in range(epochs):
-                    ids, targets = (torch.tensor([x], device=base.device) for x in (example, labels))
-                    loss = stream(input_ids=ids, labels=targets).loss
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-            stream.eval()
-            context = text[-recipe["context_tokens"] :] if written else text
-            ids = torch.tensor([context], device=base.device)
-            text += stream.generate(ids, generation_config=greedy)[0, len(context) :].tolist()
-        stream.unload()
-        return text[len(prompt) :]
+    def train(text: list[int], targets: int) -> None:
+        stream.train()
+        first = len(text) - targets
+        example = text[max(0, first - recipe["train_context_tokens"]) :]
+        labels = [-100] * (len(example) - targets) + text[first:]
+        for _ in range(recipe["epochs"]):
+            ids, wanted = (torch.tensor([x], device=base.device) for x in (example, labels))
+            loss = stream(input_ids=ids, labels=wanted).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        stream.eval()
 
-    return write
+    return stream, train
 
 
 def engine_speed(

@@ -113,11 +113,11 @@ def goldens() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, where `vllm-longctx get-model smollm2` has put it."""
-    from vllm_longctx.cli.get_model import cache_directory
+    from vllm_longctx.cli.get_model import fetched
 
-    path = cache_directory("smollm2")
-    if not path.is_dir():
-        pytest.skip(f"SmolLM2 is not on this machine ({path}); run: vllm-longctx get-model smollm2")
+    path = fetched("smollm2")
+    if path is None:
+        pytest.skip("SmolLM2 is not on this machine; run: vllm-longctx get-model smollm2")
     return path
 
 

@@ -30,13 +30,14 @@ class AdditionalConfig(dict[str, Any]):
 def install(config: LongContextConfig) -> None:
     """Have the requests of engines with a configuration of ours checked, and ends of processes heard."""
     from vllm_longctx import processes, refusals
-    from vllm_longctx.serving import app, stop_strings, written_text
+    from vllm_longctx.serving import app, stop_strings, token_cache, written_text
 
     app.check_engine_requests()
     app.refuse_images()
     app.limit_requests()
     stop_strings.wait_for_saves()
     written_text.keep_ends_of_texts()
+    token_cache.keep_ids()
     refusals.raise_in_front_end()
     if not config.mode.is_plain:
         processes.end_together()

@@ -230,6 +230,16 @@ SEAMS = [
         "0009-request-checks-of-plugins.diff",
     ),
     Seam(
+        "BaseRenderer._tokenize_prompt (wrapped)",
+        "serving/token_cache.py",
+        "keep the ids of a chat's earlier messages, of which a client sends all with every turn",
+        _all(
+            _has("vllm.renderers.base:BaseRenderer", "_tokenize_prompt", "get_tokenizer"),
+            _has("vllm.renderers.params:TokenizeParams", "get_encode_kwargs"),
+        ),
+        "0032-encode-of-renderers.diff",
+    ),
+    Seam(
         "APIRoute.app, init_endpoint_plugins_state, an app's AsyncLLM.generate and add_request, beam_search "
         "of vLLM's handlers "
         "(wrapped); their default_sampling_params (max_tokens set)",

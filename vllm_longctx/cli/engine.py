@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_longctx import BOOKLM
-from vllm_longctx.cli.get_model import PACKAGES, cache_directory
+from vllm_longctx.cli.get_model import PACKAGES, fetched
 from vllm_longctx.cli.output import console, counting
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def model_path(model: str) -> str:
     """Raises ValueError for the name of a model that is to be fetched first."""
     if model not in PACKAGES or Path(model).exists():
         return BOOKLM if model == "booklm" else model
-    path = cache_directory(model)
-    if not path.is_dir():
+    path = fetched(model)
+    if path is None:
         raise ValueError(f"{model} is not on this machine: type vllm-longctx get-model {model}")
     return str(path)
 

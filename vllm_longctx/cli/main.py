@@ -2,6 +2,7 @@
 
 import typer
 
+from vllm_longctx.cli.diagnose import diagnose
 from vllm_longctx.cli.doctor import doctor
 from vllm_longctx.cli.generate import generate
 from vllm_longctx.cli.get_model import get_model
@@ -24,6 +25,7 @@ app.command()(generate)
 app.command()(passkey)
 app.command()(tune)
 app.command()(size)
+app.command()(diagnose)
 app.command()(train_focused)
 
 if __name__ == "__main__":

