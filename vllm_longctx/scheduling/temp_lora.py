@@ -20,11 +20,13 @@ import functools
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.engine import EngineCoreOutputs
@@ -43,12 +45,13 @@ from vllm_longctx.engine.stepped_kv import SteppedManager
 from vllm_longctx.engine.waiting import limit_reader_sleep
 from vllm_longctx.metrics import StepStats
 from vllm_longctx.scheduling.adapting_request import AdaptingRequest
+from vllm_longctx.scheduling.request_pass import KVHasher
 from vllm_longctx.scheduling.saves import PendingSaves, ended_by_itself
 from vllm_longctx.scheduling.scheduler import LongContextScheduler
 from vllm_longctx.scheduling.trainer_jobs import TrainerJobs
 from vllm_longctx.settings import Adaptation
 from vllm_longctx.temp_lora import base_model, messages
-from vllm_longctx.temp_lora.blocks import Blocks, PassStart, Window
+from vllm_longctx.temp_lora.blocks import Blocks, Start, Window
 from vllm_longctx.temp_lora.client import TrainerClient, trainer_client
 from vllm_longctx.temp_lora.shared_weights import shared_by_engine
 
@@ -70,6 +73,7 @@ class TempLoraScheduler(LongContextScheduler):
     retiring_slots: Slots whose request has ended, each behind the number of the last step that may read it.
     freed_slots: Slots that were freed since the last step, for the workers.
     reserved_blocks: KV blocks reserved for admitted requests.
+    hasher: Names the KV blocks of requests that adapt. None where these are not shared.
     steps_scheduled, steps_done: Steps that computed anything: scheduled so far, and those whose outputs have
         come.
     """
@@ -88,6 +92,7 @@ class TempLoraScheduler(LongContextScheduler):
         self.retiring_slots: deque[tuple[int, int]] = deque()
         self.freed_slots: list[int] = []
         self.reserved_blocks = 0
+        self.hasher = self._kv_hasher()
         self.steps_scheduled = self.steps_done = 0
         shared = shared_by_engine.pop(self.vllm_config.instance_id, None)
         with refusals.reported(self.vllm_config):
@@ -101,6 +106,17 @@ class TempLoraScheduler(LongContextScheduler):
     @property
     def trainer(self) -> TrainerClient:
         return self.jobs.trainer
+
+    def _kv_hasher(self) -> KVHasher | None:
+        """None where nothing is remembered.
+
+        Or where others hear of what is cached, as if it were the base model's.
+        """
+        cache, sizes = self.cache_config, {manager.block_size for manager in self.private_managers}
+        remembers = self.temp_lora.cache_gib != 0 and cache.enable_prefix_caching
+        if not remembers or self.enable_kv_cache_events or sizes != {self.hash_block_size}:
+            return None
+        return KVHasher(get_hash_fn_by_name(cache.prefix_caching_hash_algo), self.hash_block_size)
 
     def check_trainer_model(self, executor: Executor) -> None:
         """Wait for the trainer, and compare its model with the engine's, without and with an adapter.
@@ -179,9 +195,15 @@ class TempLoraScheduler(LongContextScheduler):
             Blocks.of_prompt(prompt, settings.block_tokens, mode, settings.learn),
             Window(settings.kv_policy, *sizes, self.block_size),
             self._kv_blocks_of(settings),
-            owner=next(self.owners),
+            owner=self.new_owner(),
+            hasher=None if request.mm_features else self.hasher,
         )
+        request.block_hashes.clear()
+        request._block_hasher = adapting.new_block_hashes
         self.adapting[request.request_id] = self.jobs.by_owner[adapting.owner] = adapting
+
+    def new_owner(self) -> int:
+        return next(self.owners)
 
     def _kv_blocks_of(self, settings: Adaptation) -> int:
         """The most KV blocks that a request with these settings has at a time."""
@@ -215,13 +237,50 @@ class TempLoraScheduler(LongContextScheduler):
             self.jobs.train_next(adapting)
         return True
 
-    def begin_with(self, adapting: AdaptingRequest, begun: PassStart) -> None:
-        adapting.begin_with(begun)
-        request, first = adapting.request, adapting.current_pass.first
-        if first:
+    def can_begin_with(self, adapting: AdaptingRequest, start: Start) -> bool:
+        blocks, _ = self._cached(adapting, start)
+        return bool(blocks[0])
+
+    def begin_with(self, adapting: AdaptingRequest, start: Start) -> bool:
+        blocks, position = self._cached(adapting, start)
+        if not blocks[0] and start.version != start.begun.version:
+            return False
+        adapting.begin_with(start, position)
+        if position:
             self._roll_back(adapting)
-            if request.prefill_stats is not None:  # where vLLM counts what it finds in the prefix cache
-                request.prefill_stats.set(request.num_prompt_tokens, first, 0)
+            if blocks[0]:
+                self._adopt(adapting, blocks, 0)
+            self._count_cached(adapting)
+        return True
+
+    def _cached(self, adapting: AdaptingRequest, start: Start) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """KV blocks of a pass that are cached, by KV cache group, and the position to be computed next."""
+        seen, coordinator = adapting.pass_seen(start.begun), self.kv_cache_manager.coordinator
+        none: tuple[list[KVCacheBlock], ...] = ([],) * len(coordinator.single_type_managers)
+        if seen.hasher is None:
+            return none, seen.first
+        size = seen.hasher.block_tokens
+        before = seen.end_of(-1)
+        longest = min(start.latest - before, len(seen.names) * size)
+        blocks, length, _ = coordinator.find_longest_cache_hit(seen.names, max(longest, 0))
+        if not length or before + length < start.earliest:
+            return none, seen.first
+        return blocks, before + length
+
+    def _adopt(
+        self, adapting: AdaptingRequest, blocks: tuple[Sequence[KVCacheBlock], ...], kv_block: int
+    ) -> None:
+        """Go on behind cached KV blocks of a request's pass, of which these are those from `kv_block` on."""
+        current = adapting.current_pass
+        for manager, of_group in zip(self.private_managers, blocks, strict=True):
+            manager.adopt(adapting.request_id, of_group, current.table_index(kv_block))
+        adapting.request.num_computed_tokens = current.end_of(kv_block + len(blocks[0]) - 1)
+
+    def _count_cached(self, adapting: AdaptingRequest) -> None:
+        """Where vLLM counts what it finds in the prefix cache."""
+        request = adapting.request
+        if request.prefill_stats is not None:
+            request.prefill_stats.set(request.num_prompt_tokens, adapting.tokens_cached, 0)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Free it. Returns what its last output says of transfers. What it says of KV has a part of ours."""
@@ -237,6 +296,7 @@ class TempLoraScheduler(LongContextScheduler):
     def _end_adapting(self, adapting: AdaptingRequest) -> None:
         """Free what a request has that ends. It keeps its slot if its adapter is to be saved."""
         self.failed.pop(adapting.request_id, None)
+        adapting.request._block_hasher = None
         adapting.held_since = None
         if adapting.admitted:
             self.reserved_blocks -= adapting.kv_blocks
@@ -298,10 +358,11 @@ class TempLoraScheduler(LongContextScheduler):
         for report in self.trainer.poll():
             self.jobs.handle(report)
         self._continue_saves()
+        next_blocks: set[BlockHash] = set()
         for request in self.running:
             adapting = self.adapting.get(request.request_id)
-            if adapting is not None and request.num_in_flight_tokens == 0:
-                self._prepare_next_position(adapting)
+            if adapting is not None:
+                self._prepare(adapting, next_blocks)
         # vLLM preempts the last of them. Requests that adapt cannot be replayed, so they stand first.
         self.running.sort(key=lambda request: request.request_id not in self.adapting)
         output = super().schedule(*args, **kwargs)
@@ -317,6 +378,63 @@ class TempLoraScheduler(LongContextScheduler):
         if self.steps_scheduled > self.steps_done or self.saves.answers:
             return False
         return any(adapting.admitted for adapting in self.jobs.by_owner.values())
+
+    def _prepare(self, adapting: AdaptingRequest, next_blocks: set[BlockHash]) -> None:
+        """Before a step: bring a running request as far as it comes without computing.
+
+        Of requests that would compute the same KV block, the first one does. The others take it up then.
+
+        next_blocks: What those before it in the list compute next.
+        """
+        request = adapting.request
+        adapting.waits_for_other = False
+        if request.num_in_flight_tokens == 0:
+            self._prepare_next_position(adapting)
+            while self._take_up(adapting):
+                self._prepare_next_position(adapting)
+        name = self._next_block(adapting)
+        if name is not None:
+            adapting.waits_for_other = name in next_blocks and request.num_in_flight_tokens == 0
+            next_blocks.add(name)
+
+    def _next_block(self, adapting: AdaptingRequest) -> BlockHash | None:
+        """The KV block that a request computes next, if it may compute all of it. None if it has no name."""
+        request, current = adapting.request, adapting.current_pass
+        if current.hasher is None or adapting.is_scored:
+            return None
+        first, index = request.num_computed_tokens, self._kv_block(adapting)
+        if current.end_of(index) > min(first + adapting.allowance(first), request.num_tokens - 1):
+            return None
+        current.extend(request.all_token_ids, adapting.chain)
+        return current.names[index] if index < len(current.names) else None
+
+    def _kv_block(self, adapting: AdaptingRequest) -> int:
+        """Which KV block of its pass a request computes next."""
+        current = adapting.current_pass
+        assert current.hasher is not None
+        return (adapting.request.num_computed_tokens - current.end_of(-1)) // current.hasher.block_tokens
+
+    def _take_up(self, adapting: AdaptingRequest) -> bool:
+        """Go on behind what other requests have computed of its pass meanwhile. False if that is nothing.
+
+        By no more tokens than a step may compute: room for more is not reserved.
+        """
+        request, current, pool = adapting.request, adapting.current_pass, self.kv_cache_manager.block_pool
+        groups = [manager.kv_cache_group_id for manager in self.private_managers]
+        before = request.num_computed_tokens
+        while request.num_computed_tokens - before < self.max_num_scheduled_tokens:
+            name = self._next_block(adapting)
+            found = None if name is None else pool.get_cached_block(name, groups)
+            if found is None:
+                break
+            self._adopt(adapting, tuple([block] for block in found), self._kv_block(adapting))
+        if request.num_computed_tokens == before:
+            return False
+        current.sends_table = True
+        adapting.tokens_cached += max(request.num_computed_tokens - max(adapting.frontier, before), 0)
+        adapting.frontier = max(adapting.frontier, request.num_computed_tokens)
+        self._count_cached(adapting)
+        return True
 
     def _prepare_next_position(self, adapting: AdaptingRequest) -> None:
         """At the frontier: approve the version that comes next, and begin a new pass if one is due."""
@@ -342,8 +460,10 @@ class TempLoraScheduler(LongContextScheduler):
         """Free the KV blocks of a request's pass, which is computed from its first position on."""
         first = adapting.current_pass.first
         for manager in self.private_managers:
-            assert isinstance(manager, SteppedManager)
-            manager.roll_back(adapting.request_id, first)
+            if isinstance(manager, SteppedManager):
+                manager.roll_back(adapting.request_id, first)
+            else:
+                manager.free(adapting.request_id)
         adapting.request.num_computed_tokens = first
 
     def _most_tokens(self, request: Request, computed: int) -> int:
@@ -411,9 +531,18 @@ class TempLoraScheduler(LongContextScheduler):
             request.request_id,
             adapting.versions.approved_weights.version,
         )
+        adapting.lose_kv_names()  # all of it is computed with one version
         adapting.current_pass.sends_table = False  # vLLM sends it
         if adapting.current_pass.first:
             self._roll_back(adapting)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
+        if reset_running_requests:
+            for adapting in self.adapting.values():
+                if adapting.request.num_computed_tokens and adapting.request.status == RequestStatus.WAITING:
+                    self._roll_back(adapting)
+                    adapting.lose_kv_names()
+        return super().reset_prefix_cache(reset_running_requests, *args, **kwargs)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
