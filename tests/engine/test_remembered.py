@@ -14,11 +14,14 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
+from vllm.v1.core.kv_cache_utils import hash_block_tokens
 
 from tests.support.engines import logprobs_of, metric, prompt, running_here
 from tests.support.temp_lora_engine import RECIPE, STEPPED
+from vllm_longctx.scheduling import request_pass
 
 TRAINED, REMEMBERED = "vllm:longctx_blocks_trained", "vllm:longctx_blocks_remembered"
+COMPUTED = "vllm:longctx_adapted_tokens"
 MORE = {"dropout": 0.1, "slots": 4, "cache_gib": 0.25}
 TEXT = prompt(230, 17)
 # With windows of 128 tokens of which 64 are computed again, passes of `reuse` begin at these positions, and
@@ -137,13 +140,21 @@ def test_other_recipes_share_nothing(stepped: LLM) -> None:
     assert metric(stepped, REMEMBERED) == remembered + 3
 
 
-def test_several_answers_to_one_prompt_train_once(stepped: LLM) -> None:
-    text, trained = prompt(200, 21), metric(stepped, TRAINED)
-    params = {"temperature": 0.0, "n": 1}
-    write(stepped, [Case(text, {}, params)] * 4, cold=False, tokens=4)
+def test_several_answers_to_one_prompt_read_it_once(stepped: LLM) -> None:
+    """At once. What one of them has computed the others take up."""
+    text = prompt(200, 21)
+    case = Case(text, {}, {"temperature": 0.0})
+    computed = metric(stepped, COMPUTED)
+    (cold,) = write(stepped, [case], cold=True, tokens=4)
+    trained, alone = metric(stepped, TRAINED), metric(stepped, COMPUTED) - computed
+    together = write(stepped, [case] * 4, cold=False, tokens=4)
     assert metric(stepped, TRAINED) == trained + 6
-    (again,) = write(stepped, [Case(text, {}, params)], cold=False, tokens=4)
+    print(alone, metric(stepped, COMPUTED) - computed - alone)
+    assert metric(stepped, COMPUTED) - computed - alone < 1.5 * alone
+    (again,) = write(stepped, [case], cold=False, tokens=4)
     assert again.kv_transfer_params == {"longctx": {"blocks_remembered": 6}}
+    for one in (*together, again):
+        assert_equal(one, cold)
 
 
 def test_a_chat_learns_what_is_new_only(stepped: LLM) -> None:
@@ -218,3 +229,23 @@ def test_sliding_windows_begin_where_all_that_they_see_is_cached(sliding: LLM, m
         same = next((i for i, (a, b) in enumerate(zip(case.prompt, TEXT, strict=False)) if a != b), 1 << 30)
         if "prompt_logprobs" not in case.params:
             assert one.num_cached_tokens == min(same, len(case.prompt) - 1) // KV_BLOCK * KV_BLOCK
+
+
+def test_kv_whose_names_leave_out_the_version_is_found_out(
+    sliding: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then a text is computed over KV of other versions, and says other words."""
+
+    def hash_block(function: Any, parent: Any, tokens: Any, keys: Any) -> Any:
+        return hash_block_tokens(function, parent, tokens)
+
+    monkeypatch.setattr(request_pass, "hash_block_tokens", hash_block)
+    text, greedy = prompt(230, 31), {"temperature": 0.0}
+    write(sliding, [Case(text, {}, greedy)], cold=False)
+    case = Case(text, {"learning_rate": 2e-2}, greedy)
+    (poisoned,) = write(sliding, [case], cold=False)
+    monkeypatch.undo()
+    (right,) = write(sliding, [case], cold=True)
+    assert poisoned.num_cached_tokens
+    with pytest.raises(AssertionError):
+        assert_equal(poisoned, right)

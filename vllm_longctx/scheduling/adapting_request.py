@@ -223,22 +223,31 @@ class AdaptingRequest:
         """
         if not self.loaded or self.waits_for_other or self.needed_version > self.versions.approved:
             return 0
-        ends = []
+        return max(self.end - computed, 0)
+
+    @property
+    def end(self) -> int:
+        """Of its text block, or of its window."""
+        ends = [NO_LIMIT]
         if self.trains or self.window.policy == "recompute":
             ends.append(self.blocks.end_of_block(max(self.checked, self.blocks.origin)))
         if self.window.policy != "keep":
             ends.append(self.window.last_position(self.current_pass.start))
-        return max(min(ends) - computed, 0) if ends else NO_LIMIT
+        return min(ends)
 
     def pass_at(self, begun: PassStart) -> RequestPass:
         blocks = self.blocks if self.trains else None
         return RequestPass(begun, self.window.first_computed(begun.start), blocks, self.hasher)
 
     def pass_seen(self, begun: PassStart) -> RequestPass:
-        """The pass, with the names of its KV blocks."""
-        seen = self.passes_seen.setdefault(begun, self.pass_at(begun))
-        seen.extend(self.request.all_token_ids, self.chain)
-        return seen
+        """A pass that may become the current one."""
+        if begun == self.current_pass.begun:
+            return self.current_pass
+        return self.passes_seen.setdefault(begun, self.pass_at(begun))
+
+    def name_kv(self, one: RequestPass, limit: int) -> None:
+        """Name the KV blocks of a pass, up to a position."""
+        one.extend(self.request.all_token_ids, self.chain, limit)
 
     def begin_pass(self) -> bool:
         """Begin the pass that is due at the frontier. False if none is due."""
@@ -280,7 +289,7 @@ class AdaptingRequest:
     def new_block_hashes(self, request: Request) -> list[BlockHash]:
         """Hashes of further blocks of its current table, for vLLM's prefix cache."""
         current = self.current_pass
-        current.extend(request.all_token_ids, self.chain)
+        self.name_kv(current, self.end)
         if len(request.block_hashes) >= current.table_index(len(current.names)):
             return []
         return current.hashes[len(request.block_hashes) :]

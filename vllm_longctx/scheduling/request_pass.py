@@ -69,15 +69,17 @@ class RequestPass:
         size = self.hasher.block_tokens
         return first_entry(self.first, size) + (kv_block + 1) * size
 
-    def extend(self, text: Sequence[int], chain: Sequence[bytes]) -> None:
+    def extend(self, text: Sequence[int], chain: Sequence[bytes], limit: int) -> None:
         """Name more KV blocks: all that are full of known tokens, computed by versions that have an address.
 
-        text: All token ids of the request, as far as they are known. chain: The addresses of its versions.
+        text: All token ids of the request, as far as they are known.
+        chain: The addresses of its versions.
+        limit: The position up to which to name them.
         """
         if self.hasher is None or not chain:
             return
-        first, start = self.first, self.begun.start
-        while (end := self.end_of(len(self.names))) <= len(text):
+        first, start, limit = self.first, self.begun.start, min(limit, len(text))
+        while (end := self.end_of(len(self.names))) <= limit:
             begin = max(end - self.hasher.block_tokens, first)
             runs = list(self._versions(begin, end))
             if runs[-1][1] >= len(chain):

@@ -263,13 +263,22 @@ class TempLoraScheduler(LongContextScheduler):
         none: tuple[list[KVCacheBlock], ...] = ([],) * len(coordinator.single_type_managers)
         if seen.hasher is None:
             return none, seen.first
-        size = seen.hasher.block_tokens
+        if self.temp_lora.has_passes:  # a pass is cached from its first block on, or not at all
+            adapting.name_kv(seen, seen.end_of(0))
+            if not seen.names or self._find(seen.names[0]) is None:
+                return none, seen.first
+        adapting.name_kv(seen, start.latest)
         before = seen.end_of(-1)
-        longest = min(start.latest - before, len(seen.names) * size)
+        longest = min(start.latest - before, len(seen.names) * seen.hasher.block_tokens)
         blocks, length, _ = coordinator.find_longest_cache_hit(seen.names, max(longest, 0))
         if not length or before + length < start.earliest:
             return none, seen.first
         return blocks, before + length
+
+    def _find(self, name: BlockHash) -> list[KVCacheBlock] | None:
+        """The KV block of this name, of each KV cache group. None if one is not cached."""
+        groups = [manager.kv_cache_group_id for manager in self.private_managers]
+        return self.kv_cache_manager.block_pool.get_cached_block(name, groups)
 
     def _adopt(
         self, adapting: AdaptingRequest, blocks: tuple[Sequence[KVCacheBlock], ...], kv_block: int
@@ -399,10 +408,15 @@ class TempLoraScheduler(LongContextScheduler):
             next_blocks.add(name)
 
     def _advance(self, adapting: AdaptingRequest) -> None:
-        """Bring a request without a step in flight as far as it comes without computing."""
+        """Bring a request without a step in flight as far as it comes without computing.
+
+        By no more tokens than a step may compute: others may wait for it.
+        """
         adapting.waits_for_other = False
         self._prepare_next_position(adapting)
-        while self._take_up(adapting):
+        most = self.max_num_scheduled_tokens
+        while most > 0 and (taken := self._take_up(adapting, most)):
+            most -= taken
             self._prepare_next_position(adapting)
 
     def _next_block(self, adapting: AdaptingRequest) -> BlockHash | None:
@@ -413,7 +427,7 @@ class TempLoraScheduler(LongContextScheduler):
         first, index = request.num_computed_tokens, self._kv_block(adapting)
         if current.end_of(index) > min(first + adapting.allowance(first), request.num_tokens - 1):
             return None
-        current.extend(request.all_token_ids, adapting.chain)
+        adapting.name_kv(current, current.end_of(index))
         return current.names[index] if index < len(current.names) else None
 
     def _kv_block(self, adapting: AdaptingRequest) -> int:
@@ -422,27 +436,29 @@ class TempLoraScheduler(LongContextScheduler):
         assert current.hasher is not None
         return (adapting.request.num_computed_tokens - current.end_of(-1)) // current.hasher.block_tokens
 
-    def _take_up(self, adapting: AdaptingRequest) -> bool:
-        """Go on behind what other requests have computed of its pass meanwhile. False if that is nothing.
+    def _take_up(self, adapting: AdaptingRequest, most: int) -> int:
+        """Go on behind what other requests have computed of its pass meanwhile. Returns how many tokens.
 
-        By no more tokens than a step may compute: room for more is not reserved.
+        most: About so many.
         """
-        request, current, pool = adapting.request, adapting.current_pass, self.kv_cache_manager.block_pool
-        groups = [manager.kv_cache_group_id for manager in self.private_managers]
-        before = request.num_computed_tokens
-        while request.num_computed_tokens - before < self.max_num_scheduled_tokens:
+        request, before = adapting.request, adapting.request.num_computed_tokens
+        while request.num_computed_tokens - before < most:
             name = self._next_block(adapting)
-            found = None if name is None else pool.get_cached_block(name, groups)
+            found = None if name is None else self._find(name)
             if found is None:
                 break
             self._adopt(adapting, tuple([block] for block in found), self._kv_block(adapting))
+            # What has left a sliding window: room for more is not reserved.
+            self.kv_cache_manager.remove_skipped_blocks(
+                request.request_id, request.num_computed_tokens, request.num_prompt_tokens
+            )
         if request.num_computed_tokens == before:
-            return False
-        current.sends_table = True
+            return 0
+        adapting.current_pass.sends_table = True
         adapting.tokens_cached += max(request.num_computed_tokens - max(adapting.frontier, before), 0)
         adapting.frontier = max(adapting.frontier, request.num_computed_tokens)
         self._count_cached(adapting)
-        return True
+        return request.num_computed_tokens - before
 
     def _prepare_next_position(self, adapting: AdaptingRequest) -> None:
         """At the frontier: approve the version that comes next, and begin a new pass if one is due."""

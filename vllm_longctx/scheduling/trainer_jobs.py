@@ -322,6 +322,9 @@ class TrainerJobs:
                 else:
                     self._count_remembered(adapting, 1)
                 versions.add(Weights(report.version, report.bank))
+                if self.settings.cache_gib != 0 and report.version < len(adapting.chain):
+                    # It is kept by now, or about to be: Kept comes later, maybe after the next request.
+                    self.remembered.add(adapting.chain[report.version])
                 self.train_next(adapting)
             case messages.Failed() if report.version == versions.sent:
                 self._skip_block(adapting, report.reason)
