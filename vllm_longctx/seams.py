@@ -285,11 +285,13 @@ SEAMS = [
     Seam(
         "Scheduler._make_cached_request_data (overridden), resumed_req_ids of requests that run on; "
         "SingleTypeKVCacheManager.req_to_blocks, num_cached_block (set)",
-        "scheduling/temp_lora.py, cuda/passes_runner.py, engine/stepped_kv.py",
-        "begin a new pass: free a running request's KV blocks and compute its window again, never shared "
-        "with other requests",
+        "scheduling/temp_lora.py, cuda/passes_runner.py, engine/stepped_kv.py, engine/sliding_kv.py",
+        "begin a new pass: free a running request's KV blocks and compute its window again; go on behind "
+        "blocks that other requests have computed meanwhile",
         _all(
             _has("vllm.v1.core.sched.scheduler:Scheduler", "_make_cached_request_data"),
+            _has("vllm.v1.core.block_pool:BlockPool", "get_cached_block", "touch", "free_blocks"),
+            _has("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator", "find_longest_cache_hit"),
             _sets(
                 "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
                 "req_to_blocks",
@@ -440,11 +442,16 @@ SEAMS = [
         "0017-slots-written-by-builders.diff",
     ),
     Seam(
-        "Request.block_hashes (cut), _block_hasher (taken away)",
-        "scheduling/scheduler.py, scheduling/memory.py",
+        "Request.block_hashes (cut), _block_hasher (taken away, or another one)",
+        "scheduling/scheduler.py, scheduling/memory.py, scheduling/temp_lora.py",
         "keep KV out of the prefix cache that depends on where the prompt ends, or was computed without its "
-        "adapter",
-        _sets("vllm.v1.request:Request", "block_hashes", "_block_hasher"),
+        "adapter; name KV by the versions that computed it",
+        _all(
+            _sets("vllm.v1.request:Request", "block_hashes", "_block_hasher"),
+            _has("vllm.v1.request:Request", "update_block_hashes"),
+            _has("vllm.v1.core.kv_cache_utils:hash_block_tokens"),
+            _has("vllm.utils.hashing:get_hash_fn_by_name"),
+        ),
         "0018-block-hashes-of-a-request.diff",
     ),
     Seam(

@@ -17,16 +17,20 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
+from vllm.v1.core.kv_cache_utils import hash_block_tokens
 
 from tests.support.engines import logprobs_of, metric, prompt, running_here, sidecars, wait_until
 from tests.support.temp_lora_engine import RECIPE, STEPPED
+from vllm_longctx.scheduling import request_pass
 
 TRAINED, REMEMBERED = "vllm:longctx_blocks_trained", "vllm:longctx_blocks_remembered"
+COMPUTED = "vllm:longctx_adapted_tokens"
 MORE = {"dropout": 0.1, "slots": 4, "cache_gib": 0.25}
 TEXT = prompt(230, 17)
 # With windows of 128 tokens of which 64 are computed again, passes of `reuse` begin at these positions, and
-# first compute the text's first token in place of another one.
-PASSES = {128: 63, 191: 95, 223: 127}
+# first compute the text's first token in place of another one. KV blocks are counted from there.
+PASSES = {0: 0, 128: 63, 191: 95, 223: 127}
+KV_BLOCK = 32
 LENGTHS = (230, 225, 224, 223, 192, 191, 129, 128, 20)
 STEPPED_MODES = [
     {"kv_policy": policy, "update_mode": mode}
@@ -103,7 +107,7 @@ def stepped(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def test_stepped_windows_say_what_they_say_when_they_learn_it_anew(
     stepped: LLM, options: dict[str, Any]
 ) -> None:
-    """The text is read once. What follows begins at its last pass, and learns only what is new."""
+    """The text is read once. What follows begins inside of its last pass, and learns only what is new."""
     asked = cases(options)
     write(stepped, [Case(TEXT, options, {"temperature": 0})], cold=False, tokens=30)
     trained, remembered = metric(stepped, TRAINED), metric(stepped, REMEMBERED)
@@ -121,8 +125,9 @@ def test_stepped_windows_say_what_they_say_when_they_learn_it_anew(
         assert other.num_cached_tokens == 0
         same = next((i for i, (a, b) in enumerate(zip(case.prompt, TEXT, strict=False)) if a != b), 1 << 30)
         if options == STEPPED_MODES[0] and "prompt_logprobs" not in case.params:
-            begun = [first for at, first in PASSES.items() if at <= same and at < len(case.prompt)]
-            assert one.num_cached_tokens == max(begun, default=0)
+            last = min(same, len(case.prompt) - 1)
+            first = max(first for at, first in PASSES.items() if at <= last)
+            assert one.num_cached_tokens == first + (last - first) // KV_BLOCK * KV_BLOCK
     assert warm[-1].num_cached_tokens == 0, "a prompt that is scored is computed from its first token on"
 
 
@@ -138,13 +143,21 @@ def test_other_recipes_share_nothing(stepped: LLM) -> None:
     assert metric(stepped, REMEMBERED) == remembered + 3
 
 
-def test_several_answers_to_one_prompt_train_once(stepped: LLM) -> None:
-    text, trained = prompt(200, 21), metric(stepped, TRAINED)
-    params = {"temperature": 0.0, "n": 1}
-    write(stepped, [Case(text, {}, params)] * 4, cold=False, tokens=4)
+def test_several_answers_to_one_prompt_read_it_once(stepped: LLM) -> None:
+    """At once. What one of them has computed the others take up."""
+    text = prompt(200, 21)
+    case = Case(text, {}, {"temperature": 0.0})
+    computed = metric(stepped, COMPUTED)
+    (cold,) = write(stepped, [case], cold=True, tokens=4)
+    trained, alone = metric(stepped, TRAINED), metric(stepped, COMPUTED) - computed
+    together = write(stepped, [case] * 4, cold=False, tokens=4)
     assert metric(stepped, TRAINED) == trained + 6
-    (again,) = write(stepped, [Case(text, {}, params)], cold=False, tokens=4)
+    print(alone, metric(stepped, COMPUTED) - computed - alone)
+    assert metric(stepped, COMPUTED) - computed - alone < 1.5 * alone
+    (again,) = write(stepped, [case], cold=False, tokens=4)
     assert again.kv_transfer_params == {"longctx": {"blocks_remembered": 6}}
+    for one in (*together, again):
+        assert_equal(one, cold)
 
 
 def test_a_chat_learns_what_is_new_only(stepped: LLM) -> None:
@@ -176,7 +189,7 @@ def test_many_questions_about_one_text_learn_it_once(stepped: LLM) -> None:
     saved = [Case(question, {"start_from": "text", "epochs": 0}, greedy) for question in questions]
     for one, other in zip(write(stepped, none, False, 50), write(stepped, saved, False, 50), strict=True):
         assert_equal(one, other)
-        assert (one.num_cached_tokens, other.num_cached_tokens) == (127, 0)
+        assert (one.num_cached_tokens or 0) >= 127 and other.num_cached_tokens == 0
     assert metric(stepped, REMEMBERED) == remembered + 3 * 7
     untrained = [Case(question, {"epochs": 0}, greedy) for question in questions]
     for one, other in zip(write(stepped, none, True, 50), write(stepped, untrained, False, 50), strict=True):
@@ -196,7 +209,7 @@ def test_saved_adapters_are_begun_with_by_what_they_are(stepped: LLM) -> None:
         assert metric(stepped, TRAINED) == trained + 14
         assert_equal(first, again)
         assert_equal(first, cold)
-        assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 127)
+        assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 223)
 
 
 @pytest.fixture(scope="module")
@@ -207,16 +220,38 @@ def sliding(tiny_llama: Path) -> Iterator[LLM]:
 
 
 @pytest.mark.parametrize("mode", ["cascaded", pytest.param("parallel", marks=pytest.mark.slow)])
-def test_sliding_windows_are_computed_again_and_not_trained(sliding: LLM, mode: str) -> None:
-    """Their KV is that of all versions."""
+def test_sliding_windows_begin_where_all_that_they_see_is_cached(sliding: LLM, mode: str) -> None:
     asked = cases({"update_mode": mode})[::3]
     write(sliding, [Case(TEXT, {"update_mode": mode}, {"temperature": 0})], cold=False, tokens=30)
     trained = metric(sliding, TRAINED)
     warm = write(sliding, asked, cold=False)
     assert metric(sliding, TRAINED) - trained < sum(map(versions_of, asked, warm)) / 3
-    for one, other in zip(warm, write(sliding, asked, cold=True), strict=True):
+    for case, one, other in zip(asked, warm, write(sliding, asked, cold=True), strict=True):
         assert_equal(one, other)
-        assert one.num_cached_tokens == 0
+        assert other.num_cached_tokens == 0
+        same = next((i for i, (a, b) in enumerate(zip(case.prompt, TEXT, strict=False)) if a != b), 1 << 30)
+        if "prompt_logprobs" not in case.params:
+            assert one.num_cached_tokens == min(same, len(case.prompt) - 1) // KV_BLOCK * KV_BLOCK
+
+
+def test_kv_whose_names_leave_out_the_version_is_found_out(
+    sliding: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then a text is computed over KV of other versions, and says other words."""
+
+    def hash_block(function: Any, parent: Any, tokens: Any, keys: Any) -> Any:
+        return hash_block_tokens(function, parent, tokens)
+
+    monkeypatch.setattr(request_pass, "hash_block_tokens", hash_block)
+    text, greedy = prompt(230, 31), {"temperature": 0.0}
+    write(sliding, [Case(text, {}, greedy)], cold=False)
+    case = Case(text, {"learning_rate": 2e-2}, greedy)
+    (poisoned,) = write(sliding, [case], cold=False)
+    monkeypatch.undo()
+    (right,) = write(sliding, [case], cold=True)
+    assert poisoned.num_cached_tokens
+    with pytest.raises(AssertionError):
+        assert_equal(poisoned, right)
 
 
 def on_disk(directory: Path) -> set[str]:

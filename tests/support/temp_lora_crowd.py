@@ -1,9 +1,9 @@
 """Requests that learn, over Temp-LoRA's schedulers, with a worker and a trainer that compute digests.
 
 The worker is late: it computes what the scheduler sent just before the outputs are looked at. KV is a digest
-of a token and of the weights, in the physical place that the scheduler named; the next token is a digest of
-all KV of the pass. So whoever is computed with another version, in another pass, or over KV that is not its
-own, says another text.
+of a token, of the weights and of the KV before it, in the physical place that the scheduler named; the next
+token is a digest of all KV of the pass. So whoever is computed with another version, in another pass, or over
+KV of another text, says another text.
 """
 
 import random
@@ -217,9 +217,11 @@ class Crowd(Core):
     timing: when the trainer answers, and who leaves when.
 
     scored: by request and position, what was computed there first.
+    num_blocks: of the pool; None for those of the configuration.
     """
 
     abort_rate, reset_rate = 0.01, 0.0  # per step
+    num_blocks: int | None = None
 
     def __init__(self, config: VllmConfig, seed: int, steps_ahead: int, monkeypatch: pytest.MonkeyPatch):
         rng, self.timing = random.Random(seed), random.Random(f"{seed} {steps_ahead}")
@@ -232,12 +234,15 @@ class Crowd(Core):
         spec: Any = SteppedSpec.from_attention_spec(full, 64)
         if not active_settings(config).temp_lora.has_passes:
             spec = LambdaSpec.from_attention_spec(full, self.geometry)
-        pool = KVCacheConfig(config.cache_config.num_gpu_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+        num_blocks = self.num_blocks or config.cache_config.num_gpu_blocks
+        pool = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
         super().__init__(cls(config, pool, MagicMock(), BLOCK_SIZE, log_stats=True), steps_ahead)
+        if not self.trainer.remembers:
+            self.scheduler.hasher = None
         self.texts: dict[str, list[int]] = {}
         self.tables: dict[str, list[int]] = {}
         self.slots: dict[str, int] = {}
-        self.kv: dict[int, tuple[str, int, int]] = {}
+        self.kv: dict[int, tuple[int, int]] = {}  # by place: the position, and a digest
         self.holds: dict[int, tuple[int, Weights]] = {}
         self.weights: dict[int, int] = {}  # by slot, in the layers
         self.scored: defaultdict[str, dict[int, int]] = defaultdict(dict)
@@ -308,18 +313,19 @@ class Crowd(Core):
             assert block
             return block * BLOCK_SIZE + position % BLOCK_SIZE
 
-        def seen(position: int) -> list[tuple[str, int, int]]:
+        def seen(position: int) -> list[tuple[int, int]]:
             n_global, window = self.geometry.n_global, 0
             if self.geometry.n_local is not None:
                 window = max(position - self.geometry.n_local + 1, 0)
             where = [*range(first, min(n_global, window)), *range(max(first, window), position + 1)]
             found = [self.kv[place(q)] for q in where]
-            assert [entry[:2] for entry in found] == [(name, q) for q in where]
+            assert [at for at, _ in found] == where
             return found
 
         for position in positions:
             token = text[position if position >= start else position - first]
-            self.kv[place(position)] = name, position, digest(token, weights)
+            before = self.kv[place(position - 1)] if position > first else None
+            self.kv[place(position)] = position, digest(token, weights, before)
             if position >= frontier:
                 computed = digest(weights, seen(position))
                 assert name not in self.slots or position not in self.scored[name]

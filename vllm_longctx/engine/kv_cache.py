@@ -31,7 +31,10 @@ def prefix_caching(settings: Settings, cache: CacheConfig) -> str:
             f"{steps} inside of the first window, while that is open; then in steps of {windows.tokens}, up "
             f"to {windows.last_tokens} tokens before the end of either prompt"
         )
-    return f"{steps}; requests that learn: off" if settings.mode.adapts else steps
+    if not settings.mode.adapts:
+        return steps
+    shares = "off" if settings.temp_lora.cache_gib == 0 else "with the same versions only"
+    return f"{steps}; requests that learn: {shares}"
 
 
 def layer_spec(kind: str, spec: AttentionSpec, vllm_config: VllmConfig) -> KVCacheSpec:

@@ -79,11 +79,16 @@ class LambdaSpec(SlidingWindowSpec):
 
 
 class PrivateRequests(SingleTypeKVCacheManager):
-    """Requests that adapt: their blocks are never published, and `most_blocks` is what each holds at once."""
+    """Requests that adapt. `most_blocks` is what each holds at once.
+
+    What they publish has hashes of its own (`scheduling.adapting_request`): a request's `block_hashes` say
+    how far its blocks have any, and `shifts` how many tokens later than in the text each of them is full.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.most_blocks: dict[str, int] = {}
+        self.shifts: dict[str, int] = {}
 
     def most_blocks_of(self, window_tokens: int) -> int:
         """Blocks that a request holds at once, at most. window_tokens: of its passes, if it has any."""
@@ -94,10 +99,22 @@ class PrivateRequests(SingleTypeKVCacheManager):
 
     def forget(self, request_id: str) -> None:
         self.most_blocks.pop(request_id, None)
+        self.shifts.pop(request_id, None)
 
-    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        if request.request_id not in self.most_blocks:
-            super().cache_blocks(request, *args, **kwargs)
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        if request.request_id in self.most_blocks:
+            request.update_block_hashes()
+            full = num_tokens - self.shifts.get(request.request_id, 0)
+            num_tokens = min(full, len(request.block_hashes) * self.block_size)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def adopt(self, request_id: str, blocks: Sequence[KVCacheBlock], index: int) -> None:
+        """Put cached blocks into the request's table, from `index` on, in place of what it has there."""
+        table = self.req_to_blocks[request_id]
+        self.block_pool.touch(blocks)
+        self.block_pool.free_blocks(reversed(table[index:]))
+        table[index:] = blocks
+        self.num_cached_block[request_id] = len(table)
 
 
 class LambdaManager(PrivateRequests):
@@ -177,6 +194,12 @@ class LambdaManager(PrivateRequests):
         super().add_local_computed_blocks(request_id, new_computed_blocks, num_local_computed_tokens, *args)
         self._hits[request_id] = num_local_computed_tokens
         for block in new_computed_blocks:
+            self._middles.pop(block.block_id, None)
+
+    def adopt(self, request_id: str, blocks: Sequence[KVCacheBlock], index: int) -> None:
+        super().adopt(request_id, blocks, index)
+        self._hits[request_id] = len(self.req_to_blocks[request_id]) * self.block_size
+        for block in blocks:
             self._middles.pop(block.block_id, None)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any) -> list[KVCacheBlock]:

@@ -1,7 +1,6 @@
 """KV cache of stepped windows (Temp-LoRA without Λ attention): requests that adapt live in passes.
 
-A new pass gives all blocks back and starts with null blocks up to its window. The KV of a request that adapts
-is its own: prefix caching never sees it.
+A new pass gives all blocks back and starts with null blocks up to its window.
 """
 
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import (
     KVCacheBlock,
@@ -58,6 +58,14 @@ class SteppedSpec(FullAttentionSpec):
         return specs[0]
 
 
+def first_entry(first: int, block_size: int) -> int:
+    """The position from which the KV blocks of a pass are counted. first: The first that it computes.
+
+    CPU kernels see a table from its first entry on, so there a pass begins a block (`cpu.window`).
+    """
+    return first if current_platform.is_cpu() else first // block_size * block_size
+
+
 class SteppedManager(PrivateRequests, FullAttentionManager):
     """Full attention, but for requests whose window steps."""
 
@@ -70,6 +78,7 @@ class SteppedManager(PrivateRequests, FullAttentionManager):
         empty = position // self.block_size
         self.req_to_blocks[request_id] = [self.block_pool.null_block] * empty
         self.num_cached_block[request_id] = empty
+        self.shifts[request_id] = first_entry(position, self.block_size) - empty * self.block_size
 
     def get_num_blocks_to_allocate(
         self,

@@ -7,12 +7,14 @@ tokens. A block is a text block here, except where it says KV block.
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.request import Request
 
 from vllm_longctx.engine.step import NO_LIMIT, Pass, SlotUse, Weights
+from vllm_longctx.scheduling.request_pass import KVHasher, RequestPass
 from vllm_longctx.settings import Adaptation
-from vllm_longctx.temp_lora.blocks import Blocks, PassStart, Window
+from vllm_longctx.temp_lora.blocks import Blocks, PassStart, Start, Window
 
 
 class WaitsFor(Enum):
@@ -89,22 +91,6 @@ class Versions:
 
 
 @dataclass
-class CurrentPass:
-    """The pass in which a request's window is computed.
-
-    start: Where its window starts.
-    first: The first position that it computes. The kept first tokens stand from here to `start`.
-    began_at: The frontier when it began.
-    sends_table: Whether the workers still have the block table of the pass before.
-    """
-
-    start: int = 0
-    first: int = 0
-    began_at: int = 0
-    sends_table: bool = False
-
-
-@dataclass
 class PendingSave:
     """The end of a request whose adapter is to be saved.
 
@@ -137,10 +123,13 @@ class AdaptingRequest:
     chain: The addresses of its versions, from h(0) on, as far as they are known. Empty where its versions are
         not what their text alone makes of them.
     began_with: Names the weights of the saved adapter with which its training began. Empty for a new one.
-    recalls: Passes with which it may begin, the last of the text first, while the trainer is asked for their
-        versions.
+    recalls: Where it may begin, the best first, while the trainer is asked for the versions.
     blocks_remembered: Blocks that were not trained for it.
+    tokens_cached: Tokens of its text that were not computed for it.
+    hasher: Names its KV blocks. None if they have no names.
     current_pass: The pass in which it is computed.
+    passes_seen: Passes in which it may begin, until it does.
+    waits_for_other: Whether another request computes just what comes next, in the current step.
     pass_versions: With which each of its passes began, the current one and those before.
     frontier: The first position that was never computed.
     checked: The frontier when the version and the pass were last found right for what comes next.
@@ -163,9 +152,13 @@ class AdaptingRequest:
     versions: Versions = field(default_factory=Versions)
     chain: list[bytes] = field(default_factory=list)
     began_with: bytes = b""
-    recalls: list[PassStart] = field(default_factory=list)
+    recalls: list[Start] = field(default_factory=list)
     blocks_remembered: int = 0
-    current_pass: CurrentPass = field(default_factory=CurrentPass)
+    tokens_cached: int = 0
+    hasher: KVHasher | None = None
+    current_pass: RequestPass = field(init=False)
+    passes_seen: dict[PassStart, RequestPass] = field(default_factory=dict)
+    waits_for_other: bool = False
     pass_versions: list[int] = field(default_factory=lambda: [0])
     frontier: int = 0
     checked: int = 0
@@ -174,6 +167,7 @@ class AdaptingRequest:
 
     def __post_init__(self) -> None:
         self.loaded = self.start_from is None
+        self.current_pass = self.pass_at(PassStart(0, 0, 0))
 
     @property
     def request_id(self) -> str:
@@ -186,6 +180,12 @@ class AdaptingRequest:
     @property
     def needs_slot(self) -> bool:
         return self.settings.epochs > 0 or self.start_from is not None or self.save_as is not None
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether its whole prompt must be computed."""
+        params = self.request.sampling_params
+        return params is not None and bool(params.skip_reading_prefix_cache)
 
     @property
     def needed_version(self) -> int:
@@ -221,14 +221,33 @@ class AdaptingRequest:
 
         0 until the version that it needs is approved.
         """
-        if not self.loaded or self.needed_version > self.versions.approved:
+        if not self.loaded or self.waits_for_other or self.needed_version > self.versions.approved:
             return 0
-        ends = []
+        return max(self.end - computed, 0)
+
+    @property
+    def end(self) -> int:
+        """Of its text block, or of its window."""
+        ends = [NO_LIMIT]
         if self.trains or self.window.policy == "recompute":
             ends.append(self.blocks.end_of_block(max(self.checked, self.blocks.origin)))
         if self.window.policy != "keep":
             ends.append(self.window.last_position(self.current_pass.start))
-        return max(min(ends) - computed, 0) if ends else NO_LIMIT
+        return min(ends)
+
+    def pass_at(self, begun: PassStart) -> RequestPass:
+        blocks = self.blocks if self.trains else None
+        return RequestPass(begun, self.window.first_computed(begun.start), blocks, self.hasher)
+
+    def pass_seen(self, begun: PassStart) -> RequestPass:
+        """A pass that may become the current one."""
+        if begun == self.current_pass.begun:
+            return self.current_pass
+        return self.passes_seen.setdefault(begun, self.pass_at(begun))
+
+    def name_kv(self, one: RequestPass, limit: int) -> None:
+        """Name the KV blocks of a pass, up to a position."""
+        one.extend(self.request.all_token_ids, self.chain, limit)
 
     def begin_pass(self) -> bool:
         """Begin the pass that is due at the frontier. False if none is due."""
@@ -237,33 +256,66 @@ class AdaptingRequest:
         if start is None:
             return False
         is_full = window.live_tokens(current.start, self.frontier) >= window.window_tokens
-        if self.frontier == current.began_at and not is_full:  # the pass that is due here is the current one
+        if self.frontier == current.begun.position and not is_full:  # the pass due here is the current one
             return False
-        self.current_pass = CurrentPass(start, window.first_computed(start), self.frontier, sends_table=True)
+        version = self.versions.approved_weights.version
+        self._set_pass(self.pass_at(PassStart(self.frontier, start, version)))
+        self.current_pass.sends_table = True
         self.pass_versions.append(self.needed_version)
         return True
 
-    def begin_with(self, begun: PassStart) -> None:
-        """Begin with this pass in place of the text's first. Its version is in the free bank."""
-        versions, version = self.versions, begun.version
+    def _set_pass(self, current: RequestPass) -> None:
+        self.current_pass = current
+        self.request.block_hashes.clear()
+
+    def begin_with(self, start: Start, position: int) -> None:
+        """Begin inside of a pass in place of the text's first token. Its version is in the free bank.
+
+        position: What is computed next.
+        """
+        versions, begun = self.versions, start.begun
         if self.trains:
-            versions.approved = versions.trained = versions.sent = version
-        versions.load(Weights(version, versions.free_bank))
+            versions.approved = versions.trained = versions.sent = start.version
+        if start.version:
+            versions.load(Weights(start.version, versions.free_bank))
         before = self.window.passes(self.blocks, begun.position)
-        self.pass_versions = [0, *(earlier.version for earlier in before), version]
-        self.frontier = self.checked = begun.position
-        first = self.window.first_computed(begun.start)
-        self.current_pass = CurrentPass(begun.start, first, began_at=begun.position)
+        passes = [*before, begun] if begun.position or begun.version else []
+        self.pass_versions = [0, *(one.version for one in passes)]
+        self.frontier = self.checked = max(begun.position, position)
+        self.tokens_cached = position
+        self._set_pass(self.pass_seen(begun))
+        self.passes_seen.clear()
+
+    def new_block_hashes(self, request: Request) -> list[BlockHash]:
+        """Hashes of further blocks of its current table, for vLLM's prefix cache."""
+        current = self.current_pass
+        self.name_kv(current, self.end)
+        if len(request.block_hashes) >= current.table_index(len(current.names)):
+            return []
+        return current.hashes[len(request.block_hashes) :]
+
+    def lose_addresses(self) -> None:
+        """Its versions are not what its text alone makes of them."""
+        self.chain.clear()
+        self.lose_kv_names()
+
+    def lose_kv_names(self) -> None:
+        """The KV of its current pass is not what its text and its versions make of it."""
+        self.current_pass.forget_names()
+        self.request.block_hashes.clear()
 
     def versions_to_keep(self) -> list[int]:
         """Versions with which a text that begins as this one would go on, the most useful last.
 
         It would begin with the version of a pass, and then need those that compute the pass. Of the passes
-        before the current one, these are worth it: 1, 2, 4, 8, ... passes back. Empty before the second pass.
+        before the current one, these are worth it: 1, 2, 4, 8, ... passes back. In the first pass, so many
+        versions.
         """
         *earlier, begun = self.pass_versions
+        if not begun:
+            earlier = list(range(self.versions.sent))
         far = [earlier[-(2**n)] for n in reversed(range(len(earlier).bit_length()))]
-        kept = (*far, *range(begun + 1, self.versions.sent), begun) if begun else ()
+        kept = (*far, *range(begun + 1, self.versions.sent), begun) if begun else far
         return [version for version in kept if version]
 
     def pass_of_step(self, first: int) -> Pass | None:

@@ -21,11 +21,13 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.engine import EngineCoreOutputs
@@ -44,12 +46,13 @@ from vllm_longctx.engine.stepped_kv import SteppedManager
 from vllm_longctx.engine.waiting import InputQueue, limit_reader_sleep, listen_to_inputs
 from vllm_longctx.metrics import StepStats
 from vllm_longctx.scheduling.adapting_request import AdaptingRequest
+from vllm_longctx.scheduling.request_pass import KVHasher
 from vllm_longctx.scheduling.saves import PendingSaves, ended_by_itself
 from vllm_longctx.scheduling.scheduler import LongContextScheduler
 from vllm_longctx.scheduling.trainer_jobs import TrainerJobs
 from vllm_longctx.settings import Adaptation
 from vllm_longctx.temp_lora import base_model, messages
-from vllm_longctx.temp_lora.blocks import Blocks, PassStart, Window
+from vllm_longctx.temp_lora.blocks import Blocks, Start, Window
 from vllm_longctx.temp_lora.client import TrainerClient, trainer_client
 from vllm_longctx.temp_lora.shared_weights import shared_by_engine
 
@@ -73,6 +76,7 @@ class TempLoraScheduler(LongContextScheduler):
     retiring_slots: Slots whose request has ended, each behind the number of the last step that may read it.
     freed_slots: Slots that were freed since the last step, for the workers.
     reserved_blocks: KV blocks reserved for admitted requests.
+    hasher: Names the KV blocks of requests that adapt. None where these are not shared.
     steps_scheduled, steps_done: Steps that computed anything: scheduled so far, and those whose outputs have
         come.
     is_idle: Whether the last step whose output has come computed nothing.
@@ -93,6 +97,7 @@ class TempLoraScheduler(LongContextScheduler):
         self.retiring_slots: deque[tuple[int, int]] = deque()
         self.freed_slots: list[int] = []
         self.reserved_blocks = 0
+        self.hasher = self._kv_hasher()
         self.steps_scheduled = self.steps_done = 0
         self.is_idle = False
         self.inputs: InputQueue | None = None
@@ -108,6 +113,17 @@ class TempLoraScheduler(LongContextScheduler):
     @property
     def trainer(self) -> TrainerClient:
         return self.jobs.trainer
+
+    def _kv_hasher(self) -> KVHasher | None:
+        """None where nothing is remembered.
+
+        Or where others hear of what is cached, as if it were the base model's.
+        """
+        cache, sizes = self.cache_config, {manager.block_size for manager in self.private_managers}
+        remembers = self.temp_lora.cache_gib != 0 and cache.enable_prefix_caching
+        if not remembers or self.enable_kv_cache_events or sizes != {self.hash_block_size}:
+            return None
+        return KVHasher(get_hash_fn_by_name(cache.prefix_caching_hash_algo), self.hash_block_size)
 
     def check_trainer_model(self, executor: Executor) -> None:
         """Wait for the trainer, and compare its model with the engine's, without and with an adapter.
@@ -186,9 +202,15 @@ class TempLoraScheduler(LongContextScheduler):
             Blocks.of_prompt(prompt, settings.block_tokens, mode, settings.learn),
             Window(settings.kv_policy, *sizes, self.block_size),
             self._kv_blocks_of(settings),
-            owner=next(self.owners),
+            owner=self.new_owner(),
+            hasher=None if request.mm_features else self.hasher,
         )
+        request.block_hashes.clear()
+        request._block_hasher = adapting.new_block_hashes
         self.adapting[request.request_id] = self.jobs.by_owner[adapting.owner] = adapting
+
+    def new_owner(self) -> int:
+        return next(self.owners)
 
     def _kv_blocks_of(self, settings: Adaptation) -> int:
         """The most KV blocks that a request with these settings has at a time."""
@@ -200,6 +222,10 @@ class TempLoraScheduler(LongContextScheduler):
             if not adapting.admitted and not self._admit(adapting):
                 return False
             if request.num_in_flight_tokens or not self._approve_version(adapting):
+                return False
+            self._advance(adapting)
+            adapting.current_pass.sends_table = False  # vLLM sends it
+            if not adapting.allowance(request.num_computed_tokens):
                 return False
         return super()._handle_blocked_waiting_request(request)
 
@@ -226,13 +252,59 @@ class TempLoraScheduler(LongContextScheduler):
         room = self.kv_cache_manager.block_pool.num_gpu_blocks - 1 - self.reserved_blocks
         return adapting.kv_blocks <= room and (not adapting.needs_slot or bool(self.free_slots))
 
-    def begin_with(self, adapting: AdaptingRequest, begun: PassStart) -> None:
-        adapting.begin_with(begun)
-        request, first = adapting.request, adapting.current_pass.first
-        if first:
+    def can_begin_with(self, adapting: AdaptingRequest, start: Start) -> bool:
+        blocks, _ = self._cached(adapting, start)
+        return bool(blocks[0])
+
+    def begin_with(self, adapting: AdaptingRequest, start: Start) -> bool:
+        blocks, position = self._cached(adapting, start)
+        if not blocks[0] and start.version != start.begun.version:
+            return False
+        adapting.begin_with(start, position)
+        if position:
             self._roll_back(adapting)
-            if request.prefill_stats is not None:  # where vLLM counts what it finds in the prefix cache
-                request.prefill_stats.set(request.num_prompt_tokens, first, 0)
+            if blocks[0]:
+                self._adopt(adapting, blocks, 0)
+            self._count_cached(adapting)
+        return True
+
+    def _cached(self, adapting: AdaptingRequest, start: Start) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """KV blocks of a pass that are cached, by KV cache group, and the position to be computed next."""
+        seen, coordinator = adapting.pass_seen(start.begun), self.kv_cache_manager.coordinator
+        none: tuple[list[KVCacheBlock], ...] = ([],) * len(coordinator.single_type_managers)
+        if seen.hasher is None:
+            return none, seen.first
+        if self.temp_lora.has_passes:  # a pass is cached from its first block on, or not at all
+            adapting.name_kv(seen, seen.end_of(0))
+            if not seen.names or self._find(seen.names[0]) is None:
+                return none, seen.first
+        adapting.name_kv(seen, start.latest)
+        before = seen.end_of(-1)
+        longest = min(start.latest - before, len(seen.names) * seen.hasher.block_tokens)
+        blocks, length, _ = coordinator.find_longest_cache_hit(seen.names, max(longest, 0))
+        if not length or before + length < start.earliest:
+            return none, seen.first
+        return blocks, before + length
+
+    def _find(self, name: BlockHash) -> list[KVCacheBlock] | None:
+        """The KV block of this name, of each KV cache group. None if one is not cached."""
+        groups = [manager.kv_cache_group_id for manager in self.private_managers]
+        return self.kv_cache_manager.block_pool.get_cached_block(name, groups)
+
+    def _adopt(
+        self, adapting: AdaptingRequest, blocks: tuple[Sequence[KVCacheBlock], ...], kv_block: int
+    ) -> None:
+        """Go on behind cached KV blocks of a request's pass, of which these are those from `kv_block` on."""
+        current = adapting.current_pass
+        for manager, of_group in zip(self.private_managers, blocks, strict=True):
+            manager.adopt(adapting.request_id, of_group, current.table_index(kv_block))
+        adapting.request.num_computed_tokens = current.end_of(kv_block + len(blocks[0]) - 1)
+
+    def _count_cached(self, adapting: AdaptingRequest) -> None:
+        """Where vLLM counts what it finds in the prefix cache."""
+        request = adapting.request
+        if request.prefill_stats is not None:
+            request.prefill_stats.set(request.num_prompt_tokens, adapting.tokens_cached, 0)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Free it. Returns what its last output says of transfers. What it says of KV has a part of ours."""
@@ -248,6 +320,7 @@ class TempLoraScheduler(LongContextScheduler):
     def _end_adapting(self, adapting: AdaptingRequest) -> None:
         """Free what a request has that ends. It keeps its slot if its adapter is to be saved."""
         self.failed.pop(adapting.request_id, None)
+        adapting.request._block_hasher = None
         adapting.held_since = None
         if adapting.admitted:
             self.reserved_blocks -= adapting.kv_blocks
@@ -308,10 +381,11 @@ class TempLoraScheduler(LongContextScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self._hear_trainer()
         self._wait_while_held(math.inf if self.is_idle else LATE)
+        next_blocks: set[BlockHash] = set()
         for request in self.running:
             adapting = self.adapting.get(request.request_id)
-            if adapting is not None and request.num_in_flight_tokens == 0:
-                self._prepare_next_position(adapting)
+            if adapting is not None:
+                self._prepare(adapting, next_blocks)
         # vLLM preempts the last of them. Requests that adapt cannot be replayed, so they stand first.
         self.running.sort(key=lambda request: request.request_id not in self.adapting)
         output = super().schedule(*args, **kwargs)
@@ -369,6 +443,74 @@ class TempLoraScheduler(LongContextScheduler):
             self.trainer.wait(left, arrivals)
             self._hear_trainer()
 
+    def _prepare(self, adapting: AdaptingRequest, next_blocks: set[BlockHash]) -> None:
+        """Before a step, for a running request.
+
+        Of requests that would compute the same KV block, the first one does. The others take it up then.
+
+        next_blocks: What those before it in the list compute next.
+        """
+        is_in_flight = adapting.request.num_in_flight_tokens > 0
+        if not is_in_flight:
+            self._advance(adapting)
+        name = self._next_block(adapting)
+        if name is not None:
+            adapting.waits_for_other = name in next_blocks and not is_in_flight
+            next_blocks.add(name)
+
+    def _advance(self, adapting: AdaptingRequest) -> None:
+        """Bring a request without a step in flight as far as it comes without computing.
+
+        By no more tokens than a step may compute: others may wait for it.
+        """
+        adapting.waits_for_other = False
+        self._prepare_next_position(adapting)
+        most = self.max_num_scheduled_tokens
+        while most > 0 and (taken := self._take_up(adapting, most)):
+            most -= taken
+            self._prepare_next_position(adapting)
+
+    def _next_block(self, adapting: AdaptingRequest) -> BlockHash | None:
+        """The KV block that a request computes next, if it may compute all of it. None if it has no name."""
+        request, current = adapting.request, adapting.current_pass
+        if current.hasher is None or adapting.is_scored:
+            return None
+        first, index = request.num_computed_tokens, self._kv_block(adapting)
+        if current.end_of(index) > min(first + adapting.allowance(first), request.num_tokens - 1):
+            return None
+        adapting.name_kv(current, current.end_of(index))
+        return current.names[index] if index < len(current.names) else None
+
+    def _kv_block(self, adapting: AdaptingRequest) -> int:
+        """Which KV block of its pass a request computes next."""
+        current = adapting.current_pass
+        assert current.hasher is not None
+        return (adapting.request.num_computed_tokens - current.end_of(-1)) // current.hasher.block_tokens
+
+    def _take_up(self, adapting: AdaptingRequest, most: int) -> int:
+        """Go on behind what other requests have computed of its pass meanwhile. Returns how many tokens.
+
+        most: About so many.
+        """
+        request, before = adapting.request, adapting.request.num_computed_tokens
+        while request.num_computed_tokens - before < most:
+            name = self._next_block(adapting)
+            found = None if name is None else self._find(name)
+            if found is None:
+                break
+            self._adopt(adapting, tuple([block] for block in found), self._kv_block(adapting))
+            # What has left a sliding window: room for more is not reserved.
+            self.kv_cache_manager.remove_skipped_blocks(
+                request.request_id, request.num_computed_tokens, request.num_prompt_tokens
+            )
+        if request.num_computed_tokens == before:
+            return 0
+        adapting.current_pass.sends_table = True
+        adapting.tokens_cached += max(request.num_computed_tokens - max(adapting.frontier, before), 0)
+        adapting.frontier = max(adapting.frontier, request.num_computed_tokens)
+        self._count_cached(adapting)
+        return request.num_computed_tokens - before
+
     def _prepare_next_position(self, adapting: AdaptingRequest) -> None:
         """At the frontier: approve the version that comes next, and begin a new pass if one is due."""
         if adapting.request.num_computed_tokens == adapting.frontier and self._approve_version(adapting):
@@ -393,8 +535,10 @@ class TempLoraScheduler(LongContextScheduler):
         """Free the KV blocks of a request's pass, which is computed from its first position on."""
         first = adapting.current_pass.first
         for manager in self.private_managers:
-            assert isinstance(manager, SteppedManager)
-            manager.roll_back(adapting.request_id, first)
+            if isinstance(manager, SteppedManager):
+                manager.roll_back(adapting.request_id, first)
+            else:
+                manager.free(adapting.request_id)
         adapting.request.num_computed_tokens = first
 
     def _most_tokens(self, request: Request, computed: int) -> int:
@@ -455,9 +599,18 @@ class TempLoraScheduler(LongContextScheduler):
             request.request_id,
             adapting.versions.approved_weights.version,
         )
+        adapting.lose_kv_names()  # all of it is computed with one version
         adapting.current_pass.sends_table = False  # vLLM sends it
         if adapting.current_pass.first:
             self._roll_back(adapting)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
+        if reset_running_requests:
+            for adapting in self.adapting.values():
+                if adapting.request.num_computed_tokens and adapting.request.status == RequestStatus.WAITING:
+                    self._roll_back(adapting)
+                    adapting.lose_kv_names()
+        return super().reset_prefix_cache(reset_running_requests, *args, **kwargs)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

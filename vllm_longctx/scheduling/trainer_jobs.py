@@ -5,6 +5,7 @@ for a job that has ended the trainer twice. Without a trainer, requests go on wi
 have, or end.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from vllm_longctx.metrics import StepStats
 from vllm_longctx.scheduling.adapting_request import AdaptingRequest
 from vllm_longctx.settings import Adaptation
 from vllm_longctx.temp_lora import address, messages
-from vllm_longctx.temp_lora.blocks import PassStart, example
+from vllm_longctx.temp_lora.blocks import PassStart, Start, example
 from vllm_longctx.temp_lora.client import TrainerClient
 
 logger = init_logger("vllm.longctx")
@@ -32,11 +33,20 @@ class JobEvents(Protocol):
 
     step_stats: StepStats
 
+    def new_owner(self) -> int:
+        """A number for an adapter, never used again."""
+
     def fail_request(self, request_id: str, reason: str) -> None:
         """End a request with an error in the current step."""
 
-    def begin_with(self, adapting: AdaptingRequest, begun: PassStart) -> None:
-        """Have a request of which nothing is computed begin with a later pass. Its version is in the slot."""
+    def can_begin_with(self, adapting: AdaptingRequest, start: Start) -> bool:
+        """Whether all that comes before is cached or need not be computed."""
+
+    def begin_with(self, adapting: AdaptingRequest, start: Start) -> bool:
+        """Have a request of which nothing is computed begin there. Its version is in the slot.
+
+        False if it cannot.
+        """
 
     def end_save(self, adapting: AdaptingRequest, error: str | None) -> None:
         """Answer a request that waits for its save. error: Why its adapter is not saved; None if it is."""
@@ -71,8 +81,11 @@ class TrainerJobs:
 
     # --- jobs ---------------------------------------------------------------------------------------------
 
-    def begin(self, adapting: AdaptingRequest) -> None:
-        """Have its adapter made, or loaded, in its slot."""
+    def begin(self, adapting: AdaptingRequest, looks_into_cache: bool = True) -> None:
+        """Have its adapter made, or loaded, in its slot.
+
+        looks_into_cache: Whether it may begin inside of a pass whose KV is cached.
+        """
         assert adapting.slot is not None
         if self.lost is not None:
             self._skip_block(adapting, self.lost)
@@ -81,7 +94,7 @@ class TrainerJobs:
         goes_on = None if adapting.loaded else self._saved_version(adapting)
         self.trainer.send(messages.Begin(adapting.owner, adapting.slot, recipe, adapting.start_from, goes_on))
         if adapting.loaded:
-            self._begin_chain(adapting)
+            self._begin_chain(adapting, looks_into_cache=looks_into_cache)
 
     def _saved_version(self, adapting: AdaptingRequest) -> tuple[int, bytes] | None:
         """The version of the request's own text that the saved adapter is, and its address. None if none."""
@@ -104,55 +117,91 @@ class TrainerJobs:
         while all_versions and (tokens := self._example(adapting, len(adapting.chain))) is not None:
             self._name(adapting, len(adapting.chain), tokens)
 
-    def _begin_chain(self, adapting: AdaptingRequest, began_with: bytes = b"") -> None:
-        """Name its versions, and ask for a later one if that may be remembered."""
+    def _begin_chain(
+        self, adapting: AdaptingRequest, began_with: bytes = b"", looks_into_cache: bool = True
+    ) -> None:
+        """Name its versions, and begin as late in its text as can be."""
         may_recall = bool(self.remembered) and not adapting.frontier
         self._name_prompt(adapting, began_with, all_versions=may_recall)
-        if may_recall and adapting.chain and not self._is_scored(adapting):
-            self._recall(adapting)
+        if adapting.frontier or not adapting.chain or adapting.is_scored:
+            return
+        chain = adapting.chain
+        starts = list(self._starts(adapting, lambda v: chain[v] in self.remembered, looks_into_cache))
+        if not starts or starts[0].version == 0:
+            self._begin_with(adapting, starts)
+            return
+        assert adapting.slot is not None
+        adapting.recalls, bank = starts, adapting.versions.free_bank
+        versions = dict.fromkeys((start.version, chain[start.version]) for start in starts if start.version)
+        self.trainer.send(messages.Recall(adapting.owner, adapting.slot, bank, list(versions)))
+
+    def _starts(
+        self, adapting: AdaptingRequest, is_there: Callable[[int], bool], looks_into_cache: bool = True
+    ) -> Iterator[Start]:
+        """Where it may begin, with the versions that are there; the best first.
+
+        Where a pass begins, all that matters is the text and one version. Inside of a pass, the KV of all
+        versions before must be cached, too. A request that trains nothing computes all with one version: the
+        newest that there is.
+        """
+        window, blocks, named = adapting.window, adapting.blocks, len(adapting.chain)
+        passes = [PassStart(0, 0, 0), *window.passes(blocks, adapting.request.num_tokens)]
+        latest = adapting.request.num_tokens - 1
+        if not adapting.trains:
+            for version in reversed(range(named)):
+                start = Start(replace(passes[-1], version=version), version, 0, latest)
+                if is_there(version) if version else self.events.can_begin_with(adapting, start):
+                    yield start
+            return
+        for begun in reversed(passes):
+            versions = range(begun.version, min(blocks.version_of(latest) + 1, named))
+            for version in reversed(versions):
+                if version and not is_there(version):
+                    continue
+                end = latest
+                if version < blocks.version_of(latest):
+                    end = min(latest, blocks.first_position_of(version + 1) - 1)
+                begins = version == begun.version
+                start = Start(begun, version, 0 if begins else blocks.first_position_of(version), end)
+                cached = looks_into_cache and self.events.can_begin_with(adapting, start)
+                if (begins and version) or cached:
+                    yield start
+            latest = begun.position - 1
 
     def _go_on(self, adapting: AdaptingRequest, version: int) -> None:
         """Begin with a version of its own text, which was saved.
 
-        With a pass from there on, where there are passes; else all is computed with this version.
+        Where its KV is cached, as if the text had never ended. Else with a pass from there on, where there
+        are passes, or all is computed with this version.
         """
         blocks, window, end = adapting.blocks, adapting.window, adapting.request.num_tokens - 1
+        starts = [] if adapting.is_scored else list(self._starts(adapting, lambda one: one == version))
         position = min(blocks.first_position_of(version), end) if adapting.trains else end
         begun = PassStart(position, window.start_at(position), version)
-        if window.policy == "keep" or self._is_scored(adapting):
+        if window.policy == "keep" or adapting.is_scored:
             begun = PassStart(0, 0, version)
-        self._begin_with(adapting, begun)
+        anew = Start(begun, version, 0, begun.position)
+        self._begin_with(adapting, [*(start for start in starts if start.version == version), anew])
 
-    def _begin_with(self, adapting: AdaptingRequest, begun: PassStart) -> None:
-        self._count_remembered(adapting, begun.version)
-        self.events.begin_with(adapting, begun)
+    def _begin_anew(self, adapting: AdaptingRequest) -> None:
+        """Begin again: what its adapter was to go on from is not cached any more."""
+        self.drop(adapting)
+        adapting.owner = self.events.new_owner()
+        adapting.loaded = adapting.start_from is None
+        self.by_owner[adapting.owner] = adapting
+        self.begin(adapting, looks_into_cache=False)
+
+    def _begin_with(self, adapting: AdaptingRequest, starts: list[Start]) -> bool:
+        """Begin with the first of these that can be. False if none can."""
+        for start in starts:
+            if self.events.begin_with(adapting, start):
+                self._count_remembered(adapting, start.version)
+                return True
+        return False
 
     def _count_remembered(self, adapting: AdaptingRequest, blocks: int) -> None:
         adapting.blocks_remembered += blocks
         self.events.step_stats.blocks_remembered += blocks
-
-    def _is_scored(self, adapting: AdaptingRequest) -> bool:
-        """Whether its whole prompt must be computed."""
-        params = adapting.request.sampling_params
-        return params is not None and bool(params.skip_reading_prefix_cache)
-
-    def _recall(self, adapting: AdaptingRequest) -> None:
-        """Ask for the version of a later pass, if one may be remembered.
-
-        A request that trains nothing computes all with one version. So it begins with its last pass, whatever
-        version there is.
-        """
-        assert adapting.slot is not None
-        chain = adapting.chain
-        passes = list(adapting.window.passes(adapting.blocks, adapting.request.num_tokens))
-        if not adapting.trains:
-            last = passes[-1] if passes else PassStart(0, 0, 0)
-            passes = [replace(last, version=version) for version in range(1, len(chain))]
-        adapting.recalls = [p for p in reversed(passes) if chain[p.version] in self.remembered]
-        if adapting.recalls:
-            versions = [(p.version, chain[p.version]) for p in adapting.recalls]
-            bank = adapting.versions.free_bank
-            self.trainer.send(messages.Recall(adapting.owner, adapting.slot, bank, versions))
 
     def _example(self, adapting: AdaptingRequest, version: int) -> list[int] | None:
         """What a version is trained on. None while that is not known, or if it is never trained."""
@@ -260,10 +309,10 @@ class TrainerJobs:
                 self.train_next(adapting)
             case messages.Recalled() | messages.Failed() if adapting.recalls:
                 version = report.version if isinstance(report, messages.Recalled) else 0
-                begun = next((p for p in adapting.recalls if p.version == version), None)
+                starts = [start for start in adapting.recalls if start.version == version]
                 adapting.recalls = []
-                if begun is not None:
-                    self._begin_with(adapting, begun)
+                if not self._begin_with(adapting, starts) and version:
+                    self._begin_anew(adapting)
                 self.train_next(adapting)
             case messages.Trained() if report.version == versions.sent:
                 if report.losses:
@@ -273,6 +322,9 @@ class TrainerJobs:
                 else:
                     self._count_remembered(adapting, 1)
                 versions.add(Weights(report.version, report.bank))
+                if self.settings.cache_gib != 0 and report.version < len(adapting.chain):
+                    # It is kept by now, or about to be: Kept comes later, maybe after the next request.
+                    self.remembered.add(adapting.chain[report.version])
                 self.train_next(adapting)
             case messages.Failed() if report.version == versions.sent:
                 self._skip_block(adapting, report.reason)
@@ -289,7 +341,7 @@ class TrainerJobs:
         Go on with the last version, or end the request.
         """
         versions = adapting.versions
-        adapting.chain.clear()
+        adapting.lose_addresses()
         self.events.step_stats.train_failures += 1
         fails = self.settings.on_failure == "fail" or not adapting.loaded
         version = versions.trained_weights.version
@@ -349,7 +401,7 @@ class TrainerJobs:
             self.begin(adapting)
             return
         assert adapting.slot is not None
-        adapting.chain.clear()  # without the optimizer's state, the next versions are others
+        adapting.lose_addresses()  # without the optimizer's state, the next versions are others
         recipe = recipe_of(adapting.settings)
         self.trainer.send(
             messages.Resume(adapting.owner, adapting.slot, weights.bank, weights.version, recipe),

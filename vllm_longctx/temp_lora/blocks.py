@@ -95,6 +95,22 @@ class PassStart:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where a request may begin: inside of a pass, if what comes before is cached.
+
+    begun: The pass.
+    version: The one that computes what comes next.
+    earliest, latest: Positions from and up to which that version may go on; what is before them in the pass
+        is cached. Where the pass begins with the version, it may be computed from its first token on, too.
+    """
+
+    begun: PassStart
+    version: int
+    earliest: int
+    latest: int
+
+
+@dataclass(frozen=True)
 class Window:
     """A stepped window under a KV policy. Sizes in tokens.
 

@@ -12,7 +12,7 @@ from vllm_longctx.temp_lora.blocks import Blocks, Window
 
 def adapting(start_from: str | None = None) -> AdaptingRequest:
     """Blocks of 8 tokens from position 0, windows of 32 tokens of which 8 are computed again."""
-    request: Any = SimpleNamespace(request_id="a")
+    request: Any = SimpleNamespace(request_id="a", block_hashes=[])
     settings: Any = SimpleNamespace(epochs=1, learn="all")
     window = Window("reuse", window_tokens=32, context_tokens=8, keep_first=2, kv_block=4)
     return AdaptingRequest(

@@ -436,11 +436,15 @@ def test_a_longllama_checkpoint_says_all_by_itself(additional_config: dict, long
 def test_how_prefixes_are_hit_is_said(longllama: Path) -> None:
     """In the first line of each engine's log, and by doctor."""
     learning = {"longctx": {"preset": "temp-lora-quality"}}
+    forgetting = {"longctx": {"preset": "temp-lora-quality", "adaptation": {"cache_gib": 0}}}
     focused = {"longctx": {"attention": {"method": "focused", "last_context_length": 256}}}
     said = {
         "in steps of 32 tokens": create(),
         "in steps of 128 tokens": create(block_size=128),
-        "in steps of 32 tokens; requests that learn: off": create(additional_config=learning),
+        "in steps of 32 tokens; requests that learn: with the same versions only": create(
+            additional_config=learning
+        ),
+        "in steps of 32 tokens; requests that learn: off": create(additional_config=forgetting),
         "off": create(enable_prefix_caching=False),
         "in steps of 32 tokens inside of the first window, while that is open; then in steps of 512, up to "
         "256 tokens before "
