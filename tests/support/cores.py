@@ -1,8 +1,8 @@
 """The machine's cores.
 
-Engines bind their threads to all that they see, so processes of pytest-xdist have one each. But where an
-engine has a trainer, whose priority is low, the trainer would starve beside it on one core: `ALL_CORES` of the
-environment leaves them all of them.
+Engines bind their threads to all that they see, so processes of pytest-xdist have one each. But a trainer,
+whose priority is low, would starve beside its engine on one core: `ALL_CORES` in the environment leaves them
+all of them.
 """
 
 import os
