@@ -14,7 +14,7 @@ import pytest
 from server import free_port
 
 from tests.support.documentation import ROOT
-from tests.support.engines import wait_until
+from tests.support.engines import CHAT_TEMPLATE, wait_until
 
 pytest.importorskip("ray", reason="needs Ray (pip install --no-deps -r requirements/ray.txt)")
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
@@ -97,13 +97,14 @@ from ray.serve.llm import LLMConfig, build_openai_app
 
 arguments = yaml.safe_load(open("examples/ray_serve.yaml"))["applications"][0]["args"]["llm_configs"][0]
 arguments["engine_kwargs"]["additional_config"]["longctx"]["serving"]["default_max_tokens"] = 6
-arguments["engine_kwargs"]["kv_cache_memory_bytes"] = 100_000_000
+arguments["engine_kwargs"] |= {"kv_cache_memory_bytes": 100_000_000, "chat_template": sys.argv[3]}
 ray.init(num_cpus=4)  # of Ray's own counting
 serve.start(http_options={"port": int(sys.argv[1])})
 serve.run(build_openai_app({"llm_configs": [LLMConfig(**arguments)]}))
 for more in json.loads(sys.argv[2]):
-    body = {"model": "booklm", "prompt": [5] * 20, "ignore_eos": True, **more}
-    answer = httpx.post(f"http://127.0.0.1:{sys.argv[1]}/v1/completions", json=body, timeout=300)
+    body = {"model": "booklm", "ignore_eos": True, **more}
+    route = "chat/completions" if "messages" in body else "completions"
+    answer = httpx.post(f"http://127.0.0.1:{sys.argv[1]}/v1/{route}", json=body, timeout=300)
     print("ANSWER", json.dumps([answer.status_code, answer.json()]), flush=True)
 serve.shutdown()
 """
@@ -111,14 +112,15 @@ serve.shutdown()
 
 def test_ray_serve_has_the_checks_and_limits_of_a_server() -> None:
     pytest.importorskip("ray.serve.llm")
+    chat = {"messages": [{"role": "user", "content": "a b c"}]}
     asked = [
-        {"max_tokens": None},  # without the field vLLM writes 16
-        {"max_tokens": 9},
+        chat,  # a completion without a limit writes 16 tokens, here and in vLLM
+        {**chat, "max_tokens": 9},
         {"prompt": [5] * 3000, "max_tokens": 3},
-        {"vllm_xargs": {"longctx": '{"temp_lora": true}'}},
-        {"longctx": {"temp_lora": True}},
+        {**chat, "vllm_xargs": {"longctx": '{"temp_lora": true}'}},
+        {**chat, "longctx": {"temp_lora": True}},
     ]
-    command = [sys.executable, "-c", SERVE, str(free_port()), json.dumps(asked)]
+    command = [sys.executable, "-c", SERVE, str(free_port()), json.dumps(asked), CHAT_TEMPLATE]
     done = subprocess.run(command, env=QUIET, cwd=ROOT, capture_output=True, text=True, timeout=900)
     lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
     assert len(lines) == len(asked), done.stderr[-3000:]
