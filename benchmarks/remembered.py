@@ -3,8 +3,9 @@ keeping costs.
 
     python benchmarks/remembered.py --json OUT.json --plot OUT.png
 
-Two engines in one run: one that remembers, with the default `cache_gib`, and one with `cache_gib` 0. Texts
-are random tokens, so that nothing depends on a text. Questions learn from what is read (`learn: prompt`).
+Engines that remember, with the default `cache_gib`, and engines with `cache_gib` 0, in turn, in one run.
+Texts are random tokens, so that nothing depends on a text. Questions learn from what is read (`learn:
+prompt`).
 
 - *second question*: time to first token of a question about a book that another question was asked about
   before, median over the questions, against a request that does not learn and has the window's tokens only.
@@ -12,7 +13,7 @@ are random tokens, so that nothing depends on a text. Questions learn from what 
   Time to first token of the last turn against that of the second, medians over chats.
 - *questions one after another*: all of them about one book, the first one's reading included, in the engine
   that remembers; against as many in the other one.
-- *cold request*: a text that nobody has read, in either engine in turn, medians over rounds.
+- *cold request*: a text that nobody has read, medians over rounds, in two engines of either kind.
 - *memory*: resident memory of versions that a trainer keeps, measured here, in this process, against the
   formula of docs/temp-lora.md: 12 bytes · rank · (in + out features of all adapted layers) for each version,
   up to `cache_gib`.
@@ -83,7 +84,7 @@ def sizes(engine: "LLMEngine") -> dict[str, Any]:
 
 
 def questions_about(
-    engine: "LLMEngine", book: list[int], questions: int, remembers: bool, name: str
+    engine: "LLMEngine", book: list[int], questions: int, remembers: bool
 ) -> tuple[list[float], float]:
     """Seconds to the first token of each question, one after another, and of all of them to their ends.
 
@@ -94,7 +95,7 @@ def questions_about(
         raise PremiseError("a question must not end a block of the book; use another --book-tokens")
     firsts, begin = [], time.perf_counter()
     for number in range(questions):
-        question = random_tokens(engine, QUESTION_TOKENS, f"{name} question {number}")
+        question = random_tokens(engine, QUESTION_TOKENS, f"question {number}")
         with blocks_are_trained(engine, 0 if remembers and number else blocks):
             first, _, found = ask(
                 engine, [*book, *question], ANSWER_TOKENS, {"temp_lora": True, "learn": "prompt"}
@@ -142,13 +143,18 @@ def reading_seconds(engine: "LLMEngine", tokens: int, name: str) -> float:
     return time.perf_counter() - begin
 
 
+def cold_seconds(engine: "LLMEngine", tokens: int, rounds: int, part: int) -> list[float]:
+    return [reading_seconds(engine, tokens, f"{part} {number}") for number in range(rounds)]
+
+
+def chats_of(engine: "LLMEngine", turns: int, chats: int, remembers: bool) -> list[list[float]]:
+    return [chat(engine, turns, remembers, f"chat {number}") for number in range(chats)]
+
+
 def memory_rows(
     model: str, ranks: Sequence[int], blocks: Sequence[int], limits: Sequence[float]
 ) -> list[dict[str, float]]:
-    """MiB that versions take in this process, and that the formula says; of each rank, text and limit (GiB).
-
-    Raises PremiseError for a formula that is a tenth off.
-    """
+    """MiB that versions take in this process, and that the formula says, of each rank, text and limit."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -179,13 +185,33 @@ def memory_rows(
     return rows
 
 
-def compared(rows: list[dict[str, Any]], what: str, goal: str, measure: Callable[[], dict[str, Any]]) -> None:
-    """Add what is measured; a row whose premise does not hold is void."""
-    with console.status(what):
-        try:
-            rows.append({"what": what, "goal": goal, **measure()})
-        except PremiseError as e:
-            rows.append({"what": what, "goal": goal, "void": str(e)})
+class Figures:
+    """What was measured, by kind of engine and name; or why it is void."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, str], Any] = {}
+        self.void: dict[tuple[str, str], str] = {}
+
+    def measure(self, kind: str, name: str, measure: Callable[..., Any], *args: Any) -> None:
+        with console.status(f"{kind}: {name}"):
+            try:
+                self.found[kind, name] = measure(*args)
+            except PremiseError as e:
+                self.void[kind, name] = str(e)
+
+    def row(
+        self,
+        what: str,
+        goal: str,
+        one: tuple[str, str],
+        other: tuple[str, str],
+        seconds: Callable[[Any], float],
+    ) -> dict[str, Any]:
+        """Of two figures, of which `seconds` takes the seconds."""
+        if reasons := [self.void[key] for key in (one, other) if key in self.void]:
+            return {"what": what, "goal": goal, "void": reasons[0]}
+        ours, beside = seconds(self.found[one]), seconds(self.found[other])
+        return {"what": what, "goal": goal, "seconds": ours, "beside": beside, "ratio": ours / beside}
 
 
 def main(
@@ -196,7 +222,7 @@ def main(
     turns: Annotated[int, typer.Option(help="Of a chat.", min=4)] = 40,
     chats: int = 3,
     cold_tokens: Annotated[int, typer.Option(help="Of a text that nobody has read.")] = 8192,
-    rounds: Annotated[int, typer.Option(help="Such texts for each engine.")] = 7,
+    rounds: Annotated[int, typer.Option(help="Such texts for each engine.")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: to see that it runs.")] = False,
     json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot")] = None,
@@ -207,53 +233,28 @@ def main(
         ranks, blocks, limits = (8,), (8,), (4.0,)
     memory = memory_rows(model, ranks, blocks, limits)  # first, while the process is small
     kwargs: dict[str, Any] = {"dtype": "float32", "enable_prefix_caching": True, "max_num_seqs": 8}
-    room = 2 * max(book_tokens, cold_tokens) + 1024
-    rows: list[dict[str, Any]] = []
-    by_turn: dict[str, list[float]] = {}
-    with (
-        running_engine(model, longctx(preset, {}), room, **kwargs) as (remembers, _),
-        running_engine(model, longctx(preset, {"cache_gib": 0}), room, **kwargs) as (forgets, _),
-    ):
-        for engine in (remembers, forgets):  # warm up
-            reading_seconds(engine, 2 * sizes(engine)["block_tokens"], "warm-up")
-            window_alone(engine, 1)
-        book = random_tokens(remembers, book_tokens, "book")
-
-        def cold() -> dict[str, Any]:
-            seconds: dict[str, list[float]] = {"remembers": [], "forgets": []}
-            for number in range(rounds):
-                both = [("remembers", remembers), ("forgets", forgets)]
-                for name, engine in both if number % 2 else both[::-1]:
-                    seconds[name].append(reading_seconds(engine, cold_tokens, f"cold {number}"))
-            ours, other = (statistics.median(seconds[name]) for name in ("remembers", "forgets"))
-            return {"seconds": ours, "beside": other, "ratio": ours / other, "all": seconds}
-
-        def about_a_book() -> dict[str, Any]:
-            firsts, of_all = questions_about(remembers, book, questions, True, "warm")
-            alone = window_alone(remembers, max(rounds, 3))
-            second = statistics.median(firsts[1:])
-            row = {"seconds": second, "beside": alone, "ratio": second / alone}
-            return row | {"first": firsts[0], "all": firsts, "of_all": of_all}
-
-        def throughput() -> dict[str, Any]:
-            found = next((row for row in rows if "of_all" in row), None)
-            if found is None:
-                raise PremiseError("the questions about one book are void")
-            _, of_all = questions_about(forgets, book, questions, False, "cold")
-            return {"seconds": found["of_all"], "beside": of_all, "ratio": of_all / found["of_all"]}
-
-        def a_chat() -> dict[str, Any]:
-            all_turns = [chat(remembers, turns, True, f"chat {number}") for number in range(chats)]
-            by_turn["remembers"] = [statistics.median(times) for times in zip(*all_turns, strict=True)]
-            by_turn["cache_gib 0"] = chat(forgets, turns, False, "chat 0")
-            second, last = by_turn["remembers"][1], by_turn["remembers"][-1]
-            return {"seconds": last, "beside": second, "ratio": last / second}
-
-        compared(rows, "cold request, to one without a cache", "≤ 1.02", cold)
-        compared(rows, "second question about a book, to the window alone", "≤ 1.5", about_a_book)
-        compared(rows, f"turn {turns} of a chat, to turn 2", "≤ 1.5", a_chat)
-        compared(rows, f"{questions} questions about a book, to as many cold ones", "≥ 8", throughput)
-        adaptation = {**sizes(remembers), "adapters_root": None}
+    room = 2 * max(book_tokens, cold_tokens, 256 * turns) + 1024
+    figures, adaptation = Figures(), {}
+    for again in (False, True):
+        for kind, changes in (("forgets", {"cache_gib": 0}), ("remembers", {})):
+            with running_engine(model, longctx(preset, changes), room, **kwargs) as (engine, _):
+                adaptation = {**sizes(engine), "adapters_root": None}
+                remembers, number = kind == "remembers", int(again)
+                reading_seconds(engine, 2 * adaptation["block_tokens"], "warm-up")
+                window_alone(engine, 1)
+                figures.measure(kind, f"cold {number}", cold_seconds, engine, cold_tokens, rounds, number)
+                if again:
+                    continue
+                book = random_tokens(engine, book_tokens, "book")
+                figures.measure(kind, "questions", questions_about, engine, book, questions, remembers)
+                figures.measure(kind, "window", window_alone, engine, max(rounds, 3))
+                figures.measure(kind, "chat", chats_of, engine, turns, chats if remembers else 1, remembers)
+    rows = rows_of(figures, questions, turns)
+    by_turn = {
+        kind: [statistics.median(times) for times in zip(*figures.found[kind, "chat"], strict=True)]
+        for kind in ("remembers", "forgets")
+        if (kind, "chat") in figures.found
+    }
     result = {
         "model": model,
         "adaptation": adaptation,
@@ -261,13 +262,60 @@ def main(
         "cold_tokens": cold_tokens,
         "rounds": rounds,
         "rows": rows,
-        "seconds_to_first_token_by_turn": by_turn,
+        "all_seconds": {" ".join(key): found for key, found in figures.found.items()},
         "memory": memory,
     }
     print_tables(result)
     write_json(json_out, result)
     if plot_out is not None and by_turn:
         draw(plot_out, by_turn)
+
+
+def rows_of(figures: Figures, questions: int, turns: int) -> list[dict[str, Any]]:
+    """The rows of the table, with the goals of each."""
+    cold = "cold request, to one without a cache", "≤ 1.02"
+    for kind in ("remembers", "forgets"):
+        both = [(kind, f"cold {number}") for number in range(2)]
+        if all(key in figures.found for key in both):
+            figures.found[kind, "cold"] = [second for key in both for second in figures.found[key]]
+        else:
+            figures.void[kind, "cold"] = next(figures.void[key] for key in both if key in figures.void)
+    if ("remembers", "questions") in figures.found:
+        firsts, _ = figures.found["remembers", "questions"]
+        figures.found["remembers", "second question"] = statistics.median(firsts[1:])
+    else:
+        figures.void["remembers", "second question"] = figures.void["remembers", "questions"]
+    if ("remembers", "chat") in figures.found:
+        for name, turn in (("turn 2", 1), ("last turn", -1)):
+            times = [firsts[turn] for firsts in figures.found["remembers", "chat"]]
+            figures.found["remembers", name] = statistics.median(times)
+    else:
+        figures.void["remembers", "last turn"] = figures.void["remembers", "chat"]
+    one, other = ("remembers", "questions"), ("forgets", "questions")
+    return [
+        figures.row(*cold, ("remembers", "cold"), ("forgets", "cold"), statistics.median),
+        figures.row(
+            "second question about a book, to the window alone",
+            "≤ 1.5",
+            ("remembers", "second question"),
+            ("remembers", "window"),
+            float,
+        ),
+        figures.row(
+            f"turn {turns} of a chat, to turn 2",
+            "≤ 1.5",
+            ("remembers", "last turn"),
+            ("remembers", "turn 2"),
+            float,
+        ),
+        figures.row(
+            f"{questions} cold questions about a book, to as many warm ones",
+            "≥ 8",
+            other,
+            one,
+            lambda found: float(found[1]),
+        ),
+    ]
 
 
 def longctx(preset: str, adaptation: dict[str, Any]) -> dict[str, Any]:
