@@ -25,7 +25,7 @@ import random
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -283,7 +283,7 @@ class SimulatedTrainer:
         reports, self.reports = self.reports, []
         return reports
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float, wakes: Iterable[int] = ()) -> None:
         if not self.reports:
             self.simulation.pass_idle(seconds)
 

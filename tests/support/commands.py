@@ -6,5 +6,5 @@ from vllm_longctx.cli.main import app
 
 
 def run(*words: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, list(words))
+    result = CliRunner(env={"COLUMNS": None}).invoke(app, list(words))  # or a table is folded
     return result.exit_code, " ".join((result.stdout + result.stderr).split())
