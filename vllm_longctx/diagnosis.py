@@ -44,7 +44,7 @@ GROWTH = 0.5  # nats by which an entropy has to be above all those of trained po
 SHARE = 0.1  # of the heads
 APART = 2.0  # times as far from the centre as later tokens are
 LOST = 0.01  # of the attention, which a model may miss
-NEAR_BEST = 0.9  # of the attention that the first tokens get at the best ceiling
+KEPT = 0.9  # of the attention that the first tokens get inside the trained length
 
 
 @dataclass(frozen=True)
@@ -430,8 +430,8 @@ def lost_without(first: Sequence[float]) -> dict[int, float]:
     }
 
 
-def findings(plain: Measured, ours: Measured, samples: Samples) -> Findings:
-    """What the figures say; the thresholds stand at the top of this file."""
+def findings(plain: Measured, ours: Measured, samples: Samples, n_global: int) -> Findings:
+    """What the figures say; the thresholds stand at the top of this file. n_global: of Λ attention."""
     trained, last, end = samples.edges[samples.trained], samples.trained - 1, len(samples.edges) - 1
     half = samples.edges[last]
 
@@ -454,8 +454,8 @@ def findings(plain: Measured, ours: Measured, samples: Samples) -> Findings:
     needed = next(kept for kept, share in lost.items() if share <= LOST)
     standing = torch.stack([apart(states, samples) for states in plain.states]).amax(0)
     shares = dict(zip(samples.ceilings, ours.at_ceilings.tolist(), strict=True))
-    within = {ceiling: share for ceiling, share in shares.items() if ceiling <= trained}
-    good = [ceiling for ceiling, share in within.items() if share >= NEAR_BEST * max(within.values())]
+    usual = sum(first[:n_global])
+    good = [c for c, share in shares.items() if c <= trained and share >= KEPT * usual]
     factors = [
         Factor(
             "unseen distances",

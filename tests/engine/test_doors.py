@@ -257,9 +257,10 @@ def test_the_grpc_server_has_the_checks_and_limits(tmp_path: Path) -> None:
     with log.open("w") as out:
         server = subprocess.Popen([*module, *flags], env=os.environ, stdout=out, stderr=out)
     try:
-        wait_until(lambda: "ready to accept requests" in log.read_text() or server.poll() is not None, 300)
-        assert server.poll() is None, log.read_text()[-3000:]
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            answers = grpc.channel_ready_future(channel)
+            wait_until(lambda: answers.done() or server.poll() is not None, 300)
+            assert server.poll() is None, log.read_text()[-3000:]
             client = services.VllmEngineStub(channel)
 
             def ask(number: int, length: int, **given: Any) -> Any:

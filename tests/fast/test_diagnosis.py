@@ -177,7 +177,7 @@ def made_up(samples: Samples, logits: list[float], entropies: list[float], sink:
     states[0, 0] = 40.0
     first = torch.full((len(samples.edges) - 1, samples.first), 0.001)
     first[:, :2] = torch.tensor([sink, sink / 10])
-    at = torch.tensor([0.3, 0.5, 0.48, 0.46, 0.1, 0.05])
+    at = torch.tensor([0.6, 0.5, 0.45, 0.42, 0.3, 0.2])
     rows = (torch.tensor(x).expand(1, 10, -1) for x in (logits, entropies))
     return Measured(*rows, first, at, states)
 
@@ -187,7 +187,7 @@ def test_what_it_says_follows_from_the_figures() -> None:
     trained = [5.0] * samples.trained
     broken = made_up(samples, [*trained, 7.0, 6.0], [*trained, 6.0, 6.5], 0.4)
     ours = made_up(samples, [*trained, 5.5, -math.inf], [*trained, 5.1, 5.2], 0.4)
-    found = findings(broken, ours, samples)
+    found = findings(broken, ours, samples, 4)
     assert [factor.holds for factor in found.factors] == [True, True, True]
     assert "100% of the heads (0% from 256 to 512; with Λ 0%)" in found.factors[0].words
     assert "5.00 nats from 256 to 512 tokens, 6.50 at the end of the text, and there 5.20" in (
@@ -196,9 +196,9 @@ def test_what_it_says_follows_from_the_figures() -> None:
     assert "they get 44% more than as many others, the very first one 40%" in found.factors[2].words
     assert "the states of 1 of 64 are more than 2 times" in found.factors[2].words
     assert (found.n_global, found.distance_ceiling) == (2, 512)
-    assert found.shares_at_ceilings[1024] == pytest.approx(0.1)
+    assert found.shares_at_ceilings[1024] == pytest.approx(0.3)
     sound = replace(ours, first=torch.full_like(ours.first, 0.002))
-    found = findings(sound, ours, samples)
+    found = findings(sound, ours, samples, 4)
     assert [factor.holds for factor in found.factors] == [False, False, False] and found.n_global == 0
     assert math.isnan(means(torch.full((1, 2, 1), -math.inf))[0])
     assert apart(ours.states[0], samples)[0] > 10

@@ -20,7 +20,7 @@ from vllm_longctx.cli.score import tokenize
 if TYPE_CHECKING:
     from vllm_longctx.diagnosis import Findings, Measured, Samples
 
-KEPT = (0, 1, 2, 4, 8, 10, 16, 32)  # first tokens; what a window loses that keeps so many is shown
+SHOWN = (0, 1, 2, 4, 8, 10, 16, 32)  # first tokens; what a window loses that keeps so many is shown
 APART_DRAWN = 10  # first tokens that are drawn apart
 
 
@@ -73,7 +73,7 @@ def diagnose(
             plain = diagnosis.measure(tokens, PLAIN, lambda: progress.advance(task))
             progress.update(task, description="layers, Λ")
             ours = diagnosis.measure(tokens, geometry, lambda: progress.advance(task))
-    found = findings(plain, ours, looked)
+    found = findings(plain, ours, looked, n_global)
     output = tables()
     output.print(bucket_table(plain, ours, looked))
     output.print(first_table(found))
@@ -113,7 +113,7 @@ def bucket_table(plain: "Measured", ours: "Measured", samples: "Samples") -> Tab
 
 
 def first_table(found: "Findings") -> Table:
-    kept = [k for k in KEPT if k in found.lost]
+    kept = [k for k in SHOWN if k in found.lost]
     table = Table("first tokens kept", *map(str, kept), title="Attention that a window loses")
     table.add_row("lost", *(f"{found.lost[k]:.1%}" for k in kept))
     shares = ", ".join(f"{ceiling:,}: {share:.1%}" for ceiling, share in found.shares_at_ceilings.items())
@@ -122,7 +122,7 @@ def first_table(found: "Findings") -> Table:
 
 
 def words(found: "Findings") -> str:
-    from vllm_longctx.diagnosis import LOST, NEAR_BEST
+    from vllm_longctx.diagnosis import KEPT, LOST
 
     lines = [
         f"{number}. {factor.name}: {'holds' if factor.holds else 'does not hold'}: {factor.words}."
@@ -131,8 +131,8 @@ def words(found: "Findings") -> str:
     lines.append(
         f"First tokens that it needs: {found.n_global}. Those after them get at most {LOST:.0%} of the "
         "attention more than as many others.\n"
-        f"The ceiling should be {found.distance_ceiling:,}: the largest within the trained length at which "
-        f"the first tokens get {NEAR_BEST:.0%} of what they get at the best one.\n"
+        f"The ceiling should be {found.distance_ceiling:,}: the largest within the trained length at which, "
+        f"past it, the first tokens get {KEPT:.0%} of the attention that they get inside of it.\n"
         "vllm-longctx tune measures what windows and first tokens cost in loss."
     )
     return "\n".join(lines)

@@ -1,6 +1,9 @@
 """Ids of a chat that are kept from turn to turn are the tokenizer's own."""
 
+import asyncio
+import inspect
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,10 +21,13 @@ from tokenizers import (
     trainers,
 )
 from transformers import PreTrainedTokenizerFast
+from vllm.engine.arg_utils import EngineArgs
 from vllm.renderers.base import BaseRenderer
-from vllm.renderers.params import TokenizeParams
+from vllm.renderers.params import ChatParams, TokenizeParams
+from vllm.renderers.registry import renderer_from_config
 from vllm.tokenizers.hf import get_cached_tokenizer, maybe_make_thread_pool
 
+from vllm_longctx.cli.engine import load_plugin
 from vllm_longctx.serving import token_cache
 from vllm_longctx.serving.token_cache import TokenCache, keep_ids, safe_cuts
 
@@ -190,7 +196,7 @@ class Renderer(BaseRenderer[Any]):
 @pytest.mark.parametrize("longctx", [True, False])
 def test_renderers_of_longctx_engines_use_it(longctx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And truncate, refuse and report offsets as vLLM does."""
-    monkeypatch.setattr(BaseRenderer, "_tokenize_prompt", BaseRenderer._tokenize_prompt)
+    monkeypatch.setattr(BaseRenderer, "_tokenize_prompt", inspect.unwrap(BaseRenderer._tokenize_prompt))
     active = SimpleNamespace(mode=SimpleNamespace(is_plain=False))
     monkeypatch.setattr(token_cache, "active_settings", lambda config: active)
     monkeypatch.setattr(token_cache, "plugin_configs", lambda config: {"longctx": {}} if longctx else {})
@@ -205,3 +211,25 @@ def test_renderers_of_longctx_engines_use_it(longctx: bool, monkeypatch: pytest.
         assert given == stock(renderer, {"prompt": chat}, params) and given["prompt"] == chat
     held = getattr(renderer.longctx_token_cache, "held_bytes", None)
     assert (held or 0) > 1000 if longctx else held is None
+
+
+def test_a_server_renders_smollm2s_chats_as_stock_vllm_does(smollm2: Path) -> None:
+    def rendered(config: dict[str, Any]) -> tuple[list[list[int]], Any]:
+        vllm_config = EngineArgs(model=str(smollm2), additional_config=config).create_engine_config()
+        renderer = renderer_from_config(vllm_config)
+        # As the server asks for it (`preprocess_chat`).
+        params = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
+        history: list[Any] = []
+        ids = []
+        for turn in range(6):
+            history.append({"role": "user", "content": f" Question {turn}? <|im_end|> It's 12.\n"})
+            _, (prompt,) = asyncio.run(renderer.render_chat_async([history], params))
+            ids.append(prompt["prompt_token_ids"])
+            history.append({"role": "assistant", "content": f"Answer {turn}.  "})
+        return ids, getattr(renderer, "longctx_token_cache", None)
+
+    load_plugin()
+    ours, cache = rendered({"longctx": {"preset": "lm-infinite"}})
+    stock, no_cache = rendered({})
+    assert ours == stock and len(ours[-1]) > 100
+    assert cache.held_bytes > 0 and no_cache is None
