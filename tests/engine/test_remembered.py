@@ -152,7 +152,6 @@ def test_several_answers_to_one_prompt_read_it_once(stepped: LLM) -> None:
     trained, alone = metric(stepped, TRAINED), metric(stepped, COMPUTED) - computed
     together = write(stepped, [case] * 4, cold=False, tokens=4)
     assert metric(stepped, TRAINED) == trained + 6
-    print(alone, metric(stepped, COMPUTED) - computed - alone)
     assert metric(stepped, COMPUTED) - computed - alone < 1.5 * alone
     (again,) = write(stepped, [case], cold=False, tokens=4)
     assert again.kv_transfer_params == {"longctx": {"blocks_remembered": 6}}
