@@ -73,6 +73,11 @@ class Mode:
         return not self.scheduler
 
     @property
+    def slides(self) -> bool:
+        """There are layers whose windows slide with the query."""
+        return Role.SLIDING in self.layers
+
+    @property
     def scheduler_paths(self) -> tuple[str, str]:
         """Of the scheduler, and of its asynchronous twin."""
         module, _, name = self.scheduler.rpartition(".")

@@ -25,7 +25,7 @@ from vllm.v1.request import Request
 
 from vllm_longctx.engine.sliding_kv import LambdaManager, LambdaSpec
 from vllm_longctx.engine.stepped_kv import full_attention_fields
-from vllm_longctx.geometry import SteppedWindows
+from vllm_longctx.geometry import RequestView, SteppedWindows
 from vllm_longctx.models.properties import model_dtype
 from vllm_longctx.modes import Role
 from vllm_longctx.settings import Settings, active_settings
@@ -172,6 +172,9 @@ class MemoryManager(FullAttentionManager):
         if kv_cache_spec.memory_blocks is not None:
             block_pool = BlockPool(kv_cache_spec.memory_blocks, enable_caching, block_pool.hash_block_size)
         super().__init__(kv_cache_spec, block_pool, enable_caching, *args, **kwargs)
+        self._views: set[str] = (
+            set()
+        )  # requests that have chosen what they see, whose blocks are not published
         self._open: dict[
             str, int
         ] = {}  # blocks of each request's open first window that are published, or copies
@@ -222,6 +225,13 @@ class MemoryManager(FullAttentionManager):
             self.block_pool.free_blocks(reversed(shared))
         return super().allocate_new_blocks(request_id, *args, **kwargs)
 
+    def begin_view(self, request_id: str, view: RequestView) -> None:
+        """As `LambdaManager.begin_view`: all blocks are kept, as ever."""
+        self._views.add(request_id)
+
+    def end_view(self, request_id: str) -> None:
+        self._views.discard(request_id)
+
     def take_copies(self, request_id: str) -> tuple[tuple[int, int], ...]:
         """Ids of the blocks that are to be copied at the beginning of the request's first step: (from,
         to).
@@ -229,6 +239,8 @@ class MemoryManager(FullAttentionManager):
         return self._copies.pop(request_id, ())
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        if request.request_id in self._views:
+            return
         windows, prompt = self.kv_cache_spec.windows, request.num_prompt_tokens
         closed = windows.start(
             max(num_tokens - 1, 0), prompt
@@ -246,6 +258,8 @@ class MemoryManager(FullAttentionManager):
         """What is computed of it: unlike blocks that are shared, those to be copied must be there before the
         step.
         """
+        if request.request_id in self._views:
+            return
         computed = (
             min(request.num_computed_tokens, len(request.block_hashes) * self.block_size) // self.block_size
         )
