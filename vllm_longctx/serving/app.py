@@ -139,8 +139,9 @@ def limit_requests() -> None:
         settings = active_settings(vllm_config)
         if settings.mode.is_plain:
             return
-        template = getattr(state.online_renderer, "chat_template", None)
-        setattr(engine_client.renderer, CHAT_TEMPLATE, template)
+        template = getattr(getattr(state, "online_renderer", None), "chat_template", None)
+        if template is not None:  # the server's own; else turns are those of the tokenizer's
+            setattr(engine_client.renderer, CHAT_TEMPLATE, template)
         for handler in (state[name] for name in state):
             # From the model's generation_config.json, if it has any.
             defaults = getattr(handler, "default_sampling_params", None)

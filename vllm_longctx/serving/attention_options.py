@@ -131,10 +131,11 @@ def header_of_user(tokenizer: Any, chat_template: str | None) -> tuple[int, ...]
         first, later = chat.split(contents[0])[0], chat.split(contents[1])[1].split(contents[2])[0]
     except Exception as e:  # of jinja, of the template itself, or of a tokenizer without any
         raise LongContextError(f"drop = 'turns' needs a chat template, and this model's fails: {e}") from None
-    pairs = zip(reversed(first), reversed(later), strict=False)
-    length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    common = first[len(first) - length :]
-    ids = tokenizer.encode(common.rstrip(), add_special_tokens=False)
+    # Without the white space before a message, of which the message's own may become a part.
+    ids, others = (tokenizer.encode(text.rstrip(), add_special_tokens=False) for text in (first, later))
+    pairs = zip(reversed(ids), reversed(others), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    ids = ids[len(ids) - common :]
     answer = tokenizer.encode(begun.removeprefix(asked), add_special_tokens=False)
     if answer and answer[0] in ids:  # messages begin alike; before that, the one before ends
         ids = ids[len(ids) - 1 - ids[::-1].index(answer[0]) :]

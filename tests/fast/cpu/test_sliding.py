@@ -55,7 +55,8 @@ VIEWS = {
 
 
 @pytest.mark.parametrize(
-    "attention", [LAMBDA, {"method": "streaming", "n_global": 5, "n_local": 44, "max_n_global": 44}]
+    "attention",
+    [LAMBDA, {"method": "streaming", "n_global": 5, "n_local": 44, "allow_beyond_trained": True}],
 )
 def test_each_request_sees_what_it_has_chosen(attention: dict[str, Any], small_llama: Path) -> None:
     """Beside one that has chosen nothing."""
