@@ -49,6 +49,7 @@ class Mode:
     extends: Every request may go past the trained length, also one that does not adapt.
     caches_prefixes: vLLM's prefix caching is sound.
     asked_for: What the user wrote to get it, for messages.
+    takes_drafts: Speculative decoding goes with it: a rejected token leaves nothing behind.
     takes_parts: A prompt may come in parts: nothing depends on where it ends. Requests that adapt never may.
     """
 
@@ -65,6 +66,7 @@ class Mode:
     grows: bool = False
     extends: bool = True
     caches_prefixes: bool = True
+    takes_drafts: bool = False
     takes_parts: bool = False
 
     @property
@@ -98,6 +100,7 @@ MODES = (
         BASE_RUNNER,
         windows="SlidingWindows",
         asked_for="attention.method lm_infinite or streaming",
+        takes_drafts=True,
         takes_parts=True,
     ),
     Mode(

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 from vllm import LLM, SamplingParams
 
-from tests.support.engines import generate, logprobs_of, metric, poison, prompt, running_here, tokens_of
+from tests.support.engines import (
+    generate,
+    logprobs_of,
+    metric,
+    poison,
+    prompt,
+    running,
+    running_here,
+    tokens_of,
+)
 from tests.support.reference_model import Layers, ReferenceLlama
 from vllm_longctx.geometry import Branch, Geometry, branches
 from vllm_longctx.serving import app
@@ -189,6 +198,31 @@ def in_whole_turns(geometry: Geometry, turns: tuple[int, ...]) -> Layers:
         return branches(geometry, positions, positions, starts), True
 
     return seen
+
+
+@pytest.mark.slow
+def test_drafts_change_nothing(tiny_llama: Path, reference: ReferenceLlama) -> None:
+    """Speculative decoding: several queries of a request past its window in a step, of which some are void.
+
+    Texts that repeat themselves, so that drafts are right at times; one of a request that has chosen what it
+    sees. In processes of its own: what proposes drafts imports numba, beside which vLLM starts no other engine.
+    """
+    variant = VARIANTS["lm_infinite"]
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    texts = [(prompt(40, seed=n) * 20)[:n] for n in (50, 64, 97, 300, 641)]
+    more = {"extra_args": {"longctx": {"n_global": 40}}}
+    with running(tiny_llama, variant.attention, speculative_config=drafts) as llm:
+        seen = [(output, variant.geometry) for output in generate(llm, texts, 150, prompt_logprobs=0)]
+        seen += [(output, Geometry(40, 64, 64)) for output in generate(llm, texts, 40, **more)]
+        drafted, accepted = (
+            metric(llm, f"vllm:spec_decode_num_{kind}_tokens") for kind in ("draft", "accepted")
+        )
+        assert metric(llm, "vllm:kv_cache_usage_perc") == 0
+    assert 0 < accepted < drafted
+    for output, geometry in seen:
+        ours = logprobs_of(output)
+        expected = reference.token_logprobs(tokens_of(output), geometry)[-len(ours) :]
+        assert (ours - expected).abs().max() <= TOLERANCE
 
 
 @pytest.mark.slow
