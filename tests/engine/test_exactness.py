@@ -205,7 +205,8 @@ def test_drafts_change_nothing(tiny_llama: Path, reference: ReferenceLlama) -> N
     """Speculative decoding: several queries of a request past its window in a step, of which some are void.
 
     Texts that repeat themselves, so that drafts are right at times; one of a request that has chosen what it
-    sees. In processes of its own: what proposes drafts imports numba, beside which vLLM starts no other engine.
+    sees. In processes of its own: what proposes drafts imports numba, beside which vLLM starts no other
+    engine.
     """
     variant = VARIANTS["lm_infinite"]
     drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}

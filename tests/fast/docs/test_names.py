@@ -11,7 +11,8 @@ from pydantic import BaseModel
 
 from tests.support.documentation import FENCE, PAGES, ROOT
 from vllm_longctx import metrics
-from vllm_longctx.config import OF_ATTENTION, 
+from vllm_longctx.config import (
+    OF_ATTENTION,
     AdaptationSection,
     AttentionSection,
     RequestOptions,
