@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_longctx.geometry import Distances
-from vllm_longctx.modes import SLIDING_METHODS, Mode, mode_of
+from vllm_longctx.modes import Mode, mode_of
 
 KEY = "longctx"
 KVPolicy = Literal["reuse", "recompute", "keep"]
@@ -375,14 +375,17 @@ class AttentionSection(_Section):
         return section
 
 
-def check_policy(policy: KVPolicy, sliding: bool) -> None:
+def check_policy(policy: KVPolicy, keeps: bool) -> None:
     """Raises LongContextError unless `adaptation.kv_policy` goes with the windows.
 
-    sliding: They slide (Λ attention).
+    keeps: They are those of `attention.method`, which no pass computes again.
     """
-    if (policy == "keep") != sliding:
-        other = "reuse or recompute; Λ attention (attention.method lm_infinite or streaming) goes with keep"
-        raise LongContextError(f"adaptation.kv_policy = {policy!r}, but attention.method none takes {other}")
+    if (policy == "keep") != keeps:
+        raise LongContextError(
+            f"adaptation.kv_policy = {policy!r}, but attention.method none takes reuse or recompute; Λ "
+            "attention (attention.method lm_infinite or streaming) goes with keep, and so does "
+            "a memory (focused)"
+        )
 
 
 class TrainerSection(_Section):
@@ -446,14 +449,14 @@ class AdaptationSection(_Section):
     """Tokens of a block, the unit that is trained at once. Default: a quarter of the window, at most 1,024;
     with `temp-lora-economic` half of it, at most 2,048."""
     context_tokens: int | None = Field(default=None, ge=1)
-    """Tokens that a new pass computes again when the window is full. Not with Λ attention. Default: half the
-    window, or less if a block and a KV block would not fit beside it."""
+    """Tokens that a new pass computes again when the window is full. Only with `attention.method` `none`.
+    Default: half the window, or less if a block and a KV block would not fit beside it."""
     window_tokens: int | None = Field(default=None, ge=1)
-    """Largest live context in tokens. Not with Λ attention. Default: the trained length, at most 24,576; with
-    `temp-lora-economic` 4,096. Less if the KV cache holds less."""
+    """Largest live context in tokens. Only with `attention.method` `none`. Default: the trained length, at
+    most 24,576; with `temp-lora-economic` 4,096. Less if the KV cache holds less."""
     plain_tokens: int | None = Field(default=None, ge=1)
-    """Longest prompt and answer, together, of a request that does not learn. Not with Λ attention. Default:
-    the trained length, or less if the KV cache holds less."""
+    """Longest prompt and answer, together, of a request that does not learn. Only with `attention.method`
+    `none`. Default: the trained length, or less if the KV cache holds less."""
     train_context_tokens: int | None = Field(default=None, ge=0)
     """Tokens before a block that its training also sees, without a loss on them. Default: as many as a block
     has, if the trained length has room for both."""
@@ -485,8 +488,8 @@ class AdaptationSection(_Section):
     """The former name of `learn`: true is `all`, false is `output`."""
     kv_policy: KVPolicy | None = None
     """What happens to KV that an older version computed. `reuse` keeps it until the window is full, then
-    starts a new pass. `recompute` starts a new pass after every block. `keep` never does, and needs Λ
-    attention. Default: `reuse`; over Λ attention `keep`."""
+    starts a new pass. `recompute` starts a new pass after every block. `keep` never does. Default: with
+    `attention.method` `none` `reuse`; with others `keep`, and nothing else."""
     update_mode: UpdateMode = "cascaded"
     """`cascaded` waits for a block's training before the next block is computed. `parallel` computes the next
     block with the version before, so that training and computing overlap."""
@@ -562,9 +565,9 @@ class AdaptationSection(_Section):
 
         room: the largest stepped window that the KV cache holds, in tokens; None for any.
         """
-        sliding = attention.method in SLIDING_METHODS
-        policy = self.kv_policy or ("keep" if sliding else "reuse")
-        check_policy(policy, sliding)
+        keeps = attention.method != "none"
+        policy = self.kv_policy or ("keep" if keeps else "reuse")
+        check_policy(policy, keeps)
         max_rank = self.rank if self.max_rank is None else self.max_rank
         sizes = SIZES_OF_PRESET.get(preset or "", DEFAULT_SIZES)
         # A user's own sizes find room in it.
@@ -592,12 +595,12 @@ class AdaptationSection(_Section):
                 "max_epochs": max(self.max_epochs, self.epochs),
             }
         )
-        if sliding:
+        if keeps:
             for name in ("window_tokens", "context_tokens", "plain_tokens"):
                 if getattr(self, name) is not None:
                     raise LongContextError(
-                        f"adaptation.{name} has no effect beside attention.method {attention.method}, whose "
-                        "window slides; leave it out, or set attention.method none"
+                        f"adaptation.{name} has no effect beside attention.method {attention.method}, which "
+                        "has windows of its own; leave it out, or set attention.method none"
                     )
         for name in ("window_tokens", "plain_tokens"):
             if (tokens := getattr(filled, name)) > trained_length:
@@ -750,11 +753,6 @@ class LongContextConfig(_Section):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        if self._mode is None:
-            raise ValueError(
-                "adaptation does not go with attention.method focused or attention.top_k; leave one of them "
-                "out"
-            )
         if self.mode.is_plain and "serving" in self.model_fields_set:
             raise ValueError(
                 "serving has no effect with attention.method none, which leaves vLLM as it is; leave it out"

@@ -152,6 +152,33 @@ MODES = (
         adapts=True,
         takes_parts=True,
     ),
+    Mode(
+        "temp-lora over top-k",
+        SLIDING_METHODS,
+        "together.TempLoraTopKScheduler",
+        {Role.SLIDING: "LambdaSpec", Role.KEPT: "MiddleSpec"},
+        "top_k_runner.TopKRunner",
+        windows="SlidingWindows",
+        asked_for="adaptation with attention.top_k",
+        checks=("check_adaptation", "check_lookup", "check_together"),
+        top_k=True,
+        adapts=True,
+        grows=True,
+        caches_prefixes=False,
+    ),
+    Mode(
+        "temp-lora over memory",
+        ("focused",),
+        "together.TempLoraMemoryScheduler",
+        {Role.WINDOW: "WindowSpec", Role.MEMORY: "MemorySpec"},
+        "memory_runner.MemoryRunner",
+        windows="MemoryWindows",
+        asked_for="adaptation with attention.method focused",
+        checks=("check_adaptation", "check_lookup", "check_together"),
+        adapts=True,
+        grows=True,
+        caches_prefixes=False,
+    ),
 )
 SCHEDULERS = tuple(path for mode in MODES if not mode.is_plain for path in mode.scheduler_paths)
 

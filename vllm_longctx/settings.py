@@ -202,7 +202,7 @@ class Adaptation(AdaptationSection):
         if "learn" in given or "train_on_prompt" in given:
             given["learn"] = learned(options.learn, given.get("train_on_prompt", True))
         own = self.model_copy(update=given)
-        check_policy(own.kv_policy, sliding=not self.has_passes)
+        check_policy(own.kv_policy, keeps=not self.has_passes)
         own.check(trained_length, kv_block)
         if (example := own.block_tokens + own.train_context_tokens) > most:
             raise LongContextError(

@@ -23,7 +23,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 from vllm.v1.request import Request
 
-from vllm_longctx.engine.sliding_kv import LambdaManager, LambdaSpec
+from vllm_longctx.engine.sliding_kv import LambdaManager, LambdaSpec, PrivateRequests
 from vllm_longctx.engine.stepped_kv import full_attention_fields
 from vllm_longctx.geometry import RequestView, SteppedWindows
 from vllm_longctx.models.properties import model_dtype
@@ -146,7 +146,7 @@ def blocks_apart(spec: KVCacheSpec) -> int:
     return (isinstance(spec, MemorySpec) and spec.memory_blocks) or 0
 
 
-class MemoryManager(FullAttentionManager):
+class MemoryManager(PrivateRequests, FullAttentionManager):
     """Publishes closed windows, whose keys are un-rotated, where another prompt would have been cut into the
     same windows.
 
@@ -224,6 +224,14 @@ class MemoryManager(FullAttentionManager):
             # They may be given away in the same step: copies are made before anything is written in it.
             self.block_pool.free_blocks(reversed(shared))
         return super().allocate_new_blocks(request_id, *args, **kwargs)
+
+    def most_blocks_of(self, window_tokens: int, text_tokens: int) -> int:
+        """Of vLLM's pool."""
+        return 0 if self.is_apart else cdiv(text_tokens, self.block_size)
+
+    def blocks_apart_of(self, text_tokens: int) -> int:
+        """Of a pool of the memory layers' own."""
+        return cdiv(text_tokens, self.block_size) if self.is_apart else 0
 
     def begin_view(self, request_id: str, view: RequestView) -> None:
         """As `LambdaManager.begin_view`: all blocks are kept, as ever."""
@@ -349,6 +357,13 @@ class MiddleSpec(FullAttentionSpec):
     def merge(cls, specs: list["MiddleSpec"]) -> "MiddleSpec":
         assert all(spec == specs[0] for spec in specs), "layers with a top-k branch beside others"
         return specs[0]
+
+
+class MiddleManager(PrivateRequests, FullAttentionManager):
+    """Full attention, also of requests that adapt."""
+
+    def most_blocks_of(self, window_tokens: int, text_tokens: int) -> int:
+        return cdiv(text_tokens, self.block_size)
 
 
 def memory_blocks(settings: Settings, vllm_config: VllmConfig) -> int | None:

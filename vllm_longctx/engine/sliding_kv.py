@@ -100,8 +100,11 @@ class PrivateRequests(SingleTypeKVCacheManager):
         self.most_blocks: dict[str, int] = {}
         self.shifts: dict[str, int] = {}
 
-    def most_blocks_of(self, window_tokens: int) -> int:
-        """Blocks that a request holds at once, at most. window_tokens: of its passes, if it has any."""
+    def most_blocks_of(self, window_tokens: int, text_tokens: int) -> int:
+        """Blocks that a request holds at once, at most.
+
+        window_tokens: of its passes, if it has any. text_tokens: of all that it may read and write.
+        """
         raise NotImplementedError
 
     def make_private(self, request_id: str, most_blocks: int) -> None:
@@ -152,7 +155,7 @@ class LambdaManager(PrivateRequests):
         # same pool.
         self._middles: dict[int, tuple[KVCacheBlock, BlockHashWithGroupId]] = {}
 
-    def most_blocks_of(self, window_tokens: int) -> int:
+    def most_blocks_of(self, window_tokens: int, text_tokens: int) -> int:
         assert self.max_admission_blocks_per_request is not None
         return self.max_admission_blocks_per_request
 

@@ -193,6 +193,15 @@ def check_adaptation(config: LongContextConfig, vllm_config: VllmConfig) -> None
     check_trainer(adaptation.trainer)
 
 
+def check_together(config: LongContextConfig, vllm_config: VllmConfig) -> None:
+    """Raises LongContextError where a mode that joins methods does not run."""
+    if platform() is CUDA:
+        raise LongContextError(
+            f"{config.mode.asked_for} does not run on CUDA: model runners there were not joined with "
+            "adapters; leave one of them out"
+        )
+
+
 def check_lookup(config: LongContextConfig, vllm_config: VllmConfig) -> None:
     """Raises LongContextError for a model or a setting with which a memory, or a top-k branch, cannot
     work.
