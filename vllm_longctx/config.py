@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_longctx.geometry import Distances
-from vllm_longctx.modes import SLIDING_METHODS, Mode, mode_of
+from vllm_longctx.modes import Mode, mode_of
 
 KEY = "longctx"
 KVPolicy = Literal["reuse", "recompute", "keep"]
@@ -78,12 +78,15 @@ FOCUSED_KEYS = (
 )
 SLIDING_KEYS = (
     "n_global",
+    "max_n_global",
     "distance_ceiling",
     "distances",
     "top_k_from_layer",
     "top_k_to_layer",
     "top_k_insert_at",
 )
+
+OF_ATTENTION = ("attention", "n_global", "drop", "lookup", "top_k")  # options of a request
 
 S = TypeVar("S", bound="_Section")
 T = TypeVar("T")
@@ -125,11 +128,14 @@ class AttentionSection(_Section):
     defaults to `focused`."""
     n_global: int | None = Field(default=None, ge=0)
     """First tokens that every query sees. Default: 10; with `streaming` 4."""
+    max_n_global: int | None = Field(default=None, ge=0)
+    """Most first tokens that a request may ask for. With distances `in_cache`, they and the window together
+    are at most the trained length. Default: `n_global`."""
     n_local: int | None = Field(default=None, ge=1)
     """Size of the window in tokens, the query included. With `lm_infinite` and `streaming` it slides, with
     `focused` it steps. Default: the trained length, or less if the KV cache holds less of a sliding window;
-    with distances `in_cache`, the trained length less `n_global`; with `focused`, the checkpoint's if it has
-    one, rounded down to whole KV blocks if prefixes are cached."""
+    with distances `in_cache`, the trained length less `max_n_global`; with `focused`, the checkpoint's if it
+    has one, rounded down to whole KV blocks if prefixes are cached."""
     distance_ceiling: int | None = Field(default=None, ge=1)
     """No key looks farther away than this many tokens. Only with `relative` distances. Default: the trained
     length."""
@@ -186,9 +192,16 @@ class AttentionSection(_Section):
                 f"distance_ceiling = {self.distance_ceiling} has no effect on distances in_cache; leave it "
                 f"out"
             )
-        if self.n_global is not None and self.n_local is not None and self.n_global > self.n_local:
+        for name in ("n_global", "max_n_global"):
+            if (
+                (given := getattr(self, name)) is not None
+                and self.n_local is not None
+                and given > self.n_local
+            ):
+                raise ValueError(f"{name} = {given} is more than n_local = {self.n_local}; lower {name}")
+        if self.n_global is not None and self.max_n_global is not None and self.n_global > self.max_n_global:
             raise ValueError(
-                f"n_global = {self.n_global} is more than n_local = {self.n_local}; lower n_global"
+                f"n_global = {self.n_global} is more than max_n_global = {self.max_n_global}; lower n_global"
             )
         return self
 
@@ -244,23 +257,31 @@ class AttentionSection(_Section):
         if self.method == "focused":
             return self._focused_for_model(trained_length, num_layers, checkpoint, cached_block)
         n_global = DEFAULT_N_GLOBAL[self.method] if self.n_global is None else self.n_global
-        widest = trained_length - n_global if self.in_cache else trained_length
+        max_n_global = n_global if self.max_n_global is None else self.max_n_global
+        if max_n_global < n_global:
+            raise LongContextError(
+                f"attention.max_n_global = {max_n_global} is less than attention.n_global = {n_global}; "
+                "raise it"
+            )
+        widest = trained_length - max_n_global if self.in_cache else trained_length
         n_local = _at_most(room, max(widest, 1)) if self.n_local is None else self.n_local
         short = _short_length(checkpoint)
         longest = short if n_local <= short else trained_length
         ceiling = None if self.in_cache else (self.distance_ceiling or longest)
-        if n_global > n_local:
+        if max_n_global > n_local:
+            name = "n_global" if n_global > n_local else "max_n_global"
             raise LongContextError(
-                f"attention.n_global = {n_global} is more than attention.n_local = {n_local}; lower n_global"
+                f"attention.{name} = {max_n_global} is more than attention.n_local = {n_local}; lower {name}"
             )
         if not self.allow_beyond_trained:
             limit = (
                 f"the model was trained on {trained_length} tokens; lower it, or set "
                 "attention.allow_beyond_trained"
             )
-            if self.in_cache and n_global + n_local > trained_length:
+            if self.in_cache and max_n_global + n_local > trained_length:
+                name = "n_global" if max_n_global == n_global else "max_n_global"
                 raise LongContextError(
-                    f"attention.n_global + attention.n_local = {n_global + n_local}, but {limit}"
+                    f"attention.{name} + attention.n_local = {max_n_global + n_local}, but {limit}"
                 )
             if n_local > trained_length:
                 raise LongContextError(f"attention.n_local = {n_local}, but {limit}")
@@ -269,6 +290,7 @@ class AttentionSection(_Section):
         filled = self.model_copy(
             update={
                 "n_global": n_global,
+                "max_n_global": max_n_global,
                 "n_local": n_local,
                 "distance_ceiling": ceiling,
                 "distances": "in_cache" if self.in_cache else "relative",
@@ -353,14 +375,17 @@ class AttentionSection(_Section):
         return section
 
 
-def check_policy(policy: KVPolicy, sliding: bool) -> None:
+def check_policy(policy: KVPolicy, keeps: bool) -> None:
     """Raises LongContextError unless `adaptation.kv_policy` goes with the windows.
 
-    sliding: They slide (Λ attention).
+    keeps: They are those of `attention.method`, which no pass computes again.
     """
-    if (policy == "keep") != sliding:
-        other = "reuse or recompute; Λ attention (attention.method lm_infinite or streaming) goes with keep"
-        raise LongContextError(f"adaptation.kv_policy = {policy!r}, but attention.method none takes {other}")
+    if (policy == "keep") != keeps:
+        raise LongContextError(
+            f"adaptation.kv_policy = {policy!r}, but attention.method none takes reuse or recompute; Λ "
+            "attention (attention.method lm_infinite or streaming) goes with keep, and so does "
+            "a memory (focused)"
+        )
 
 
 class TrainerSection(_Section):
@@ -424,14 +449,14 @@ class AdaptationSection(_Section):
     """Tokens of a block, the unit that is trained at once. Default: a quarter of the window, at most 1,024;
     with `temp-lora-economic` half of it, at most 2,048."""
     context_tokens: int | None = Field(default=None, ge=1)
-    """Tokens that a new pass computes again when the window is full. Not with Λ attention. Default: half the
-    window, or less if a block and a KV block would not fit beside it."""
+    """Tokens that a new pass computes again when the window is full. Only with `attention.method` `none`.
+    Default: half the window, or less if a block and a KV block would not fit beside it."""
     window_tokens: int | None = Field(default=None, ge=1)
-    """Largest live context in tokens. Not with Λ attention. Default: the trained length, at most 24,576; with
-    `temp-lora-economic` 4,096. Less if the KV cache holds less."""
+    """Largest live context in tokens. Only with `attention.method` `none`. Default: the trained length, at
+    most 24,576; with `temp-lora-economic` 4,096. Less if the KV cache holds less."""
     plain_tokens: int | None = Field(default=None, ge=1)
-    """Longest prompt and answer, together, of a request that does not learn. Not with Λ attention. Default:
-    the trained length, or less if the KV cache holds less."""
+    """Longest prompt and answer, together, of a request that does not learn. Only with `attention.method`
+    `none`. Default: the trained length, or less if the KV cache holds less."""
     train_context_tokens: int | None = Field(default=None, ge=0)
     """Tokens before a block that its training also sees, without a loss on them. Default: as many as a block
     has, if the trained length has room for both."""
@@ -463,8 +488,8 @@ class AdaptationSection(_Section):
     """The former name of `learn`: true is `all`, false is `output`."""
     kv_policy: KVPolicy | None = None
     """What happens to KV that an older version computed. `reuse` keeps it until the window is full, then
-    starts a new pass. `recompute` starts a new pass after every block. `keep` never does, and needs Λ
-    attention. Default: `reuse`; over Λ attention `keep`."""
+    starts a new pass. `recompute` starts a new pass after every block. `keep` never does. Default: with
+    `attention.method` `none` `reuse`; with others `keep`, and nothing else."""
     update_mode: UpdateMode = "cascaded"
     """`cascaded` waits for a block's training before the next block is computed. `parallel` computes the next
     block with the version before, so that training and computing overlap."""
@@ -540,9 +565,9 @@ class AdaptationSection(_Section):
 
         room: the largest stepped window that the KV cache holds, in tokens; None for any.
         """
-        sliding = attention.method in SLIDING_METHODS
-        policy = self.kv_policy or ("keep" if sliding else "reuse")
-        check_policy(policy, sliding)
+        keeps = attention.method != "none"
+        policy = self.kv_policy or ("keep" if keeps else "reuse")
+        check_policy(policy, keeps)
         max_rank = self.rank if self.max_rank is None else self.max_rank
         sizes = SIZES_OF_PRESET.get(preset or "", DEFAULT_SIZES)
         # A user's own sizes find room in it.
@@ -570,12 +595,12 @@ class AdaptationSection(_Section):
                 "max_epochs": max(self.max_epochs, self.epochs),
             }
         )
-        if sliding:
+        if keeps:
             for name in ("window_tokens", "context_tokens", "plain_tokens"):
                 if getattr(self, name) is not None:
                     raise LongContextError(
-                        f"adaptation.{name} has no effect beside attention.method {attention.method}, whose "
-                        "window slides; leave it out, or set attention.method none"
+                        f"adaptation.{name} has no effect beside attention.method {attention.method}, which "
+                        "has windows of its own; leave it out, or set attention.method none"
                     )
         for name in ("window_tokens", "plain_tokens"):
             if (tokens := getattr(filled, name)) > trained_length:
@@ -612,6 +637,18 @@ class RequestOptions(_Section):
     JSON string).
     """
 
+    attention: Literal["plain"] | None = None
+    """`plain` sees the whole text, as stock vLLM does. The request ends at the trained length. Default: the
+    engine's attention."""
+    n_global: int | None = Field(default=None, ge=0)
+    """As `attention.n_global`, at most `attention.max_n_global`."""
+    drop: Literal["turns"] | None = None
+    """`turns` drops whole turns of a chat, not half ones: the window begins where a message of the user's
+    begins, and the system prompt stays in front. With a chat template only. Default: the window slides."""
+    lookup: Literal["all", "top_k", "blocks"] | None = None
+    """As `attention.lookup`. `blocks` only where it is the engine's."""
+    top_k: int | None = Field(default=None, ge=1)
+    """As `attention.top_k`, on an engine with a memory."""
     temp_lora: bool | None = None
     """Whether this request learns. Default: the server's `adaptation.requests`."""
     block_tokens: int | None = Field(default=None, ge=1)
@@ -642,6 +679,24 @@ class RequestOptions(_Section):
     tenant's: `@TENANT/NAME`."""
     start_from: str | None = Field(default=None, pattern=f"^{OWNED_NAME}$")
     """Name of a saved adapter to begin with."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.attention is not None and (others := list(self.of_attention)[1:]):
+            raise ValueError(f"{others[0]} has no effect beside attention = {self.attention!r}; leave it out")
+        if self.lookup == "all" and self.top_k is not None:
+            raise ValueError(f"top_k = {self.top_k} has no effect with lookup all; leave one of them out")
+        return self
+
+    @property
+    def of_attention(self) -> dict[str, Any]:
+        """Those given that choose what its queries see."""
+        return {name: value for name in OF_ATTENTION if (value := getattr(self, name)) is not None}
+
+    @property
+    def of_adaptation(self) -> dict[str, Any]:
+        """All others that are given."""
+        return self.model_dump(exclude_none=True, exclude=set(OF_ATTENTION))
 
     @classmethod
     def parse(cls, value: Any) -> "RequestOptions":
@@ -698,11 +753,6 @@ class LongContextConfig(_Section):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        if self._mode is None:
-            raise ValueError(
-                "adaptation does not go with attention.method focused or attention.top_k; leave one of them "
-                "out"
-            )
         if self.mode.is_plain and "serving" in self.model_fields_set:
             raise ValueError(
                 "serving has no effect with attention.method none, which leaves vLLM as it is; leave it out"

@@ -10,7 +10,8 @@ Sources: LM-Infinite (arXiv 2308.16137, section 3) for the Λ mask and the ceili
 section 3.1) and LongLLaMA's code for stepped windows and the memory before them.
 """
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -51,6 +52,36 @@ class Geometry:
             return (window_start[:, None] - self.n_global).clamp_min(0).expand(-1, len(key_positions))
         ceiling = i - j if self.distance_ceiling is None else self.distance_ceiling
         return (i - j - ceiling).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class RequestView:
+    """What the queries of one request see in sliding layers, where the request has chosen that itself.
+
+    n_global: The first tokens, as of `Geometry`; None sees the whole text, in every query (plain attention).
+    turns: Positions where turns begin, ascending. A window begins at one of them, if one is inside of it.
+    """
+
+    n_global: int | None = None
+    turns: tuple[int, ...] = ()
+
+    def geometry(self, of_engine: Geometry) -> Geometry:
+        return Geometry() if self.n_global is None else replace(of_engine, n_global=self.n_global)
+
+    def window_start(self, query_positions: Tensor, n_local: int) -> Tensor:
+        """First position of each query's window, int64 as the positions: where the first turn begins of those
+        that are whole inside of its sliding window. Where the last turn is longer than that, it slides.
+        """
+        lowest = (query_positions - n_local + 1).clamp_min(0)
+        behind = torch.iinfo(torch.int64).max
+        turns = torch.tensor([*self.turns, behind])
+        first = turns[torch.searchsorted(turns, lowest)]
+        return torch.where((lowest > 0) & (first <= query_positions), first, lowest)
+
+    def seen_from(self, first: int, end: int, n_local: int) -> "RequestView":
+        """With the turns only that count for queries at first .. end - 1."""
+        begin = bisect_left(self.turns, first - n_local + 1)
+        return replace(self, turns=self.turns[begin : bisect_left(self.turns, end)])
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Mode:
     extends: Every request may go past the trained length, also one that does not adapt.
     caches_prefixes: vLLM's prefix caching is sound.
     asked_for: What the user wrote to get it, for messages.
+    takes_drafts: Speculative decoding goes with it: a rejected token leaves nothing behind.
     takes_parts: A prompt may come in parts: nothing depends on where it ends. Requests that adapt never may.
     """
 
@@ -65,12 +66,18 @@ class Mode:
     grows: bool = False
     extends: bool = True
     caches_prefixes: bool = True
+    takes_drafts: bool = False
     takes_parts: bool = False
 
     @property
     def is_plain(self) -> bool:
         """vLLM is left as it is."""
         return not self.scheduler
+
+    @property
+    def slides(self) -> bool:
+        """There are layers whose windows slide with the query."""
+        return Role.SLIDING in self.layers
 
     @property
     def scheduler_paths(self) -> tuple[str, str]:
@@ -93,6 +100,7 @@ MODES = (
         BASE_RUNNER,
         windows="SlidingWindows",
         asked_for="attention.method lm_infinite or streaming",
+        takes_drafts=True,
         takes_parts=True,
     ),
     Mode(
@@ -143,6 +151,33 @@ MODES = (
         checks=("check_adaptation",),
         adapts=True,
         takes_parts=True,
+    ),
+    Mode(
+        "temp-lora over top-k",
+        SLIDING_METHODS,
+        "together.TempLoraTopKScheduler",
+        {Role.SLIDING: "LambdaSpec", Role.KEPT: "MiddleSpec"},
+        "top_k_runner.TopKRunner",
+        windows="SlidingWindows",
+        asked_for="adaptation with attention.top_k",
+        checks=("check_adaptation", "check_lookup", "check_together"),
+        top_k=True,
+        adapts=True,
+        grows=True,
+        caches_prefixes=False,
+    ),
+    Mode(
+        "temp-lora over memory",
+        ("focused",),
+        "together.TempLoraMemoryScheduler",
+        {Role.WINDOW: "WindowSpec", Role.MEMORY: "MemorySpec"},
+        "memory_runner.MemoryRunner",
+        windows="MemoryWindows",
+        asked_for="adaptation with attention.method focused",
+        checks=("check_adaptation", "check_lookup", "check_together"),
+        adapts=True,
+        grows=True,
+        caches_prefixes=False,
     ),
 )
 SCHEDULERS = tuple(path for mode in MODES if not mode.is_plain for path in mode.scheduler_paths)

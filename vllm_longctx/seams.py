@@ -242,7 +242,7 @@ SEAMS = [
     Seam(
         "APIRoute.app, init_endpoint_plugins_state, an app's AsyncLLM.generate and add_request, beam_search "
         "of vLLM's handlers "
-        "(wrapped); their default_sampling_params (max_tokens set)",
+        "(wrapped); their default_sampling_params (max_tokens set), online_renderer.chat_template (read)",
         "serving/app.py, serving/streams.py",
         "check bodies behind vLLM's authentication, start streams when the engine has admitted their "
         "requests, "
@@ -318,7 +318,7 @@ SEAMS = [
         "RequestState.prefill_len, "
         "num_computed_tokens, BlockTables.num_blocks (changed)",
         "cpu/worker.py, cuda/worker.py, engine/lora.py, cpu/lora.py, cuda/lora.py, "
-        "cuda/passes_runner.py, cpu/memory_runner.py, cuda/memory_runner.py",
+        "cuda/passes_runner.py, cpu/runner.py, cpu/memory_runner.py, cuda/memory_runner.py",
         "put the first tokens before a window, keep prompt log-probabilities of the first pass, manage "
         "adapters in memory, "
         "count positions from a window",

@@ -30,7 +30,7 @@ from vllm_longctx.config import (
     filled,
     learned,
 )
-from vllm_longctx.geometry import Geometry, SteppedWindows
+from vllm_longctx.geometry import Geometry, RequestView, SteppedWindows
 from vllm_longctx.modes import Mode, Role, load
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class Adaptation(AdaptationSection):
 
         Raises LongContextError for an option beyond the server's limits.
         """
-        given = options.model_dump(exclude_none=True)
+        given = options.of_adaptation
         given.pop("temp_lora", None)
         if not self.is_asked(options):
             if given:
@@ -202,7 +202,7 @@ class Adaptation(AdaptationSection):
         if "learn" in given or "train_on_prompt" in given:
             given["learn"] = learned(options.learn, given.get("train_on_prompt", True))
         own = self.model_copy(update=given)
-        check_policy(own.kv_policy, sliding=not self.has_passes)
+        check_policy(own.kv_policy, keeps=not self.has_passes)
         own.check(trained_length, kv_block)
         if (example := own.block_tokens + own.train_context_tokens) > most:
             raise LongContextError(
@@ -270,6 +270,44 @@ class Settings:
     def geometry(self) -> Geometry:
         """Of sliding layers; in modes without any, that of plain attention."""
         return self.windows.geometry
+
+    def sees_whole(self, tokens: int) -> bool:
+        """Whether queries of a text of so many tokens see all of it, as with plain attention."""
+        if not self.mode.slides:
+            return True
+        geometry = self.geometry
+        ceiling = geometry.distance_ceiling
+        return filled(geometry.n_local) >= tokens and (ceiling is None or ceiling >= tokens)
+
+    def view_of(
+        self, options: RequestOptions, trained_length: int, turns: tuple[int, ...] = ()
+    ) -> RequestView | None:
+        """What a request's queries see, if that is something else than what others see.
+
+        turns: Where messages of the user's begin in its prompt.
+        """
+        if Role.MEMORY in self.mode.layers:
+            if options.attention == "plain":
+                return RequestView()
+            # Which keys are looked up decides what layers behind a memory compute.
+            return None if self.lookup_of(options) == self.memory.lookup else RequestView(0)
+        if not self.mode.slides:
+            return None
+        if options.attention == "plain":
+            return None if self.sees_whole(trained_length) else RequestView()
+        n_global = filled(self.attention.n_global) if options.n_global is None else options.n_global
+        if options.drop is not None:
+            return RequestView(max(n_global, turns[0]), turns)
+        return None if n_global == self.attention.n_global else RequestView(n_global)
+
+    def lookup_of(self, options: RequestOptions) -> Lookup | None:
+        """How a request's queries find their keys in a memory. None where they see all of it."""
+        own = self.memory.lookup
+        top_k = options.top_k or (None if own is None else own.top_k)
+        if options.lookup == "all" or top_k is None:
+            return None
+        share = None if own is None or options.lookup == "top_k" else own.share
+        return Lookup(top_k, share)
 
     @property
     def top_k(self) -> TopK:

@@ -49,37 +49,42 @@ class Windows:
 
 
 class SlidingWindows(Windows):
-    """A request keeps the blocks of the first tokens and of its next query's window."""
+    """A request keeps the blocks of the first tokens and of its next query's window.
+
+    max_n_global: First tokens of a request that has most of them.
+    """
 
     remedy = "max_num_batched_tokens or attention.n_local"
 
-    def __init__(self, geometry: Geometry):
+    def __init__(self, geometry: Geometry, max_n_global: int = 0):
         self.geometry, self.n_local = geometry, filled(geometry.n_local)
+        self.max_n_global = max(max_n_global, geometry.n_global)
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
         a = settings.attention
-        return cls(Geometry(filled(a.n_global), filled(a.n_local), a.distance_ceiling, filled(a.distances)))
+        geometry = Geometry(filled(a.n_global), filled(a.n_local), a.distance_ceiling, filled(a.distances))
+        return cls(geometry, filled(a.max_n_global))
 
     @property
     def sizes(self) -> dict[str, int]:
         return {"attention.n_local": self.n_local}
 
     def kept(self, in_flight: int) -> str:
-        return f"n_global {self.geometry.n_global}, n_local {self.n_local}, {in_flight} tokens in flight"
+        return f"n_global {self.max_n_global}, n_local {self.n_local}, {in_flight} tokens in flight"
 
     def longest_distance(self, trained_length: int) -> int:
         if self.geometry.distances == "in_cache":
-            return self.geometry.n_global + self.n_local
+            return self.max_n_global + self.n_local
         return max(self.n_local, self.geometry.distance_ceiling or trained_length)
 
     def most_blocks(self, block_size: int, in_flight: int, max_model_len: int) -> int:
         """Those of the first tokens, the last N - 1, tokens in flight, and one ragged block."""
         recent = cdiv(min(self.n_local - 1 + in_flight, max_model_len), block_size) + 1
-        return min(cdiv(self.geometry.n_global, block_size) + recent, cdiv(max_model_len, block_size))
+        return min(cdiv(self.max_n_global, block_size) + recent, cdiv(max_model_len, block_size))
 
     def largest(self, blocks: int, block_size: int, in_flight: int) -> int:
-        first = cdiv(self.geometry.n_global, block_size)
+        first = cdiv(self.max_n_global, block_size)
         return (blocks - 1 - first) * block_size - in_flight + 1
 
 

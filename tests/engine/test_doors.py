@@ -208,7 +208,7 @@ def test_a_batch_runs_with_the_checks_and_the_default_of_a_server(tmp_path: Path
     assert open_ended["response"]["body"]["usage"]["completion_tokens"] == 6
     assert limited["response"]["body"]["usage"]["completion_tokens"] == 9
     assert refused["response"]["status_code"] == 400
-    assert "this engine has no options per request" in refused["error"]["error"]["message"]
+    assert "this engine was started without adaptation" in refused["error"]["error"]["message"]
 
 
 # Of the doors below: open-ended requests write 6 tokens, and none has options of its own.
@@ -232,7 +232,7 @@ def test_a_program_around_async_llm_has_the_checks_and_limits() -> None:
             for prompt in ("It was a dark night.", tokens_input([5] * 20)):
                 assert await ask(engine, prompt) == 6
                 assert await ask(engine, prompt, max_tokens=9) == 9
-                with pytest.raises(VLLMValidationError, match="this engine has no options per request"):
+                with pytest.raises(VLLMValidationError, match="this engine was started without adaptation"):
                     await ask(engine, prompt, extra_args={"longctx": {"temp_lora": True}})
         finally:
             engine.shutdown()

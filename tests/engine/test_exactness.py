@@ -7,17 +7,28 @@ window and of a block.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from vllm import LLM
+from torch import Tensor
+from vllm import LLM, SamplingParams
 
-from tests.support.engines import generate, logprobs_of, metric, poison, prompt, running_here, tokens_of
-from tests.support.reference_model import ReferenceLlama
-from vllm_longctx.geometry import Geometry
+from tests.support.engines import (
+    generate,
+    logprobs_of,
+    metric,
+    poison,
+    prompt,
+    running,
+    running_here,
+    tokens_of,
+)
+from tests.support.reference_model import Layers, ReferenceLlama
+from vllm_longctx.geometry import Branch, Geometry, branches
+from vllm_longctx.serving import app
 
 LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 300, 641]
 TOLERANCE = 1e-4
@@ -31,7 +42,9 @@ class Variant:
 
 
 VARIANTS = {
-    "lm_infinite": Variant({"n_global": 10, "n_local": 64, "distance_ceiling": 64}, Geometry(10, 64, 64)),
+    "lm_infinite": Variant(
+        {"n_global": 10, "n_local": 64, "distance_ceiling": 64, "max_n_global": 40}, Geometry(10, 64, 64)
+    ),
     "compiled": Variant(
         {"n_global": 10, "n_local": 64, "distance_ceiling": 64},
         Geometry(10, 64, 64),
@@ -44,7 +57,8 @@ VARIANTS = {
         {"n_global": 5, "n_local": 64, "distance_ceiling": 20}, Geometry(5, 64, 20)
     ),
     "streaming": Variant(
-        {"method": "streaming", "n_global": 4, "n_local": 60}, Geometry(4, 60, distances="in_cache")
+        {"method": "streaming", "n_global": 4, "n_local": 60, "max_n_global": 40},
+        Geometry(4, 60, distances="in_cache"),
     ),
     "window_below_a_block": Variant(
         {"n_global": 3, "n_local": 20, "distance_ceiling": 20}, Geometry(3, 20, 20)
@@ -132,6 +146,97 @@ def test_together_is_as_alone(llm: LLM) -> None:
     alone = [generate(llm, [p], 30)[0] for p in prompts]
     for a, b in zip(together, alone, strict=True):
         assert tokens_of(a) == tokens_of(b)
+
+
+@pytest.mark.parametrize("variant", ["lm_infinite", "streaming"], indirect=True, scope="module")
+def test_each_request_sees_what_it_has_chosen(
+    llm: LLM, variant: Variant, reference: ReferenceLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All together, in a pool where some are preempted, beside requests that have chosen nothing."""
+    turns = (20, 33, 90, 100, 141, 290, 301)
+    monkeypatch.setattr(app, "turns_of_prompt", lambda prompt, *_: [t for t in turns if t < len(prompt)])
+    engine, written = variant.geometry, 30
+    chosen: list[tuple[dict[str, Any], Geometry, tuple[int, ...], list[int]]] = [
+        ({}, engine, (), [97, 300]),
+        ({"attention": "plain"}, Geometry(), (), [1, 60, 70, 97]),
+        ({"n_global": 40}, replace(engine, n_global=40), (), [40, 97, 300, 641]),
+        ({"n_global": 0}, replace(engine, n_global=0), (), [65, 129]),
+        ({"drop": "turns"}, replace(engine, n_global=20), turns, [30, 97, 160, 300, 430]),
+    ]
+    asked = [(choice, length) for choice in chosen for length in choice[-1]]
+    params = [
+        SamplingParams(
+            max_tokens=written,
+            temperature=0,
+            logprobs=0,
+            prompt_logprobs=0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"longctx": options},
+        )
+        for (options, *_), _ in asked
+    ]
+    prompts = [{"prompt_token_ids": prompt(length, seed=7)} for _, length in asked]
+    together = llm.generate(prompts, params, use_tqdm=False)
+    for ((_, geometry, begun, _), _), output in zip(asked, together, strict=True):
+        expected = reference.token_logprobs(tokens_of(output), in_whole_turns(geometry, begun))
+        assert (logprobs_of(output) - expected).abs().max() <= TOLERANCE
+    alone = [llm.generate([p], own, use_tqdm=False)[0] for p, own in zip(prompts, params, strict=True)]
+    assert [tokens_of(a) for a in alone] == [tokens_of(t) for t in together]
+    assert metric(llm, "vllm:kv_cache_usage_perc") == 0
+
+
+def in_whole_turns(geometry: Geometry, turns: tuple[int, ...]) -> Layers:
+    """A window begins where the first turn does that it holds whole."""
+
+    def start(query: int) -> int:
+        lowest = 0 if geometry.n_local is None else max(query - geometry.n_local + 1, 0)
+        return next((turn for turn in turns if 0 < lowest <= turn <= query), lowest)
+
+    def seen(_: int, positions: Tensor) -> tuple[list[Branch], bool]:
+        starts = torch.tensor([start(query) for query in positions.tolist()])
+        return branches(geometry, positions, positions, starts), True
+
+    return seen
+
+
+@pytest.mark.slow
+def test_drafts_change_nothing(tiny_llama: Path, reference: ReferenceLlama) -> None:
+    """Speculative decoding: several queries of a request past its window in a step, of which some are void.
+
+    Texts that repeat themselves, so that drafts are right at times; one of a request that has chosen what it
+    sees. In processes of its own: what proposes drafts imports numba, beside which vLLM starts no other
+    engine.
+    """
+    variant = VARIANTS["lm_infinite"]
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    texts = [(prompt(40, seed=n) * 20)[:n] for n in (50, 64, 97, 300, 641)]
+    more = {"extra_args": {"longctx": {"n_global": 40}}}
+    with running(tiny_llama, variant.attention, speculative_config=drafts) as llm:
+        seen = [(output, variant.geometry) for output in generate(llm, texts, 150, prompt_logprobs=0)]
+        seen += [(output, Geometry(40, 64, 64)) for output in generate(llm, texts, 40, **more)]
+        drafted, accepted = (
+            metric(llm, f"vllm:spec_decode_num_{kind}_tokens") for kind in ("draft", "accepted")
+        )
+        assert metric(llm, "vllm:kv_cache_usage_perc") == 0
+    assert 0 < accepted < drafted
+    for output, geometry in seen:
+        ours = logprobs_of(output)
+        expected = reference.token_logprobs(tokens_of(output), geometry)[-len(ours) :]
+        assert (ours - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_request_that_no_pool_holds_ends_with_the_reason(tiny_llama: Path) -> None:
+    attention = {"n_global": 10, "n_local": 20}
+    asked = {"extra_args": {"longctx": {"attention": "plain"}}}
+    small = {"num_gpu_blocks_override": 5, "max_num_batched_tokens": 16, "max_num_seqs": 2}
+    with running_here(tiny_llama, attention, **small) as llm:
+        assert len(generate(llm, [prompt(90)], 9, **asked)[0].outputs[0].token_ids) == 9
+        (ended,) = generate(llm, [prompt(121)], 9, **asked)
+        assert ended.outputs[0].finish_reason == "error"
+        assert "needs 5 KV blocks" in str(ended.outputs[0].stop_reason)
+        assert len(generate(llm, [prompt(200)], 9)[0].outputs[0].token_ids) == 9
 
 
 @SOME

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoTokenizer
-from vllm import LLM
+from vllm import LLM, SamplingParams
 from vllm.outputs import RequestOutput
 
 from tests.support.architectures import ARCHITECTURES, made
@@ -163,7 +163,7 @@ def test_prompts_and_tokens_written_equal_the_reference(
 ) -> None:
     outputs = generate(llm, [prompt(n) for n in LENGTHS], 70, prompt_logprobs=0)
     differences = [
-        difference(reference, variant, n, output) for n, output in zip(LENGTHS, outputs, strict=True)
+        difference(reference, variant.seen(n), output) for n, output in zip(LENGTHS, outputs, strict=True)
     ]
     assert sum(d is None for d in differences) <= 2
     assert all(d.max() <= TOLERANCE for d in differences if d is not None)
@@ -177,7 +177,7 @@ def test_a_prefix_hit_ends_where_both_prompts_have_a_window(
     windows, hits, differences = variant.windows, set(), []
     for cut in (900, 870, 416, 200):
         (output,) = generate(llm, [text[:cut] + prompt(30, seed=cut)], 5)
-        differences.append(difference(reference, variant, cut + 30, output))
+        differences.append(difference(reference, variant.seen(cut + 30), output))
         hit = output.num_cached_tokens
         assert hit % windows.tokens == 0
         assert hit <= min(windows.last_start(900), windows.last_start(cut + 30))
@@ -212,18 +212,56 @@ def test_short_texts_share_their_beginning(
         # read again.
         is_open = min(common, windows.last_tokens if text // window else common) // 32 * 32
         assert output.num_cached_tokens == (common // window * window or is_open)
-        seen = difference(reference, variant, length, output)
+        seen = difference(reference, variant.seen(length), output)
         assert seen is None or seen.max() <= TOLERANCE
 
 
-def difference(
-    reference: ReferenceLlama, variant: Variant, length: int, output: RequestOutput
-) -> torch.Tensor | None:
-    """Of the log-probabilities at hand, of a prompt of `length` tokens; None where two keys are equally
-    good.
+def test_each_request_sees_what_it_has_chosen(llm: LLM, variant: Variant, reference: ReferenceLlama) -> None:
+    """All together, beside requests that have chosen nothing; and again, so that what one of them has left in
+    the prefix cache would be found by others.
     """
+    chosen: list[dict[str, Any]] = [{}, {"attention": "plain"}, {"lookup": "top_k", "top_k": 9}]
+    if variant.attention.get("lookup") == "blocks":
+        chosen += [{"top_k": 3}, {"lookup": "all"}]
+    asked = [
+        (options, n) for options in chosen for n in ((1, 60, 97) if "attention" in options else (97, 300))
+    ]
+    params = [
+        SamplingParams(
+            max_tokens=30,
+            temperature=0,
+            logprobs=0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"longctx": options},
+        )
+        for options, _ in asked
+    ]
+    prompts = [{"prompt_token_ids": prompt(length, seed=7)} for _, length in asked]
+    compared = 0
+    for output, (options, length) in zip(
+        [*llm.generate(prompts, params, use_tqdm=False), *llm.generate(prompts, params, use_tqdm=False)],
+        asked * 2,
+        strict=True,
+    ):
+        changed = {name: value for name, value in options.items() if name != "attention"}
+        if options.get("lookup") == "all":
+            changed["top_k"] = None
+        sees = Variant(variant.windows, variant.mem_layers, {**variant.attention, **changed}).seen(length)
+        if "attention" in options:
+            positionals = variant.attention.get("mem_positionals", True)
+            sees = focused(SteppedWindows(1 << 40, 1 << 40), length, variant.mem_layers, positionals)
+        seen = difference(reference, sees, output)
+        assert seen is None or seen.max() <= TOLERANCE, (options, length)
+        compared += seen is not None
+    assert compared >= 2 * len(asked) - 4
+    assert metric(llm, "vllm:kv_cache_usage_perc") == 0
+
+
+def difference(reference: ReferenceLlama, seen: Layers, output: RequestOutput) -> torch.Tensor | None:
+    """Of the log-probabilities at hand; None where two keys are equally good."""
     ours = logprobs_of(output)
-    expected = reference.token_logprobs(tokens_of(output), variant.seen(length))[-len(ours) :]
+    expected = reference.token_logprobs(tokens_of(output), seen)[-len(ours) :]
     return (ours - expected).abs() if min(reference.margins, default=1.0) >= TIE else None
 
 
@@ -242,7 +280,7 @@ def test_what_others_left_in_a_block_does_not_matter(
     poison(llm)
     outputs = generate(llm, [prompt(n, seed=6) for n in LENGTHS], 40)
     differences = [
-        difference(reference, variant, n, output) for n, output in zip(LENGTHS, outputs, strict=True)
+        difference(reference, variant.seen(n), output) for n, output in zip(LENGTHS, outputs, strict=True)
     ]
     assert all(d.max() <= TOLERANCE for d in differences if d is not None)
 

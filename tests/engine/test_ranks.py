@@ -61,6 +61,21 @@ def test_two_ranks_equal_the_reference(tiny_llama: Path, tmp_path: Path) -> None
     assert [output.outputs[0].finish_reason for output in adapted] == ["length", "error", "error", "length"]
 
 
+@pytest.mark.slow
+def test_two_ranks_with_layers_of_their_own_equal_the_reference(tiny_llama: Path) -> None:
+    """Pipeline parallelism."""
+    attention = {"n_global": 10, "n_local": 64, "distance_ceiling": 64, "max_n_global": 40}
+    own = {"extra_args": {"longctx": {"n_global": 40}}}
+    with running(tiny_llama, attention, pipeline_parallel_size=2, enforce_eager=False) as llm:
+        outputs = generate(llm, [prompt(n, seed=9) for n in (63, 64, 65, 300)], 40, prompt_logprobs=0)
+        chosen = generate(llm, [prompt(n, seed=9) for n in (63, 300)], 40, prompt_logprobs=0, **own)
+    reference = ReferenceLlama(tiny_llama)
+    for output in (*outputs, *chosen):
+        seen = Geometry(40 if output in chosen else 10, 64, 64)
+        expected = reference.token_logprobs(tokens_of(output), seen)
+        assert (logprobs_of(output) - expected).abs().max() <= 1e-4
+
+
 def _ranks_that_leave_a_core_to_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting ranks spin: on two cores of two, one each, a trainer gets too little of either to end within
     minutes.

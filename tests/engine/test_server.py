@@ -316,9 +316,9 @@ def test_the_client_reads_a_bad_option_of_ours(client: OpenAI) -> None:
             lambda **kwargs: client.responses.create(**GREEDY, input="x", **kwargs),
         ):
             with pytest.raises(
-                openai.BadRequestError, match="this engine has no options per request"
+                openai.BadRequestError, match="this engine was started without adaptation"
             ) as error:
-                create(stream=stream, extra_body={"vllm_xargs": {"longctx": "{}"}})
+                create(stream=stream, extra_body={"vllm_xargs": {"longctx": '{"temp_lora": true}'}})
             assert error.value.param == "vllm_xargs.longctx"
 
 

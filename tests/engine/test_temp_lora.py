@@ -18,7 +18,7 @@ from vllm.outputs import RequestOutput
 
 from tests.support.engines import generate, logprobs_of, metric, prompt, running, sidecars, tokens_of
 from tests.support.temp_lora_engine import RECIPE, STEPPED, asked, assert_equal, replayed, written_together
-from tests.support.temp_lora_replay import Lambda, Options, replay
+from tests.support.temp_lora_replay import Focused, Lambda, Options, replay
 
 SLOTS = 4
 
@@ -253,3 +253,63 @@ def test_over_lambda_attention_in_a_full_pool_and_shut_down_while_held_and_savin
         waiting = "vllm:longctx_num_requests_held", "vllm:longctx_num_requests_saving"
         steps_until(llm, lambda: [metric(llm, name) for name in waiting] == [1, 1])
     assert not psutil.wait_procs([sidecar], timeout=20)[1]
+
+
+@pytest.mark.slow
+def test_over_the_top_k_branch(tiny_llama: Path) -> None:
+    """Keys of the middle stay as the version computed them that was due. In a pool in which those that do not
+    adapt are preempted.
+    """
+    section = {"n_global": 5, "n_local": 50, "top_k": 3, "top_k_from_layer": 1, "top_k_insert_at": 40}
+    adaptation = {**RECIPE, "slots": 2, "trainer": {"timeout_s": 20.0}}
+    seen = Lambda(5, 50, 128, top_k=3, top_k_from_layer=1, top_k_insert_at=40)
+    others: list[tuple[int, int, dict[str, Any] | None]] = [(10, 150, None)] * 4
+    small = {"num_gpu_blocks_override": 60, "max_model_len": 600}
+    with running(tiny_llama, section, adaptation, **small) as llm:
+        outputs = written_together(llm, [*others, *KEEP_CASES])
+        alone = [generate(llm, [prompt(10, seed)], 150)[0] for seed in range(len(others))]
+        assert metric(llm, "vllm:num_preemptions") > 0
+        assert metric(llm, "vllm:kv_cache_usage_perc") == 0
+    base = {**RECIPE, "kv_policy": "keep", "attention": seen}
+    for seed, (case, output) in enumerate(zip(KEEP_CASES, outputs[len(others) :], strict=True), len(others)):
+        assert_equal(output, replayed(tiny_llama, seed, case, base))
+    assert [tokens_of(output) for output in outputs[: len(others)]] == [tokens_of(output) for output in alone]
+
+
+FOCUSED_SECTION = {
+    "method": "focused",
+    "mem_layers": [1],
+    "mem_dtype": "float32",
+    "n_local": 64,
+    "last_context_length": 32,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "top_k"),
+    [({}, None), ({"lookup": "top_k", "top_k": 5}, 5), ({"memory_limit_gib": 0.0013}, None)],
+    ids=["all", "top_k", "memory_apart"],
+)
+def test_over_a_memory(tiny_llama: Path, more: dict[str, Any], top_k: int | None) -> None:
+    """Keys of closed windows stay as the version computed them that was due. In a pool in which those that do
+    not adapt are preempted.
+    """
+    adaptation = {**RECIPE, "slots": 2, "trainer": {"timeout_s": 20.0}}
+    others: list[tuple[int, int, dict[str, Any] | None]] = [(10, 150, None)] * 4
+    small = {"num_gpu_blocks_override": 60, "max_model_len": 600}
+    with running(tiny_llama, {**FOCUSED_SECTION, **more}, adaptation, **small) as llm:
+        outputs = written_together(llm, [*others, *KEEP_CASES])
+        alone = [generate(llm, [prompt(10, seed)], 150)[0] for seed in range(len(others))]
+        assert metric(llm, "vllm:kv_cache_usage_perc") == 0
+    base = {**RECIPE, "kv_policy": "keep", "attention": Focused(64, 32, (1,), top_k)}
+    del base["dropout"]
+    for (_, tokens, options), output in zip(KEEP_CASES, outputs[len(others) :], strict=True):
+        # Of the tokens that the engine wrote: some of these texts come to two that are equally likely.
+        written = output.outputs[0].token_ids
+        expected = replay(
+            tiny_llama, output.prompt_token_ids, tokens, Options(**{**base, **options}), written
+        )
+        want = torch.tensor(expected.prompt_logprobs + expected.logprobs, dtype=torch.float64)
+        torch.testing.assert_close(logprobs_of(output), want, rtol=0, atol=1e-4)
+    assert [tokens_of(output) for output in outputs[: len(others)]] == [tokens_of(output) for output in alone]

@@ -88,8 +88,8 @@ def test_method_none_changes_nothing() -> None:
             r"longctx.attention.top_k = 0: Input should be greater",
         ),
         (
-            {"attention": {"method": "focused"}, "adaptation": {}},
-            r"adaptation does not go with attention.method focused",
+            {"attention": {"n_global": 10, "max_n_global": 5}},
+            r"n_global = 10 is more than max_n_global = 5; lower n_global",
         ),
         ({"adaptation": {"rnk": 8}}, r"longctx.adaptation: unknown key 'rnk'; did you mean 'rank'\?"),
         ({"adaptation": {"rank": 0}}, r"longctx.adaptation.rank = 0: Input should be greater"),

@@ -1,8 +1,10 @@
 """One attention layer of the CPU engine, made as the worker makes it, and the parts of vLLM around it."""
 
+from collections.abc import Mapping
 from copy import copy
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,10 +24,10 @@ from vllm_longctx.cpu.sliding import LambdaImpl
 from vllm_longctx.engine.kv_cache import layer_spec
 from vllm_longctx.engine.layers import LayerSite, engine_backend
 from vllm_longctx.engine.lookup import ClosedWindow, covering
-from vllm_longctx.geometry import Branch
+from vllm_longctx.geometry import Branch, RequestView
 from vllm_longctx.modes import BACKENDS, Role, load
 from vllm_longctx.rotary import Rotary, inverse_frequencies
-from vllm_longctx.settings import active_settings
+from vllm_longctx.settings import Lookup, active_settings
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, SCALE = 4, 2, 32, 32, 0.25
 SOFT_CAP, SINKS = 2.0, torch.tensor([0.0, 3.0, -9.0, 9.0])
@@ -113,12 +115,17 @@ class Engine:
         self.computed = dict.fromkeys(texts, 0)
 
     def step(
-        self, tokens: dict[str, int], starts: dict[str, int] | None = None, writing: bool = False
+        self,
+        tokens: dict[str, int],
+        starts: dict[str, int] | None = None,
+        writing: bool = False,
+        views: Mapping[str, RequestView] = MappingProxyType({}),
+        lookups: Mapping[str, Lookup | None] = MappingProxyType({}),
     ) -> dict[str, Tensor]:
         """Computes so many tokens of each request; the outputs [tokens, heads, head_size].
 
         starts: of the requests' windows, from which positions are counted; 0 by default. writing: whether
-        all requests write.
+        all requests write. views, lookups: of requests that have chosen them.
         """
         names, lens = list(tokens), list(tokens.values())
         ends = [self.computed[name] + new for name, new in tokens.items()]
@@ -127,7 +134,11 @@ class Engine:
         tables = torch.stack([self.tables[name] for name in names])
         slots = tables[row, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
         first = torch.tensor([(starts or {}).get(name, 0) for name in names])
-        self.rows.windows = tuple(WindowRow(r, start) for r, start in enumerate(first.tolist()) if start)
+        self.rows.views = {r: views[name] for r, name in enumerate(names) if name in views}
+        own = self.settings.memory.lookup if self.settings.attention.mem_layers else None
+        self.rows.windows = tuple(
+            WindowRow(r, start, lookups.get(names[r], own)) for r, start in enumerate(first.tolist()) if start
+        )
         self.rows.writing = frozenset(range(len(names)) if writing else ())
         begins = torch.tensor([0, *lens]).cumsum(0).int()
         metadata = self.builder.build(

@@ -24,12 +24,38 @@ Adapter = dict[str, Tensor]  # every lora_A and lora_B by its parameter's name
 
 @dataclass(frozen=True)
 class Lambda:
-    """Λ attention: the last `n_local` keys and the first `n_global`, no distance above the ceiling."""
+    """Λ attention: the last `n_local` keys and the first `n_global`, no distance above the ceiling.
+
+    top_k: Layers from `top_k_from_layer` on also see so many of the keys between, from the last token of the
+    prompt on, at distance `top_k_insert_at`; in float64 no two of them are equally good.
+    """
 
     n_global: int
     n_local: int
     distance_ceiling: int | None = None
     distances: Literal["relative", "in_cache"] = "relative"
+    top_k: int | None = None
+    top_k_from_layer: int = 0
+    top_k_insert_at: int = 0
+
+
+@dataclass(frozen=True)
+class Focused:
+    """Windows of `n_local` tokens, the last of a prompt `last_context_length` before its end.
+
+    Memory layers also see all keys before, or the best `top_k`, as if first in the window.
+    """
+
+    n_local: int
+    last_context_length: int
+    mem_layers: tuple[int, ...]
+    top_k: int | None = None
+
+    def start(self, position: int, prompt: int) -> int:
+        last = max(prompt - self.last_context_length, 0)
+        if position < last:
+            return position // self.n_local * self.n_local
+        return last + (position - last) // self.n_local * self.n_local
 
 
 @dataclass(frozen=True)
@@ -59,7 +85,7 @@ class Options:
     update_mode: Literal["cascaded", "parallel"] = "cascaded"
     keep_first: int = 1
     kv_block: int = 32
-    attention: Lambda | None = None
+    attention: Lambda | Focused | None = None
     start_from: Path | None = None
     target_modules: str | list[str] = "all-linear"
 
@@ -101,7 +127,7 @@ def replay(
     """
     text, prompt = list(prompt_ids), len(prompt_ids)
     learner = Learner(model_dir, options, text)
-    reader = Reader(model_dir, options)
+    reader = Reader(model_dir, options, prompt - 1)
     rows: list[float] = []  # of position p: the log-probability of token p + 1
     margins: list[float] = []
     versions: list[int] = []
@@ -236,10 +262,10 @@ class Reader:
     One KV cache is one pass; distances count from its own start.
     """
 
-    def __init__(self, model_dir: str | Path, options: Options):
+    def __init__(self, model_dir: str | Path, options: Options, first_lookup: int = 0):
         assert (options.kv_policy == "keep") == (options.attention is not None)
         self.rotates_itself = options.attention is not None
-        self.model = with_adapter(model_dir, options, options.attention)
+        self.model = with_adapter(model_dir, options, options.attention, first_lookup)
         self.number: int | None = None
 
     def use(self, number: int, adapter: Adapter) -> None:
@@ -267,12 +293,15 @@ class Reader:
         return output.logits[0].double().log_softmax(-1)
 
 
-def with_adapter(model_dir: str | Path, options: Options, attention: Lambda | None = None) -> PeftModel:
+def with_adapter(
+    model_dir: str | Path, options: Options, attention: Lambda | Focused | None = None, first_lookup: int = 0
+) -> PeftModel:
     """The model in float32 with an adapter, as `adapter_seed` begins it."""
     implementation = "sdpa"
     if attention is not None:
         implementation = "dense_lambda"
-        AttentionInterface.register(implementation, dense_lambda_attention(attention))
+        dense = dense_lambda_attention if isinstance(attention, Lambda) else dense_focused_attention
+        AttentionInterface.register(implementation, dense(attention, first_lookup))
     model = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=torch.float32, attn_implementation=implementation
     )
@@ -297,12 +326,15 @@ def adapter_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 
-def dense_lambda_attention(shape: Lambda) -> Callable[..., tuple[Tensor, None]]:
+def dense_lambda_attention(shape: Lambda, first_lookup: int) -> Callable[..., tuple[Tensor, None]]:
     """Attention of transformers, query by query: which keys it sees, how far each is, one softmax; in
     float64.
 
     The cache holds every key of the text, none of them rotated.
     """
+
+    def looks_up(layer: int, position: int) -> bool:
+        return shape.top_k is not None and layer >= shape.top_k_from_layer and position >= first_lookup
 
     def attend(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_):
         # query [1, heads, T, head_dim]; key and value [1, kv_heads, S, head_dim], of which the last T are the
@@ -322,12 +354,51 @@ def dense_lambda_attention(shape: Lambda) -> Callable[..., tuple[Tensor, None]]:
                 distance = (i - first).clamp_max(shape.distance_ceiling or i)
             local = torch.arange(window, i + 1)
             seen, distance = torch.cat((first, local)), torch.cat((distance, i - local))
-            angles = torch.outer(distance.double(), module.inv_freq)
-            (q1, q2), (k1, k2) = query[:, None, row].chunk(2, -1), key[:, seen].chunk(2, -1)
-            # q turned by the angle of the distance, times k, pair by pair
-            dot = angles.cos() * (q1 * k1 + q2 * k2) + angles.sin() * (q1 * k2 - q2 * k1)
-            weights = (dot.sum(-1) * scaling).softmax(-1)
-            outputs.append(torch.einsum("hs,hsd->hd", weights, value[:, seen]))
+            scores, values = scored(query[:, row], key[:, seen], distance, module), value[:, seen]
+            if looks_up(module.layer_idx, i) and window >= shape.n_global + shape.top_k:
+                middle = slice(shape.n_global, window)
+                at = torch.full((window - shape.n_global,), shape.top_k_insert_at)
+                best = scored(query[:, row], key[:, middle], at, module).topk(shape.top_k, -1)
+                chosen = best.indices[..., None].expand(-1, -1, value.shape[-1])
+                scores = torch.cat((scores, best.values), -1)
+                values = torch.cat((values, value[:, middle].gather(1, chosen)), 1)
+            outputs.append(torch.einsum("hs,hsd->hd", (scores * scaling).softmax(-1), values))
         return torch.stack(outputs)[None].float(), None
 
     return attend
+
+
+def dense_focused_attention(shape: Focused, last_of_prompt: int) -> Callable[..., tuple[Tensor, None]]:
+    """As `dense_lambda_attention`."""
+
+    def attend(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_):
+        query, key, value = (x[0].double() for x in (query, key, value))
+        groups = len(query) // len(key)
+        key, value = (x.repeat_interleave(groups, 0) for x in (key, value))
+        past = key.shape[1] - query.shape[1]
+        outputs = []
+        for row in range(query.shape[1]):
+            i = past + row
+            start = shape.start(i, last_of_prompt + 1)
+            local = slice(start, i + 1)
+            scores = scored(query[:, row], key[:, local], i - torch.arange(start, i + 1), module)
+            values = value[:, local]
+            if module.layer_idx in shape.mem_layers and start:
+                before = scored(query[:, row], key[:, :start], torch.full((start,), i - start), module)
+                best = before.topk(min(shape.top_k or start, start), -1)
+                chosen = best.indices[..., None].expand(-1, -1, value.shape[-1])
+                scores = torch.cat((scores, best.values), -1)
+                values = torch.cat((values, value[:, :start].gather(1, chosen)), 1)
+            outputs.append(torch.einsum("hs,hsd->hd", (scores * scaling).softmax(-1), values))
+        return torch.stack(outputs)[None].float(), None
+
+    return attend
+
+
+def scored(query: Tensor, key: Tensor, distance: Tensor, module) -> Tensor:
+    """query [heads, head_dim], key [heads, S, head_dim], distance [S]: [heads, S]."""
+    angles = torch.outer(distance.double(), module.inv_freq)
+    (q1, q2), (k1, k2) = query[:, None].chunk(2, -1), key.chunk(2, -1)
+    # q turned by the angle of the distance, times k, pair by pair
+    dot = angles.cos() * (q1 * k1 + q2 * k2) + angles.sin() * (q1 * k2 - q2 * k1)
+    return dot.sum(-1)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
-from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
@@ -21,7 +20,6 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_longctx.cpu.kernels.branches import additive, attend, with_sinks
 from vllm_longctx.cpu.kernels.retrieval import Codes, Memory, Pages, attend_best
@@ -31,14 +29,14 @@ from vllm_longctx.cpu.window import from_blocks
 from vllm_longctx.engine.layers import LayerSite, TakenOver
 from vllm_longctx.engine.lookup import ClosedWindow, covering
 from vllm_longctx.rotary import Rotary
-from vllm_longctx.settings import Lookup, active_settings
+from vllm_longctx.settings import Lookup
 
 
 @dataclass(frozen=True)
 class Lookups:
     """A request's queries whose memory is larger than top_k.
 
-    tokens: of the step. start: of their window; end: behind it.
+    tokens: of the step. start: of their window; end: behind it. how: of the keys that they find.
 
     block_table int64: the request's blocks up to `end`.
     """
@@ -47,6 +45,7 @@ class Lookups:
     start: int
     end: int
     block_table: Tensor
+    how: Lookup
 
 
 @dataclass
@@ -71,59 +70,50 @@ class MemoryBackend(CPUAttentionBackend):
 class MemoryMetadataBuilder(CPUAttentionMetadataBuilder):
     rows: StepRows
 
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ):
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.lookup = active_settings(vllm_config).memory.lookup
-
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
-        m, lookup = common_attn_metadata, self.lookup
+        m = common_attn_metadata
         # The kernel attends to all of a memory that is no larger than top_k.
-        rows = () if lookup is None else tuple(w for w in self.rows.windows if w.first > lookup.top_k)
+        rows = tuple((w, w.lookup) for w in self.rows.windows if w.lookup and w.first > w.lookup.top_k)
         if not rows:
             return super().build(common_prefix_len, m, fast_build)
-        lookups = tuple(self._lookups(m, w) for w in rows)
+        lookups = tuple(self._lookups(m, w, how) for w, how in rows)
         first_blocks = torch.zeros_like(m.seq_lens)
-        for w in rows:
+        for w, _ in rows:
             first_blocks[w.row] = w.first // self.block_size
         m = from_blocks(m, first_blocks, m.seq_lens - first_blocks * self.block_size, self.block_size)
         stock = super().build(common_prefix_len, m, fast_build)
         return MemoryMetadata(**{f.name: getattr(stock, f.name) for f in fields(stock)}, lookups=lookups)
 
-    def _lookups(self, m: CommonAttentionMetadata, w: WindowRow) -> Lookups:
+    def _lookups(self, m: CommonAttentionMetadata, w: WindowRow, how: Lookup) -> Lookups:
         begin, behind = m.query_start_loc[w.row : w.row + 2].tolist()
         end = int(m.seq_lens[w.row])
         table = m.block_table_tensor[w.row, : cdiv(end, self.block_size)].long()
-        return Lookups(slice(begin, behind), w.first, end, table)
+        return Lookups(slice(begin, behind), w.first, end, table, how)
 
 
 class MemoryImpl(TakenOver, CPUAttentionBackendImpl):
     """A stock CPU attention layer taken over after the weights are loaded.
 
-    lookup: None where queries see all.
+    lookup: Of requests that have not chosen another one; None where queries see all.
+    codes: Of the memory's blocks; None where no query looks up keys, unless it has chosen so.
     """
 
     lookup: Lookup | None
     pages: Pages
-    codes: Codes
+    codes: Codes | None
 
     def bind_kv_cache(self, cache: Tensor, isa: str) -> None:
         """cache: The layer's, once it is there."""
+        num_blocks, kv_heads, block_size, width = cache.shape
+        self.pages, self.codes = Pages(cache, packed_order(block_size, width // 2, cache.dtype, isa)), None
         if self.lookup is not None:
-            num_blocks, kv_heads, block_size, width = cache.shape
-            self.pages = Pages(cache, packed_order(block_size, width // 2, cache.dtype, isa))
             self.codes = Codes.empty(num_blocks, kv_heads, block_size, width // 2)
 
     def summarise(self, window: ClosedWindow) -> None:
         """A closed window's blocks, un-rotated, can be looked up."""
-        if self.lookup is None:
+        if self.codes is None:
             return
         block_size = self.pages.cache.shape[2]
         first = window.start // block_size
@@ -146,14 +136,14 @@ class MemoryImpl(TakenOver, CPUAttentionBackendImpl):
         super().forward(
             layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
         )
-        if isinstance(attn_metadata, MemoryMetadata) and self.lookup is not None:
+        if isinstance(attn_metadata, MemoryMetadata):
             for lookups in attn_metadata.lookups:
-                output[lookups.tokens] = self._look_up(query[lookups.tokens], lookups, self.lookup)
+                output[lookups.tokens] = self._look_up(query[lookups.tokens], lookups)
         return output
 
-    def _look_up(self, query: Tensor, lookups: Lookups, lookup: Lookup) -> Tensor:
+    def _look_up(self, query: Tensor, lookups: Lookups) -> Tensor:
         memory = Memory(self.pages, lookups.block_table, 0, lookups.start, self.codes)
-        window = self._window(query, lookups)
+        window, lookup = self._window(query, lookups), lookups.how
         return attend_best(
             query, memory, window, lookup.top_k, self.scale, lookup.share, self.logits_soft_cap
         )

@@ -51,7 +51,11 @@ class MemoryRunner(LongContextRunner):
         )
         # Slots are computed; what still reads positions is the model.
         self.positions[: scheduler_output.total_num_scheduled_tokens] -= starts.repeat_interleave(lengths)
-        self.rows.windows = tuple(WindowRow(row, start) for row, start in enumerate(starts.tolist()) if start)
+        self.rows.windows = tuple(
+            WindowRow(row, start, windows[request_id].lookup)
+            for row, (request_id, start) in enumerate(zip(request_ids, starts.tolist(), strict=True))
+            if start
+        )
         for group in self.memory_groups:
             self._close_windows(group)
         return prepared

@@ -28,6 +28,12 @@ class LongContextRunner(RunnerBase, CPUModelRunner):
         super().begin(sites, rows)
         self.sampler.apply_penalties = Penalties().apply  # type: ignore[method-assign]  # a seam
 
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, *args, **kwargs)
+        rows = self.input_batch.req_id_to_index
+        self.rows.views = {rows[request_id]: view for request_id, view in self.step.views.items()}
+        return prepared
+
     def isa(self, group: int) -> str:
         """Of the CPU kernel for the KV cache's group of this number, by which it packs blocks."""
         builder = self.attn_groups[group][0].get_metadata_builder()

@@ -4,6 +4,9 @@ A step's queries go one of two ways, decided once per step for all layers of a m
 those of prompts still inside the window, take one call of vLLM's own kernel over compact tables
 (`kernels.tables`, `kernels.scratch`). Prompts past it take `kernels.tiles`; so do decodes past it where there
 are no scratch blocks for them (`ScratchLayout.plan`). Layers without first tokens always take the kernel.
+
+Where a request has chosen what it sees, those of its queries that see their whole text take the kernel, in a
+call of their own, and the others tiles.
 """
 
 import functools
@@ -31,18 +34,22 @@ from vllm_longctx.cpu.kernels.tables import KernelTables, ScratchLayout, kernel_
 from vllm_longctx.cpu.kernels.tiles import ChunkPlan, attend_chunk, plan_chunk
 from vllm_longctx.cpu.rows import StepRows
 from vllm_longctx.engine.layers import LayerSite, TakenOver
-from vllm_longctx.geometry import Geometry
+from vllm_longctx.geometry import Geometry, RequestView
 from vllm_longctx.models.properties import model_dtype
 from vllm_longctx.rotary import Rotary
 
 
 @dataclass(frozen=True)
 class KernelPart:
-    """Requests served by the stock kernel. tokens [n]: their rows in the step, or None for all of them."""
+    """Requests served by the stock kernel. tokens [n]: their rows in the step, or None for all of them.
+
+    sliding_window: Entries of its table that a query sees; -1 for all.
+    """
 
     tokens: Tensor | None
     query_start_loc: Tensor
     tables: KernelTables
+    sliding_window: int
     scheduler_metadata: Tensor
 
 
@@ -58,12 +65,13 @@ class ChunkPart:
     context_blocks: Tensor
     context_skip: int
     first_blocks: Tensor
+    n_global: int
 
 
 @dataclass(frozen=True)
 class LambdaMetadata:
     num_actual_tokens: int
-    kernel: KernelPart | None
+    kernels: list[KernelPart]
     chunks: list[ChunkPart]
 
 
@@ -127,43 +135,72 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         m = common_attn_metadata
         self.scratch.forget_written(m.slot_mapping)
         starts, seq_lens, table = m.query_start_loc, m.seq_lens, m.block_table_tensor
-        query_lens = starts.diff()
-        tiled = self._needs_tiles(seq_lens.numpy(), query_lens.numpy())
-        if not tiled.any():
-            kernel: KernelPart | None = self._kernel_part(None, starts, table, seq_lens, query_lens)
+        query_lens, views = starts.diff(), {} if self.impl.has_own_window else self.rows.views
+        own = list(views)
+        alike = np.ones(len(seq_lens), np.bool_)
+        alike[own] = False
+        tiled = self._needs_tiles(seq_lens.numpy(), query_lens.numpy(), alike)
+        if not tiled.any() and not own:
+            kernels = [self._kernel_part(None, starts, table, seq_lens, query_lens)]
         else:
-            kernel = self._kernel_part_beside_tiles(tiled, starts, table, seq_lens, query_lens)
-        chunks = [self._chunk(r, starts, seq_lens, table) for r in tiled.nonzero()[0].tolist()]
-        return LambdaMetadata(m.num_actual_tokens, kernel, chunks)
+            inside = self._inside(seq_lens, query_lens)
+            lens = torch.where(torch.from_numpy(tiled), inside, query_lens) * torch.from_numpy(alike)
+            kernels = self._kernel_part_of(lens, starts, table, seq_lens, query_lens)
+        if own:
+            lens = torch.zeros_like(query_lens)
+            plain = [row for row, view in views.items() if view.n_global is None]
+            lens[own] = inside[own]
+            lens[plain] = query_lens[plain]
+            kernels += self._kernel_part_of(lens, starts, table, seq_lens, query_lens, whole=True)
+            tiled[own] = (lens < query_lens)[own]
+        chunks = [self._chunk(r, starts, seq_lens, table, views.get(r)) for r in tiled.nonzero()[0].tolist()]
+        return LambdaMetadata(m.num_actual_tokens, kernels, chunks)
 
-    def _needs_tiles(self, seq_lens: NDArray[np.int32], query_lens: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """[rows]: requests with queries past their window that one row of a table cannot describe."""
+    def _needs_tiles(
+        self, seq_lens: NDArray[np.int32], query_lens: NDArray[np.int32], alike: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """[rows]: requests with queries past their window that one row of a table cannot describe.
+
+        alike [rows]: those that have the layer's geometry; others are left out.
+        """
         if self.geometry.n_global == 0:  # the kernel masks everything before the window by itself
             return np.zeros(len(seq_lens), np.bool_)
         assert self.geometry.n_local is not None
-        past = seq_lens > self.geometry.n_local
+        past = (seq_lens > self.geometry.n_local) & alike
         tiled = past & (query_lens > 1)
         return past if int((past & ~tiled).sum()) > self.scratch.layout.rows else tiled
 
-    def _kernel_part_beside_tiles(
-        self, tiled: NDArray[np.bool_], starts: Tensor, table: Tensor, seq_lens: Tensor, query_lens: Tensor
-    ) -> KernelPart | None:
-        """The other requests, and of the tiled ones the queries that are still inside the window; None if
-        there are none.
-        """
+    def _inside(self, seq_lens: Tensor, query_lens: Tensor) -> Tensor:
+        """[rows]: how many of the queries are still inside the window."""
         assert self.geometry.n_local is not None
-        context = seq_lens - query_lens
-        inside = torch.minimum((self.geometry.n_local - context).clamp_min(0), query_lens)
-        lens = torch.where(torch.from_numpy(tiled), inside, query_lens)
+        return torch.minimum((self.geometry.n_local - seq_lens + query_lens).clamp_min(0), query_lens)
+
+    def _kernel_part_of(
+        self,
+        lens: Tensor,
+        starts: Tensor,
+        table: Tensor,
+        seq_lens: Tensor,
+        query_lens: Tensor,
+        whole: bool = False,
+    ) -> list[KernelPart]:
+        """The first lens [rows] queries of each request; nothing if there are none.
+
+        whole: They see their whole text.
+        """
         rows = lens.nonzero().flatten()
         if len(rows) == 0:
-            return None
-        lens = lens[rows]
+            return []
+        context, lens = (seq_lens - query_lens)[rows], lens[rows].int()
         own_starts = torch.cat((starts.new_zeros(1), lens.cumsum(0, dtype=torch.int32)))
         tokens = torch.repeat_interleave(starts[rows] - own_starts[:-1], lens) + torch.arange(
             int(own_starts[-1])
         )
-        return self._kernel_part(tokens, own_starts, table[rows], context[rows] + lens, lens)
+        ends = context + lens
+        if not whole:
+            return [self._kernel_part(tokens, own_starts, table[rows], ends, lens)]
+        table = table[rows, : cdiv(int(ends.max()), self.block_size)].contiguous()
+        return [self._part(tokens, own_starts, KernelTables(table, ends, None), -1)]
 
     def _kernel_part(
         self, tokens: Tensor | None, starts: Tensor, table: Tensor, seq_lens: Tensor, query_lens: Tensor
@@ -176,8 +213,13 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
         self._last_tables = tables
         if tables.moves is not None:
             self.scratch.fill(tables.moves)
+        return self._part(tokens, starts, tables, self.window_size)
+
+    def _part(
+        self, tokens: Tensor | None, starts: Tensor, tables: KernelTables, sliding_window: int
+    ) -> KernelPart:
         scheduler_metadata = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(seq_lens),
+            num_reqs=len(tables.seq_lens),
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
@@ -185,27 +227,36 @@ class LambdaMetadataBuilder(CPUAttentionMetadataBuilder):
             dtype=model_dtype(self.vllm_config.model_config),
             query_start_loc=starts,
             causal=True,
-            sliding_window_size=self.window_size,
+            sliding_window_size=sliding_window,
             isa=self.isa,
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
             kv_cache_dtype=self.kv_cache_dtype,
         )
-        return KernelPart(tokens, starts, tables, scheduler_metadata)
+        return KernelPart(tokens, starts, tables, sliding_window, scheduler_metadata)
 
-    def _chunk(self, row: int, starts: Tensor, seq_lens: Tensor, table: Tensor) -> ChunkPart:
-        """The queries of a request that are past the window."""
+    def _chunk(
+        self, row: int, starts: Tensor, seq_lens: Tensor, table: Tensor, view: RequestView | None = None
+    ) -> ChunkPart:
+        """The queries of a request that are past the window. view: What it has chosen to see."""
         n_local, bs = self.geometry.n_local, self.block_size
+        geometry, window_starts = self.geometry, None
         assert n_local is not None
         begin, end = int(starts[row]), int(starts[row + 1])
         context = max(int(seq_lens[row]) - (end - begin), n_local)
         begin = end - (int(seq_lens[row]) - context)
         window_start = context - n_local + 1
+        if view is not None:
+            geometry = view.geometry(geometry)
+            if view.turns:
+                queries = torch.arange(context, context + end - begin)
+                window_starts = view.window_start(queries, n_local)
         return ChunkPart(
             tokens=slice(begin, end),
-            plan=plan_chunk(self.geometry, context, end - begin, self.impl.alibi_slopes),
+            plan=plan_chunk(geometry, context, end - begin, self.impl.alibi_slopes, window_starts),
             context_blocks=table[row, window_start // bs : cdiv(context, bs)].long(),
             context_skip=window_start % bs,
-            first_blocks=table[row, : cdiv(self.geometry.n_global, bs)].long(),
+            first_blocks=table[row, : cdiv(geometry.n_global, bs)].long(),
+            n_global=geometry.n_global,
         )
 
 
@@ -214,6 +265,7 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
 
     The metadata builder sets what is known later.
 
+    has_own_window: The window is the model's, so no request has another one.
     places: `packed_order`.
     scratch: Of its KV cache group.
     layer_blocks: Of a layer's KV cache, with the scratch blocks of all groups.
@@ -222,6 +274,7 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
 
     alibi_slopes: Tensor | None  # type: ignore[assignment]  # vLLM makes it of the list that it is given
     geometry: Geometry
+    has_own_window: bool
     rotary: Rotary | None
     places: tuple[Tensor, Tensor]
     scratch: ScratchLayout
@@ -233,7 +286,8 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
         geometry = site.geometry
         if geometry.n_local is None:
             raise RuntimeError(f"{site.name}: a sliding layer needs a window")
-        made = cls.of(site.layer.impl, geometry=geometry, rotary=site.rotary, **own)
+        own |= {"geometry": geometry, "has_own_window": site.window is not None, "rotary": site.rotary}
+        made = cls.of(site.layer.impl, **own)
         made.sliding_window = (
             geometry.n_global + geometry.n_local
         )  # what a compact table shows; the builder reads it too
@@ -254,8 +308,8 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
         """As `CPUAttentionBackendImpl.forward`; keys and values of the step are in the cache already."""
         if attn_metadata is None:  # profiling run
             return output
-        if attn_metadata.kernel is not None:
-            self._kernel(attn_metadata.kernel, query[: attn_metadata.num_actual_tokens], output)
+        for part in attn_metadata.kernels:
+            self._kernel(part, query[: attn_metadata.num_actual_tokens], output)
         for chunk in attn_metadata.chunks:
             rows = chunk.tokens
             output[rows] = attend_chunk(
@@ -266,7 +320,7 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
                 context=self._read(
                     kv_cache, chunk.context_blocks, chunk.context_skip, chunk.plan.n_local - 1
                 ),
-                first=self._read(kv_cache, chunk.first_blocks, 0, self.geometry.n_global),
+                first=self._read(kv_cache, chunk.first_blocks, 0, chunk.n_global),
                 rotary=self.rotary,
                 scale=self.scale,
                 further=self._further(query[rows], kv_cache, chunk),
@@ -299,7 +353,7 @@ class LambdaImpl(TakenOver, CPUAttentionBackendImpl):
             scale=self.scale,
             causal=True,
             alibi_slopes=self.alibi_slopes,
-            sliding_window=self.sliding_window,
+            sliding_window=part.sliding_window,
             block_table=part.tables.block_table,
             softcap=self.logits_soft_cap,
             scheduler_metadata=part.scheduler_metadata,

@@ -14,6 +14,7 @@ from vllm_longctx.cpu.kernels.branches import capped
 from vllm_longctx.cpu.kernels.retrieval import Memory, Pages, top_k
 from vllm_longctx.cpu.sliding import ChunkPart, LambdaBackend, LambdaImpl, LambdaMetadataBuilder
 from vllm_longctx.engine.layers import LayerSite
+from vllm_longctx.geometry import RequestView
 from vllm_longctx.rotary import Rotary
 from vllm_longctx.settings import TopK
 
@@ -49,8 +50,10 @@ class TopKBackend(LambdaBackend):
 class TopKMetadataBuilder(LambdaMetadataBuilder):
     impl: "TopKImpl"
 
-    def _chunk(self, row: int, starts: Tensor, seq_lens: Tensor, table: Tensor) -> ChunkPart:
-        chunk = super()._chunk(row, starts, seq_lens, table)
+    def _chunk(
+        self, row: int, starts: Tensor, seq_lens: Tensor, table: Tensor, view: RequestView | None = None
+    ) -> ChunkPart:
+        chunk = super()._chunk(row, starts, seq_lens, table, view)
         begin, end = self.geometry.n_global, chunk.plan.context - chunk.plan.n_local + 1
         is_seen = row in self.rows.writing and end - begin >= self.impl.top_k.k
         blocks = table[row, : cdiv(end, self.block_size)].long()

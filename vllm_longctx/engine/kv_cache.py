@@ -1,11 +1,18 @@
 """The KV cache of all modes: what vLLM must know of our specs, and how prefixes are hit, for users."""
 
 from vllm.config import CacheConfig, VllmConfig
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_longctx.engine.memory_kv import MemoryManager, MemorySpec, MiddleSpec, WindowManager, WindowSpec
+from vllm_longctx.engine.memory_kv import (
+    MemoryManager,
+    MemorySpec,
+    MiddleManager,
+    MiddleSpec,
+    WindowManager,
+    WindowSpec,
+)
 from vllm_longctx.engine.sliding_kv import LambdaManager, LambdaSpec
 from vllm_longctx.engine.stepped_kv import SteppedManager, SteppedSpec
 from vllm_longctx.modes import Role
@@ -16,7 +23,7 @@ MANAGERS: dict[type[LambdaSpec | SteppedSpec | MemorySpec | MiddleSpec], type[Si
     SteppedSpec: SteppedManager,
     WindowSpec: WindowManager,
     MemorySpec: MemoryManager,
-    MiddleSpec: FullAttentionManager,
+    MiddleSpec: MiddleManager,
 }
 
 

@@ -23,9 +23,9 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 from vllm.v1.request import Request
 
-from vllm_longctx.engine.sliding_kv import LambdaManager, LambdaSpec
+from vllm_longctx.engine.sliding_kv import LambdaManager, LambdaSpec, PrivateRequests
 from vllm_longctx.engine.stepped_kv import full_attention_fields
-from vllm_longctx.geometry import SteppedWindows
+from vllm_longctx.geometry import RequestView, SteppedWindows
 from vllm_longctx.models.properties import model_dtype
 from vllm_longctx.modes import Role
 from vllm_longctx.settings import Settings, active_settings
@@ -146,7 +146,7 @@ def blocks_apart(spec: KVCacheSpec) -> int:
     return (isinstance(spec, MemorySpec) and spec.memory_blocks) or 0
 
 
-class MemoryManager(FullAttentionManager):
+class MemoryManager(PrivateRequests, FullAttentionManager):
     """Publishes closed windows, whose keys are un-rotated, where another prompt would have been cut into the
     same windows.
 
@@ -172,6 +172,9 @@ class MemoryManager(FullAttentionManager):
         if kv_cache_spec.memory_blocks is not None:
             block_pool = BlockPool(kv_cache_spec.memory_blocks, enable_caching, block_pool.hash_block_size)
         super().__init__(kv_cache_spec, block_pool, enable_caching, *args, **kwargs)
+        self._views: set[str] = (
+            set()
+        )  # requests that have chosen what they see, whose blocks are not published
         self._open: dict[
             str, int
         ] = {}  # blocks of each request's open first window that are published, or copies
@@ -222,6 +225,21 @@ class MemoryManager(FullAttentionManager):
             self.block_pool.free_blocks(reversed(shared))
         return super().allocate_new_blocks(request_id, *args, **kwargs)
 
+    def most_blocks_of(self, window_tokens: int, text_tokens: int) -> int:
+        """Of vLLM's pool."""
+        return 0 if self.is_apart else cdiv(text_tokens, self.block_size)
+
+    def blocks_apart_of(self, text_tokens: int) -> int:
+        """Of a pool of the memory layers' own."""
+        return cdiv(text_tokens, self.block_size) if self.is_apart else 0
+
+    def begin_view(self, request_id: str, view: RequestView) -> None:
+        """As `LambdaManager.begin_view`: all blocks are kept, as ever."""
+        self._views.add(request_id)
+
+    def end_view(self, request_id: str) -> None:
+        self._views.discard(request_id)
+
     def take_copies(self, request_id: str) -> tuple[tuple[int, int], ...]:
         """Ids of the blocks that are to be copied at the beginning of the request's first step: (from,
         to).
@@ -229,6 +247,8 @@ class MemoryManager(FullAttentionManager):
         return self._copies.pop(request_id, ())
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        if request.request_id in self._views:
+            return
         windows, prompt = self.kv_cache_spec.windows, request.num_prompt_tokens
         closed = windows.start(
             max(num_tokens - 1, 0), prompt
@@ -246,6 +266,8 @@ class MemoryManager(FullAttentionManager):
         """What is computed of it: unlike blocks that are shared, those to be copied must be there before the
         step.
         """
+        if request.request_id in self._views:
+            return
         computed = (
             min(request.num_computed_tokens, len(request.block_hashes) * self.block_size) // self.block_size
         )
@@ -335,6 +357,13 @@ class MiddleSpec(FullAttentionSpec):
     def merge(cls, specs: list["MiddleSpec"]) -> "MiddleSpec":
         assert all(spec == specs[0] for spec in specs), "layers with a top-k branch beside others"
         return specs[0]
+
+
+class MiddleManager(PrivateRequests, FullAttentionManager):
+    """Full attention, also of requests that adapt."""
+
+    def most_blocks_of(self, window_tokens: int, text_tokens: int) -> int:
+        return cdiv(text_tokens, self.block_size)
 
 
 def memory_blocks(settings: Settings, vllm_config: VllmConfig) -> int | None:

@@ -23,7 +23,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.request import Request
 
-from vllm_longctx.geometry import Geometry
+from vllm_longctx.geometry import Geometry, RequestView
 from vllm_longctx.settings import active_settings
 from vllm_longctx.windows import SlidingWindows
 
@@ -32,21 +32,30 @@ from vllm_longctx.windows import SlidingWindows
 class LambdaSpec(SlidingWindowSpec):
     """KV of one layer under Λ attention; `sliding_window` is n_local.
 
+    has_own_window: The window is the model's, so no request has another one.
+
     A SlidingWindowSpec, because vLLM caps admission by the real need for these only: as a FullAttentionSpec,
     a prompt longer than the pool would wait for ever, and `FullAttentionSpec.merge` would absorb Λ layers
     silently.
     """
 
     n_global: int
+    has_own_window: bool = False
 
     @classmethod
     def from_attention_spec(cls, spec: AttentionSpec, geometry: Geometry) -> "LambdaSpec":
         """The spec of the same layer under `geometry`, or under the window that the model gives it."""
+        has_own_window = isinstance(spec, SlidingWindowSpec)
         if isinstance(spec, SlidingWindowSpec):
             geometry = Geometry(0, spec.sliding_window)
         assert geometry.n_local is not None
         common = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
-        return cls(**common, sliding_window=geometry.n_local, n_global=geometry.n_global)
+        return cls(
+            **common,
+            sliding_window=geometry.n_local,
+            n_global=geometry.n_global,
+            has_own_window=has_own_window,
+        )
 
     @classmethod
     def for_layer(cls, spec: AttentionSpec, vllm_config: VllmConfig) -> "LambdaSpec":
@@ -73,7 +82,8 @@ class LambdaSpec(SlidingWindowSpec):
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(
             isinstance(s, LambdaSpec)
-            and (s.n_global, s.sliding_window) == (self.n_global, self.sliding_window)
+            and (s.n_global, s.sliding_window, s.has_own_window)
+            == (self.n_global, self.sliding_window, self.has_own_window)
             for s in kv_cache_specs.values()
         )
 
@@ -90,8 +100,11 @@ class PrivateRequests(SingleTypeKVCacheManager):
         self.most_blocks: dict[str, int] = {}
         self.shifts: dict[str, int] = {}
 
-    def most_blocks_of(self, window_tokens: int) -> int:
-        """Blocks that a request holds at once, at most. window_tokens: of its passes, if it has any."""
+    def most_blocks_of(self, window_tokens: int, text_tokens: int) -> int:
+        """Blocks that a request holds at once, at most.
+
+        window_tokens: of its passes, if it has any. text_tokens: of all that it may read and write.
+        """
         raise NotImplementedError
 
     def make_private(self, request_id: str, most_blocks: int) -> None:
@@ -121,6 +134,10 @@ class LambdaManager(PrivateRequests):
     """Frees the middle of every request in its group, and has the pool hand out these blocks before others
     that are cached.
 
+    A request that has chosen what its queries see keeps other first tokens. Other requests' KV is no use to
+    it, nor its own to them: layers behind the first one compute keys from what was seen. So prefix caching
+    does not see it.
+
     A hit needs a window of blocks at its end. So of what slides out of a window, the last blocks of a prompt
     and those where a hit ended are worth keeping: who writes a turn of a chat again, or edits it, is hit
     there.
@@ -132,14 +149,38 @@ class LambdaManager(PrivateRequests):
         super().__init__(*args, **kwargs)
         self._gaps: dict[str, int] = {}  # null blocks in the table of each request that has any
         self._num_freed_blocks = 0
+        self._first_blocks: dict[str, int | None] = {}  # of requests with a view of their own; None: all
         self._hits: dict[str, int] = {}  # tokens that each running request found in the prefix cache
         # Free and cached, but not worth keeping; the oldest first. With the hash, since other groups use the
         # same pool.
         self._middles: dict[int, tuple[KVCacheBlock, BlockHashWithGroupId]] = {}
 
-    def most_blocks_of(self, window_tokens: int) -> int:
+    def most_blocks_of(self, window_tokens: int, text_tokens: int) -> int:
         assert self.max_admission_blocks_per_request is not None
         return self.max_admission_blocks_per_request
+
+    def begin_view(self, request_id: str, view: RequestView) -> None:
+        """The request is new, and sees something else than others do."""
+        if not self.kv_cache_spec.has_own_window:
+            tokens = view.n_global
+            self._first_blocks[request_id] = None if tokens is None else cdiv(tokens, self.block_size)
+        else:
+            self._first_blocks[request_id] = 0
+
+    def end_view(self, request_id: str) -> None:
+        self._first_blocks.pop(request_id, None)
+
+    def blocks_for(self, request_id: str, num_tokens: int) -> int:
+        """That a request with a view of its own holds at once, at most, of a text of so many tokens."""
+        needed, first = cdiv(num_tokens, self.block_size), self._first_blocks[request_id]
+        most = self.max_admission_blocks_per_request
+        if first is None or most is None:
+            return needed
+        return min(needed, most - self.kv_cache_spec.first_blocks + first)
+
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        if request.request_id not in self._first_blocks:
+            super().cache_blocks(request, *args, **kwargs)
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """None: the callers in the base class take what is skipped to be a prefix."""
@@ -150,6 +191,9 @@ class LambdaManager(PrivateRequests):
     ) -> None:
         """Free the blocks between the first tokens and the window of the next query."""
         first, end = self._unseen_blocks(processed_computed_tokens, num_prompt_tokens)
+        if request_id in self._first_blocks:
+            own = self._first_blocks[request_id]
+            first = end if own is None else own
         gap = self._gaps.get(request_id, 0)
         if end - first <= gap:  # most steps: the window is still in the same block
             return
@@ -265,6 +309,9 @@ class LambdaManager(PrivateRequests):
     ) -> int:
         """As the base class, but null blocks of a hit do not count against the cap: they hold no memory."""
         cap = self.max_admission_blocks_per_request
+        if apply_admission_cap and request_id in self._first_blocks:
+            held = self.num_live_blocks(request_id) if request_id in self.req_to_blocks else 0
+            return max(self.blocks_for(request_id, num_tokens) - held, 0)
         if not apply_admission_cap or cap is None or request_id in self.num_cached_block:
             return super().get_num_blocks_to_allocate(
                 request_id,

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
+from vllm_longctx.geometry import RequestView
+from vllm_longctx.settings import Lookup
+
 ATTRIBUTE = "longctx"  # of a SchedulerOutput and of a ModelRunnerOutput
 NO_LIMIT = 1 << 62  # tokens of a request in a step
 
@@ -22,11 +25,13 @@ class RequestWindow:
     closes: Where the window began that the last step ended, which now becomes memory; None if it is memory
         already.
     copies: Ids (from, to) of memory layers' blocks, to be copied before anything is written in the step.
+    lookup: How the request's queries find their keys in the memory; None where they see all of it.
     """
 
     start: int
     closes: int | None = None
     copies: tuple[tuple[int, int], ...] = ()
+    lookup: Lookup | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class StepInfo:
     windows: Of a memory engine's requests.
     slots: Of requests that have an adapter of their own.
     passes: Of requests whose window does not start at 0, or that compute a part of their text again.
+    views: Of requests that have chosen what their queries see in sliding layers.
     freed_slots: Given back since the last step.
     slots_memory: Where the slots are; None while nothing is trained.
     """
@@ -88,6 +94,7 @@ class StepInfo:
     windows: Mapping[str, RequestWindow] = field(default_factory=dict)
     slots: Mapping[str, SlotUse] = field(default_factory=dict)
     passes: Mapping[str, Pass] = field(default_factory=dict)
+    views: Mapping[str, RequestView] = field(default_factory=dict)
     freed_slots: Sequence[int] = ()
     slots_memory: SlotsMemory | None = None
 

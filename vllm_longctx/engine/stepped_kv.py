@@ -69,7 +69,7 @@ def first_entry(first: int, block_size: int) -> int:
 class SteppedManager(PrivateRequests, FullAttentionManager):
     """Full attention, but for requests whose window steps."""
 
-    def most_blocks_of(self, window_tokens: int) -> int:
+    def most_blocks_of(self, window_tokens: int, text_tokens: int) -> int:
         return cdiv(window_tokens, self.block_size) + 1
 
     def roll_back(self, request_id: str, position: int) -> None:

@@ -7,8 +7,12 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from vllm_longctx.engine.memory_kv import MemoryManager
-from vllm_longctx.engine.step import RequestWindow, StepInfo
+from vllm_longctx.engine.step import NO_LIMIT, RequestWindow, StepInfo
+from vllm_longctx.geometry import RequestView, SteppedWindows
 from vllm_longctx.scheduling.scheduler import LongContextScheduler
+from vllm_longctx.settings import Lookup
+
+ONE_WINDOW = SteppedWindows(NO_LIMIT, NO_LIMIT)  # of a request that sees its whole text
 
 
 class MemoryScheduler(LongContextScheduler):
@@ -20,6 +24,7 @@ class MemoryScheduler(LongContextScheduler):
     them.
 
     windows: Where windows begin and end.
+    lookups: By request id, how queries find keys of requests that have chosen what these see.
     open: By request id, where the window of its last step began.
     memories: KV managers of the memory layers.
     """
@@ -27,6 +32,7 @@ class MemoryScheduler(LongContextScheduler):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.windows = self.settings.memory.windows
+        self.lookups: dict[str, Lookup | None] = {}
         self.open: dict[str, int] = {}
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.memories = [m for m in managers if isinstance(m, MemoryManager)]
@@ -42,8 +48,16 @@ class MemoryScheduler(LongContextScheduler):
             del request.block_hashes[last_start // self.block_size :]
         super().add_request(request)
 
+    def _begin_view(self, request: Request, view: RequestView) -> None:
+        super()._begin_view(request, view)
+        self.lookups[request.request_id] = self.settings.lookup_of(self._options_of(request))
+
+    def _windows_of(self, request: Request) -> SteppedWindows:
+        view = self.views.get(request.request_id)
+        return ONE_WINDOW if view is not None and view.n_global is None else self.windows
+
     def _most_tokens(self, request: Request, computed: int) -> int:
-        end = self.windows.end(computed, request.num_prompt_tokens)
+        end = self._windows_of(request).end(computed, request.num_prompt_tokens)
         return min(super()._most_tokens(request, computed), end - computed)
 
     def _step_info(self, output: SchedulerOutput) -> StepInfo:
@@ -53,14 +67,15 @@ class MemoryScheduler(LongContextScheduler):
     def _window(self, request_id: str, num_new_tokens: int) -> RequestWindow:
         request = self.requests[request_id]
         first = request.num_computed_tokens - num_new_tokens  # already counted as computed
-        start = self.windows.start(first, request.num_prompt_tokens)
+        start = self._windows_of(request).start(first, request.num_prompt_tokens)
         # A prefix cache hit ends where a window begins, and all before is memory; or in the first window,
         # which is open.
         hit_in = 0 if first < self.windows.tokens else start
         before = self.open.get(request_id, hit_in)
         self.open[request_id] = start
         copies = tuple(copy for memory in self.memories for copy in memory.take_copies(request_id))
-        return RequestWindow(start, None if before == start else before, copies)
+        lookup = self.lookups.get(request_id, self.settings.memory.lookup)
+        return RequestWindow(start, None if before == start else before, copies, lookup)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
@@ -70,6 +85,7 @@ class MemoryScheduler(LongContextScheduler):
         if self.open.pop(request.request_id, None) == 0:
             for memory in self.memories:
                 memory.publish_first_window(request)
+        self.lookups.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)
 
 

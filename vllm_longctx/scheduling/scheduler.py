@@ -1,7 +1,8 @@
 """vLLM's scheduler, with fair shares of a step's tokens and statistics of long requests."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -15,14 +16,16 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_longctx.config import KEY
+from vllm_longctx.config import KEY, RequestOptions
 from vllm_longctx.engine.kv_cache import prefix_caching
 from vllm_longctx.engine.memory_kv import MemoryManager
 from vllm_longctx.engine.sliding_kv import LambdaManager
 from vllm_longctx.engine.step import NO_LIMIT, StepInfo, StepReport
+from vllm_longctx.geometry import RequestView
 from vllm_longctx.metrics import StepStats
 from vllm_longctx.models.properties import trained_length
 from vllm_longctx.processes import end_without_collecting
+from vllm_longctx.serving.attention_options import TURNS
 from vllm_longctx.settings import active_settings
 
 logger = init_logger("vllm.longctx")
@@ -39,7 +42,9 @@ class LongContextScheduler(Scheduler):
     trained_length: Of the model, in tokens.
     window: Tokens that a query sees at most, apart from a memory.
     lambda_managers: KV managers that free what leaves a window.
+    view_managers: KV managers that must know what requests see that have chosen it.
     memory_pools: Pools of memory layers that have one of their own.
+    views: By request id, what the queries of requests see that have chosen it.
     failed: By request id, the requests to end with an error, and the reason.
     step_stats: Statistics of the current step.
     shares_budget: Whether a step's tokens are shared fairly. Not without chunked prefill, where vLLM never
@@ -55,7 +60,9 @@ class LongContextScheduler(Scheduler):
         self.window = self.settings.attention.n_local or self.trained_length
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.lambda_managers = [m for m in managers if isinstance(m, LambdaManager)]
+        self.view_managers = [m for m in managers if isinstance(m, LambdaManager | MemoryManager)]
         self.memory_pools = [m.block_pool for m in managers if isinstance(m, MemoryManager) and m.is_apart]
+        self.views: dict[str, RequestView] = {}
         self.failed: dict[str, str] = {}
         self.step_stats = StepStats()
         scheduling = self.scheduler_config
@@ -82,10 +89,52 @@ class LongContextScheduler(Scheduler):
         ]
         logger.info("longctx: %s", ", ".join(parts))
 
+    def add_request(self, request: Request) -> None:
+        if (view := self._view_of(request)) is not None:
+            self._begin_view(request, view)
+        super().add_request(request)
+
+    def _view_of(self, request: Request) -> RequestView | None:
+        options, sampling = self._options_of(request), request.sampling_params
+        if not options.of_attention or sampling is None:
+            return None
+        turns = tuple((sampling.extra_args or {}).get(TURNS, ()))
+        return self.settings.view_of(options, self.trained_length, turns)
+
+    @staticmethod
+    def _options_of(request: Request) -> RequestOptions:
+        """Which the front end has checked."""
+        sampling = request.sampling_params
+        given = (sampling and sampling.extra_args) or {}
+        return RequestOptions.parse(given.get(KEY) or {})
+
+    def _begin_view(self, request: Request, view: RequestView) -> None:
+        name = request.request_id
+        self.views[name], request.skip_reading_prefix_cache = view, True
+        for manager in self.view_managers:
+            manager.begin_view(name, view)
+        tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        needed = sum(manager.blocks_for(name, tokens) for manager in self.lambda_managers)
+        if needed > (most := self.kv_cache_manager.block_pool.num_gpu_blocks - 1):
+            self.failed[name] = (
+                f"the request needs {needed} KV blocks with the attention that it has chosen, and the pool "
+                f"has {most}; shorten it, or lower its max_tokens"
+            )
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        freed = super()._free_request(request, *args, **kwargs)
+        if self.views.pop(request.request_id, None) is not None:
+            for manager in self.view_managers:
+                manager.end_view(request.request_id)
+        return freed
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         waiting = self._share_budget() if self.shares_budget else []
         output = super().schedule(*args, **kwargs)
-        self._step_info(output).send_with(output)
+        info = self._step_info(output)
+        if self.views:
+            info = replace(info, views=dict(self._seen_in_step(output)))
+        info.send_with(output)
         scheduled = output.num_scheduled_tokens
         self.admitted_waiting = not waiting or any(request.request_id in scheduled for request in waiting)
         for request_id, new in output.num_scheduled_tokens.items():
@@ -141,6 +190,12 @@ class LongContextScheduler(Scheduler):
         """How many tokens the request may compute in the coming step, from position `computed` on."""
         return self.shares.get(request.request_id, NO_LIMIT)
 
+    def _seen_in_step(self, output: SchedulerOutput) -> Iterator[tuple[str, RequestView]]:
+        for name, new in output.num_scheduled_tokens.items():
+            if (view := self.views.get(name)) is not None:
+                end = self.requests[name].num_computed_tokens  # the step's count as computed already
+                yield name, view.seen_from(end - new, end, self.window)
+
     def _step_info(self, output: SchedulerOutput) -> StepInfo:
         """What the workers get with a step. vLLM counts the step's tokens as computed already."""
         return StepInfo()
@@ -160,6 +215,8 @@ class LongContextScheduler(Scheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for client, more in ended.items():
             outputs.setdefault(client, EngineCoreOutputs()).outputs.extend(more.outputs)
+        if self.failed:
+            self._end_failed(outputs)
         return outputs
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:

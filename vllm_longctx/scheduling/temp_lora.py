@@ -201,7 +201,7 @@ class TempLoraScheduler(LongContextScheduler):
             options.start_from,
             Blocks.of_prompt(prompt, settings.block_tokens, mode, settings.learn),
             Window(settings.kv_policy, *sizes, self.block_size),
-            self._kv_blocks_of(settings),
+            sum(self._kv_blocks_of(request, settings)),
             owner=self.new_owner(),
             hasher=None if request.mm_features else self.hasher,
         )
@@ -212,9 +212,10 @@ class TempLoraScheduler(LongContextScheduler):
     def new_owner(self) -> int:
         return next(self.owners)
 
-    def _kv_blocks_of(self, settings: Adaptation) -> int:
-        """The most KV blocks that a request with these settings has at a time."""
-        return sum(manager.most_blocks_of(settings.window_tokens) for manager in self.private_managers)
+    def _kv_blocks_of(self, request: Request, settings: Adaptation) -> list[int]:
+        """The most KV blocks that a request with these settings has at a time, by manager."""
+        text = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        return [manager.most_blocks_of(settings.window_tokens, text) for manager in self.private_managers]
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         adapting = self.adapting.get(request.request_id)
@@ -237,8 +238,8 @@ class TempLoraScheduler(LongContextScheduler):
         if not self._has_place(adapting):
             return False
         self.reserved_blocks += adapting.kv_blocks
-        for manager in self.private_managers:
-            blocks = manager.most_blocks_of(adapting.settings.window_tokens)
+        by_manager = self._kv_blocks_of(adapting.request, adapting.settings)
+        for manager, blocks in zip(self.private_managers, by_manager, strict=True):
             manager.make_private(adapting.request_id, blocks)
         adapting.admitted = True
         if adapting.needs_slot:

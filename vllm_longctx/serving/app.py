@@ -38,6 +38,7 @@ from vllm_longctx.config import KEY, LongContextConfig, LongContextError, Reques
 from vllm_longctx.metrics import count_ignored_field, export_ignored_fields
 from vllm_longctx.models.properties import TEXT_ONLY, trained_length
 from vllm_longctx.serving import adapters, stop_strings
+from vllm_longctx.serving.attention_options import CHAT_TEMPLATE, TURNS, check_attention, turns_of_prompt
 from vllm_longctx.serving.streams import (
     Admission,
     current_admission,
@@ -52,7 +53,7 @@ from vllm_longctx.temp_lora.peft_adapter import rank_of, read_directory_config
 
 logger = init_logger("vllm.longctx")
 
-NOT_PER_REQUEST = "this engine has no options per request (it was started without adaptation); leave it out"
+WITHOUT_ADAPTATION = "this engine was started without adaptation; leave it out"
 OVER_HTTP = f"vllm_xargs.{KEY}"  # the field of a body with options of ours
 EXAMPLE = """{"vllm_xargs": {"longctx": "{\\"temp_lora\\": true}"}}"""
 OFFLINE_EXAMPLE = """SamplingParams(extra_args={"longctx": {"temp_lora": True}})"""
@@ -138,6 +139,9 @@ def limit_requests() -> None:
         settings = active_settings(vllm_config)
         if settings.mode.is_plain:
             return
+        template = getattr(getattr(state, "online_renderer", None), "chat_template", None)
+        if template is not None:  # the server's own; else turns are those of the tokenizer's
+            setattr(engine_client.renderer, CHAT_TEMPLATE, template)
         for handler in (state[name] for name in state):
             # From the model's generation_config.json, if it has any.
             defaults = getattr(handler, "default_sampling_params", None)
@@ -387,7 +391,7 @@ def check_engine_requests() -> None:
         settings = active_settings(self.vllm_config)
         if settings.mode.is_plain:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        options, own, tenant = _adaptation(settings, self.vllm_config, params)
+        options, own, tenant = _options(settings, self.vllm_config, params)
         try:
             request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         except VLLMValidationError as e:
@@ -396,10 +400,10 @@ def check_engine_requests() -> None:
             raise
         # A request that cannot be sent to the engine fails now. Later, the front end would keep it for ever.
         _encoder.encode((request.request_id, request.sampling_params, request.cache_salt, request.session_id))
-        if request.lora_request is not None and options == RequestOptions():
+        if request.lora_request is not None and not options.of_adaptation:
             own = None  # it has an adapter, also where all others adapt
         if request.resumable:
-            _check_streamed(settings)
+            _check_streamed(settings, options)
         if (sampling := request.sampling_params) is not None and getattr(params, "max_tokens", 0) is None:
             assert sampling.max_tokens is not None  # vLLM has filled it in
             sampling.max_tokens = min(sampling.max_tokens, settings.serving.default_max_tokens)
@@ -409,18 +413,22 @@ def check_engine_requests() -> None:
             _adapt_for(tenant, request, options, own)
         elif settings.mode.adapts:
             adapters.know_by_content(request, settings.temp_lora.adapters_root)
+        if options.drop is not None:
+            _find_turns(self, request, settings)
         if settings.serving.strict:
             _check_room(request, self.model_config.max_model_len)
             _check_priority(request, self.scheduler_config.policy)
+        trained = trained_length(self.model_config)
         if own is None and not settings.mode.extends:
-            trained = trained_length(self.model_config)
             _limit_plain(request, params, settings.temp_lora.plain_tokens, trained, settings.serving.strict)
+        elif options.attention == "plain":
+            _limit_plain(request, params, trained, trained, settings.serving.strict, asked=True)
         return request
 
     InputProcessor.process_inputs = process  # type: ignore[method-assign]  # a seam
 
 
-def _adaptation(
+def _options(
     settings: Settings, vllm_config: VllmConfig, params: Any
 ) -> tuple[RequestOptions, Adaptation | None, str | None]:
     """A request's options, its settings if it adapts, and its tenant.
@@ -428,20 +436,27 @@ def _adaptation(
     Raises RequestError naming what is wrong.
     """
     given = getattr(params, "extra_args", None) or {}
-    if not settings.mode.adapts or not isinstance(params, SamplingParams):
+    if not isinstance(params, SamplingParams):
         if KEY in given:
-            raise _bad_options(f"{KEY}: {NOT_PER_REQUEST}")
+            raise _bad_options(f"{KEY}: only requests that write have options; leave it out")
         return RequestOptions(), None, None
+    trained, kv_block = trained_length(vllm_config.model_config), vllm_config.cache_config.block_size
     tenant = None
     try:
         options = RequestOptions.parse(given.get(KEY, {}))
+        check_attention(options, settings, trained)
+        if not settings.mode.adapts:
+            for name in options.of_adaptation:
+                raise LongContextError(f"{name}: {WITHOUT_ADAPTATION}")
+            return options, None, None
         if (admission := current_admission()) is not None and settings.temp_lora.is_asked(options):
             tenant = _tenant(settings.temp_lora, admission)
             options = adapters.of_tenant(options, tenant)
-        trained, kv_block = trained_length(vllm_config.model_config), vllm_config.cache_config.block_size
         own = settings.temp_lora.for_request(options, trained, kv_block)
         if own is not None and options.start_from is not None:
             _check_start(own, options.start_from)
+        for name in options.of_attention if own is not None else ():
+            raise LongContextError(f"{name} does not go with temp_lora; leave one of them out")
     except RequestError:
         raise
     except LongContextError as e:
@@ -493,6 +508,19 @@ def _check_start(settings: Adaptation, name: str) -> None:
         )
 
 
+def _find_turns(processor: InputProcessor, request: EngineCoreRequest, settings: Settings) -> None:
+    """Tell the scheduler where the turns of a request begin that drops whole ones."""
+    sampling, prompt = request.sampling_params, request.prompt_token_ids
+    if prompt is None:
+        raise _bad_options(f"{KEY}.drop needs a prompt of tokens; leave it out")
+    try:
+        turns = turns_of_prompt(prompt, processor.renderer, settings)
+    except LongContextError as e:
+        raise _bad_options(f"{KEY}.{e}") from None
+    assert sampling is not None
+    sampling.extra_args = {**(sampling.extra_args or {}), TURNS: turns}
+
+
 def _bad_options(message: str) -> RequestError:
     """message: Begins with the option's name below `extra_args`."""
     return RequestError(f"vllm_xargs.{message}", OVER_HTTP) if over_http() else RequestError(message, KEY)
@@ -509,11 +537,13 @@ def _check_adapting(request: EngineCoreRequest, options: RequestOptions) -> None
         stop_strings.mark_for_save(request, options.save_as)
 
 
-def _check_streamed(settings: Settings) -> None:
-    """Raises RequestError for a streamed prompt, unless its end does not matter to the mode.
+def _check_streamed(settings: Settings, options: RequestOptions) -> None:
+    """Raises RequestError for a streamed prompt, unless its end does not matter to the mode and the options.
 
     It matters to stepped windows, top-k and blocks of Temp-LoRA, but not to Λ attention alone.
     """
+    for name in options.of_attention.keys() & {"attention", "drop"}:
+        raise _bad_options(f"{KEY}.{name} needs a prompt that is given at once; leave it out")
     if not settings.mode.takes_parts:
         raise RequestError(
             f"prompt: its parts come one after the other, but {settings.mode.asked_for} of this engine "
@@ -523,33 +553,39 @@ def _check_streamed(settings: Settings) -> None:
         )
 
 
-def _limit_plain(request: EngineCoreRequest, params: Any, most: int, trained: int, strict: bool) -> None:
-    """End a request that does not adapt at its limit: all its queries see all tokens before them.
+def _limit_plain(
+    request: EngineCoreRequest, params: Any, most: int, trained: int, strict: bool, asked: bool = False
+) -> None:
+    """End a request at its limit whose queries all see all tokens before them.
 
-    most: the limit, `adaptation.plain_tokens`; at most the trained length.
+    most: the limit, `adaptation.plain_tokens`; at most the trained length. asked: It has chosen so; else it
+    does not adapt.
     """
     if request.sampling_params is None:
         return
     prompt = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
-    asked = request.sampling_params.max_tokens
-    assert asked is not None  # vLLM has filled it in
+    wanted = request.sampling_params.max_tokens
+    assert wanted is not None  # vLLM has filled it in
     why = ", on which it was trained" if most == trained else " on this server (adaptation.plain_tokens)"
-    remedy = EXAMPLE if over_http() else OFFLINE_EXAMPLE
+    remedy = f"ask for {EXAMPLE if over_http() else OFFLINE_EXAMPLE}"
+    chosen = "this request does not adapt"
+    if asked:
+        remedy, chosen = f"leave {KEY}.attention out", f"this request asks for {KEY}.attention = 'plain'"
     if prompt >= most:
         raise RequestError(  # as vLLM does for a prompt that is too long
             f"This model's maximum context length is {most} tokens{why}. However, "
-            f"your prompt contains {prompt} input tokens, and this request does not adapt. Please reduce the "
-            f"length of the input prompt, or ask for {remedy}",
+            f"your prompt contains {prompt} input tokens, and {chosen}. Please reduce the "
+            f"length of the input prompt, or {remedy}",
             "input_tokens",
         )
     explicit = _output_limit.get() is not None if over_http() else params.max_tokens is not None
-    if strict and explicit and prompt + asked > most:
+    if strict and explicit and prompt + wanted > most:
         raise RequestError(
-            f"prompt of {prompt} tokens and max_tokens = {asked}: this request does not adapt, and its limit "
-            f"is {most} tokens{why}; shorten it, or ask for {remedy}",
+            f"prompt of {prompt} tokens and max_tokens = {wanted}: {chosen}, and its limit "
+            f"is {most} tokens{why}; shorten it, or {remedy}",
             "max_tokens",
         )
-    request.sampling_params.max_tokens = min(asked, most - prompt)
+    request.sampling_params.max_tokens = min(wanted, most - prompt)
 
 
 def _within(beam_search: Any, most: int) -> Any:

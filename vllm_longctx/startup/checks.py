@@ -10,6 +10,7 @@ from vllm_longctx.config import LongContextConfig, LongContextError
 from vllm_longctx.engine.memory_kv import FP8
 from vllm_longctx.models import longllama
 from vllm_longctx.models.properties import check_load_format, why_not_adaptable
+from vllm_longctx.modes import Mode
 from vllm_longctx.startup.platform import CUDA, attention_backend, check_capability, platform
 from vllm_longctx.startup.trainer import check_trainer
 from vllm_longctx.temp_lora.shared_weights import SOFT_CAP
@@ -43,14 +44,19 @@ def check_model(model: ModelConfig) -> None:
             raise LongContextError(f"longctx cannot run {name}: it {reason}")
 
 
-def check_settings(vllm_config: VllmConfig) -> None:
-    """Raises LongContextError naming an engine setting that does not go with longctx."""
+def check_settings(vllm_config: VllmConfig, mode: Mode) -> None:
+    """Raises LongContextError naming an engine setting that does not go with longctx, or with the mode."""
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     model = vllm_config.model_config
     here = platform()
     refused = {
         f"kv_cache_dtype = {cache.cache_dtype!r}; {here.kv_remedy}": cache.cache_dtype not in here.kv_dtypes,
-        "speculative_config is set; leave it out": vllm_config.speculative_config is not None,
+        **_no_drafts(vllm_config, mode),
+        # vLLM makes the buffers between ranks in a first run of the model, which it skips on a CPU then.
+        f"pipeline_parallel_size = {parallel.pipeline_parallel_size} with enforce_eager, where vLLM's model "
+        "runner for CPUs has no buffers between ranks; leave enforce_eager out": (
+            here is not CUDA and parallel.pipeline_parallel_size > 1 and model.enforce_eager
+        ),
         f"kv_offloading_size = {cache.kv_offloading_size}; leave it out": cache.kv_offloading_size
         is not None,
         "kv_transfer_config is set; leave it out": vllm_config.kv_transfer_config is not None,
@@ -85,6 +91,21 @@ def check_settings(vllm_config: VllmConfig) -> None:
         check_capability(
             MIN_FP8_CAPABILITY, f"kv_cache_dtype = {cache.cache_dtype!r}", "leave kv_cache_dtype at 'auto'"
         )
+
+
+def _no_drafts(vllm_config: VllmConfig, mode: Mode) -> dict[str, bool]:
+    """Reasons against speculative decoding, and whether they hold."""
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return {}
+    return {
+        f"speculative_config is set, and {mode.asked_for} ends windows or blocks of text at tokens that "
+        "may be rejected; leave it out": not mode.takes_drafts,
+        f"speculative_config.method = {speculative.method!r}, whose draft model has a KV cache with windows "
+        "that longctx does not know; give 'ngram', or leave speculative_config out": speculative.method
+        != "ngram",
+        "speculative_config is set, and nothing of it has run on a GPU; leave it out": platform() is CUDA,
+    }
 
 
 def check_runner(config: LongContextConfig, vllm_config: VllmConfig) -> None:
@@ -170,6 +191,15 @@ def check_adaptation(config: LongContextConfig, vllm_config: VllmConfig) -> None
     ):  # else it may share the engine's weights
         check_load_format(vllm_config.load_config)
     check_trainer(adaptation.trainer)
+
+
+def check_together(config: LongContextConfig, vllm_config: VllmConfig) -> None:
+    """Raises LongContextError where a mode that joins methods does not run."""
+    if platform() is CUDA:
+        raise LongContextError(
+            f"{config.mode.asked_for} does not run on CUDA: model runners there were not joined with "
+            "adapters; leave one of them out"
+        )
 
 
 def check_lookup(config: LongContextConfig, vllm_config: VllmConfig) -> None:

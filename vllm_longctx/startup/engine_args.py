@@ -179,7 +179,7 @@ def complete(config: LongContextConfig, vllm_config: VllmConfig, enable_lora: bo
     if vllm_config.model_config.is_multimodal_model:
         vllm_config.model_config.hf_text_config.update({TEXT_ONLY: True})
     check_model(vllm_config.model_config)
-    check_settings(vllm_config)
+    check_settings(vllm_config, mode)
     if scheduler.async_scheduling:  # only now vLLM has decided
         scheduler.scheduler_cls = mode.scheduler_paths[1]
     for check in mode.checks:

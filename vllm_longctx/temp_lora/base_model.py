@@ -156,7 +156,7 @@ def probe_logprobs(
 
     begin: Called with the request's id once the scheduler has it.
     """
-    options = {KEY: {"temp_lora": True, "epochs": 0}}
+    options = {KEY: {"temp_lora": True, "epochs": 0, "attention": "plain"}}  # as the trainer's model
     params = SamplingParams(
         max_tokens=1,
         temperature=0.0,

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from tests.support.documentation import FENCE, PAGES, ROOT
 from vllm_longctx import metrics
 from vllm_longctx.config import (
+    OF_ATTENTION,
     AdaptationSection,
     AttentionSection,
     RequestOptions,
@@ -151,10 +152,15 @@ def test_keys_of_the_configuration_that_are_named_exist(page: Path) -> None:
             assert key in SECTIONS[section].model_fields, f"{section}.{key}"
 
 
-def test_options_of_a_request_are_all_on_the_page_of_temp_lora() -> None:
-    page = prose(ROOT / "docs" / "temp-lora.md")
-    section = page.partition("## What a request may set\n")[2].partition("\n## ")[0]
-    assert set(RequestOptions.model_fields) <= set(words(section))
+def test_options_of_a_request_are_all_on_the_pages_of_their_methods() -> None:
+    def named(page: str, title: str) -> set[str]:
+        section = prose(ROOT / "docs" / page).partition(f"## {title}\n")[2].partition("\n## ")[0]
+        return set(words(section))
+
+    options, of_attention = set(RequestOptions.model_fields), set(OF_ATTENTION)
+    assert options - of_attention <= named("temp-lora.md", "What a request may set")
+    chosen = "What a request may choose"
+    assert of_attention <= named("lambda-attention.md", chosen) | named("memory.md", chosen)
 
 
 def test_the_page_of_metrics_names_those_that_are_exported() -> None:

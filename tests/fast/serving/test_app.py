@@ -182,9 +182,11 @@ def front_end(additional_config: dict[str, Any], **kwargs: Any) -> Callable[...,
 def test_requests_of_an_engine_are_checked_offline_too() -> None:
     add = front_end(LM_INFINITE)
     assert add([5, 6], max_tokens=3, extra_args={"other": 1}).prompt_token_ids == [5, 6]
-    with pytest.raises(ValueError, match="longctx: this engine has no options per request") as error:
+    with pytest.raises(ValueError, match=r"longctx\.attention = {'n_local': 64}: Input should be") as error:
         add([5, 6], extra_args={"longctx": {"attention": {"n_local": 64}}})
     assert error.value.parameter == "longctx"
+    with pytest.raises(ValueError, match=r"longctx\.temp_lora: this engine was started without adaptation"):
+        add([5, 6], extra_args={"longctx": {"temp_lora": True}})
     assert add([5, 6], priority=5).priority == 5
 
 

@@ -32,7 +32,8 @@ class GlobalPart:
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """What every layer needs to know of a chunk. local_mask: additive [1, 1 or heads, tile, N - 1 + tile].
+    """What every layer needs to know of a chunk. local_mask: additive [1 or tiles, 1 or heads, tile, N - 1 +
+    tile].
 
     context: position of the first query.
     """
@@ -53,11 +54,16 @@ def tile_size(n_local: int) -> int:
 
 
 def plan_chunk(
-    geometry: Geometry, context: int, length: int, alibi_slopes: Tensor | None = None
+    geometry: Geometry,
+    context: int,
+    length: int,
+    alibi_slopes: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> ChunkPlan:
     """A chunk of `length` queries from position `context` on, all of them past the window: context >= N.
 
-    alibi_slopes [heads]: for a model that has these instead of a rotation.
+    alibi_slopes [heads]: for a model that has these instead of a rotation. starts int64 [length]: where each
+    query's window begins, inside of the sliding one; by default where that does.
     """
     n_local = geometry.n_local
     if n_local is None or context < n_local:
@@ -70,17 +76,29 @@ def plan_chunk(
     local_mask = additive((distance >= 0) & (distance < n_local))[None]
     if alibi_slopes is not None:
         local_mask = local_mask - alibi_slopes[:, None, None] * distance
-    parts = global_parts(geometry, torch.arange(context, context + length), alibi_slopes)
-    return ChunkPlan(context, n_local, tile, -(-length // tile), local_mask[None], parts)
+    local_mask, num_tiles = local_mask[None], -(-length // tile)
+    queries = torch.arange(context, context + length)
+    if starts is None:
+        starts = geometry.window_start(queries)
+    else:
+        # In a tile, keys are counted from the first one that its first query's sliding window holds.
+        hidden = F.pad(starts - (queries - n_local + 1), (0, num_tiles * tile - length)).view(-1, tile, 1)
+        local_mask = local_mask + additive(column >= hidden + row)[:, None]
+    parts = global_parts(geometry, queries, starts, alibi_slopes)
+    return ChunkPlan(context, n_local, tile, num_tiles, local_mask, parts)
 
 
-def global_parts(geometry: Geometry, queries: Tensor, alibi_slopes: Tensor | None) -> list[GlobalPart]:
+def global_parts(
+    geometry: Geometry, queries: Tensor, start: Tensor, alibi_slopes: Tensor | None
+) -> list[GlobalPart]:
     """The global branch in parts whose distances one rotation of queries and one of keys can give.
 
-    queries: positions [T], all past the window. Under a ceiling: queries as if at L, keys as if at 0, for
-    pairs beyond it; both as they are, for the others.
+    queries: positions [T], all past the window. start [T]: of their windows.
+
+    Under a ceiling: queries as if at L, keys as if at 0, for pairs beyond it; both as they are, for the
+    others.
     """
-    keys, start = torch.arange(geometry.n_global), geometry.window_start(queries)
+    keys = torch.arange(geometry.n_global)
     branch = global_branch(geometry, queries, keys, start)
     if not branch.visible.any():
         return []
