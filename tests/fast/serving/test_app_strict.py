@@ -45,7 +45,7 @@ BAD: dict[str, Any] = {
     "ignore_eos": ["x", 1],
     "mx_tokens": [5],
     "longctx": [{"preset": "streaming"}],
-    "vllm_xargs": [{"longctx": "{}"}, 5],
+    "vllm_xargs": [{"longctx": '{"temp_lora": true}'}, {"longctx": "{"}, 5],
 }
 BAD_COMPLETION = {
     "prompt": [

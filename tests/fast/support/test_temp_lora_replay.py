@@ -163,7 +163,9 @@ def test_keep_is_dense_lambda_attention(tiny_llama: Path, distances: str) -> Non
     ids = text(90)
     shape = Lambda(n_global=4, n_local=20, distance_ceiling=24, distances=distances)
     got = replay(tiny_llama, ids, 0, options(kv_policy="keep", attention=shape, epochs=0))
-    expected = ReferenceLlama(tiny_llama).token_logprobs(ids, Geometry(**vars(shape)))
+    expected = ReferenceLlama(tiny_llama).token_logprobs(
+        ids, Geometry(shape.n_global, shape.n_local, shape.distance_ceiling, shape.distances)
+    )
     assert got.prompt_logprobs == close(expected.tolist())
     assert got.passes == [(0, 0)]
 
