@@ -87,16 +87,17 @@ def test_blocks_and_slots_come_back(stepped: LLM) -> None:
     assert metric(stepped, "vllm:longctx_versions_behind") == 0
 
 
-def test_no_kv_of_an_adapter_is_ever_shared(stepped: LLM) -> None:
-    """The same prompt again, adapting and not, finds nothing of what an adapter computed in the prefix
-    cache.
-    """
-    first = generate(stepped, [prompt(96, 5)], 20)[0]
-    generate(stepped, [prompt(96, 5)], 40, **asked({}))
-    again = generate(stepped, [prompt(96, 5)], 20)[0]
-    adapting = generate(stepped, [prompt(96, 5)], 40, **asked({}))[0]
+def test_kv_of_an_adapter_is_found_by_those_with_its_versions_only(stepped: LLM) -> None:
+    """The same prompt again, not adapting, by the same recipe, and by another one."""
+    text = prompt(96, 5)
+    first = generate(stepped, [text], 20)[0]
+    learned = generate(stepped, [text], 40, **asked({}))[0]
+    again = generate(stepped, [text], 20)[0]
+    alike = generate(stepped, [text], 40, **asked({}))[0]
+    other = generate(stepped, [text], 40, **asked({"learning_rate": 1e-3}))[0]
     assert tokens_of(first) == tokens_of(again)
-    assert adapting.num_cached_tokens == 0
+    assert tokens_of(learned) == tokens_of(alike)
+    assert alike.num_cached_tokens and other.num_cached_tokens == 0
 
 
 def test_seeds_penalties_and_samples_do_not_depend_on_the_crowd(stepped: LLM) -> None:
