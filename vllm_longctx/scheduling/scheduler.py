@@ -98,7 +98,8 @@ class LongContextScheduler(Scheduler):
         options, sampling = self._options_of(request), request.sampling_params
         if not options.of_attention or sampling is None:
             return None
-        turns = tuple((sampling.extra_args or {}).get(TURNS, ()))
+        # Only beside `drop` are they the front end's, and not what a client has sent.
+        turns = tuple((sampling.extra_args or {})[TURNS]) if options.drop is not None else ()
         return self.settings.view_of(options, self.trained_length, turns)
 
     @staticmethod

@@ -112,6 +112,14 @@ def test_who_finds_no_room_costs_a_long_prompt_one_token() -> None:
     assert any("waiting" in step for step in core.steps(5))
 
 
+def test_turns_that_a_client_names_itself_are_not_read() -> None:
+    """The front end sets them, beside `drop` only. Else they may be anything."""
+    core = Steps({"attention": {"n_local": 64, "max_n_global": 16}})
+    given = {"longctx": {"n_global": 12}, "longctx_turns": 5}
+    core.scheduler.add_request(core.make("odd", [5] * 200, given, max_tokens=5))
+    assert core.steps(1) == [{"odd": 200}]
+
+
 def test_several_short_requests_come_in_at_once() -> None:
     core = Steps()
     core.ask("long", LONG)
