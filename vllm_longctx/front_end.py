@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from vllm.plugins import load_general_plugins
 
+from vllm_longctx import processes, refusals
 from vllm_longctx.config import KEY, LongContextConfig
 
 
@@ -20,8 +21,8 @@ class AdditionalConfig(dict[str, Any]):
 
     @classmethod
     def arrived(cls, values: dict[str, Any]) -> Self:
-        # Children of this kind are engine cores, workers, and API servers, which make a configuration.
-        if multiprocessing.parent_process() is None:
+        # Engine cores and workers take no requests. API servers make a configuration.
+        if multiprocessing.parent_process() is None and not processes.is_started_by_vllm():
             load_general_plugins()
             install(LongContextConfig.parse(values[KEY]))
         return cls(values)
@@ -29,7 +30,6 @@ class AdditionalConfig(dict[str, Any]):
 
 def install(config: LongContextConfig) -> None:
     """Have the requests of engines with a configuration of ours checked, and ends of processes heard."""
-    from vllm_longctx import processes, refusals
     from vllm_longctx.serving import app, stop_strings, token_cache, written_text
 
     app.check_engine_requests()

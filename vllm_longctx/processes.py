@@ -142,6 +142,7 @@ class WatchedMain:
         vllm_config = kwargs.get("vllm_config")
         if vllm_config is not None and not _has_longctx(vllm_config):
             _Watchdog.stop()
+            _started_by_vllm = False
             return function(*args, **kwargs)
         _started_by_vllm = True
         parent = parent_process()
@@ -182,9 +183,20 @@ def _run_and_exit(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 
 def _in_spawned_process(path: str, parent: int) -> WatchedMain:
+    global _started_by_vllm
     if os.getpid() != parent:  # else it was pickled and unpickled in one process
+        _started_by_vllm = True
         _Watchdog.of(parent)
     return WatchedMain(path)
+
+
+def is_started_by_vllm() -> bool:
+    """Whether this is an engine core, a worker or an API server that a process with a configuration started.
+
+    A spawned process knows it once it has read its main function, which comes before its arguments.
+    `multiprocessing.parent_process` tells it only later.
+    """
+    return _started_by_vllm
 
 
 def _has_longctx(vllm_config: Any) -> bool:
