@@ -228,14 +228,14 @@ def test_drafts_change_nothing(tiny_llama: Path, reference: ReferenceLlama) -> N
 
 @pytest.mark.slow
 def test_a_request_that_no_pool_holds_ends_with_the_reason(tiny_llama: Path) -> None:
-    attention = {"n_global": 10, "n_local": 20}
+    attention = {"n_global": 10, "n_local": 16}
     asked = {"extra_args": {"longctx": {"attention": "plain"}}}
-    small = {"num_gpu_blocks_override": 5, "max_num_batched_tokens": 16, "max_num_seqs": 2}
+    small = {"num_gpu_blocks_override": 4, "max_num_batched_tokens": 8, "max_num_seqs": 2}
     with running_here(tiny_llama, attention, **small) as llm:
-        assert len(generate(llm, [prompt(90)], 9, **asked)[0].outputs[0].token_ids) == 9
-        (ended,) = generate(llm, [prompt(121)], 9, **asked)
+        assert len(generate(llm, [prompt(50)], 9, **asked)[0].outputs[0].token_ids) == 9
+        (ended,) = generate(llm, [prompt(90)], 9, **asked)
         assert ended.outputs[0].finish_reason == "error"
-        assert "needs 5 KV blocks" in str(ended.outputs[0].stop_reason)
+        assert "needs 4 KV blocks" in str(ended.outputs[0].stop_reason)
         assert len(generate(llm, [prompt(200)], 9)[0].outputs[0].token_ids) == 9
 
 
