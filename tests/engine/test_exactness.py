@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vllm import LLM, SamplingParams
+from vllm import LLM
 
 from tests.support.engines import (
     generate,
@@ -164,24 +164,15 @@ def test_each_request_sees_what_it_has_chosen(
         ({"drop": "turns"}, replace(engine, n_global=20), turns, [30, 97, 160, 300, 430]),
     ]
     asked = [(choice, length) for choice in chosen for length in choice[-1]]
-    params = [
-        SamplingParams(
-            max_tokens=written,
-            temperature=0,
-            logprobs=0,
-            prompt_logprobs=0,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args={"longctx": options},
-        )
-        for (options, *_), _ in asked
-    ]
-    prompts = [{"prompt_token_ids": prompt(length, seed=7)} for _, length in asked]
-    together = llm.generate(prompts, params, use_tqdm=False)
+    prompts, options = [prompt(n, seed=7) for _, n in asked], [options for (options, *_), _ in asked]
+    together = generate(llm, prompts, written, options, prompt_logprobs=0)
     for ((_, geometry, begun, _), _), output in zip(asked, together, strict=True):
         expected = reference.token_logprobs(tokens_of(output), in_whole_turns(geometry, begun))
         assert (logprobs_of(output) - expected).abs().max() <= TOLERANCE
-    alone = [llm.generate([p], own, use_tqdm=False)[0] for p, own in zip(prompts, params, strict=True)]
+    alone = [
+        generate(llm, [p], written, [own], prompt_logprobs=0)[0]
+        for p, own in zip(prompts, options, strict=True)
+    ]
     assert [tokens_of(a) for a in alone] == [tokens_of(t) for t in together]
     assert metric(llm, "vllm:kv_cache_usage_perc") == 0
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoTokenizer
-from vllm import LLM, SamplingParams
+from vllm import LLM
 from vllm.outputs import RequestOutput
 
 from tests.support.architectures import ARCHITECTURES, made
@@ -226,21 +226,10 @@ def test_each_request_sees_what_it_has_chosen(llm: LLM, variant: Variant, refere
     asked = [
         (options, n) for options in chosen for n in ((1, 60, 97) if "attention" in options else (97, 300))
     ]
-    params = [
-        SamplingParams(
-            max_tokens=30,
-            temperature=0,
-            logprobs=0,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args={"longctx": options},
-        )
-        for options, _ in asked
-    ]
-    prompts = [{"prompt_token_ids": prompt(length, seed=7)} for _, length in asked]
+    prompts, choices = [prompt(length, seed=7) for _, length in asked], [options for options, _ in asked]
     compared = 0
     for output, (options, length) in zip(
-        [*llm.generate(prompts, params, use_tqdm=False), *llm.generate(prompts, params, use_tqdm=False)],
+        [*generate(llm, prompts, 30, choices), *generate(llm, prompts, 30, choices)],
         asked * 2,
         strict=True,
     ):

@@ -9,7 +9,6 @@ import huggingface_hub
 import psutil
 import pytest
 from transformers import AutoModelForCausalLM
-from vllm import SamplingParams
 
 from tests.support.engines import generate, metric, prompt, running, running_here, sidecars
 from tests.support.temp_lora_engine import STEPPED, asked, assert_equal
@@ -61,16 +60,7 @@ def test_overrides_reach_the_trainer_and_its_check_leaves_nothing_behind(
             "generation_tokens",
         ):
             assert metric(llm, f"vllm:{name}") == 0
-        params = SamplingParams(
-            max_tokens=tokens,
-            temperature=0,
-            logprobs=0,
-            prompt_logprobs=0,
-            ignore_eos=True,
-            detokenize=False,
-            **asked({}),
-        )
-        output = llm.generate([{"prompt_token_ids": prompt(length)}], params, use_tqdm=False)[0]
+        output = generate(llm, [prompt(length)], tokens, prompt_logprobs=0, **asked({}))[0]
         assert metric(llm, "vllm:longctx_blocks_trained") > 2
         assert metric(llm, "vllm:longctx_train_failures") == 0
     assert_equal(

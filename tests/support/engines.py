@@ -4,7 +4,7 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,13 +84,20 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
 
 
-def generate(llm: LLM, prompts: list[list[int]], max_tokens: int, **kwargs: Any) -> list[RequestOutput]:
-    """Greedy by default; prompts are token ids.
+def generate(
+    llm: LLM,
+    prompts: list[list[int]],
+    max_tokens: int,
+    options: Sequence[dict[str, Any]] | None = None,
+    **kwargs: Any,
+) -> list[RequestOutput]:
+    """Greedy by default; prompts are token ids. options: Of ours, of each request.
 
     Log-probabilities of the tokens written come with the output.
     """
     kwargs = {"temperature": 0, "logprobs": 0, "ignore_eos": True, "detokenize": False, **kwargs}
-    params = SamplingParams(max_tokens=max_tokens, **kwargs)
+    own = [{}] * len(prompts) if options is None else [{"extra_args": {"longctx": one}} for one in options]
+    params = [SamplingParams(max_tokens=max_tokens, **kwargs, **of_one) for of_one in own]
     return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
 

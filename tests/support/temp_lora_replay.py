@@ -326,15 +326,19 @@ def adapter_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 
-def dense_lambda_attention(shape: Lambda, first_lookup: int) -> Callable[..., tuple[Tensor, None]]:
-    """Attention of transformers, query by query: which keys it sees, how far each is, one softmax; in
-    float64.
+Row = tuple[
+    Tensor, Tensor
+]  # of one query: scores [heads, S], not scaled yet, and values [heads, S, head_dim]
+
+
+def query_by_query(row_of: Callable[..., Row]) -> Callable[..., tuple[Tensor, None]]:
+    """Attention of transformers, with one softmax for each query; in float64.
 
     The cache holds every key of the text, none of them rotated.
-    """
 
-    def looks_up(layer: int, position: int) -> bool:
-        return shape.top_k is not None and layer >= shape.top_k_from_layer and position >= first_lookup
+    row_of: Of a module, a query [heads, head_dim], its position, and all keys and values [heads, S,
+        head_dim].
+    """
 
     def attend(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_):
         # query [1, heads, T, head_dim]; key and value [1, kv_heads, S, head_dim], of which the last T are the
@@ -345,54 +349,59 @@ def dense_lambda_attention(shape: Lambda, first_lookup: int) -> Callable[..., tu
         past = key.shape[1] - query.shape[1]
         outputs = []
         for row in range(query.shape[1]):
-            i = past + row
-            window = max(0, i - shape.n_local + 1)
-            first = torch.arange(min(shape.n_global, window))
-            if shape.distances == "in_cache":
-                distance = i - first - max(0, window - shape.n_global)
-            else:
-                distance = (i - first).clamp_max(shape.distance_ceiling or i)
-            local = torch.arange(window, i + 1)
-            seen, distance = torch.cat((first, local)), torch.cat((distance, i - local))
-            scores, values = scored(query[:, row], key[:, seen], distance, module), value[:, seen]
-            if looks_up(module.layer_idx, i) and window >= shape.n_global + shape.top_k:
-                middle = slice(shape.n_global, window)
-                at = torch.full((window - shape.n_global,), shape.top_k_insert_at)
-                best = scored(query[:, row], key[:, middle], at, module).topk(shape.top_k, -1)
-                chosen = best.indices[..., None].expand(-1, -1, value.shape[-1])
-                scores = torch.cat((scores, best.values), -1)
-                values = torch.cat((values, value[:, middle].gather(1, chosen)), 1)
+            scores, values = row_of(module, query[:, row], past + row, key, value)
             outputs.append(torch.einsum("hs,hsd->hd", (scores * scaling).softmax(-1), values))
         return torch.stack(outputs)[None].float(), None
 
     return attend
+
+
+def with_best(row: Row, others: Row, count: int) -> Row:
+    """A row, and of other keys those with the highest scores, by head."""
+    (scores, values), (other_scores, other_values) = row, others
+    best = other_scores.topk(count, -1)
+    chosen = best.indices[..., None].expand(-1, -1, values.shape[-1])
+    return torch.cat((scores, best.values), -1), torch.cat((values, other_values.gather(1, chosen)), 1)
+
+
+def dense_lambda_attention(shape: Lambda, first_lookup: int) -> Callable[..., tuple[Tensor, None]]:
+    """Which keys each query sees, and how far each is."""
+
+    def looks_up(layer: int, position: int) -> bool:
+        return shape.top_k is not None and layer >= shape.top_k_from_layer and position >= first_lookup
+
+    def row_of(module, query: Tensor, i: int, key: Tensor, value: Tensor) -> Row:
+        window = max(0, i - shape.n_local + 1)
+        first = torch.arange(min(shape.n_global, window))
+        if shape.distances == "in_cache":
+            distance = i - first - max(0, window - shape.n_global)
+        else:
+            distance = (i - first).clamp_max(shape.distance_ceiling or i)
+        local = torch.arange(window, i + 1)
+        seen, distance = torch.cat((first, local)), torch.cat((distance, i - local))
+        row = scored(query, key[:, seen], distance, module), value[:, seen]
+        if not looks_up(module.layer_idx, i) or window < shape.n_global + shape.top_k:
+            return row
+        middle = slice(shape.n_global, window)
+        at = torch.full((window - shape.n_global,), shape.top_k_insert_at)
+        return with_best(row, (scored(query, key[:, middle], at, module), value[:, middle]), shape.top_k)
+
+    return query_by_query(row_of)
 
 
 def dense_focused_attention(shape: Focused, last_of_prompt: int) -> Callable[..., tuple[Tensor, None]]:
     """As `dense_lambda_attention`."""
 
-    def attend(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_):
-        query, key, value = (x[0].double() for x in (query, key, value))
-        groups = len(query) // len(key)
-        key, value = (x.repeat_interleave(groups, 0) for x in (key, value))
-        past = key.shape[1] - query.shape[1]
-        outputs = []
-        for row in range(query.shape[1]):
-            i = past + row
-            start = shape.start(i, last_of_prompt + 1)
-            local = slice(start, i + 1)
-            scores = scored(query[:, row], key[:, local], i - torch.arange(start, i + 1), module)
-            values = value[:, local]
-            if module.layer_idx in shape.mem_layers and start:
-                before = scored(query[:, row], key[:, :start], torch.full((start,), i - start), module)
-                best = before.topk(min(shape.top_k or start, start), -1)
-                chosen = best.indices[..., None].expand(-1, -1, value.shape[-1])
-                scores = torch.cat((scores, best.values), -1)
-                values = torch.cat((values, value[:, :start].gather(1, chosen)), 1)
-            outputs.append(torch.einsum("hs,hsd->hd", (scores * scaling).softmax(-1), values))
-        return torch.stack(outputs)[None].float(), None
+    def row_of(module, query: Tensor, i: int, key: Tensor, value: Tensor) -> Row:
+        start = shape.start(i, last_of_prompt + 1)
+        local, distance = slice(start, i + 1), i - torch.arange(start, i + 1)
+        row = scored(query, key[:, local], distance, module), value[:, local]
+        if module.layer_idx not in shape.mem_layers or not start:
+            return row
+        before = scored(query, key[:, :start], torch.full((start,), i - start), module), value[:, :start]
+        return with_best(row, before, min(shape.top_k or start, start))
 
-    return attend
+    return query_by_query(row_of)
 
 
 def scored(query: Tensor, key: Tensor, distance: Tensor, module) -> Tensor:

@@ -172,9 +172,8 @@ class MemoryManager(PrivateRequests, FullAttentionManager):
         if kv_cache_spec.memory_blocks is not None:
             block_pool = BlockPool(kv_cache_spec.memory_blocks, enable_caching, block_pool.hash_block_size)
         super().__init__(kv_cache_spec, block_pool, enable_caching, *args, **kwargs)
-        self._views: set[str] = (
-            set()
-        )  # requests that have chosen what they see, whose blocks are not published
+        # Requests that have chosen what they see: their blocks are not published.
+        self._views: set[str] = set()
         self._open: dict[
             str, int
         ] = {}  # blocks of each request's open first window that are published, or copies

@@ -90,7 +90,9 @@ def salt_of(settings: Adaptation, tenant: str | None, salt: str | None) -> str |
 
 def adapters_of(vllm_config: VllmConfig) -> Adapters:
     """Of an engine of this process, which keeps adapters."""
-    return _adapters.setdefault(vllm_config.instance_id, Adapters(vllm_config))
+    if vllm_config.instance_id not in _adapters:
+        _adapters[vllm_config.instance_id] = Adapters(vllm_config)
+    return _adapters[vllm_config.instance_id]
 
 
 def admit(
