@@ -12,7 +12,8 @@ prompt`).
 - *turn of a chat*: each turn sends again all that was said, and adds a text block of question and answer.
   Time to first token of the last turn against that of the second, medians over chats.
 - *questions one after another*: all of them about one book, the first one's reading included, in the engine
-  that remembers; against as many in the other one.
+  that remembers; against as many in the other one, where all take the same time and `--cold-questions` of them
+  are measured.
 - *cold request*: a text that nobody has read, medians over rounds, in two engines of either kind.
 - *memory*: resident memory of versions that a trainer keeps, measured here, in this process, against the
   formula of docs/temp-lora.md: 12 bytes · rank · (in + out features of all adapted layers) for each version,
@@ -174,7 +175,7 @@ def memory_rows(
                 gc.collect()
                 before = process.memory_info().rss
                 for number in range(kept):
-                    cache.put(number.to_bytes(8, "big"), trainer.state(owner), [])
+                    cache.put(number.to_bytes(8, "big"), trainer.state(owner), owner, [])
                 taken = (process.memory_info().rss - before) / MIB
                 one = BYTES_PER_VALUE * rank * features
                 formula = min(kept, int(gib * 2**30) // one) * one / MIB
@@ -219,17 +220,19 @@ def main(
     preset: str = "temp-lora-quality",
     book_tokens: int = 50_000,
     questions: Annotated[int, typer.Option(help="About one book, one after another.", min=2)] = 10,
+    cold_questions: Annotated[int, typer.Option(help="How many where nothing is kept.", min=1)] = 3,
     turns: Annotated[int, typer.Option(help="Of a chat.", min=4)] = 40,
     chats: int = 3,
     cold_tokens: Annotated[int, typer.Option(help="Of a text that nobody has read.")] = 8192,
-    rounds: Annotated[int, typer.Option(help="Such texts for each engine.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Such texts for each engine.")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: to see that it runs.")] = False,
     json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot")] = None,
 ) -> None:
     ranks, blocks, limits = (4, 8, 16, 64), (8, 32, 128), (0.05, 4.0)
     if quick:
-        book_tokens, questions, turns, chats, cold_tokens, rounds = 2_000, 3, 6, 1, 1_000, 1
+        book_tokens, questions, cold_questions, cold_tokens = 2_000, 3, 2, 1_000
+        turns, chats, rounds = 6, 1, 1
         ranks, blocks, limits = (8,), (8,), (4.0,)
     memory = memory_rows(model, ranks, blocks, limits)  # first, while the process is small
     kwargs: dict[str, Any] = {"dtype": "float32", "enable_prefix_caching": True, "max_num_seqs": 8}
@@ -246,7 +249,8 @@ def main(
                 if again:
                     continue
                 book = random_tokens(engine, book_tokens, "book")
-                figures.measure(kind, "questions", questions_about, engine, book, questions, remembers)
+                asked = questions if remembers else cold_questions
+                figures.measure(kind, "questions", questions_about, engine, book, asked, remembers)
                 figures.measure(kind, "window", window_alone, engine, max(rounds, 3))
                 figures.measure(kind, "chat", chats_of, engine, turns, chats if remembers else 1, remembers)
     rows = rows_of(figures, questions, turns)
@@ -313,7 +317,7 @@ def rows_of(figures: Figures, questions: int, turns: int) -> list[dict[str, Any]
             "≥ 8",
             other,
             one,
-            lambda found: float(found[1]),
+            lambda found: float(found[1]) * questions / len(found[0]),
         ),
     ]
 

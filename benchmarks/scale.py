@@ -551,8 +551,10 @@ def calibrate(engine: "LLMEngine", length: int, most: int, vocabulary: int) -> C
     watched.run(prompts(2), 40, learning=1)  # warms up
     steps: dict[int, float] = {}
     token_s, tokens = 0.0, 0
+    budget = engine.vllm_config.scheduler_config.max_num_batched_tokens
     for number in (n for n in CALIBRATED if n <= most):
-        done = watched.run(prompts(number), 20)
+        # The first ones write until the last ones have been read.
+        done = watched.run(prompts(number), 20 + 2 * number * length // budget)
         steps[number] = statistics.median(s.seconds for s in done if s.is_decode and s.requests == number)
         known = Costs(steps, *[0.0] * 6)
         for step in done:

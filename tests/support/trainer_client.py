@@ -2,8 +2,10 @@
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from vllm_longctx.config import TrainerSection
 from vllm_longctx.settings import TrainerSettings
@@ -50,13 +52,19 @@ def client_of(
     )
 
 
-def hear(client: TrainerClient, *kinds: type) -> list:
-    """All reports up to the first of one of the kinds."""
-    reports, end = [], time.monotonic() + TIMEOUT_S
+# What `hear` has polled and not returned.
+_unheard: WeakKeyDictionary[TrainerClient, deque[m.Report]] = WeakKeyDictionary()
+
+
+def hear(client: TrainerClient, *kinds: type) -> list[m.Report]:
+    """All reports since the last call, up to the first of one of the kinds."""
+    reports, unheard, end = [], _unheard.setdefault(client, deque()), time.monotonic() + TIMEOUT_S
     while time.monotonic() < end:
-        client.wait(max(end - time.monotonic(), 0.0))
-        for report in client.poll():
-            reports.append(report)
-            if isinstance(report, kinds):
+        if not unheard:
+            client.wait(max(end - time.monotonic(), 0.0))
+            unheard.extend(client.poll())
+        while unheard:
+            reports.append(unheard.popleft())
+            if isinstance(reports[-1], kinds):
                 return reports
     raise AssertionError(f"none of {kinds} in {reports}")

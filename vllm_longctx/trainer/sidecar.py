@@ -86,9 +86,9 @@ class Sidecar:
 
     def _wait_for_job(self) -> None:
         """Meanwhile write versions to disk, and look for those of other trainers."""
-        files = self._cache.files
-        self._receive(wait=not self._jobs and files is None)
+        self._receive()
         while not self._jobs:
+            # Never without an end: a signal that comes just before the wait is handled after it.
             if not self._socket.poll(IDLE_MS):
                 self._cache.write_next()
                 self._find_versions()
@@ -110,11 +110,11 @@ class Sidecar:
         while self._cache.write_next():
             pass
 
-    def _receive(self, wait: bool = False) -> None:
-        """Queue all jobs sent so far. wait: Until there is at least one."""
+    def _receive(self) -> None:
+        """Queue all jobs sent so far."""
         while True:
             try:
-                engine, payload = self._socket.recv_multipart(0 if wait and not self._jobs else zmq.NOBLOCK)
+                engine, payload = self._socket.recv_multipart(zmq.NOBLOCK)
                 job = m.decode_job(payload)
             except zmq.Again:
                 return
