@@ -12,8 +12,8 @@ prompt`).
 - *turn of a chat*: each turn sends again all that was said, and adds a text block of question and answer.
   Time to first token of the last turn against that of the second, medians over chats.
 - *questions one after another*: all of them about one book, the first one's reading included, in the engine
-  that remembers; against as many in the other one, where all take the same time and `--cold-questions` of them
-  are measured.
+  that remembers; against as many in the other one, where `--cold-questions` are measured, since all
+  take the same time.
 - *cold request*: a text that nobody has read, medians over rounds, in two engines of either kind.
 - *memory*: resident memory of versions that a trainer keeps, measured here, in this process, against the
   formula of docs/temp-lora.md: 12 bytes · rank · (in + out features of all adapted layers) for each version,
