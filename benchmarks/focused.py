@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from focused_methods import Comparison, Methods, attention_of, task_command
+from focused_methods import Comparison, Methods, attention_of, bytes_per_block, task_command
 from focused_report import Report, Row, Scale, averages
 from lm_infinite import decode_speed, token_times
 from load import random_tokens
@@ -146,14 +146,18 @@ def passkey(
     report.show()
 
 
-def key_question(trial: Trial, choices: bool) -> Question:
+def key_question(trial: Trial, choices: bool, options: dict[str, Any] | None = None) -> Question:
+    """options: of the request that writes the answer, `config.RequestOptions`."""
+
     def job() -> Job[dict[str, float]]:
         from vllm import SamplingParams
 
         if choices:
             outcome = yield from ask(trial)
             return {name: float(value) for name, value in vars(outcome).items()}
-        (output,) = yield [(trial.prompt, SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0))]
+        own = None if options is None else {"longctx": options}
+        params = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0, extra_args=own)
+        (output,) = yield [(trial.prompt, params)]
         return {"exact": float(tells(output.outputs[0].text, trial.key))}
 
     length = len(trial.prompt)
@@ -429,12 +433,7 @@ def memory(run: Comparison, lengths: str = "4096,8192,16384,32768") -> None:
         longest = run.ways.longest(sizes)
 
     def rows(engine: "LLMEngine", meter: PeakBlocks, model: str, name: str) -> list[Row]:
-        from vllm_longctx.engine.memory_kv import bytes_per_layer_block
-
-        layer = bytes_per_layer_block(engine.vllm_config)
-        block = layer * round(
-            run.ways.engine["kv_cache_memory_bytes"] / meter.num_blocks / layer
-        )  # of a group of layers
+        block = bytes_per_block(engine, meter)
         result: list[Row] = []
         for size in sizes:
             if run.ways.within(name, size):

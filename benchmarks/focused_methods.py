@@ -130,6 +130,16 @@ def attention_of(engine: "LLMEngine") -> dict[str, Any]:
     return engine.vllm_config.additional_config["longctx"]["attention"]
 
 
+def bytes_per_block(engine: "LLMEngine", meter: PeakBlocks) -> int:
+    """Of a KV block in a group of layers, which is what the pool counts."""
+    from vllm_longctx.engine.memory_kv import bytes_per_layer_block
+
+    layer = bytes_per_layer_block(engine.vllm_config)
+    pool = engine.vllm_config.cache_config.kv_cache_memory_bytes
+    assert pool is not None  # every engine here is given one
+    return layer * round(pool / meter.num_blocks / layer)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What a task is asked to compare, and where its results go."""

@@ -445,11 +445,12 @@ SEAMS = [
         "Request.block_hashes (cut), _block_hasher (taken away, or another one)",
         "scheduling/scheduler.py, scheduling/memory.py, scheduling/temp_lora.py",
         "keep KV out of the prefix cache that depends on where the prompt ends, or was computed without its "
-        "adapter; name KV by the versions that computed it",
+        "adapter; name KV by the versions that computed it, and by what its request has chosen to see",
         _all(
             _sets("vllm.v1.request:Request", "block_hashes", "_block_hasher"),
             _has("vllm.v1.request:Request", "update_block_hashes"),
             _has("vllm.v1.core.kv_cache_utils:hash_block_tokens"),
+            _has("vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys"),
             _has("vllm.utils.hashing:get_hash_fn_by_name"),
         ),
         "0018-block-hashes-of-a-request.diff",

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from vllm import LLM
 
 from tests.support.engines import (
@@ -26,8 +25,8 @@ from tests.support.engines import (
     running_here,
     tokens_of,
 )
-from tests.support.reference_model import Layers, ReferenceLlama
-from vllm_longctx.geometry import Branch, Geometry, branches
+from tests.support.reference_model import Layers, ReferenceLlama, alike, in_whole_turns
+from vllm_longctx.geometry import Geometry
 from vllm_longctx.serving import app
 
 LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 300, 641]
@@ -177,18 +176,28 @@ def test_each_request_sees_what_it_has_chosen(
     assert metric(llm, "vllm:kv_cache_usage_perc") == 0
 
 
-def in_whole_turns(geometry: Geometry, turns: tuple[int, ...]) -> Layers:
-    """A window begins where the first turn does that it holds whole."""
-
-    def start(query: int) -> int:
-        lowest = 0 if geometry.n_local is None else max(query - geometry.n_local + 1, 0)
-        return next((turn for turn in turns if 0 < lowest <= turn <= query), lowest)
-
-    def seen(_: int, positions: Tensor) -> tuple[list[Branch], bool]:
-        starts = torch.tensor([start(query) for query in positions.tolist()])
-        return branches(geometry, positions, positions, starts), True
-
-    return seen
+@pytest.mark.parametrize("variant", ["lm_infinite"], indirect=True, scope="module")
+def test_a_hit_is_of_those_who_have_chosen_the_same(
+    llm: LLM, variant: Variant, reference: ReferenceLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One text under every choice, one after another, each twice. The second ends in another way."""
+    turns = (20, 33, 90, 141, 290, 301, 370)
+    monkeypatch.setattr(app, "turns_of_prompt", lambda prompt, *_: [t for t in turns if t < len(prompt)])
+    engine, text = variant.geometry, prompt(416, seed=21)
+    chosen: list[tuple[dict[str, Any], Layers, int]] = [
+        ({}, alike(engine), 400),
+        ({"n_global": 40}, alike(replace(engine, n_global=40)), 400),
+        ({"n_global": 0}, alike(replace(engine, n_global=0)), 400),
+        ({"drop": "turns"}, in_whole_turns(replace(engine, n_global=20), turns), 400),
+        ({"attention": "plain"}, alike(Geometry()), 100),
+    ]
+    for options, seen, common in chosen:
+        (first,) = generate(llm, [text[: common + 10]], 5, [options])
+        (again,) = generate(llm, [text[:common] + prompt(15, seed=22)], 5, [options])
+        assert (first.num_cached_tokens, again.num_cached_tokens) == (0, common // 32 * 32), options
+        for output in (first, again):
+            expected = reference.token_logprobs(tokens_of(output), seen)[-5:]
+            assert (logprobs_of(output) - expected).abs().max() <= TOLERANCE, options
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`vllm serve` with a config file, through the `openai` client: one server for all tests."""
 
+import dataclasses
 import json
 import os
 import pydoc_data.topics
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from openai import OpenAI
 from server import metrics, running_server
 from transformers import AutoTokenizer
 
-from tests.support.engines import CHAT_TEMPLATE, wait_until
+from tests.support.engines import wait_until
 from tests.support.example_programs import assert_that_a_chat_goes_on
-from tests.support.reference_model import ReferenceLlama
+from tests.support.reference_model import PLAIN, Layers, ReferenceLlama, alike, in_whole_turns
 from vllm_longctx import BOOKLM
 from vllm_longctx.geometry import Geometry
 
@@ -32,6 +34,7 @@ longctx:
   attention:
     n_global: 4
     n_local: 256
+    max_n_global: 160
   serving:
     default_max_tokens: {DEFAULT_MAX_TOKENS}
 served-model-name: booklm
@@ -43,6 +46,8 @@ max-num-batched-tokens: 512
 kv-cache-memory-bytes: 100000000
 enable-prompt-tokens-details: true
 """
+# A message of the user's begins with a token of its own.
+CHAT_TEMPLATE = "{% for m in messages %}{{ '<s>' if m.role == 'user' else '' }}{{ m.content }}\n{% endfor %}"
 GEOMETRY = Geometry(4, 256, 512)
 GREEDY: dict[str, Any] = {"model": "booklm", "temperature": 0}
 EXACT: dict[str, Any] = {"ignore_eos": True, "return_token_ids": True}
@@ -143,6 +148,55 @@ def test_a_chat_is_the_completion_of_its_tokens(client: OpenAI, text: str) -> No
 
 def test_the_example_of_a_chat_goes_on_past_the_trained_length(address: str, text: str) -> None:
     assert_that_a_chat_goes_on(address, text, TRAINED)
+
+
+def test_each_request_sees_what_it_has_chosen(
+    client: OpenAI, text: str, ids: list[int], reference: ReferenceLlama
+) -> None:
+    """All at once: a chat that drops whole turns, the same that does not, and completions."""
+    roles = ("system", *["user", "assistant"] * 5, "user")
+    talk = [{"role": role, "content": text[300 * n :][:300]} for n, role in enumerate(roles)]
+
+    def body(options: dict[str, Any]) -> dict[str, Any]:
+        return {**EXACT, "vllm_xargs": {"longctx": json.dumps(options)}} if options else EXACT
+
+    def chat(**options: Any) -> tuple[list[int], list[int], list[float]]:
+        request = {**GREEDY, "messages": talk, "max_tokens": 20, "logprobs": True}
+        answer = client.chat.completions.create(**request, extra_body=body(options))
+        (choice,) = answer.choices
+        return answer.prompt_token_ids, choice.token_ids, [one.logprob for one in choice.logprobs.content]
+
+    def completion(prompt: list[int], **options: Any) -> tuple[list[int], list[int], list[float]]:
+        request = {**GREEDY, "prompt": prompt, "max_tokens": 20, "logprobs": 0}
+        (choice,) = client.completions.create(**request, extra_body=body(options)).choices
+        return prompt, choice.token_ids, choice.logprobs.token_logprobs
+
+    with ThreadPoolExecutor() as pool:
+        dropping, kept = pool.submit(chat, drop="turns"), pool.submit(chat)
+        others: list[tuple[Any, Layers]] = [
+            (
+                pool.submit(completion, ids[:700], n_global=150),
+                alike(dataclasses.replace(GEOMETRY, n_global=150)),
+            ),
+            (pool.submit(completion, ids[:450], attention="plain"), alike(PLAIN)),
+            (pool.submit(completion, ids[:700]), alike(GEOMETRY)),
+        ]
+    talked, written, logprobs = dropping.result()
+    turns = tuple(place for place, token in enumerate(talked) if token == 0)
+    assert len(turns) == 6 and GEOMETRY.n_global < turns[0] <= 160
+    whole = in_whole_turns(dataclasses.replace(GEOMETRY, n_global=turns[0]), turns)
+
+    def difference(answer: tuple[list[int], list[int], list[float]], seen: Layers) -> float:
+        prompt, tokens, ours = answer
+        expected = reference.token_logprobs([*prompt, *tokens], seen)[-len(tokens) :]
+        return float((torch.tensor(ours) - expected).abs().max())
+
+    for answer, seen in [(dropping, whole), (kept, alike(GEOMETRY)), *others]:
+        assert difference(answer.result(), seen) < 1e-3
+    sliding = alike(dataclasses.replace(GEOMETRY, n_global=turns[0]))
+    assert difference(dropping.result(), sliding) > 1e-2  # the window's beginning shows
+    _, same_tokens, same_logprobs = completion(talked, drop="turns")
+    assert same_tokens == written and same_logprobs == pytest.approx(logprobs, abs=1e-3)
 
 
 def test_an_open_ended_chat_ends_at_the_default_which_is_no_cap(client: OpenAI) -> None:

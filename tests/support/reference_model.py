@@ -54,6 +54,20 @@ def focused(
     return seen
 
 
+def in_whole_turns(geometry: Geometry, turns: tuple[int, ...]) -> Layers:
+    """A window begins where the first turn does that it holds whole."""
+
+    def start(query: int) -> int:
+        lowest = 0 if geometry.n_local is None else max(query - geometry.n_local + 1, 0)
+        return next((turn for turn in turns if 0 < lowest <= turn <= query), lowest)
+
+    def seen(_: int, positions: Tensor) -> tuple[list[Branch], bool]:
+        starts = torch.tensor([start(query) for query in positions.tolist()])
+        return branches(geometry, positions, positions, starts), True
+
+    return seen
+
+
 def with_top_k(geometry: Geometry, prompt_length: int, layers: range, top_k: int, insert_at: int) -> Layers:
     def seen(layer: int, positions: Tensor) -> tuple[list[Branch], bool]:
         by_position = branches(geometry, positions, positions)

@@ -25,6 +25,7 @@ from tests.support.cuda_engine import BLOCK_SIZE, Core
 from vllm_longctx.engine.sliding_kv import LambdaSpec
 from vllm_longctx.engine.step import Pass, SlotUse, StepInfo, Weights
 from vllm_longctx.engine.stepped_kv import SteppedSpec
+from vllm_longctx.geometry import RequestView
 from vllm_longctx.scheduling import temp_lora as scheduler
 from vllm_longctx.scheduling.temp_lora import AsyncTempLoraScheduler, TempLoraScheduler
 from vllm_longctx.settings import active_settings
@@ -242,6 +243,7 @@ class Crowd(Core):
         self.texts: dict[str, list[int]] = {}
         self.tables: dict[str, list[int]] = {}
         self.slots: dict[str, int] = {}
+        self.view: RequestView | None = None  # of the request that is computed
         self.kv: dict[int, tuple[int, int]] = {}  # by place: the position, and a digest
         self.holds: dict[int, tuple[int, Weights]] = {}
         self.weights: dict[int, int] = {}  # by slot, in the layers
@@ -299,7 +301,8 @@ class Crowd(Core):
                 self.weights[use.slot] = self.trainer.slots.read(use)
         tokens = []
         for name, count in output.num_scheduled_tokens.items():
-            tokens.append(self._read(name, range(firsts[name], firsts[name] + count), step.passes.get(name)))
+            positions, self.view = range(firsts[name], firsts[name] + count), step.views.get(name)
+            tokens.append(self._read(name, positions, step.passes.get(name)))
         names = list(output.num_scheduled_tokens)
         return ModelRunnerOutput(names, {name: row for row, name in enumerate(names)}, tokens)
 
@@ -314,9 +317,7 @@ class Crowd(Core):
             return block * BLOCK_SIZE + position % BLOCK_SIZE
 
         def seen(position: int) -> list[tuple[int, int]]:
-            n_global, window = self.geometry.n_global, 0
-            if self.geometry.n_local is not None:
-                window = max(position - self.geometry.n_local + 1, 0)
+            n_global, window = self._sees(position)
             where = [*range(first, min(n_global, window)), *range(max(first, window), position + 1)]
             found = [self.kv[place(q)] for q in where]
             assert [at for at, _ in found] == where
@@ -325,7 +326,7 @@ class Crowd(Core):
         for position in positions:
             token = text[position if position >= start else position - first]
             before = self.kv[place(position - 1)] if position > first else None
-            self.kv[place(position)] = position, digest(token, weights, before)
+            self.kv[place(position)] = position, digest(token, weights, before, self._sees(position))
             if position >= frontier:
                 computed = digest(weights, seen(position))
                 assert name not in self.slots or position not in self.scored[name]
@@ -334,6 +335,18 @@ class Crowd(Core):
             return []
         text.append(digest(seen(positions[-1])) % VOCABULARY)
         return text[-1:]
+
+    def _sees(self, position: int) -> tuple[int, int]:
+        """First tokens, and where the window begins."""
+        geometry, view = self.geometry, self.view
+        if view is not None:
+            geometry = view.geometry(geometry)
+        if geometry.n_local is None:
+            return geometry.n_global, 0
+        if view is not None:
+            start = view.window_start(torch.tensor([position]), geometry.n_local)
+            return geometry.n_global, int(start)
+        return geometry.n_global, max(position - geometry.n_local + 1, 0)
 
     def run(self) -> None:
         steps = 0

@@ -23,6 +23,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.request import Request
 
+from vllm_longctx.engine.view_hashes import ViewHashes
 from vllm_longctx.geometry import Geometry, RequestView
 from vllm_longctx.settings import active_settings
 from vllm_longctx.windows import SlidingWindows
@@ -134,9 +135,8 @@ class LambdaManager(PrivateRequests):
     """Frees the middle of every request in its group, and has the pool hand out these blocks before others
     that are cached.
 
-    A request that has chosen what its queries see keeps other first tokens. Other requests' KV is no use to
-    it, nor its own to them: layers behind the first one compute keys from what was seen. So prefix caching
-    does not see it.
+    A request that has chosen what its queries see keeps other first tokens. Its KV is of use to requests only
+    that have chosen the same: layers behind the first one compute keys from what was seen (`view_hashes`).
 
     A hit needs a window of blocks at its end. So of what slides out of a window, the last blocks of a prompt
     and those where a hit ended are worth keeping: who writes a turn of a chat again, or edits it, is hit
@@ -179,7 +179,7 @@ class LambdaManager(PrivateRequests):
         return min(needed, most - self.kv_cache_spec.first_blocks + first)
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        if request.request_id not in self._first_blocks:
+        if request.request_id not in self._first_blocks or isinstance(request.block_hashes, ViewHashes):
             super().cache_blocks(request, *args, **kwargs)
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
@@ -367,6 +367,8 @@ class LambdaManager(PrivateRequests):
 
         end = max_length // bs
         first_blocks = kv_cache_spec.first_blocks
+        if isinstance(block_hashes, ViewHashes) and not kv_cache_spec.has_own_window:
+            first_blocks = end if block_hashes.n_global is None else cdiv(block_hashes.n_global, bs)
         first_missing = next((b for b in range(min(first_blocks, end)) if not is_cached(b)), None)
         end = end if first_missing is None else first_missing
         window = range(0)

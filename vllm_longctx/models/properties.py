@@ -58,6 +58,8 @@ TESTED = (
     "StableLmForCausalLM",
     "Starcoder2ForCausalLM",
 )
+# Transformers has no class of this name, and the model is its Llama but for the memory (`models.longllama`).
+TRAINED_AS = {"LongLlamaForCausalLM": "LlamaForCausalLM"}
 # Those of vLLM's whose files transformers can read. The others stream, cut or make up the weights.
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "pt", "npcache", "mistral")
 # The entries of a Hugging Face config that may hold the trained length: Llama's and GPT-J's, MPT's, BLOOM's.
@@ -181,7 +183,8 @@ def without_weights(model_config: ModelConfig) -> PreTrainedModel | None:
 
 def trained_architectures(model_config: ModelConfig) -> list[str]:
     """Those of the model's architectures that transformers has a class for, which the trainer needs."""
-    return [name for name in model_config.architectures if hasattr(transformers, name)]
+    names = (TRAINED_AS.get(name, name) for name in model_config.architectures)
+    return [name for name in names if hasattr(transformers, name)]
 
 
 def why_not_adaptable(model_config: ModelConfig) -> str | None:

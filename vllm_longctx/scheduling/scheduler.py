@@ -1,12 +1,13 @@
 """vLLM's scheduler, with fair shares of a step's tokens and statistics of long requests."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -21,6 +22,7 @@ from vllm_longctx.engine.kv_cache import prefix_caching
 from vllm_longctx.engine.memory_kv import MemoryManager
 from vllm_longctx.engine.sliding_kv import LambdaManager
 from vllm_longctx.engine.step import NO_LIMIT, StepInfo, StepReport
+from vllm_longctx.engine.view_hashes import ViewHashes, view_hasher
 from vllm_longctx.geometry import RequestView
 from vllm_longctx.metrics import StepStats
 from vllm_longctx.models.properties import trained_length
@@ -45,6 +47,7 @@ class LongContextScheduler(Scheduler):
     view_managers: KV managers that must know what requests see that have chosen it.
     memory_pools: Pools of memory layers that have one of their own.
     views: By request id, what the queries of requests see that have chosen it.
+    view_hash: Hashes KV blocks of these requests. None where they are not shared.
     failed: By request id, the requests to end with an error, and the reason.
     step_stats: Statistics of the current step.
     shares_budget: Whether a step's tokens are shared fairly. Not without chunked prefill, where vLLM never
@@ -63,6 +66,7 @@ class LongContextScheduler(Scheduler):
         self.view_managers = [m for m in managers if isinstance(m, LambdaManager | MemoryManager)]
         self.memory_pools = [m.block_pool for m in managers if isinstance(m, MemoryManager) and m.is_apart]
         self.views: dict[str, RequestView] = {}
+        self.view_hash = self._view_hash()
         self.failed: dict[str, str] = {}
         self.step_stats = StepStats()
         scheduling = self.scheduler_config
@@ -70,6 +74,13 @@ class LongContextScheduler(Scheduler):
         self.shares: dict[str, int] = {}
         self.admitted_waiting = True
         self._log_start()
+
+    def _view_hash(self) -> Callable[[Any], bytes] | None:
+        """None where windows step, and where others hear of what is cached, as if all saw the same."""
+        cache, slides = self.cache_config, self.settings.mode.slides
+        if not slides or not cache.enable_prefix_caching or self.enable_kv_cache_events:
+            return None
+        return get_hash_fn_by_name(cache.prefix_caching_hash_algo)
 
     def _log_start(self) -> None:
         """Log what is in force.
@@ -111,7 +122,13 @@ class LongContextScheduler(Scheduler):
 
     def _begin_view(self, request: Request, view: RequestView) -> None:
         name = request.request_id
-        self.views[name], request.skip_reading_prefix_cache = view, True
+        self.views[name] = view
+        if self.view_hash is None or request.mm_features:
+            request.skip_reading_prefix_cache = True
+        else:
+            request.block_hashes = ViewHashes(view)
+            request._block_hasher = view_hasher(view, self.view_hash, self.hash_block_size)
+            request.update_block_hashes()
         for manager in self.view_managers:
             manager.begin_view(name, view)
         tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)

@@ -28,6 +28,8 @@ from vllm_longctx.engine.kv_cache import prefix_caching
 from vllm_longctx.engine.lora import LoRAConfigWithSlots, with_slots
 from vllm_longctx.geometry import Geometry, SteppedWindows
 from vllm_longctx.settings import active_settings
+from vllm_longctx.temp_lora.base_model import resolved_config
+from vllm_longctx.temp_lora.shared_weights import model_class
 
 QUALITY = {"longctx": {"preset": "temp-lora-quality"}}
 
@@ -431,6 +433,14 @@ def test_a_longllama_checkpoint_says_all_by_itself(additional_config: dict, long
         n_local, n_local
     )  # the default of 1,024 last tokens is more than a window
     assert vllm_config.model_config.original_max_model_len == -1
+
+
+def test_a_longllama_checkpoint_may_learn(longllama: Path) -> None:
+    """Transformers has no class of its name."""
+    vllm_config = create(longllama, {"longctx": {"attention": {"method": "focused"}, "adaptation": {}}})
+    assert active_settings(vllm_config).mode.name == "temp-lora over memory"
+    config = resolved_config(vllm_config.model_config)
+    assert model_class(config).config_class.from_dict(config).num_hidden_layers == 6
 
 
 def test_how_prefixes_are_hit_is_said(longllama: Path) -> None:
