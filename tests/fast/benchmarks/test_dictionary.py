@@ -23,6 +23,7 @@ def test_questions_ask_for_facts_of_their_own_dictionary() -> None:
     )
 
 
+@pytest.mark.slow
 def test_lookups_are_learnt_in_a_few_steps(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dictionary, "TOKENS", 768)
     trainer = dictionary.train(Recipe((1,), 12, 60, False, 2, 8, (1, 2), 2e-3), [4], "test")

@@ -127,7 +127,9 @@ class Apart(WholeEngine):
 @interpreted
 @pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread", "unmapped")
 @pytest.mark.parametrize(
-    ("attention", "steps_ahead"), [(LOOKUPS[0], 1), (LOOKUPS[2], 0)], ids=["all", "blocks"]
+    ("attention", "steps_ahead"),
+    [(LOOKUPS[0], 1), pytest.param(LOOKUPS[2], 0, marks=pytest.mark.slow)],
+    ids=["all", "blocks"],
 )
 def test_a_memory_longer_than_the_pool(
     attention: dict[str, Any], steps_ahead: int, small_llama: Path

@@ -271,7 +271,9 @@ def test_passes_beside_a_request_that_does_not_adapt(
     assert engine.is_empty()
 
 
-@pytest.mark.parametrize("engine", [(0, {}), (1, RECOMPUTE)], indirect=True)
+@pytest.mark.parametrize(
+    "engine", [(0, {}), pytest.param((1, RECOMPUTE), marks=pytest.mark.slow)], indirect=True
+)
 def test_a_request_may_begin_later_in_its_text(engine: PassesEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a text that was read before, as one that comes there itself.
 

@@ -198,6 +198,7 @@ def test_requests_that_write_see_the_best_keys_of_their_middle(
         check({"long": 1})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
 @pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread")
 def test_the_middle_grows_with_a_step_under_way(small_llama: Path) -> None:

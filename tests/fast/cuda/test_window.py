@@ -90,6 +90,7 @@ def test_windows_become_memory(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
 @pytest.mark.usefixtures("one_rank", "gpu", "host", "stock_cache_update", "one_thread")
 def test_windows_end_with_a_step_under_way(small_llama: Path) -> None:

@@ -19,7 +19,7 @@ from vllm_longctx.settings import active_settings
 from vllm_longctx.temp_lora.messages import Dead, Recall, Restarted, Train
 
 SEEDS = 6
-pytestmark = pytest.mark.parametrize("steps_ahead", [0, 1])
+pytestmark = pytest.mark.parametrize("steps_ahead", [pytest.param(0, marks=pytest.mark.slow), 1])
 
 
 class Again(Crowd):

@@ -38,7 +38,7 @@ def test_a_step_ahead_every_text_is_the_same(
     assert compared > 4 * SEEDS and stale and waits
 
 
-@pytest.mark.parametrize("steps_ahead", [0, 1])
+@pytest.mark.parametrize("steps_ahead", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_windows_computed_again_by_force_count_once(
     steps_ahead: int, configs: list[VllmConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

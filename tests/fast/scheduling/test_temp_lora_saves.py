@@ -27,7 +27,7 @@ from vllm_longctx.temp_lora.messages import ANSWERED, Dead, Failed, Report, Rest
 
 SEEDS = 3
 GONE = "the trainer ended with code -9"
-pytestmark = pytest.mark.parametrize("steps_ahead", [0, 1])
+pytestmark = pytest.mark.parametrize("steps_ahead", [pytest.param(0, marks=pytest.mark.slow), 1])
 
 
 class Savers(Crowd):

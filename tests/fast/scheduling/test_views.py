@@ -19,7 +19,7 @@ from vllm_longctx.serving.attention_options import TURNS
 
 SEEDS = 6
 pytestmark = [
-    pytest.mark.parametrize("steps_ahead", [0, 1]),
+    pytest.mark.parametrize("steps_ahead", [pytest.param(0, marks=pytest.mark.slow), 1]),
     pytest.mark.parametrize("configs", ["keep"], indirect=True),
 ]
 

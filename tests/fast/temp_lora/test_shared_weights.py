@@ -196,6 +196,7 @@ def test_whether_another_process_can_map_a_tensor(
     assert why is None if reason is None else why is not None and re.fullmatch(reason, why)
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_map_a_tensor_says_why(ipc: dict):
     """A real one. It knows no handle of this process."""
     reason = shared.why_not_attached(torch.arange(4.0))

@@ -11,10 +11,6 @@ from tests.support.compile_kernels import CARDS, CASES, EVERY_KERNEL
 
 SMALL = [
     "lambda decode, head 32 float16",
-    "lambda prefill, head 32 float16",
-    "lambda decode, head 32 float32, soft cap and sinks",
-    "lambda prefill, head 32 float32, soft cap and sinks",
-    "lookup, 8B bfloat16, soft cap and sinks",
     "lookup, 8B bfloat16 by blocks",
     "windows, 8B bfloat16, decode",
     "swap, bfloat16",
