@@ -176,7 +176,7 @@ def test_each_request_sees_what_it_has_chosen(
     assert metric(llm, "vllm:kv_cache_usage_perc") == 0
 
 
-@pytest.mark.parametrize("variant", ["lm_infinite"], indirect=True, scope="module")
+@pytest.mark.parametrize("variant", ["lm_infinite", "streaming"], indirect=True, scope="module")
 def test_a_hit_is_of_those_who_have_chosen_the_same(
     llm: LLM, variant: Variant, reference: ReferenceLlama, monkeypatch: pytest.MonkeyPatch
 ) -> None:

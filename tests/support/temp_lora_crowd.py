@@ -243,7 +243,6 @@ class Crowd(Core):
         self.texts: dict[str, list[int]] = {}
         self.tables: dict[str, list[int]] = {}
         self.slots: dict[str, int] = {}
-        self.view: RequestView | None = None  # of the request that is computed
         self.kv: dict[int, tuple[int, int]] = {}  # by place: the position, and a digest
         self.holds: dict[int, tuple[int, Weights]] = {}
         self.weights: dict[int, int] = {}  # by slot, in the layers
@@ -301,12 +300,12 @@ class Crowd(Core):
                 self.weights[use.slot] = self.trainer.slots.read(use)
         tokens = []
         for name, count in output.num_scheduled_tokens.items():
-            positions, self.view = range(firsts[name], firsts[name] + count), step.views.get(name)
-            tokens.append(self._read(name, positions, step.passes.get(name)))
+            positions = range(firsts[name], firsts[name] + count)
+            tokens.append(self._read(name, positions, step.passes.get(name), step.views.get(name)))
         names = list(output.num_scheduled_tokens)
         return ModelRunnerOutput(names, {name: row for row, name in enumerate(names)}, tokens)
 
-    def _read(self, name: str, positions: range, p: Pass | None) -> list[int]:
+    def _read(self, name: str, positions: range, p: Pass | None, view: RequestView | None) -> list[int]:
         """The token that comes behind them, if that is not known."""
         text, weights = self.texts[name], self.weights[self.slots[name]] if name in self.slots else 0
         first, start, frontier = (0, 0, 0) if p is None else (p.first, p.start, p.frontier)
@@ -317,7 +316,7 @@ class Crowd(Core):
             return block * BLOCK_SIZE + position % BLOCK_SIZE
 
         def seen(position: int) -> list[tuple[int, int]]:
-            n_global, window = self._sees(position)
+            n_global, window = self._sees(position, view)
             where = [*range(first, min(n_global, window)), *range(max(first, window), position + 1)]
             found = [self.kv[place(q)] for q in where]
             assert [at for at, _ in found] == where
@@ -326,7 +325,7 @@ class Crowd(Core):
         for position in positions:
             token = text[position if position >= start else position - first]
             before = self.kv[place(position - 1)] if position > first else None
-            self.kv[place(position)] = position, digest(token, weights, before, self._sees(position))
+            self.kv[place(position)] = position, digest(token, weights, before, self._sees(position, view))
             if position >= frontier:
                 computed = digest(weights, seen(position))
                 assert name not in self.slots or position not in self.scored[name]
@@ -336,17 +335,13 @@ class Crowd(Core):
         text.append(digest(seen(positions[-1])) % VOCABULARY)
         return text[-1:]
 
-    def _sees(self, position: int) -> tuple[int, int]:
+    def _sees(self, position: int, view: RequestView | None) -> tuple[int, int]:
         """First tokens, and where the window begins."""
-        geometry, view = self.geometry, self.view
-        if view is not None:
-            geometry = view.geometry(geometry)
+        geometry = self.geometry if view is None else view.geometry(self.geometry)
         if geometry.n_local is None:
             return geometry.n_global, 0
-        if view is not None:
-            start = view.window_start(torch.tensor([position]), geometry.n_local)
-            return geometry.n_global, int(start)
-        return geometry.n_global, max(position - geometry.n_local + 1, 0)
+        own = view or RequestView(geometry.n_global)
+        return geometry.n_global, int(own.window_start(torch.tensor([position]), geometry.n_local))
 
     def run(self) -> None:
         steps = 0
