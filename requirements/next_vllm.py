@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 CAPTURED: dict[str, Any] = {"capture_output": True, "text": True}
 TESTS = ["test_seams.py", "test_processes.py", "engine", "scheduling", "serving", "startup", "cuda"]
+PATCHES = "test_patches.py"  # its slow tests, too, which run the tests of the diffs
 
 
 def download(version: str, directory: Path) -> Path:
@@ -158,8 +159,9 @@ def main() -> int:
     doctor = ["-m", "vllm_longctx.cli.main", "doctor"]
     report.run("doctor", {**environment, "COLUMNS": "160"}, *doctor, lines=200)
     report.run("mypy", environment, "-m", "mypy", "--cache-dir", str(home / "mypy"))
-    for test in TESTS:
-        marks = ["-m", "not slow and not alone", "-q", "--tb=line", "-p", "no:cacheprovider"]
+    for test in (*TESTS, PATCHES):
+        chosen = "" if test == PATCHES else "not slow and not alone"
+        marks = ["-m", chosen, "-q", "--tb=line", "-p", "no:cacheprovider"]
         report.run(f"tests/fast/{test}", environment, "-m", "pytest", f"tests/fast/{test}", *marks)
     report.add(f"\n{report.failed} parts failed. This is also in {report.file.relative_to(ROOT)}.")
     return int(report.failed > 0)

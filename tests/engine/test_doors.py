@@ -211,12 +211,18 @@ def test_a_batch_runs_with_the_checks_and_the_default_of_a_server(tmp_path: Path
     assert "this engine was started without adaptation" in refused["error"]["error"]["message"]
 
 
-# Of the doors below: open-ended requests write 6 tokens, and none has options of its own.
-LIMITED = {"preset": "lm-infinite", "serving": {"default_max_tokens": 6}}
+# Of the doors below: open-ended requests write 6 tokens, and those that do not learn end after 60 of both.
+LEARNING = {"block_tokens": 32, "train_context_tokens": 32, "rank": 4, "plain_tokens": 60}
+LIMITED: dict[str, Any] = {
+    "attention": {"method": "none"},
+    "adaptation": {**LEARNING, "quota": {"tokens": 10}},  # for clients over HTTP, so for none of these
+    "serving": {"default_max_tokens": 6},
+}
 ENGINE = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 100_000_000}
 
 
 @pytest.mark.slow
+@pytest.mark.trainer
 def test_a_program_around_async_llm_has_the_checks_and_limits() -> None:
     async def ask(engine: AsyncLLM, prompt: Any, **given: Any) -> int:
         params = SamplingParams(**{"max_tokens": None, "ignore_eos": True, **given})
@@ -232,8 +238,18 @@ def test_a_program_around_async_llm_has_the_checks_and_limits() -> None:
             for prompt in ("It was a dark night.", tokens_input([5] * 20)):
                 assert await ask(engine, prompt) == 6
                 assert await ask(engine, prompt, max_tokens=9) == 9
-                with pytest.raises(VLLMValidationError, match="this engine was started without adaptation"):
-                    await ask(engine, prompt, extra_args={"longctx": {"temp_lora": True}})
+                for bad, why in (
+                    ({"rank": 9}, "rank = 9 is beyond this"),
+                    ({"save_as": "a"}, "adapters_root"),
+                ):
+                    with pytest.raises(VLLMValidationError, match=f"longctx.{next(iter(bad))}.*{why}"):
+                        await ask(engine, prompt, extra_args={"longctx": {"temp_lora": True, **bad}})
+            assert await ask(engine, tokens_input([5] * 50), max_tokens=20) == 10
+            with pytest.raises(VLLMValidationError, match="maximum context length is 60 tokens"):
+                await ask(engine, tokens_input([5] * 70))
+            learn = {"longctx": {"temp_lora": True}}
+            assert await ask(engine, tokens_input([5] * 70), extra_args=learn) == 6
+            assert await ask(engine, tokens_input([5] * 70), extra_args=learn, max_tokens=9) == 9
         finally:
             engine.shutdown()
 
@@ -241,8 +257,9 @@ def test_a_program_around_async_llm_has_the_checks_and_limits() -> None:
 
 
 @pytest.mark.slow
-def test_the_grpc_server_has_the_checks_and_limits(tmp_path: Path) -> None:
-    """Its clients cannot name options of ours."""
+@pytest.mark.trainer
+def test_the_grpc_server_has_the_limits(tmp_path: Path) -> None:
+    """Its clients cannot name options of ours, so all learn."""
     reason = "needs smg-grpc-servicer (pip install vllm[grpc])"
     pytest.importorskip("smg_grpc_servicer", reason=reason)
     grpc, proto = importlib.import_module("grpc"), importlib.import_module("smg_grpc_proto")
@@ -251,7 +268,8 @@ def test_the_grpc_server_has_the_checks_and_limits(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     module = [sys.executable, "-m", "vllm.entrypoints.launchers.grpc_server"]
-    flags = ["--model", BOOKLM, "--host", "127.0.0.1", "--port", port, "--longctx", json.dumps(LIMITED)]
+    config = {**LIMITED, "adaptation": {**LIMITED["adaptation"], "requests": "all"}}
+    flags = ["--model", BOOKLM, "--host", "127.0.0.1", "--port", port, "--longctx", json.dumps(config)]
     flags += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "100000000"]
     log = tmp_path / "log"
     with log.open("w") as out:
@@ -274,7 +292,7 @@ def test_the_grpc_server_has_the_checks_and_limits(tmp_path: Path) -> None:
 
             assert ask(1, 20).completion_tokens == 6
             assert ask(2, 20, max_tokens=9).completion_tokens == 9
-            assert ask(3, 3000, max_tokens=3).completion_tokens == 3
+            assert ask(3, 70, max_tokens=3).completion_tokens == 3
     finally:
         server.terminate()
         server.wait(60)
