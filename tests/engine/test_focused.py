@@ -48,10 +48,11 @@ class Variant:
     @property
     def section(self) -> dict[str, Any]:
         windows = {"n_local": self.windows.tokens, "last_context_length": self.windows.last_tokens}
+        dtype = {"mem_dtype": "float32"} if self.mem_layers else {}
         return {
             "method": "focused",
             "mem_layers": self.mem_layers,
-            "mem_dtype": "float32",
+            **dtype,
             **windows,
             **self.attention,
         }
@@ -84,6 +85,7 @@ VARIANTS = {
         SteppedWindows(50, 20), [1, 2], {"lookup": "blocks", "top_k": 5}, {**UNCACHED, "max_model_len": 2048}
     ),
     "no_positions": Variant(SteppedWindows(128, 40), [0, 1, 2], {"mem_positionals": False}),
+    "no_memory": Variant(SteppedWindows(64, 32), []),
 }
 
 
@@ -180,7 +182,9 @@ def test_a_prefix_hit_ends_where_both_prompts_have_a_window(
         differences.append(difference(reference, variant.seen(cut + 30), output))
         hit = output.num_cached_tokens
         assert hit % windows.tokens == 0
-        assert hit <= min(windows.last_start(900), windows.last_start(cut + 30))
+        # Where there is no memory, no window need be computed that nobody sees.
+        prompts = [900, cut + 30] if variant.mem_layers else [cut + 30]
+        assert hit <= min(windows.last_start(n) for n in prompts)
         hits.add(hit)
     assert (max(hits) > 0) == llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
     assert all(d.max() <= TOLERANCE for d in differences if d is not None)
@@ -220,7 +224,9 @@ def test_each_request_sees_what_it_has_chosen(llm: LLM, variant: Variant, refere
     """All together, beside requests that have chosen nothing; and again, so that what one of them has left in
     the prefix cache would be found by others.
     """
-    chosen: list[dict[str, Any]] = [{}, {"attention": "plain"}, {"lookup": "top_k", "top_k": 9}]
+    chosen: list[dict[str, Any]] = [{}, {"attention": "plain"}]
+    if variant.mem_layers:
+        chosen += [{"lookup": "top_k", "top_k": 9}]
     if variant.attention.get("lookup") == "blocks":
         chosen += [{"top_k": 3}, {"lookup": "all"}]
     asked = [
