@@ -30,6 +30,7 @@ from vllm_longctx.cli.train_focused import numbers
 from vllm_longctx.geometry import SteppedWindows
 from vllm_longctx.models.longllama import LongLlamaConfig
 from vllm_longctx.training.crossbatch import MemoryModel, scheduled
+from vllm_longctx.training.data import Batch
 from vllm_longctx.training.trainer import Recipe, Trainer, load, save
 
 CONTEXT = 48
@@ -142,7 +143,7 @@ def train(recipe: Recipe, sizes: Sequence[int], label: str) -> Trainer:
         rows = max(TOKENS // (2 * size * FACT_TOKENS), scheduled(step, recipe.steps, recipe.schedule))
         known, questions = task(rows, size, size, generator)
         targets = torch.stack([torch.full_like(known, -100), answers(questions)], 1)
-        trainer.train(torch.stack([known, questions], 1), targets)
+        trainer.train(Batch(torch.stack([known, questions], 1), targets))
     return trainer
 
 

@@ -29,6 +29,7 @@ from vllm_longctx.cli.engine import METHODS
 from vllm_longctx.cli.passkey import ANSWER_TOKENS, Task, tells, windows
 from vllm_longctx.geometry import Geometry, SteppedWindows
 from vllm_longctx.training.crossbatch import MemoryModel
+from vllm_longctx.training.data import Batch
 from vllm_longctx.training.trainer import Recipe, Trainer, load, save
 
 BOOKLM_MEMORY = Path(__file__).parents[2] / "benchmarks" / "booklm-memory"
@@ -108,7 +109,7 @@ def test_what_was_trained_is_served_by_its_own_config(row: str, tmp_path: Path) 
     """Another architecture than LongLLaMA's: the user says the method only."""
     model = load(made(ARCHITECTURES[row], tmp_path).transformers)
     recipe = Recipe([1, 3], 64, steps=1, rows=2, schedule=[2], learning_rate=3e-3)
-    Trainer(model, recipe).train(*torch.randint(VOCAB, (2, 2, 2, 64)))
+    Trainer(model, recipe).train(Batch(*torch.randint(VOCAB, (2, 2, 2, 64))))
     save(model, None, recipe, tmp_path / "trained", 32, "float32", torch.float32)
     with running_here(tmp_path / "trained", {"method": "focused"}) as llm:
         outputs = generate(llm, [prompt(n) for n in (31, 64, 97, 200)], 40)

@@ -4,6 +4,7 @@ import dictionary
 import pytest
 import torch
 
+from vllm_longctx.training.data import Batch
 from vllm_longctx.training.trainer import Recipe
 
 
@@ -28,6 +29,6 @@ def test_lookups_are_learnt_in_a_few_steps(one_thread: None, monkeypatch: pytest
     trainer = dictionary.train(Recipe((1,), 12, 60, False, 2, 8, (1, 2), 2e-3), [4], "test")
     known, questions = dictionary.task(64, 4, 4, torch.Generator().manual_seed(9))
     targets = torch.stack([torch.full_like(known, -100), dictionary.answers(questions)], 1)
-    batch = torch.stack([known, questions], 1), targets
+    batch = Batch(torch.stack([known, questions], 1), targets)
     assert trainer.validate([batch], documents=1)["memory"] < 1.4 < 4.1  # ln 4, ln 64
     assert trainer.memory.mem_layers == [1]
