@@ -12,6 +12,7 @@ being the likeliest token (chance is 1 in 64).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -30,46 +31,72 @@ from vllm_longctx.cli.train_focused import numbers
 from vllm_longctx.geometry import SteppedWindows
 from vllm_longctx.models.longllama import LongLlamaConfig
 from vllm_longctx.training.crossbatch import MemoryModel, scheduled
+from vllm_longctx.training.data import IGNORED, Batch
 from vllm_longctx.training.trainer import Recipe, Trainer, load, save
 
 CONTEXT = 48
 KEY_TOKENS, FACT_TOKENS = 2, 3
-LETTERS, VALUES = 256, 64
-FIRST_VALUE = KEY_TOKENS * LETTERS  # tokens before are keys' first letters, then their second ones
+LETTERS, VALUES = 256, 64  # letters by default
 FACTS = CONTEXT // FACT_TOKENS
 TOKENS = 1536  # of a batch, where d asks for no more
 MEM_LAYERS = (1,)
 HEADS, HEAD_DIM, ROPE_THETA = 4, 32, 100.0
 FAST_PAIRS, BIAS = 4, 5.0  # of the rotated pairs, those that turn fastest tell neighbours apart
 TIMES = (1, 4, 16, 64, 256)
+SIZES, SCHEDULE, LEARNING_RATE = "4,8,16,16", "1,4,64,64", 2e-3  # of training
 
 
-def facts(rows: int, count: int, generator: torch.Generator) -> Tensor:
-    """[rows, count, FACT_TOKENS]: no key twice in a row."""
-    codes = torch.stack(
-        [torch.randperm(LETTERS**KEY_TOKENS, generator=generator)[:count] for _ in range(rows)]
-    )
-    key = torch.stack([codes // LETTERS**k % LETTERS + k * LETTERS for k in range(KEY_TOKENS)], -1)
-    value = torch.randint(VALUES, (rows, count, 1), generator=generator) + FIRST_VALUE
-    return torch.cat([key, value], -1)
+@dataclass(frozen=True)
+class Language:
+    """Tokens: a key's first letters, then its second ones, then values.
 
-
-def task(rows: int, count: int, asks: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Dictionaries of `count` facts, and `asks` questions with their answers for each: [rows, tokens]
-    both.
+    letters: That each token of a key may be.
     """
-    known = facts(rows, count, generator)
-    asked = torch.stack([torch.randperm(count, generator=generator)[:asks] for _ in range(rows)])
-    return known.flatten(1), known[torch.arange(rows)[:, None], asked].flatten(1)
+
+    letters: int = LETTERS
+
+    @classmethod
+    def of(cls, vocab_size: int) -> "Language":
+        """Of a model that was trained here."""
+        return cls((vocab_size - VALUES) // KEY_TOKENS)
+
+    @property
+    def first_value(self) -> int:
+        return KEY_TOKENS * self.letters
+
+    def facts(self, rows: int, count: int, generator: torch.Generator) -> Tensor:
+        """[rows, count, FACT_TOKENS]: no key twice in a row. Raises ValueError for more facts than keys."""
+        letters, keys = self.letters, self.letters**KEY_TOKENS
+        if count > keys:
+            raise ValueError(f"{count:,} facts, but {letters} letters make {keys:,} keys; give more letters")
+        codes = torch.stack([torch.randperm(keys, generator=generator)[:count] for _ in range(rows)])
+        key = torch.stack([codes // letters**k % letters + k * letters for k in range(KEY_TOKENS)], -1)
+        value = torch.randint(VALUES, (rows, count, 1), generator=generator) + self.first_value
+        return torch.cat([key, value], -1)
+
+    def task(self, rows: int, count: int, asks: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Dictionaries of `count` facts, and `asks` questions with their answers for each: [rows, tokens]
+        both.
+        """
+        known = self.facts(rows, count, generator)
+        asked = torch.stack([torch.randperm(count, generator=generator)[:asks] for _ in range(rows)])
+        return known.flatten(1), known[torch.arange(rows)[:, None], asked].flatten(1)
+
+    def answers(self, questions: Tensor) -> Tensor:
+        """Of the next tokens [rows, tokens] those that are values; `IGNORED` elsewhere."""
+        following = questions.roll(-1, 1)
+        return following.where(following >= self.first_value, IGNORED)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """a0 .. a255 b0 .. b255 v0 .. v63, with blanks between."""
+        names = [f"{place}{n}" for place in "ab" for n in range(self.letters)]
+        vocabulary = {name: n for n, name in enumerate([*names, *(f"v{n}" for n in range(VALUES))])}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a0"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def answers(questions: Tensor) -> Tensor:
-    """Of the next tokens [rows, CONTEXT] those that are values; -100 elsewhere."""
-    following = questions.roll(-1, 1)
-    return following.where(following >= FIRST_VALUE, -100)
-
-
-def new_model() -> LlamaForCausalLM:
+def new_model(language: Language) -> LlamaForCausalLM:
     """A local layer and a memory layer, random, but for a start without which the first answers take
     thousands of steps.
 
@@ -80,7 +107,7 @@ def new_model() -> LlamaForCausalLM:
     """
     model = LlamaForCausalLM(
         LongLlamaConfig(
-            vocab_size=FIRST_VALUE + VALUES,
+            vocab_size=language.first_value + VALUES,
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=2,
@@ -121,38 +148,41 @@ def new_model() -> LlamaForCausalLM:
     return model
 
 
-def words() -> PreTrainedTokenizerFast:
-    """a0 .. a255 b0 .. b255 v0 .. v63, with blanks between."""
-    vocabulary = {f"a{n}": n for n in range(LETTERS)} | {f"b{n}": LETTERS + n for n in range(LETTERS)}
-    vocabulary |= {f"v{n}": FIRST_VALUE + n for n in range(VALUES)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def train(recipe: Recipe, sizes: Sequence[int], label: str) -> Trainer:
+def train(recipe: Recipe, sizes: Sequence[int], label: str, language: Language = Language()) -> Trainer:
     """sizes: facts of a dictionary, each for an equal share of the steps: few to choose from are learnt
     sooner.
     """
     torch.manual_seed(recipe.seed)
-    trainer = Trainer(new_model(), recipe)
-    generator = torch.Generator().manual_seed(recipe.seed)
+    trainer = Trainer(new_model(language), recipe)
+    learn(trainer, sizes, label)
+    return trainer
+
+
+def learn(trainer: Trainer, sizes: Sequence[int], label: str, tokens: int = TOKENS) -> None:
+    """All steps. A dictionary fills all contexts of a row but the last, its questions the last.
+
+    tokens: of a batch, where d asks for no more.
+    """
+    recipe, language = trainer.recipe, Language.of(trainer.model.config.vocab_size)
+    generator, contexts = torch.Generator().manual_seed(recipe.seed), recipe.contexts
     for step in track(range(recipe.steps), label):
         size = scheduled(step, recipe.steps, sizes)
-        rows = max(TOKENS // (2 * size * FACT_TOKENS), scheduled(step, recipe.steps, recipe.schedule))
-        known, questions = task(rows, size, size, generator)
-        targets = torch.stack([torch.full_like(known, -100), answers(questions)], 1)
-        trainer.train(torch.stack([known, questions], 1), targets)
-    return trainer
+        asks = size // (contexts - 1)
+        rows = max(tokens // (contexts * asks * FACT_TOKENS), scheduled(step, recipe.steps, recipe.schedule))
+        known, questions = language.task(rows, size, asks, generator)
+        targets = torch.cat([torch.full_like(known, IGNORED), language.answers(questions)], 1)
+        both = torch.cat([known, questions], 1), targets
+        trainer.train(Batch(*(x.unflatten(1, (contexts, -1)) for x in both)))
 
 
 @torch.no_grad()
 def accuracy(memory: MemoryModel, times: int, texts: int, seed: int) -> float:
     """Share of right answers with a dictionary of `times` contexts in memory."""
-    known, questions = task(texts, times * FACTS, FACTS, torch.Generator().manual_seed(seed))
+    language, generator = Language.of(memory.config.vocab_size), torch.Generator().manual_seed(seed)
+    known, questions = language.task(texts, times * FACTS, FACTS, generator)
     for _, logits in memory.read(torch.cat([known, questions], 1), SteppedWindows(CONTEXT, CONTEXT)):
         last = logits
-    targets = answers(questions)
+    targets = language.answers(questions)
     right = last.argmax(-1) == targets
     return float(right[targets >= 0].float().mean())
 
@@ -160,11 +190,13 @@ def accuracy(memory: MemoryModel, times: int, texts: int, seed: int) -> float:
 def main(
     out_dir: Path,
     steps: int = 160,
-    sizes: Annotated[
-        str, typer.Option(help="Facts of a dictionary over training, at most 16.")
-    ] = "4,8,16,16",
-    schedule: Annotated[str, typer.Option(help="CrossBatch's d over training.")] = "1,4,64,64",
-    learning_rate: float = 2e-3,
+    sizes: Annotated[str, typer.Option(help="Facts of a dictionary over training, at most 16.")] = SIZES,
+    schedule: Annotated[str, typer.Option(help="CrossBatch's d over training.")] = SCHEDULE,
+    learning_rate: float = LEARNING_RATE,
+    letters: Annotated[
+        int,
+        typer.Option(help="That a token of a key may be; a dictionary has at most their square of facts."),
+    ] = LETTERS,
     texts: Annotated[
         int, typer.Option(help="Dictionaries of each size to ask about, 16 questions each.")
     ] = 32,
@@ -174,14 +206,14 @@ def main(
         Path | None, typer.Option("--plot", help="Accuracy against the memory's length.")
     ] = None,
 ) -> None:
-    rising = numbers("--schedule", schedule)
+    rising, language = numbers("--schedule", schedule), Language(letters)
     result: dict[str, dict[int, float]] = {}
     for name, documents in {"dictionary": rising, "dictionary-plain": [1]}.items():
         recipe = Recipe(
             MEM_LAYERS, CONTEXT, steps, False, 2, max(rising), documents, learning_rate, seed=seed
         )
-        trainer = train(recipe, numbers("--sizes", sizes), name)
-        save(trainer.model, words(), recipe, out_dir / name, CONTEXT, "float32", torch.float32)
+        trainer = train(recipe, numbers("--sizes", sizes), name, language)
+        save(trainer.model, language.tokenizer(), recipe, out_dir / name, CONTEXT, "float32", torch.float32)
         memory = MemoryModel(load(out_dir / name), MEM_LAYERS, mem_positionals=False)
         result[name] = {times: accuracy(memory, times, texts, seed + 1) for times in TIMES}
     print_table(result)
@@ -195,6 +227,7 @@ def main(
         "steps": steps,
         "sizes": sizes,
         "schedule": schedule,
+        "letters": letters,
         "questions": texts * FACTS,
         "seed": seed,
     }

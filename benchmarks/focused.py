@@ -170,25 +170,31 @@ def dictionary(
     times: Annotated[
         str, typer.Option(help="Lengths of the dictionary in training contexts.")
     ] = "1,4,16,64,256",
-    texts: Annotated[int, typer.Option(help="Dictionaries of each length, 16 questions each.", min=2)] = 64,
+    texts: Annotated[int, typer.Option(help="Dictionaries of each length.", min=2)] = 64,
+    questions: Annotated[int, typer.Option(help="After each dictionary.", min=1)] = 16,
     seed: int = 1,
 ) -> None:
     """Right answers against the length of a dictionary, for the models that dictionary.py trains; give
     both.
     """
     import torch
-    from dictionary import CONTEXT, FACTS, answers, task
+    from dictionary import CONTEXT, FACTS, Language
 
     with errors_for_users():
         sizes = parse_lengths(times)
-        report = run.report("dictionary", DICTIONARY, context=CONTEXT, times=sizes, texts=texts, seed=seed)
-        questions = []
-        for size in sizes:
-            known, asked = task(texts, size * FACTS, FACTS, torch.Generator().manual_seed(seed))
-            is_value = (answers(asked) >= 0).roll(1, 1)
-            for text in zip(known.tolist(), asked.tolist(), is_value.tolist(), strict=True):
-                questions.append(lookup_question(*text, size))
-    ask_all(run.ways, report, dict.fromkeys(run.models, questions), DICTIONARIES_AT_ONCE)
+        settings = {"context": CONTEXT, "times": sizes, "texts": texts, "questions": questions, "seed": seed}
+        report = run.report("dictionary", DICTIONARY, **settings)
+        asked: dict[str, list[Question]] = {}
+        for model in run.models:
+            language = Language.of(len(tokenizer_of(model)))
+            asked[model] = []
+            for size in sizes:
+                generator = torch.Generator().manual_seed(seed)
+                known, ask = language.task(texts, size * FACTS, questions, generator)
+                is_value = (language.answers(ask) >= 0).roll(1, 1)
+                for text in zip(known.tolist(), ask.tolist(), is_value.tolist(), strict=True):
+                    asked[model].append(lookup_question(*text, size))
+    ask_all(run.ways, report, asked, DICTIONARIES_AT_ONCE)
     report.show()
 
 

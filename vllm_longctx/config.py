@@ -76,6 +76,7 @@ FOCUSED_KEYS = (
     "lookup_share",
     "memory_limit_gib",
 )
+OF_MEMORY = {*FOCUSED_KEYS, "top_k"} - {"mem_layers", "last_context_length"}
 SLIDING_KEYS = (
     "n_global",
     "max_n_global",
@@ -156,7 +157,8 @@ class AttentionSection(_Section):
     """`lm_infinite`: the distance, in tokens, at which the keys of the top-k branch are seen. Default: half
     the trained length."""
     mem_layers: list[int] | None = None
-    """`focused`: layers with a memory, counted from 0. Default: the checkpoint's."""
+    """`focused`: layers with a memory, counted from 0. `[]` is for windows without a memory. Default: the
+    checkpoint's."""
     mem_positionals: bool | None = None
     """`focused`: whether memory layers rotate queries and keys at all. Default: the checkpoint's, else true.
     """
@@ -352,13 +354,20 @@ class AttentionSection(_Section):
             filled[name] = known.get(name) if given is None else given
         if self.last_context_length is None:
             filled["last_context_length"] = min(filled["last_context_length"], n_local)
+        if filled["mem_layers"] == []:
+            if given := sorted(self._given() & OF_MEMORY):
+                raise LongContextError(
+                    f"attention.{given[0]} has no effect without memory layers, and mem_layers is []; leave "
+                    f"{given[0]} out, or name layers in attention.mem_layers"
+                )
+            filled["lookup"] = None
         # Validated again: what the checkpoint says is as much somebody's input as what the user says.
         section = _parse(AttentionSection, {**self.model_dump(exclude_none=True), **filled}, "attention")
-        if not section.mem_layers:
+        if section.mem_layers is None:
             raise LongContextError(
                 "attention.method focused needs memory layers, but neither attention.mem_layers nor the "
-                "checkpoint's "
-                "mem_layers names one; give for example attention.mem_layers [8, 16, 24]"
+                "checkpoint's mem_layers names one; give for example attention.mem_layers [8, 16, 24], or [] "
+                "for windows without a memory"
             )
         wrong = [layer for layer in section.mem_layers if not 0 <= layer < num_layers]
         if wrong or len(set(section.mem_layers)) < len(section.mem_layers):
@@ -774,7 +783,8 @@ class LongContextConfig(_Section):
 
     @property
     def _mode(self) -> Mode | None:
-        return mode_of(self.attention.method, self.attention.top_k is not None, self.adaptation is not None)
+        a = self.attention
+        return mode_of(a.method, a.top_k is not None, self.adaptation is not None, a.mem_layers != [])
 
     @property
     def mode(self) -> Mode:

@@ -37,7 +37,8 @@ class Mode:
 
     name: For users, in the log and in `vllm-longctx doctor`.
     methods, top_k, adapts: The configuration that this is the mode of: `attention.method`, whether
-        `attention.top_k` is set beside a sliding window, and whether there is an `adaptation`.
+        `attention.top_k` is set beside a sliding window, and whether there is an `adaptation`. Rows of one
+        method differ in their layers, too: those with memory layers are for models that have any.
     scheduler: In `vllm_longctx.scheduling`; asynchronous scheduling takes its twin with the prefix `Async`.
         Empty: vLLM's own.
     layers: The roles that layers have, each with its KV spec in `vllm_longctx.engine.kv_cache`.
@@ -129,6 +130,16 @@ MODES = (
         grows=True,
     ),
     Mode(
+        "windows",
+        ("focused",),
+        "memory.MemoryScheduler",
+        {Role.WINDOW: "WindowSpec"},
+        "memory_runner.MemoryRunner",
+        windows="DroppedWindows",
+        asked_for="attention.mem_layers []",
+        checks=("check_lookup", "check_runner"),
+    ),
+    Mode(
         "temp-lora",
         ("none",),
         "temp_lora.TempLoraScheduler",
@@ -179,17 +190,32 @@ MODES = (
         grows=True,
         caches_prefixes=False,
     ),
+    Mode(
+        "temp-lora over windows",
+        ("focused",),
+        "together.TempLoraMemoryScheduler",
+        {Role.WINDOW: "WindowSpec"},
+        "memory_runner.MemoryRunner",
+        windows="DroppedWindows",
+        asked_for="adaptation with attention.mem_layers []",
+        checks=("check_adaptation", "check_lookup", "check_together"),
+        adapts=True,
+        caches_prefixes=False,
+    ),
 )
 SCHEDULERS = tuple(path for mode in MODES if not mode.is_plain for path in mode.scheduler_paths)
 
 
-def mode_of(method: str, top_k: bool, adapts: bool) -> Mode | None:
+def mode_of(method: str, top_k: bool, adapts: bool, remembers: bool = True) -> Mode | None:
     """The mode of a configuration; None if there is none for it.
 
-    top_k: means something beside a sliding window only.
+    top_k: means something beside a sliding window only. remembers: there are memory layers; means something
+    with the method focused only.
     """
-    rows = (m for m in MODES if method in m.methods and m.adapts == adapts)
-    return next((m for m in rows if m.top_k == (top_k and method in SLIDING_METHODS)), None)
+    top_k, remembers = top_k and method in SLIDING_METHODS, remembers and method == "focused"
+    asked = (adapts, top_k, remembers)
+    rows = (m for m in MODES if method in m.methods)
+    return next((m for m in rows if (m.adapts, m.top_k, Role.MEMORY in m.layers) == asked), None)
 
 
 def load(path: str) -> Any:

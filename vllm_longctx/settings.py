@@ -68,9 +68,9 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of LongLLaMA's memory layers.
+    """Windows of LongLLaMA, and the memory of its memory layers.
 
-    layers: Those that have one.
+    layers: Those that have one. There may be none.
     has_positions: Their queries and keys are rotated (`mem_positionals`).
     dtype: torch's name of the dtype to which keys and values are rounded as a window becomes memory.
     lookup: None where queries see all of the memory.
@@ -286,7 +286,7 @@ class Settings:
 
         turns: Where messages of the user's begin in its prompt.
         """
-        if Role.MEMORY in self.mode.layers:
+        if self.attention.method == "focused":
             if options.attention == "plain":
                 return RequestView()
             # Which keys are looked up decides what layers behind a memory compute.

@@ -102,6 +102,22 @@ class MemoryWindows(Windows):
         return self.tokens
 
 
+class DroppedWindows(MemoryWindows):
+    """Stepped ones of a model without memory layers. What was before them is nowhere."""
+
+    remedy = "attention.n_local"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"attention.n_local": self.tokens}
+
+    def most_blocks(self, block_size: int, in_flight: int, max_model_len: int) -> int:
+        """Those of a window, and of the next one: a step ends where its window does, and of two that are
+        under way the second may begin one.
+        """
+        return min(cdiv(2 * self.tokens, block_size) + 1, cdiv(max_model_len, block_size))
+
+
 class Passes(Windows):
     """Stepped ones of requests that adapt. Others see their whole text, which is as bounded."""
 

@@ -41,7 +41,8 @@ LONG = 4800  # tokens: a memory of more blocks than lookups by blocks always rea
 
 WINDOW, BLOCK = 128, 32  # of attention; of a text that is learned
 SLIDING = {"n_global": 10, "n_local": WINDOW}
-FOCUSED = {"method": "focused", "n_local": WINDOW, "last_context_length": 64, "mem_dtype": "float32"}
+WINDOWS = {"method": "focused", "n_local": WINDOW, "last_context_length": 64}
+FOCUSED = {**WINDOWS, "mem_dtype": "float32"}
 LEARNING = {
     "rank": 8,
     "dropout": 0.0,
@@ -147,6 +148,7 @@ CASES = {
     "focused-top-k": focused("top_k"),
     "focused-blocks": focused("blocks"),
     "focused-apart": focused("blocks", memory_limit_gib=0.05),
+    "windows": Case({"attention": {**WINDOWS, "mem_layers": []}}, happens=(FREED,)),
     "temp-lora-reuse": learning({"method": "none"}, STEPPED, "reuse"),
     "temp-lora-recompute": learning({"method": "none"}, STEPPED, "recompute"),
     "temp-lora-keep": learning({**SLIDING, "method": "lm_infinite"}, LEARNING, "keep", FREED),

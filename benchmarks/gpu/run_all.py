@@ -124,6 +124,7 @@ STAGES = (
     mode("focused-top-k", 60),
     mode("focused-blocks", 60),
     mode("focused-apart", 60),
+    mode("windows", 60),
     mode("temp-lora-reuse", 70),
     mode("temp-lora-recompute", 70),
     mode("temp-lora-keep", 70),

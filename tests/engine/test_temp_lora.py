@@ -289,8 +289,13 @@ FOCUSED_SECTION = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "top_k"),
-    [({}, None), ({"lookup": "top_k", "top_k": 5}, 5), ({"memory_limit_gib": 0.0013}, None)],
-    ids=["all", "top_k", "memory_apart"],
+    [
+        ({}, None),
+        ({"lookup": "top_k", "top_k": 5}, 5),
+        ({"memory_limit_gib": 0.0013}, None),
+        ({"mem_layers": [], "mem_dtype": None}, None),
+    ],
+    ids=["all", "top_k", "memory_apart", "no_memory"],
 )
 def test_over_a_memory(tiny_llama: Path, more: dict[str, Any], top_k: int | None) -> None:
     """Keys of closed windows stay as the version computed them that was due. In a pool in which those that do
@@ -299,11 +304,12 @@ def test_over_a_memory(tiny_llama: Path, more: dict[str, Any], top_k: int | None
     adaptation = {**RECIPE, "slots": 2, "trainer": {"timeout_s": 20.0}}
     others: list[tuple[int, int, dict[str, Any] | None]] = [(10, 150, None)] * 4
     small = {"num_gpu_blocks_override": 60, "max_model_len": 600}
-    with running(tiny_llama, {**FOCUSED_SECTION, **more}, adaptation, **small) as llm:
+    section = {**FOCUSED_SECTION, **more}
+    with running(tiny_llama, section, adaptation, **small) as llm:
         outputs = written_together(llm, [*others, *KEEP_CASES])
         alone = [generate(llm, [prompt(10, seed)], 150)[0] for seed in range(len(others))]
         assert metric(llm, "vllm:kv_cache_usage_perc") == 0
-    base = {**RECIPE, "kv_policy": "keep", "attention": Focused(64, 32, (1,), top_k)}
+    base = {**RECIPE, "kv_policy": "keep", "attention": Focused(64, 32, tuple(section["mem_layers"]), top_k)}
     del base["dropout"]
     for (_, tokens, options), output in zip(KEEP_CASES, outputs[len(others) :], strict=True):
         # Of the tokens that the engine wrote: some of these texts come to two that are equally likely.

@@ -170,6 +170,12 @@ def test_stepped_windows_are_whole_blocks_where_prefixes_are_cached(
     assert config.attention.n_local == n_local
 
 
+def test_who_asks_for_a_memory_says_where() -> None:
+    config = LongContextConfig.parse({"attention": {"method": "focused"}})
+    with pytest.raises(LongContextError, match=r"needs memory layers, .*\[8, 16, 24\], or \[\] for windows"):
+        config.for_model(TRAINED, KV_BLOCK, NUM_LAYERS, {})
+
+
 @pytest.mark.parametrize(("given", "n_local"), [({}, 480), ({"n_local": 64}, 64)])
 def test_a_checkpoint_says_what_it_was_trained_for(given: dict[str, int], n_local: int) -> None:
     checkpoint = {"mem_layers": [1], "mem_positionals": False, "last_context_length": 40, "n_local": 500}

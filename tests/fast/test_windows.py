@@ -34,6 +34,7 @@ def test_what_a_row_names_is_there(mode: Any) -> None:
         ({"attention": {"n_local": 512, "distance_ceiling": 256}}, 512),
         ({"preset": "streaming", "attention": {"n_local": 512}}, 516),
         ({"attention": {"method": "focused", "mem_layers": [2], "n_local": 512}}, 512),
+        ({"attention": {"method": "focused", "mem_layers": [], "n_local": 512}}, 512),
     ],
 )
 def test_the_longest_distance(value: dict[str, Any], distance: int) -> None:

@@ -367,8 +367,8 @@ def windows(model: str, configs: Sequence[dict[str, Any] | None]) -> list["Geome
         ).create_engine_config()
         active = active_settings(vllm_config)
         if active.mode.extends:
-            is_memory = Role.MEMORY in active.mode.layers
-            result.append(Geometry(0, active.memory.windows.last_tokens) if is_memory else active.geometry)
+            steps = Role.WINDOW in active.mode.layers
+            result.append(Geometry(0, active.memory.windows.last_tokens) if steps else active.geometry)
     return result or [Geometry(0, trained_length(vllm_config.model_config))]
 
 

@@ -1,4 +1,4 @@
-"""`vllm-longctx train-focused`: give a model memory layers, by CrossBatch training on texts."""
+"""`vllm-longctx train-focused`: give a model memory layers, by training on texts."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -14,9 +14,12 @@ from vllm_longctx.files import sync
 
 if TYPE_CHECKING:
     from vllm_longctx.training.data import Documents
-    from vllm_longctx.training.trainer import Recipe, Trainer
+    from vllm_longctx.training.trainer import CheckpointMemory, Recipe, Trainer
 
 VALIDATION_BATCHES = 2
+# Of each objective: d over the steps, and the contexts of a row.
+SCHEDULES = {"crossbatch": "1,2,4,8", "memorizing": "1"}
+CONTEXTS = {"crossbatch": 2, "memorizing": 8}
 
 
 def train_focused(
@@ -24,29 +27,55 @@ def train_focused(
         list[Path], typer.Option(help="Directory with a document per .txt file. May be given several times.")
     ],
     out: Annotated[Path, typer.Option(help="Directory for the checkpoint and the loss curves.")],
-    mem_layers: Annotated[str, typer.Option(help="Layers that get a memory, counted from 0, such as 2,4.")],
+    mem_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers that get a memory, counted from 0, such as 2,4. Default: those of the checkpoint."
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="Directory of a decoder's checkpoint, or `booklm`.")] = "booklm",
     validation: Annotated[
         Path | None, typer.Option(help="Directory of texts to measure the loss on.")
     ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="crossbatch: a memory of several documents, through which gradients flow. memorizing: a "
+            "memory of all of the context's own document, through which none flow."
+        ),
+    ] = "crossbatch",
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.", min=1)] = 1000,
     batch: Annotated[int, typer.Option(help="Documents in a batch.", min=1)] = 16,
     schedule: Annotated[
-        str, typer.Option(help="Values of the paper's d, each for an equal share of the steps.")
-    ] = "1,2,4,8",
+        str | None,
+        typer.Option(help="Values of the paper's d, each for an equal share of the steps. Default: 1,2,4,8."),
+    ] = None,
     context_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a context. Default: the trained length.", min=2)
+        int | None,
+        typer.Option(help="Tokens of a context. Default: the checkpoint's, or the trained length.", min=2),
     ] = None,
     contexts: Annotated[
-        int, typer.Option(help="Consecutive contexts of a document in a row of a batch.")
-    ] = 2,
-    mem_positionals: Annotated[bool, typer.Option(help="Rotate queries and keys in memory layers.")] = True,
+        int | None,
+        typer.Option(
+            help="Consecutive contexts of a document in a row of a batch. Default: 2; memorizing: 8"
+        ),
+    ] = None,
+    mem_positionals: Annotated[
+        bool | None,
+        typer.Option(help="Rotate queries and keys in memory layers. Default: the checkpoint's, or yes."),
+    ] = None,
     mem_dtype: Annotated[
-        str, typer.Option(help="Type of memory keys and values in the engine.")
-    ] = "bfloat16",
+        str | None,
+        typer.Option(
+            help="Type of memory keys and values in the engine. Default: the checkpoint's, or bfloat16."
+        ),
+    ] = None,
     last_context_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of a prompt's last window in the engine. Default: half a context.", min=1),
+        typer.Option(
+            help="Tokens of a prompt's last window in the engine. Default: the checkpoint's, or half.",
+            min=1,
+        ),
     ] = None,
     learning_rate: Annotated[
         float, typer.Option(help="Largest rate. It rises linearly, and falls by a cosine to a tenth.")
@@ -54,6 +83,12 @@ def train_focused(
     dtype: Annotated[str, typer.Option(help="Type of the written weights: float32 or bfloat16.")] = "float32",
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Multiply in bfloat16, for CPUs with AVX512-BF16 or AMX.")
+    ] = False,
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute", help="Gradient checkpointing: compute layers twice, and keep only their inputs."
+        ),
     ] = False,
     save_every: Annotated[
         int, typer.Option(help="Steps between states that --resume can go on from.", min=1)
@@ -66,45 +101,76 @@ def train_focused(
     ] = None,
     seed: int = 0,
 ) -> None:
-    """Train memory layers by CrossBatch, and write a checkpoint."""
+    """Train memory layers, by CrossBatch or by the Memorizing Transformer's objective, and write a
+    checkpoint.
+    """
     import torch
 
-    from vllm_longctx.training.trainer import DTYPES, STATE_NAME, Recipe, Trainer, load, save
+    from vllm_longctx.training.trainer import (
+        DTYPES,
+        STATE_NAME,
+        CheckpointMemory,
+        Recipe,
+        Trainer,
+        load,
+        save,
+    )
 
     if threads is not None:
         torch.set_num_threads(threads)
     state = out / STATE_NAME
     with errors_for_users():
-        if dtype not in DTYPES or mem_dtype not in DTYPES:
-            raise ValueError(f"--dtype {dtype} --mem-dtype {mem_dtype}: each is one of {', '.join(DTYPES)}")
+        check_words(objective, dtype, mem_dtype)
         check_out(out, state, resume)
         decoder = load(model_path(model))
-        tokens = context_tokens or decoder.config.get_text_config().max_position_embeddings
-        recipe = Recipe(
-            mem_layers=numbers("--mem-layers", mem_layers),
-            context_tokens=tokens,
-            steps=steps,
-            mem_positionals=mem_positionals,
-            contexts=contexts,
-            rows=batch,
-            schedule=numbers("--schedule", schedule),
-            learning_rate=learning_rate,
-            bf16=bf16,
-            seed=seed,
-        )
-        trainer, tokenizer = Trainer(decoder, recipe), tokenizer_of(model)
+        before = CheckpointMemory.of(decoder)
+        given = of_recipe(before, objective, mem_layers, mem_positionals, context_tokens, contexts, schedule)
+        recipe = Recipe(**given, steps=steps, rows=batch, learning_rate=learning_rate, bf16=bf16, seed=seed)
+        trainer, tokenizer = Trainer(decoder, recipe, recompute), tokenizer_of(model)
         documents, held_out = read(texts, validation, tokenizer, recipe)
         about = {"model": str(Path(model_path(model)).resolve()), "texts": documents.fingerprint()}
         out.mkdir(parents=True, exist_ok=True)
         (trainer.load_state if resume else trainer.save_state)(state, **about)
         keep_state = partial(trainer.save_state, state, **about)
         rows = train(trainer, documents, held_out, out, save_every, keep_state)
-        last = last_context_length or max(tokens // 2, 1)
-        save(decoder, tokenizer, recipe, out, last, mem_dtype, DTYPES[dtype])
+        tokens = recipe.context_tokens
+        last = last_context_length or min(before.last_context_tokens or max(tokens // 2, 1), tokens)
+        save(decoder, tokenizer, recipe, out, last, mem_dtype or before.dtype, DTYPES[dtype])
     draw(out / "losses.png", rows)
     sync(out)  # before what could make it again is removed
     state.unlink(missing_ok=True)
     console.print(f"checkpoint and loss curves: {out}")
+
+
+def check_words(objective: str, dtype: str, mem_dtype: str | None) -> None:
+    """Raises ValueError for a word that an option does not have."""
+    from vllm_longctx.training.trainer import DTYPES, OBJECTIVES
+
+    if objective not in OBJECTIVES:
+        raise ValueError(f"--objective {objective}: give one of {', '.join(OBJECTIVES)}")
+    for option, word in (("--dtype", dtype), ("--mem-dtype", mem_dtype)):
+        if word is not None and word not in DTYPES:
+            raise ValueError(f"{option} {word}: give one of {', '.join(DTYPES)}")
+
+
+def of_recipe(
+    before: "CheckpointMemory",
+    objective: str,
+    mem_layers: str | None,
+    mem_positionals: bool | None,
+    context_tokens: int | None,
+    contexts: int | None,
+    schedule: str | None,
+) -> dict[str, Any]:
+    """Of a `Recipe`, what depends on the checkpoint or on the objective where the user does not say it."""
+    return {
+        "objective": objective,
+        "mem_layers": before.layers if mem_layers is None else numbers("--mem-layers", mem_layers),
+        "mem_positionals": before.positionals if mem_positionals is None else mem_positionals,
+        "context_tokens": context_tokens or before.context_tokens,
+        "contexts": CONTEXTS[objective] if contexts is None else contexts,
+        "schedule": numbers("--schedule", SCHEDULES[objective] if schedule is None else schedule),
+    }
 
 
 def check_out(out: Path, state: Path, resume: bool) -> None:
@@ -126,10 +192,10 @@ def read(
     """
     from vllm_longctx.training.data import Documents
 
-    least = recipe.contexts * recipe.context_tokens
+    context = recipe.context_tokens
     with console.status("tokenizing"):
-        documents = Documents.read(texts, tokenizer, least)
-        held_out = None if validation is None else Documents.read([validation], tokenizer, least)
+        documents = Documents.read(texts, tokenizer, context)
+        held_out = None if validation is None else Documents.read([validation], tokenizer, context)
     if len(documents.names) < recipe.rows:
         raise ValueError(
             f"--texts has {len(documents.names)} documents, fewer than --batch {recipe.rows}; lower it"
@@ -159,7 +225,7 @@ def train(
             batch = documents.batch(
                 recipe.seed, trainer.step, recipe.rows, recipe.contexts, recipe.context_tokens
             )
-            row: dict[str, Any] = trainer.train(*batch)
+            row: dict[str, Any] = trainer.train(batch)
             saves = trainer.step % save_every == 0
             if held_out is not None and (saves or trainer.step == recipe.steps):
                 row["validation"] = validate(trainer, held_out, int(row["d"]))

@@ -19,17 +19,14 @@ from vllm_longctx.modes import Role
 class MemoryRunner(LongContextRunner):
     """Private methods of vLLM's that are overridden here: see `vllm_longctx.seams`."""
 
-    memory_groups: list[SiteGroup]
-    memory_isa: str  # of the CPU kernel, by which it packs blocks
-    mem_dtype: torch.dtype
+    memory_groups: list[SiteGroup]  # none, of a model without memory layers
 
     def bind_kv_cache(self) -> None:
         self.memory_groups = site_groups(self.sites, Role.MEMORY, self.kv_cache_config)
-        self.memory_isa = self.isa(self.memory_groups[0].number)
-        self.mem_dtype = getattr(torch, self.memory_groups[0].sites[0].settings.memory.dtype)
         for group in self.memory_groups:
+            isa = self.isa(group.number)
             for site in group.sites:
-                memory_impl(site).bind_kv_cache(site.layer.kv_cache, self.memory_isa)
+                memory_impl(site).bind_kv_cache(site.layer.kv_cache, isa)
 
     def begin_step(self, scheduler_output: SchedulerOutput, info: StepInfo) -> None:
         super().begin_step(scheduler_output, info)
@@ -61,7 +58,7 @@ class MemoryRunner(LongContextRunner):
         return prepared
 
     def _close_windows(self, group: SiteGroup) -> None:
-        table = self.input_batch.block_table[group.number].get_cpu_tensor()
+        table, isa = self.input_batch.block_table[group.number].get_cpu_tensor(), self.isa(group.number)
         for row, request_id in enumerate(self.input_batch.req_ids):
             window = self.step.windows[request_id]
             if window.closes is None:
@@ -69,7 +66,8 @@ class MemoryRunner(LongContextRunner):
             blocks = covering(table[row], window.closes, window.start, group.block_size)
             closed = ClosedWindow(window.closes, window.closes, window.start, blocks)
             for site in group.sites:
-                close_window(site.layer.kv_cache, closed, site.rotary, self.mem_dtype, self.memory_isa)
+                dtype = getattr(torch, site.settings.memory.dtype)
+                close_window(site.layer.kv_cache, closed, site.rotary, dtype, isa)
                 memory_impl(site).summarise(closed)
 
 

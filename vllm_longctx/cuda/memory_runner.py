@@ -50,8 +50,7 @@ class MemoryRunner(LongContextRunner, GPUModelRunner):
     model_state: WindowedModelState
     lora_manager: SlotLoRAManager
     windows: dict[str, RequestWindow]
-    memory_groups: list[SiteGroup]
-    mem_dtype: torch.dtype
+    memory_groups: list[SiteGroup]  # none, of a model without memory layers
 
     def begin(self, sites: Sequence[LayerSite], rows: StepRows) -> None:
         """Raises RuntimeError for a model whose positions are not one number per token."""
@@ -65,7 +64,6 @@ class MemoryRunner(LongContextRunner, GPUModelRunner):
 
     def bind_kv_cache(self) -> None:
         self.memory_groups = site_groups(self.sites, Role.MEMORY, self.kv_cache_config)
-        self.mem_dtype = getattr(torch, self.memory_groups[0].sites[0].settings.memory.dtype)
         for group in self.memory_groups:
             looking = [
                 (impl, site.layer.kv_cache)
@@ -114,6 +112,7 @@ class MemoryRunner(LongContextRunner, GPUModelRunner):
             blocks = covering(table[row], window.closes, window.start, group.block_size)
             closed = ClosedWindow(window.closes, window.closes, window.start, blocks)
             for site in group.sites:
-                close_window(site.layer.kv_cache, closed, site.rotary, self.mem_dtype)
+                dtype = getattr(torch, site.settings.memory.dtype)
+                close_window(site.layer.kv_cache, closed, site.rotary, dtype)
                 if isinstance(site.layer.impl, LookupImpl):
                     site.layer.impl.summarise(site.layer.kv_cache, closed)

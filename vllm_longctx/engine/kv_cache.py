@@ -32,12 +32,13 @@ def prefix_caching(settings: Settings, cache: CacheConfig) -> str:
     if not cache.enable_prefix_caching:
         return "off"
     steps = f"in steps of {cache.block_size} tokens"
-    if Role.MEMORY in settings.mode.layers:
+    if settings.attention.method == "focused":
         windows = settings.memory.windows
-        return (
-            f"{steps} inside of the first window, while that is open; then in steps of {windows.tokens}, up "
-            f"to {windows.last_tokens} tokens before the end of either prompt"
-        )
+        first = f"{steps} inside of the first window"
+        later = f"in steps of {windows.tokens}, up to {windows.last_tokens} tokens before the end of"
+        if Role.MEMORY in settings.mode.layers:
+            return f"{first}, while that is open; then {later} either prompt"
+        return f"{first}; then {later} the prompt, also where nothing was computed before"
     if not settings.mode.adapts:
         return steps
     shares = "off" if settings.temp_lora.cache_gib == 0 else "with the same versions only"

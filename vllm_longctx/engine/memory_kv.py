@@ -102,9 +102,13 @@ class WindowManager(LambdaManager):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """vLLM asks memory layers first: `max_length` is what they have."""
+        """vLLM asks memory layers first: `max_length` is what they have.
+
+        Without any, nothing need have been computed before a window that nobody sees.
+        """
         assert isinstance(kv_cache_spec, WindowSpec)
-        if hit := _window_starts_before(max_length, kv_cache_spec):
+        hashed = len(block_hashes) * block_pool.hash_block_size  # up to where the prompt's last window begins
+        if hit := _window_starts_before(min(max_length, hashed), kv_cache_spec):
             nothing = [block_pool.null_block] * (hit // kv_cache_spec.block_size)
             return tuple(list(nothing) for _ in kv_cache_group_ids), hit
         return _cached_from_the_first(block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec)

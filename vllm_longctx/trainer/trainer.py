@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vllm_longctx.files import whole_directory
+from vllm_longctx.models.recompute import recompute_layers
 from vllm_longctx.temp_lora.linear_layers import linear_layers, target_modules
 from vllm_longctx.temp_lora.messages import ABOUT_NAME, Chain, Recipe, chain_of
 from vllm_longctx.temp_lora.peft_adapter import (
@@ -156,10 +156,7 @@ class Trainer:
         self.linear = linear_layers(model)
         self.adapt(self.linear)
         if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            for layer in model.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.training = True  # it looks at its own flag; the modules inside stay in eval mode
+            recompute_layers(model)
 
     def adapt(self, names: Collection[str]) -> None:
         """Give these linear layers adapters from now on, and no others. There must be no adapter.

@@ -1,10 +1,14 @@
-"""A decoder of transformers' with memory layers: CrossBatch's differentiable forward, and reading a text
+"""A decoder of transformers' with memory layers: the forwards of both training objectives, and reading a text
 window by window.
 
 CrossBatch (Focused Transformer, arXiv 2307.03170, section 3.2): a query of a memory layer sees, in one
 softmax, its own context up to itself, the previous context of its document and those of d - 1 other documents
 of the batch. The others are negatives: keys learn to be told apart, which is what a memory of many documents
 needs. Gradients flow through all of them.
+
+The Memorizing Transformer's objective (arXiv 2203.08913, section 3): contexts of a document one after the
+other, as a text is read. A query of a memory layer sees all of its document before its context. No gradient
+flows into these keys and values. Attention is the Focused Transformer's, one softmax without a gate.
 
 Distances as in `geometry.memory_branch`: what is in the memory looks as if it stood at the first place of the
     query's window.
@@ -39,7 +43,8 @@ TOLERANCE = 1e-4  # of float32 keys, as a share of the largest element
 
 # A memory layer's number, keys (as at place 0) and values [windows, kv_heads, tokens, head_dim] of the
 # windows computed -> keys and values [windows with memory, kv_heads, memory, head_dim] that the last of these
-# windows find in the memory.
+# windows find in the memory. A layer that is computed again in the backward pass asks again, and is to find
+# the same.
 Memory = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -63,7 +68,8 @@ class MemoryModel:
             raise ValueError(f"mem_layers = {list(mem_layers)}: give different layers from 0 to {layers - 1}")
         self.model, self.mem_layers, self.mem_positionals = model, sorted(mem_layers), mem_positionals
         self.attend: Callable[..., Tensor] = attend
-        self._memory: Memory | None = None
+        self._memory: Memory | None = None  # of the last forward, in whose backward pass it may be asked
+        self._is_text: Tensor | None = None  # as `_forward`'s
         self._longest = sys.maxsize  # tokens of a text up to which its length does not change the rotation
         for module in model.modules():
             if hasattr(module, "layer_idx"):
@@ -80,14 +86,16 @@ class MemoryModel:
                 "other frequencies, which a memory cannot mix; give fewer"
             )
 
-    def crossbatch(self, ids: Tensor, documents: int) -> Tensor:
+    def crossbatch(self, ids: Tensor, documents: int, lengths: Tensor | None = None) -> Tensor:
         """Logits [rows, contexts, tokens, vocab] of ids [rows, contexts, tokens]: consecutive contexts of a
         document per row.
 
         documents: the paper's d, how many previous contexts a context finds in memory: its own and those of
         the rows before it, the first row coming after the last. The first context of a row has no memory.
+        lengths: int64 [rows], the tokens of each row's document. What follows is padding, which no query of
+        a document sees. None for rows that are full.
         """
-        rows, contexts, _ = ids.shape
+        rows, contexts, tokens = ids.shape
         if not 1 <= documents <= rows:
             raise ValueError(f"d = {documents}: give 1 to {rows}, the documents of a batch")
         seen = (torch.arange(rows)[:, None] - torch.arange(documents)) % rows
@@ -97,8 +105,26 @@ class MemoryModel:
             key, value = (x.transpose(2, 3).flatten(3, 4).flatten(0, 1) for x in previous)
             return key, value
 
+        is_text = None
+        if lengths is not None:
+            left = lengths[seen] - torch.arange(contexts - 1)[:, None, None] * tokens
+            is_text = (torch.arange(tokens) < left[..., None]).flatten(2).flatten(0, 1)
         windows = ids.transpose(0, 1).flatten(0, 1)  # first contexts, which have no memory, first
-        return self._forward(windows, memory).unflatten(0, (contexts, rows)).transpose(0, 1)
+        return self._forward(windows, memory, is_text).unflatten(0, (contexts, rows)).transpose(0, 1)
+
+    def memorizing(self, ids: Tensor) -> Iterator[Tensor]:
+        """Logits [rows, 1, tokens, vocab] of one context after the other of ids [rows, contexts, tokens],
+        consecutive ones of a document per row.
+
+        A context is to be back-propagated before the next is asked for. Padding may stand at the end of a
+        row, where only padding sees it.
+
+        The official code keeps a document's memory from step to step, of keys that older weights have
+        computed. Here a step reads all of it, so that there is no state but the weights.
+        """
+        tokens = ids.shape[2]
+        for _, logits in self._read(ids.flatten(1), SteppedWindows(tokens, tokens)):
+            yield logits[:, None]
 
     @torch.no_grad()
     def read(
@@ -110,6 +136,12 @@ class MemoryModel:
         Yields each window's start and its logits [rows, window, vocab]. prompt_length: where a window may
         begin depends on it; None for all tokens.
         """
+        yield from self._read(ids, windows, prompt_length)
+
+    def _read(
+        self, ids: Tensor, windows: SteppedWindows, prompt_length: int | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """As `read`, with gradients inside of each window."""
         length = ids.shape[1]
         prompt_length = length if prompt_length is None else prompt_length
         kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -119,7 +151,7 @@ class MemoryModel:
                 key, value = (x.new_empty(*x.shape[:2], length, x.shape[3]) for x in keys_and_values)
                 kept[layer] = key, value
             for all_of_it, new in zip(kept[layer], keys_and_values, strict=True):
-                all_of_it[:, :, start:end] = new
+                all_of_it[:, :, start:end] = new.detach()
             key, value = (x[:, :, :start] for x in kept[layer])
             return key, value
 
@@ -129,15 +161,15 @@ class MemoryModel:
             yield start, self._forward(ids[:, start:end], memory)
             start = end
 
-    def _forward(self, windows: Tensor, memory: Memory) -> Tensor:
-        """windows: ids [windows, tokens]. Returns logits [windows, tokens, vocab]."""
+    def _forward(self, windows: Tensor, memory: Memory, is_text: Tensor | None = None) -> Tensor:
+        """windows: ids [windows, tokens]. Returns logits [windows, tokens, vocab].
+
+        is_text: bool [windows with memory, memory], which keys of the memory are no padding; None for all.
+        """
         self.check_length(windows.shape[1])
-        self._memory = memory
-        try:
-            logits: Tensor = self.model(input_ids=windows, use_cache=False).logits
-            return logits
-        finally:
-            self._memory = None
+        self._memory, self._is_text = memory, is_text
+        logits: Tensor = self.model(input_ids=windows, use_cache=False).logits
+        return logits
 
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **own: Any
@@ -165,13 +197,20 @@ class MemoryModel:
         if without:
             parts.append(attend(module, query[:without], key[:without], value[:without], None, **own))
         if without < len(query):
-            causal = _causal(query.shape[2])
-            visible = torch.cat([causal.new_ones(len(causal), memory_key.shape[2]), causal], 1)
             keys, values = (
                 torch.cat([m, x[without:]], 2) for m, x in ((memory_key, key), (memory_value, value))
             )
-            parts.append(attend(module, query[without:], keys, values, visible[None, None], **own))
+            visible = self._visible(query.shape[2], memory_key.shape[2])
+            parts.append(attend(module, query[without:], keys, values, visible, **own))
         return torch.cat(parts)
+
+    def _visible(self, tokens: int, memory: int) -> Tensor:
+        """Of the memory's keys and the window's: bool [windows with memory or 1, 1, tokens, keys]."""
+        causal, is_text = _causal(tokens), self._is_text
+        if is_text is None:
+            is_text = causal.new_ones(1, memory)
+        seen = is_text[:, None].expand(-1, tokens, -1), causal.expand(len(is_text), -1, -1)
+        return torch.cat(seen, 2)[:, None]
 
     def _found_rotations(self) -> dict[int, Rotary]:
         """Of each memory layer, from what it gives to attention at two places of a text."""

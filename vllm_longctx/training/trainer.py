@@ -1,12 +1,12 @@
-"""Continued pre-training with CrossBatch: from a checkpoint to one with memory layers.
+"""Continued pre-training: from a checkpoint to one with memory layers.
 
-Source: arXiv 2307.03170, section 3.2.
+Sources of the objectives: `crossbatch`.
 """
 
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,15 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from vllm_longctx.files import sync
 from vllm_longctx.models.longllama import ARCHITECTURE, MODEL_TYPE, LongLlamaConfig
+from vllm_longctx.models.recompute import recompute_layers
 from vllm_longctx.training.crossbatch import MemoryModel, scheduled
+from vllm_longctx.training.data import Batch
 
 FAMILIES = ("llama", "mistral", MODEL_TYPE)  # of which LongLLaMA's checkpoint format can hold the weights
 # weights and optimizer's moments in float32; what they belong to is in its metadata
 STATE_NAME = "training.safetensors"
 LOSSES_NAME = "losses.jsonl"
+OBJECTIVES = ("crossbatch", "memorizing")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WARMUP_SHARE, LAST_RATE = 0.05, 0.1  # of the steps; of the learning rate, at the end of its cosine
 BETAS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.95), 0.1, 1.0
@@ -35,7 +38,8 @@ BETAS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.95), 0.1, 1.0
 class Recipe:
     """What the result depends on beside model and texts. Lengths in tokens.
 
-    schedule: the paper's d in equal shares of the steps. contexts: of a batch row, the first without memory.
+    objective: one of `OBJECTIVES`. schedule: the paper's d in equal shares of the steps. contexts: of a batch
+    row, the first without memory.
     bf16: products of matrices in bfloat16 (autocast), fast on a CPU with AVX512-BF16 or AMX and several times
     slower on others.
     """
@@ -50,14 +54,22 @@ class Recipe:
     learning_rate: float = 3e-4
     bf16: bool = False
     seed: int = 0
+    objective: str = "crossbatch"
 
     def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective = {self.objective!r}: give one of {', '.join(OBJECTIVES)}")
         if self.contexts < 2:
             raise ValueError(
                 f"contexts = {self.contexts}: give at least 2, the first of which is a memory for the second"
             )
         if not self.schedule or min(self.schedule) < 1:
             raise ValueError(f"schedule of d = {list(self.schedule)}: give numbers from 1 up")
+        if self.objective == "memorizing" and set(self.schedule) != {1}:
+            raise ValueError(
+                f"schedule of d = {list(self.schedule)}: with the objective memorizing a context sees its "
+                "own document only, which is d = 1; leave the schedule out"
+            )
         if max(self.schedule) > self.rows:
             raise ValueError(
                 f"schedule of d = {list(self.schedule)}: a batch of {self.rows} documents has no "
@@ -72,13 +84,18 @@ class Recipe:
 
 
 class Trainer:
-    """The model is trained in place, in its own dtype; float32 is meant. step: how many are done."""
+    """The model is trained in place, in its own dtype; float32 is meant. step: how many are done.
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe):
+    recompute: computes layers again in the backward pass, which changes nothing but time and memory.
+    """
+
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, recompute: bool = False):
         self.recipe, self.step = recipe, 0
         self.model = model.eval()  # no dropout: nothing random but the data
         self.memory = MemoryModel(model, recipe.mem_layers, recipe.mem_positionals)
         self.memory.check_length(recipe.context_tokens)
+        if recompute:
+            recompute_layers(model)
         self._parameters = dict(model.named_parameters())
         groups = [
             {
@@ -89,44 +106,58 @@ class Trainer:
         ]
         self._optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=BETAS)
 
-    def losses(self, inputs: Tensor, targets: Tensor, documents: int) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy in nats, and number of targets, of each context of a row: [contexts] each.
+    def losses(self, batch: Batch, documents: int) -> Iterator[Tensor]:
+        """Summed cross-entropy in nats of each context of a row: [contexts], in one tensor or several.
 
-        inputs, targets: [rows, contexts, tokens]; a target of -100 does not count. documents: the paper's d.
+        Each is to be back-propagated before the next is asked for. documents: the paper's d.
         """
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
-            logits = self.memory.crossbatch(inputs, documents).float()
-        by_token = cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view_as(targets)
-        return by_token.sum((0, 2)), (targets != -100).sum((0, 2))
+        logits_of_contexts, done = self._logits(batch, documents), 0
+        while done < batch.targets.shape[1]:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
+                logits = next(logits_of_contexts).float()
+            targets = batch.targets[:, done : done + logits.shape[1]]
+            done += logits.shape[1]
+            by_token = cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
+            yield by_token.view_as(targets).sum((0, 2))
 
-    def train(self, inputs: Tensor, targets: Tensor) -> dict[str, float]:
+    def _logits(self, batch: Batch, documents: int) -> Iterator[Tensor]:
+        """[rows, contexts, tokens, vocab]: of all contexts of a row, or of one after the other."""
+        if self.recipe.objective == "memorizing":
+            yield from self.memory.memorizing(batch.inputs)
+        else:
+            yield self.memory.crossbatch(batch.inputs, documents, batch.lengths)
+
+    def train(self, batch: Batch) -> dict[str, float]:
         """One step, on the mean over all targets.
 
         Returns what is to be kept of it; losses are means over a kind of context.
         """
-        recipe = self.recipe
+        recipe, counts = self.recipe, batch.counts
         documents, rate = scheduled(self.step, recipe.steps, recipe.schedule), recipe.rate(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        sums, counts = self.losses(inputs, targets, documents)
-        loss = sums.sum() / counts.sum()
+        sums = []
+        for of_contexts in self.losses(batch, documents):
+            (of_contexts.sum() / counts.sum()).backward()
+            sums.append(of_contexts.detach())
+        loss = torch.cat(sums).sum() / counts.sum()
         if not torch.isfinite(loss):
             raise ValueError(
                 f"step {self.step + 1}: the loss is {loss.item()}; lower the learning rate = "
                 f"{recipe.learning_rate}"
             )
-        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.step += 1
-        return {"step": self.step, "d": documents, "learning_rate": rate, **by_kind(sums.detach(), counts)}
+        means = by_kind(torch.cat(sums), counts)
+        return {"step": self.step, "d": documents, "learning_rate": rate, **means}
 
     @torch.no_grad()
-    def validate(self, batches: Iterable[tuple[Tensor, Tensor]], documents: int) -> dict[str, float]:
+    def validate(self, batches: Sequence[Batch], documents: int) -> dict[str, float]:
         """Mean losses by kind of context."""
-        both = [self.losses(*batch, documents) for batch in batches]
-        return by_kind(*(torch.stack(values).sum(0) for values in zip(*both, strict=True)))
+        sums = [torch.cat([*self.losses(batch, documents)]) for batch in batches]
+        return by_kind(torch.stack(sums).sum(0), torch.stack([batch.counts for batch in batches]).sum(0))
 
     def save_state(self, path: Path, **about: str) -> None:
         """Everything that `load_state` needs to go on exactly: complete, or the file of before."""
@@ -169,6 +200,34 @@ def by_kind(sums: Tensor, counts: Tensor) -> dict[str, float]:
     """Mean losses of the first contexts, which have no memory, and of the others; NaN without targets."""
     parts = {"first": slice(0, 1), "memory": slice(1, None)}
     return {kind: float(sums[part].sum() / counts[part].sum()) for kind, part in parts.items()}
+
+
+@dataclass(frozen=True)
+class CheckpointMemory:
+    """What a checkpoint says of its memory, as `save` has written it. Lengths in tokens.
+
+    layers: Empty for a model without a memory; then the rest is what one gets by default.
+    """
+
+    context_tokens: int
+    layers: Sequence[int] = ()
+    positionals: bool = True
+    dtype: str = "bfloat16"
+    last_context_tokens: int | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "CheckpointMemory":
+        config = model.config.get_text_config()
+        trained, layers = config.max_position_embeddings, getattr(config, "mem_layers", ())
+        if not layers:
+            return cls(trained)
+        return cls(
+            getattr(config, "n_local", trained),
+            layers,
+            config.mem_positionals,
+            config.mem_dtype,
+            config.last_context_length,
+        )
 
 
 def load(path: str | Path) -> PreTrainedModel:

@@ -28,6 +28,7 @@ from vllm_longctx.engine.kv_cache import prefix_caching
 from vllm_longctx.engine.lora import LoRAConfigWithSlots, with_slots
 from vllm_longctx.geometry import Geometry, SteppedWindows
 from vllm_longctx.settings import active_settings
+from vllm_longctx.startup.engine_args import DEFAULT_MAX_MODEL_LEN
 from vllm_longctx.temp_lora.base_model import resolved_config
 from vllm_longctx.temp_lora.shared_weights import model_class
 
@@ -435,6 +436,26 @@ def test_a_longllama_checkpoint_says_all_by_itself(additional_config: dict, long
     assert vllm_config.model_config.original_max_model_len == -1
 
 
+@pytest.mark.parametrize("said", [{"mem_layers": []}, {}])
+def test_a_longllama_checkpoint_without_memory_layers_has_windows_only(
+    said: dict, longllama: Path, tmp_path: Path
+) -> None:
+    """As in the official code. A request keeps two windows at the most, however long its text."""
+    for file in longllama.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((longllama / "config.json").read_text())
+    del config["mem_layers"]
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config | said))
+    vllm_config = create(tmp_path, {}, num_gpu_blocks_override=34)
+    settings = active_settings(vllm_config)
+    assert (settings.mode.name, settings.attention.lookup) == ("windows", None)
+    assert vllm_config.model_config.max_model_len == DEFAULT_MAX_MODEL_LEN
+    assert "steps of 512, up to 512 tokens before the end of the prompt" in prefix_caching(
+        settings, vllm_config.cache_config
+    )
+    with pytest.raises(LongContextError, match="gives 33 blocks, but one request holds up to 33 "):
+        create(tmp_path, {}, num_gpu_blocks_override=33)
 def test_a_longllama_checkpoint_may_learn(longllama: Path) -> None:
     """Transformers has no class of its name."""
     vllm_config = create(longllama, {"longctx": {"attention": {"method": "focused"}, "adaptation": {}}})
@@ -479,9 +500,9 @@ def test_lm_infinite_can_be_asked_for_on_longllama(longllama: Path) -> None:
     [
         ({"mem_layers": [2, 6]}, {}, r"attention.mem_layers = \[2, 6\], but the model has layers 0 to 5"),
         (
-            {"mem_layers": []},
+            {"mem_layers": [], "lookup": "top_k", "top_k": 5},
             {},
-            r"needs memory layers, but neither attention.mem_layers nor the checkpoint's",
+            r"attention.lookup has no effect without memory layers, and mem_layers is \[\]; leave lookup out",
         ),
         ({"n_local": 513}, {}, r"attention.n_local = 513, but the model was trained on 512 tokens; lower it"),
         (

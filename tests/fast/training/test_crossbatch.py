@@ -1,16 +1,18 @@
-"""CrossBatch: the training forward against the float64 reference and against transformers' own models, exact
-resumption, and what is refused.
+"""Training a memory: the forward of each objective against the float64 reference and against transformers'
+own models, exact resumption, and what is refused.
 """
 
 import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.support import families
@@ -20,11 +22,12 @@ from tests.support.hf_oracle import Oracle
 from tests.support.matrix import STEPPED, windows_in_windows
 from tests.support.reference_model import ReferenceLlama, focused
 from vllm_longctx import BOOKLM
-from vllm_longctx.geometry import SteppedWindows
+from vllm_longctx.geometry import Branch, SteppedWindows, local_branch, memory_branch
 from vllm_longctx.models.longllama import LongLlamaConfig
+from vllm_longctx.rotary import Rotary
 from vllm_longctx.training.crossbatch import MemoryModel, scheduled
-from vllm_longctx.training.data import Documents
-from vllm_longctx.training.trainer import DTYPES, STATE_NAME, Recipe, Trainer, load, save
+from vllm_longctx.training.data import IGNORED, Batch, Documents
+from vllm_longctx.training.trainer import DTYPES, OBJECTIVES, STATE_NAME, Recipe, Trainer, load, save
 
 C = 32
 WINDOWS = SteppedWindows(C, C)
@@ -95,7 +98,7 @@ def test_every_weight_of_any_decoder_learns(row: str, mem_positionals: bool, tmp
     model = load(made(architecture, tmp_path).transformers)
     recipe = Recipe([architecture.memory_layer], C, 1, mem_positionals, rows=2, schedule=[2])
     trainer = Trainer(model, recipe)
-    sums, _ = trainer.losses(torch.randint(512, (2, 2, C)), torch.randint(512, (2, 2, C)), documents=2)
+    (sums,) = trainer.losses(Batch(*torch.randint(512, (2, 2, 2, C))), documents=2)
     sums.sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert all(g is not None and g.isfinite().all() and g.any() for g in gradients.values())
@@ -122,20 +125,121 @@ def test_other_documents_are_seen_and_learn() -> None:
         memory.crossbatch(ids, 4)
 
 
+class Memorizing(ReferenceLlama):
+    """No gradient flows into keys and values of the memory: each key is there twice, once for each branch."""
+
+    def attend(self, seen: list[Branch], rotary: Rotary | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if len(seen) == 1:
+            return super().attend(seen, rotary, q, k, v)
+        local, memory = seen
+        none = torch.zeros_like(local.visible)
+        wide = [
+            Branch(torch.cat([none, local.visible], 1), local.distance.repeat(1, 2)),
+            Branch(torch.cat([memory.visible, none], 1), memory.distance.repeat(1, 2)),
+        ]
+        return super().attend(wide, rotary, q, *(torch.cat([x.detach(), x]) for x in (k, v)))
+
+
+@pytest.mark.parametrize("mem_positionals", [True, False])
+@pytest.mark.parametrize(
+    ("objective", "oracle", "contexts"), [("crossbatch", ReferenceLlama, 2), ("memorizing", Memorizing, 4)]
+)
+def test_gradients_are_those_of_the_reference(
+    objective: str, oracle: type[ReferenceLlama], contexts: int, mem_positionals: bool, tiny_llama: Path
+) -> None:
+    model, layers, tokens = load(tiny_llama), [0, 2], 16
+    recipe = Recipe(layers, tokens, 1, mem_positionals, contexts, 2, [1], objective=objective)
+    batch = Batch(*torch.randint(512, (2, 2, contexts, tokens)))
+    losses = []
+    for sums in Trainer(model, recipe).losses(batch, documents=1):
+        sums.sum().backward()
+        losses.append(sums.detach())
+    reference = oracle(tiny_llama)
+    for weight in reference.weights.values():
+        weight.requires_grad_()
+    seen = focused(SteppedWindows(tokens, tokens), contexts * tokens, layers, mem_positionals)
+    expected = torch.zeros(contexts, dtype=torch.float64)
+    for ids, targets in zip(batch.inputs, batch.targets, strict=True):
+        logprobs = reference.logprobs(ids.flatten().tolist(), seen)
+        chosen = logprobs.gather(1, targets.flatten()[:, None])
+        expected = expected - chosen.unflatten(0, (contexts, tokens)).sum((1, 2))
+    expected.sum().backward()
+    assert torch.allclose(torch.cat(losses).double(), expected, rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        want = reference.weights[name].grad
+        assert parameter.grad is not None and want is not None
+        assert (parameter.grad - want).abs().max() <= 1e-4 * want.abs().max(), name
+
+
+def test_a_memory_of_documents_of_any_length_is_what_the_reference_says(tiny_llama: Path) -> None:
+    """The second context of a document sees the first one, and what there is of another document's."""
+    mem_layers, short, tokens = [0, 2], 9, 16
+    long_ids, short_ids = torch.randint(512, (2 * tokens,)), torch.randint(512, (short,))
+
+    def seen(layer: int, positions: Tensor) -> tuple[list[Branch], bool]:
+        """Of the first context, the other document and the second context, one behind the other."""
+        text = torch.tensor([0] * tokens + [1] * short + [2] * tokens)
+        start = torch.tensor([0, tokens, tokens + short])[text]
+        local = local_branch(positions, positions, start)
+        if layer not in mem_layers:
+            return [local], True
+        memory = memory_branch(positions, positions, start)
+        return [local, replace(memory, visible=memory.visible & (text == 2)[:, None])], True
+
+    together = torch.cat([long_ids[:tokens], short_ids, long_ids[tokens:]])
+    expected = ReferenceLlama(tiny_llama).logprobs(together.tolist(), seen)
+    memory, ours = MemoryModel(load(tiny_llama), mem_layers), []
+    for padding in (0, 7):
+        padded = torch.nn.functional.pad(short_ids, (0, 2 * tokens - short), value=padding)
+        ids = torch.stack([long_ids, padded]).unflatten(1, (2, tokens))
+        ours.append(memory.crossbatch(ids, 2, torch.tensor([2 * tokens, short])).log_softmax(-1))
+    logprobs = torch.cat([ours[0][0, 0], ours[0][1, 0, :short], ours[0][0, 1]])
+    assert torch.allclose(logprobs.double(), expected, atol=1e-4)
+    assert torch.equal(ours[0][0], ours[1][0])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_layers_that_are_computed_again_learn_the_same(objective: str, tiny_llama: Path) -> None:
+    batch = Batch(*torch.randint(512, (2, 3, 3, C)), torch.tensor([3 * C, 2 * C + 1, 5]))
+    weights, computed = [], []
+    for recompute in (False, True):
+        model, calls = load(tiny_llama), []
+        recipe = Recipe([0, 2], C, 2, contexts=3, rows=3, schedule=[1], objective=objective)
+        trainer = Trainer(model, recipe, recompute)
+        model.model.layers[2].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        kept = [trainer.train(batch) for _ in range(2)]
+        assert kept[1]["memory"] < kept[0]["memory"]
+        weights.append([p.detach() for p in model.parameters()])
+        computed.append(len(calls))
+    assert computed[1] == 2 * computed[0]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*weights, strict=True))
+
+
 def test_d_has_equal_shares_of_the_steps() -> None:
     assert [scheduled(step, 7, [1, 2, 8]) for step in range(7)] == [1, 1, 1, 2, 2, 8, 8]
 
 
 def test_batches_are_consecutive_contexts_of_different_documents() -> None:
     documents = Documents(["a", "b", "c"], [torch.arange(n, n + 300) for n in (1000, 2000, 3000)], [7])
-    inputs, targets = documents.batch(0, step=3, rows=3, contexts=2, context_tokens=10)
+    batch = documents.batch(0, step=3, rows=3, contexts=2, context_tokens=10)
+    inputs, targets = batch.inputs, batch.targets
     assert (inputs[:, 0, 0] == 7).all() and sorted((targets[:, 0, 0] // 1000).tolist()) == [1, 2, 3]
     first = targets[:, :1, :1]
     assert torch.equal(targets.flatten(1), (first + torch.arange(20)).flatten(1))
     assert torch.equal(inputs.flatten(1)[:, 1:], targets.flatten(1)[:, :-1])
-    assert torch.equal(inputs, documents.batch(0, 3, 3, 2, 10)[0]) and not torch.equal(
-        inputs, documents.batch(0, 4, 3, 2, 10)[0]
-    )
+    assert torch.equal(inputs, documents.batch(0, 3, 3, 2, 10).inputs) and batch.lengths is None
+    assert not torch.equal(inputs, documents.batch(0, 4, 3, 2, 10).inputs)
+
+
+def test_a_short_document_is_whole_in_its_row() -> None:
+    documents = Documents(["a", "b"], [torch.arange(1000, 1007), torch.arange(2000, 2300)], [7])
+    batch = documents.batch(0, step=1, rows=2, contexts=3, context_tokens=5)
+    rows = (batch.inputs[:, 0, 1] >= 2000).tolist()
+    inputs, targets = batch.inputs[rows.index(False)].flatten(), batch.targets[rows.index(False)].flatten()
+    assert batch.lengths is not None and batch.lengths.tolist() == [15 if long else 7 for long in rows]
+    assert inputs.tolist() == [7, *range(1000, 1006), *[0] * 8]
+    assert targets.tolist() == [*range(1000, 1007), *[IGNORED] * 8]
+    assert batch.counts.tolist() == [10, 7, 5]
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +276,10 @@ def test_a_training_that_was_killed_goes_on_to_the_same_end(
     assert run(*words(texts, whole, validation=texts))[0] == 0
     train = Trainer.train
 
-    def killed(self: Trainer, *batch: torch.Tensor) -> dict[str, float]:
+    def killed(self: Trainer, batch: Batch) -> dict[str, float]:
         if self.step == 3:
             raise SystemExit(9)
-        return train(self, *batch)
+        return train(self, batch)
 
     monkeypatch.setattr(Trainer, "train", killed)
     assert run(*words(texts, parts, validation=texts))[0] == 9 and not (parts / "config.json").exists()
@@ -213,6 +317,42 @@ def test_a_training_that_was_killed_goes_on_to_the_same_end(
     assert load(whole).config.mem_layers == [2, 4]
 
 
+def test_the_second_stage_goes_on_from_the_first(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    """Documents are shorter than a row. The checkpoint says where its memory is."""
+    first, whole, parts = tmp_path / "first", tmp_path / "whole", tmp_path / "parts"
+    options = {"steps": 1, "mem-dtype": "float32", "last-context-length": 5, "batch": 1, "schedule": 1}
+    assert run(*words(texts, first, **options), "--no-mem-positionals")[0] == 0
+    second = {"model": first, "objective": "memorizing", "contexts": 11, "steps": 2, "batch": 1}
+
+    def stage(out: Path) -> list[str]:
+        dropped = ("--mem-layers", "--schedule", "--context-tokens")
+        given = words(texts, out, **second, **{"save-every": 1})
+        return [word for word in given if not word.startswith(dropped)]
+
+    assert run(*stage(whole), "--recompute")[0] == 0
+    train = Trainer.train
+
+    def killed(self: Trainer, batch: Batch) -> dict[str, float]:
+        if self.step == 1:
+            raise SystemExit(9)
+        return train(self, batch)
+
+    monkeypatch.setattr(Trainer, "train", killed)
+    assert run(*stage(parts))[0] == 9
+    monkeypatch.undo()
+    code, output = run(*stage(parts), "--objective=crossbatch", "--schedule=1", "--resume")
+    assert code == 2 and "was made with objective = memorizing, not crossbatch" in output
+    assert run(*stage(parts), "--resume")[0] == 0
+    weights = [load_file(path / "model.safetensors") for path in (whole, parts)]
+    assert all(torch.allclose(weights[0][name], w, atol=1e-6) for name, w in weights[1].items())
+    before, after = (json.loads((path / "config.json").read_text()) for path in (first, whole))
+    assert after == before and (after["mem_layers"], after["mem_positionals"]) == ([2, 4], False)
+    losses = [json.loads(line) for line in (whole / "losses.jsonl").read_text().splitlines()]
+    assert [row["d"] for row in losses] == [1, 1]
+
+
 def test_a_checkpoint_is_on_disk_before_what_made_it_is_removed(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
@@ -244,15 +384,17 @@ def test_a_checkpoint_is_on_disk_before_what_made_it_is_removed(
         ({"schedule": "0,1"}, "schedule of d = [0, 1]: give numbers from 1 up"),
         ({"contexts": 1}, "contexts = 1: give at least 2"),
         (
-            {"context-tokens": 100},
-            "tokens, but a document must fill its contexts, 200 tokens and one more; join",
+            {"context-tokens": 500},
+            "tokens, no more than a context of 500: nothing would be in a memory; join documents, or lower",
         ),
         ({"batch": 5}, "--texts has 4 documents, fewer than --batch 5; lower it"),
         ({"texts": "NOWHERE"}, "no .txt file in"),
         ({"out": "TEXTS"}, "is not empty: give a new directory, or --resume"),
         ({"resume": None}, "--resume: there is no"),
         ({"model": "OTHER"}, "model_type 'gpt2' has no RoPE (rope_parameters): a memory needs it"),
-        ({"dtype": "int8"}, "--dtype int8 --mem-dtype bfloat16: each is one of float32, bfloat16"),
+        ({"dtype": "int8"}, "--dtype int8: give one of float32, bfloat16"),
+        ({"objective": "mt"}, "--objective mt: give one of crossbatch, memorizing"),
+        ({"objective": "memorizing"}, "schedule of d = [1, 3]: with the objective memorizing a context sees"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
