@@ -18,17 +18,14 @@ def asked(options: dict[str, Any] | None) -> dict[str, Any]:
     return {} if options is None else {"extra_args": {"longctx": {"temp_lora": True, **options}}}
 
 
-def written_together(llm: LLM, cases: list[tuple[int, int, dict[str, Any] | None]]) -> list[RequestOutput]:
-    """All at once; prompts are scored where the request adapts."""
+def written_together(
+    llm: LLM, cases: list[tuple[int, int, dict[str, Any] | None]], **sampling: Any
+) -> list[RequestOutput]:
+    """All at once, greedily by default; prompts are scored where the request adapts."""
+    common = {"temperature": 0, "logprobs": 0, "ignore_eos": True, "detokenize": False, **sampling}
     params = [
         SamplingParams(
-            max_tokens=tokens,
-            temperature=0,
-            logprobs=0,
-            prompt_logprobs=None if options is None else 0,
-            ignore_eos=True,
-            detokenize=False,
-            **asked(options),
+            max_tokens=tokens, prompt_logprobs=None if options is None else 0, **common, **asked(options)
         )
         for _, tokens, options in cases
     ]
@@ -46,8 +43,23 @@ def assert_equal(output: RequestOutput, expected: Replay) -> None:
     """Every log-probability, and every token up to the first that the replay itself nearly decides
     otherwise.
     """
-    want = torch.tensor(expected.prompt_logprobs + expected.logprobs, dtype=torch.float64)
     assert min(expected.margins) > 1e-4
     assert list(output.outputs[0].token_ids) == expected.tokens
+    assert_close(output, expected)
+
+
+def assert_follows(output: RequestOutput, model: Path, options: dict[str, Any]) -> None:
+    """Every log-probability, of the tokens that the engine wrote: they were sampled, or two of them were
+    equally likely.
+    """
+    written = list(output.outputs[0].token_ids)
+    prompt_ids = output.prompt_token_ids or []
+    given = Options(**{key: value for key, value in options.items() if key != "dropout"})
+    assert_close(output, replay(model, prompt_ids, len(written), given, written))
+
+
+def assert_close(output: RequestOutput, expected: Replay) -> None:
+    want = torch.tensor(expected.prompt_logprobs + expected.logprobs, dtype=torch.float64)
     assert output.outputs[0].finish_reason == "length"
-    torch.testing.assert_close(logprobs_of(output), want, rtol=0, atol=1e-4)
+    ours = logprobs_of(output)
+    torch.testing.assert_close(ours, want[-len(ours) :], rtol=0, atol=1e-4)
