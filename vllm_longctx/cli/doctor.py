@@ -143,7 +143,7 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
     for key, value in mode_rows(settings.mode, worker):
         table.add_row(key, value)
     table.add_row("layers, by the model's config", planned_layers(config, settings))
-    if mode_platform(worker) == "cuda":
+    if worker.startswith("vllm_longctx.cuda."):
         table.add_row("CUDA graphs of decodes", decode_graphs(config, settings))
     table.add_row("trained length", f"{trained_length(config.model_config):,}")
     for key, value in plugin_configs(config)["longctx"]["attention"].items():
@@ -186,11 +186,6 @@ def decode_graphs(config: "VllmConfig", settings: "Settings") -> str:
                 f"attention.top_k = {attention.top_k}; lower it"
             )
     return graphs.decode_mode().name.lower()
-
-
-def mode_platform(worker: str) -> str:
-    """The package of the platform that a worker's class is of."""
-    return worker.partition(".worker.")[0].rpartition(".")[2]
 
 
 def mode_rows(mode: "Mode", worker: str) -> Iterator[tuple[str, str]]:

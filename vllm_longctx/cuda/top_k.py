@@ -140,6 +140,9 @@ class TopKImpl(TakenOver, LambdaImpl):
         query = torch.zeros(
             (1, self.num_heads, self.head_size), dtype=caches[0].dtype, device=kv_cache.device
         )
+        assert self.rotary is not None
+        angles = self.rotary.cos_sin(torch.zeros(1, dtype=torch.int64, device=kv_cache.device))
+        query = turned(query, *angles, self.rotary.neox)
         decode = of_first_token(block_table, caches[0].shape[1], self.num_heads // self.num_kv_heads, lookup)
         decode.attend(query, *caches, lookup, self.scale, self.logits_soft_cap)
 

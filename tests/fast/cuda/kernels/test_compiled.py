@@ -12,8 +12,6 @@ from tests.support.compile_kernels import CARDS, CASES, EVERY_KERNEL
 SMALL = [
     "lambda decode, head 32 float16",
     "lookup, 8B bfloat16 by blocks",
-    "lookup in graphs, 8B bfloat16 by blocks",
-    "turn, 8B bfloat16",
     "windows, 8B bfloat16, decode",
     "swap, bfloat16",
 ]
