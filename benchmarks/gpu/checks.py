@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import triton
-from gpu.kernels import Plan, device, in_host_memory, integers, of_name, shapes, turns, view_of
+from gpu.kernels import K, Plan, device, in_host_memory, integers, look_up, of_name, shapes, turns, view_of
 from gpu.models import BLOCK_SIZE, N_GLOBAL, Shape
 from torch import Tensor
 
@@ -87,7 +87,7 @@ def checks_plan(setting: "Setting") -> Plan:
         kernels = [("decode", 1, n) for n in lengths] + [
             ("prefill", min(512, s.trained // 4), n) for n in lengths
         ]
-        kernels += [("lookup", 1, 1 << 17), ("lookup in host memory", 1, 1 << 17)]
+        kernels += [("lookup", 1, 1 << 17), ("lookup", 3, 1 << 17), ("lookup in host memory", 1, 1 << 17)]
         plan += [
             {"kernel": k, "shape": s.name, "dtype": dtype, "length": n, "queries": q} for k, q, n in kernels
         ]
@@ -162,10 +162,13 @@ def run_lambda(shape: Shape, query: Tensor, cache: Tensor, table: Tensor, length
 
 
 def lookup_error(shape: Shape, dtype: torch.dtype, length: int, queries: int, apart: bool = False) -> float:
-    """Of the attention to a memory's exactly best keys. apart: in host memory."""
-    from vllm_longctx.cuda.kernels.lookup import Memories, attend_best
+    """Of the attention to a memory's exactly best keys, of one query as decodes in CUDA graphs have it.
 
-    k, group = 64, shape.heads // shape.kv_heads
+    apart: in host memory.
+    """
+    from vllm_longctx.cuda.kernels.lookup import Memories
+
+    group = shape.heads // shape.kv_heads
     query = torch.randn(1, queries, shape.heads, shape.head_size, device=device()).to(dtype)
     size = triton.cdiv(length, BLOCK_SIZE), BLOCK_SIZE, shape.kv_heads, 2 * shape.head_size
     cache = torch.randn(size, device=device()).to(dtype)
@@ -173,15 +176,15 @@ def lookup_error(shape: Shape, dtype: torch.dtype, length: int, queries: int, ap
     order = torch.randperm(len(cache), device=device())
     with in_host_memory(cache) if apart else nullcontext(cache) as read:
         memories = Memories(*read.chunk(2, -1), order.int()[None], integers([0]), integers([length]), length)
-        output = attend_best(query, memories, k, shape.scale)[0].cpu().to(device())  # waits
+        output = look_up(query, memories, shape.scale, None)[0].cpu().to(device())  # waits
     worst = 0.0
     for head in range(shape.heads):  # one at a time: all in float64 would not fit
         key, value = (
             x[order, :, head // group].flatten(0, 1)[:length].double() for x in (key_cache, value_cache)
         )
-        best = (query[0, :, head].double() @ key.T * shape.scale).topk(k, -1)
+        best = (query[0, :, head].double() @ key.T * shape.scale).topk(K, -1)
         expected = torch.einsum("tk,tkd->td", best.values.softmax(-1), value[best.indices])
-        worst = max(worst, float((output[0, :, head].double() - expected).abs().max().nan_to_num(torch.inf)))
+        worst = max(worst, float((output[:, head].double() - expected).abs().max().nan_to_num(torch.inf)))
     return worst
 
 

@@ -15,7 +15,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gpu.run_all import Setting
 
     from vllm_longctx.cuda.kernels.lambda_tile import View
-    from vllm_longctx.cuda.kernels.lookup import Summaries
+    from vllm_longctx.cuda.kernels.lookup import Memories, Summaries
 
 CHUNK = 8192  # queries of a prefill step
 K, SHARE = 64, 0.1  # of a lookup: keys for each query and head; share of the blocks that `blocks` reads
@@ -236,9 +236,9 @@ def lambda_prefill_time(
 
 def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
     """Milliseconds of one query in one memory layer: all keys (FlashAttention), the exact best, the best in
-    few blocks.
+    few blocks. Lookups are those that engines have in FULL CUDA graphs.
     """
-    from vllm_longctx.cuda.kernels.lookup import Memories, attend_best
+    from vllm_longctx.cuda.kernels.lookup import Memories
 
     for name, rows in itertools.groupby(plan, lambda row: row["shape"]):
         shape = of_name(setting, name)
@@ -252,7 +252,7 @@ def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
 
             def call(table: Tensor, share: float | None, ranges: Any = ranges, length: int = length) -> None:
                 memories = Memories(*pool.caches, table, *ranges, length, summaries)  # noqa: B023
-                attend_best(query, memories, K, shape.scale, share)  # noqa: B023
+                look_up(query, memories, shape.scale, share)  # noqa: B023
 
             ways = {"top_k_ms": None, "blocks_ms": SHARE}
             ours = {
@@ -261,6 +261,27 @@ def lookup(record: "Record", plan: Plan, setting: "Setting") -> None:
             flashes = flash_times(pool, query[0], [0, 1], length, min(length, shape.window), tables, shape)
             cost = costs.lookup(shape, length, K, None)
             record.add(**row, k=K, share=SHARE, **ours, **flashes, **asdict(cost))
+
+
+def look_up(query: Tensor, memories: "Memories", scale: float, share: float | None) -> tuple[Tensor, Tensor]:
+    """A text's queries [1, queries, heads, head_size], as layers look them up: one as decodes in CUDA graphs.
+
+    Output [queries, heads, head_size], log-sum-exps [queries, heads].
+    """
+    from vllm_longctx.cuda.kernels.lookup import attend_best, block_counts
+    from vllm_longctx.cuda.kernels.lookup_decode import attend_best_decode, lookup_splits
+    from vllm_longctx.cuda.sliding import num_sms
+    from vllm_longctx.engine.lookup import SCANNED
+
+    if query.shape[1] > 1:
+        output, lse = attend_best(query, memories, K, scale, share)
+        return output[0], lse[0]
+    m, counts = replace(memories, longest=None), None
+    if share is not None:
+        group = query.shape[2] // m.kv_heads
+        counts = block_counts(m.begins, m.ends, m.block_size, group, K, share, SCANNED)
+    splits = lookup_splits(m.num_columns, 1, m.kv_heads, num_sms(device()))
+    return attend_best_decode(query[0], m, K, scale, splits, share, counts)
 
 
 def summaries_of(pool: "Pool") -> "Summaries":
@@ -304,7 +325,7 @@ def memory_time(
     summaries: "Summaries",
     share: float | None,
 ) -> float:
-    from vllm_longctx.cuda.kernels.lookup import Memories, attend_best
+    from vllm_longctx.cuda.kernels.lookup import Memories
     from vllm_longctx.cuda.kernels.stepped import stepped_attention
 
     start, out, queries = max(length - shape.trained, 0), torch.empty_like(query[0]), query.shape[1]
@@ -313,8 +334,7 @@ def memory_time(
 
     def call(table: Tensor) -> None:
         memories = Memories(*pool.caches, table, zeros, starts, start, summaries)
-        best, lse = attend_best(query, memories, K, shape.scale, share)
-        branch = best[0], lse[0]
+        branch = look_up(query, memories, shape.scale, share)
         if decode is not None:
             decode(table, branch)
             return

@@ -102,14 +102,13 @@ LEARNS = (
 
 @dataclass(frozen=True)
 class Case:
-    """section: of the configuration. full: decodes are in FULL graphs. learns: requests adapt.
+    """section: of the configuration. learns: requests adapt.
 
     happens: metrics that are above 0 afterwards.
     """
 
     section: dict[str, Any]
     model: str = "booklm"
-    full: bool = True
     happens: tuple[str, ...] = ()
 
     @property
@@ -130,7 +129,7 @@ class Case:
 def focused(lookup: str, **more: Any) -> Case:
     top_k = {} if lookup == "all" else {"top_k": 8}
     section = {"attention": {**FOCUSED, "lookup": lookup, **top_k, **more}}
-    return Case(section, BOOKLM_MEMORY, lookup == "all")
+    return Case(section, BOOKLM_MEMORY)
 
 
 def learning(method: dict[str, Any], sizes: dict[str, Any], policy: str, *happens: str) -> Case:
@@ -143,7 +142,7 @@ CASES = {
     "plain": Case({"attention": {"method": "none"}}),
     "lm-infinite": Case({"attention": {**SLIDING, "method": "lm_infinite"}}, happens=(FREED,)),
     "streaming": Case({"attention": {**SLIDING, "method": "streaming"}}, happens=(FREED,)),
-    "top-k": Case({"attention": {**SLIDING, "method": "lm_infinite", "top_k": 8}}, full=False),
+    "top-k": Case({"attention": {**SLIDING, "method": "lm_infinite", "top_k": 8}}),
     "focused-all": focused("all"),
     "focused-top-k": focused("top_k"),
     "focused-blocks": focused("blocks"),
@@ -260,8 +259,8 @@ def outputs(record: "Record", plan: Plan, setting: "Setting", name: str) -> None
 def run(case: Case, eager: bool, dtype: str, **engine_kwargs: Any) -> tuple[list[Written], str]:
     """What the requests of a case write, all at once, and in how many steps of each kind.
 
-    Raises PremiseError where blocks were not trained, nothing was freed that should be, or no step was in a
-    FULL graph that should be.
+    Raises PremiseError where blocks were not trained, nothing was freed that should be, or no step of decodes
+    was in a FULL graph.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process starts sooner than three
     kwargs: dict[str, Any] = {
@@ -297,7 +296,7 @@ def run(case: Case, eager: bool, dtype: str, **engine_kwargs: Any) -> tuple[list
     if case.section.get("adaptation", {}).get("kv_policy") in ("reuse", "recompute") and computed <= known:
         raise PremiseError("no window was computed again")
     steps = meter.graph_modes
-    if case.full and not eager and not steps["FULL"]:
+    if not eager and not steps["FULL"]:
         raise PremiseError("no step was in a FULL graph")
     return found, ", ".join(f"{count} {mode}" for mode, count in sorted(steps.items()))
 

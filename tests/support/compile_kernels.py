@@ -37,6 +37,7 @@ from vllm_longctx.cuda.kernels.lambda_attention import lambda_attention
 from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
 from vllm_longctx.cuda.kernels.lambda_tile import View
 from vllm_longctx.cuda.kernels.lookup import Memories, Summaries, attend_best
+from vllm_longctx.cuda.kernels.lookup_decode import attend_best_decode, lookup_splits, turned
 from vllm_longctx.cuda.kernels.stepped import stepped_attention
 from vllm_longctx.cuda.kernels.swap import PaddedCopies
 from vllm_longctx.geometry import Geometry
@@ -219,17 +220,23 @@ def launch_lookup(
     share: float | None = None,
     soft_cap: float = 0.0,
     sinks: bool = False,
+    in_graphs: bool = False,
 ) -> None:
     """A memory layer's lookup in a million keys and its window: 16 rows that decode, or one that reads
-    `tokens` tokens.
+    `tokens` tokens. in_graphs: as decodes do where CUDA graphs can hold their lookup.
     """
     rows = 16 if tokens == 1 else 1
     cache = meta(100, kv_heads, block_size, 2 * head_size, dtype=dtype).transpose(1, 2)
     caches, table = cache.split(head_size, dim=-1), meta(rows, (1 << 20) // block_size, dtype=torch.int32)
     lens, query = meta(rows, dtype=torch.int32), meta(rows, tokens, heads, head_size, dtype=dtype)
-    memories = Memories(*caches, table, lens, lens, 1 << 20, Summaries.like(caches[0]))
+    memories = Memories(*caches, table, lens, lens, None, Summaries.like(caches[0]))
     flat = query.flatten(0, 1)
-    branch = tuple(x.flatten(0, 1) for x in attend_best(query, memories, 64, 1.0, share, soft_cap))
+    if in_graphs:
+        splits = lookup_splits(table.shape[1], rows, kv_heads, H100_SMS)
+        counts = meta(rows, dtype=torch.int64)
+        branch = attend_best_decode(flat, memories, 64, 1.0, splits, share, counts, soft_cap)
+    else:
+        branch = tuple(x.flatten(0, 1) for x in attend_best(query, memories, 64, 1.0, share, soft_cap))
     of_heads = meta(heads, dtype=dtype) if sinks else None
     launch_windows(
         flat, caches, table, rows, tokens, View(Geometry(), soft_cap=soft_cap, sinks=of_heads), branch
@@ -275,6 +282,34 @@ CASES |= {
         ("head 256 bfloat16, chunk", (BF16, 16, 8, 256), {"tokens": 128, "share": 0.1}),
         ("head 256 float32, chunk", (F32, 16, 8, 256), {"tokens": 128}),
     )
+}
+
+
+CASES |= {
+    f"lookup in graphs, {name}": partial(launch_lookup, *arguments, in_graphs=True, **options)
+    for name, arguments, options in (
+        ("3B float16", (F16, 32, 32, 100), {}),
+        ("8B bfloat16", (BF16, 32, 8, 128), {}),
+        ("8B bfloat16 by blocks", (BF16, 32, 8, 128), {"share": 0.1}),
+        ("8B bfloat16, soft cap and sinks", (BF16, 32, 8, 128), {"soft_cap": 50.0, "sinks": True}),
+        ("8B float32 by blocks", (F32, 32, 8, 128), {"share": 0.1}),
+        ("70B bfloat16 by blocks", (BF16, 64, 8, 128), {"share": 0.1}),
+        ("head 256 bfloat16, blocks of 256", (BF16, 16, 8, 256), {"block_size": 256, "share": 0.1}),
+        ("head 80 float16, group 7", (F16, 28, 4, 80), {}),
+    )
+}
+
+
+def launch_turn(dtype: torch.dtype, heads: int, head_size: int, is_neox: bool = True) -> None:
+    """Queries turned to the distance of LM-Infinite's top-k branch."""
+    angles = (meta(16, head_size // 2, dtype=torch.float32),) * 2
+    turned(meta(16, heads, head_size, dtype=dtype), *angles, is_neox)
+
+
+CASES |= {
+    "turn, 8B bfloat16": partial(launch_turn, BF16, 32, 128),
+    "turn, GPT-J float16, interleaved": partial(launch_turn, F16, 16, 256, False),
+    "turn, head 80 float32": partial(launch_turn, F32, 28, 80),
 }
 
 
@@ -334,6 +369,9 @@ EVERY_KERNEL = (
     "lookup, 8B bfloat16",
     "lookup, 8B bfloat16 by blocks",
     "lookup, 8B bfloat16, chunk by blocks",
+    "lookup in graphs, 8B bfloat16",
+    "lookup in graphs, 8B bfloat16 by blocks",
+    "turn, 8B bfloat16",
     "windows, 8B bfloat16, decode",
     "windows, 8B bfloat16, chunk",
     "swap, bfloat16",
@@ -341,10 +379,16 @@ EVERY_KERNEL = (
 
 
 def resources(name: str, capability: int) -> dict[str, list[int]]:
-    """By kernel of a case: registers, bytes spilled, bytes of shared memory."""
+    """By kernel of a case: registers, bytes spilled, bytes of shared memory; the most of each where a kernel
+    is compiled for several sizes.
+    """
+    found: dict[str, list[int]] = {}
     with compiling(capability) as kernels:
         CASES[name]()
-    return {k.kernel: [k.registers, k.spilled, k.shared] for k in kernels}
+    for k in kernels:
+        takes = k.registers, k.spilled, k.shared
+        found[k.kernel] = [*map(max, takes, found.get(k.kernel, takes))]
+    return found
 
 
 def stored() -> dict[str, dict[str, dict[str, list[int]]]]:

@@ -74,25 +74,53 @@ def places(firsts: list[int], ends: list[int], tables: list[Tensor]) -> tuple[Te
     return positions, torch.stack(slots)
 
 
+class Inputs:
+    """Tensors that persist from step to step, as those of vLLM that a CUDA graph of decodes replays over."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        """The value where it stood in the last step of the same shape."""
+        stood = self._tensors.get(name)
+        if stood is None or stood.shape != value.shape:
+            stood = self._tensors[name] = torch.empty_like(value)
+        return stood.copy_(value)
+
+
 def metadata_of(
-    attn_groups: Any, pool: KVCacheConfig, firsts: list[int], ends: list[int], tables: Any, slots: Tensor
+    attn_groups: Any,
+    pool: KVCacheConfig,
+    firsts: list[int],
+    ends: list[int],
+    tables: Any,
+    slots: Tensor,
+    positions: Tensor | None = None,
+    inputs: Inputs | None = None,
 ) -> dict[str, Any]:
-    """Of such a step, as the Model Runner V2 has it made; by layer."""
+    """Of such a step, as the Model Runner V2 has it made; by layer.
+
+    positions: of all tokens, those of padding included, where there are such. inputs: where they are to
+    stand.
+    """
     lens = [end - first for first, end in zip(firsts, ends, strict=True)]
     starts = torch.tensor([0, *lens]).cumsum(0).int()
+    if positions is None:
+        positions = places(firsts, ends, tables)[0]
+    inputs = inputs or Inputs()
     return attn_utils.build_attn_metadata(
         attn_groups,
         num_reqs=len(lens),
-        num_tokens=sum(lens),
-        query_start_loc_gpu=starts,
+        num_tokens=len(positions),
+        query_start_loc_gpu=inputs("query_start_loc", starts),
         query_start_loc_cpu=starts,
         max_query_len=max(lens),
-        seq_lens=torch.tensor(ends, dtype=torch.int32),
+        seq_lens=inputs("seq_lens", torch.tensor(ends, dtype=torch.int32)),
         max_seq_len=max(ends),
         block_tables=tables,
         slot_mappings=slots,
         kv_cache_config=pool,
-        positions=torch.cat([torch.arange(first, end) for first, end in zip(firsts, ends, strict=True)]),
+        positions=positions,
     )
 
 

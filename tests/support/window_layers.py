@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
@@ -16,7 +17,7 @@ from vllm.v1.worker.gpu import attn_utils
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from tests.support.cuda_engine import made_layers, metadata_of, places
+from tests.support.cuda_engine import Inputs, made_layers, metadata_of, places
 from tests.support.engine_args import create
 from tests.support.vllm_names import kv_cache_config
 from vllm_longctx import reference
@@ -97,6 +98,8 @@ class Engine:
         self.scores: dict[str, Any] = {"soft_cap": soft_cap, "sinks": sinks}
         self.config, self.prompts, self.computed = config, prompts, dict.fromkeys(prompts, 0)
         self.open = dict.fromkeys(prompts, 0)
+        self.inputs = Inputs()
+        self.graph: dict[str, Any] | None = None
         with set_current_vllm_config(config):
             self.layers = nn.ModuleList(SelfAttention(config, str(i), soft_cap) for i in range(2))
         for layer in self.layers:
@@ -157,8 +160,12 @@ class Engine:
         monkeypatch.setattr(GPUModelRunner, "prepare_inputs", lambda self, output, batch: batch)
         monkeypatch.setattr(GPUModelRunner, "prepare_attn", lambda self, batch: batch.attn)
 
-    def step(self, tokens: dict[str, int]) -> dict[str, list[Tensor]]:
-        """Computes so many tokens of each request, decodes first as vLLM orders them; the layers' outputs."""
+    def step(self, tokens: dict[str, int], padding: int = 0) -> dict[str, list[Tensor]]:
+        """Computes so many tokens of each request, decodes first as vLLM orders them; the layers' outputs.
+
+        padding: so many rows without a request follow, of decodes. Their layers are as a CUDA graph runs
+        them: the second and later times with the metadata of the first time.
+        """
         names, lens = list(tokens), list(tokens.values())
         first = [self.computed[n] for n in names]
         ends = [f + n for f, n in zip(first, lens, strict=True)]
@@ -172,21 +179,35 @@ class Engine:
         tables = [table[rows] for table in self.tables]
         positions, slots = places(first, ends, tables)
         count = len(positions)
+        if padding:
+            tables = [self.inputs(f"table {i}", F.pad(t, (0, 0, 0, padding))) for i, t in enumerate(tables)]
+            positions, slots = F.pad(positions, (0, padding)), F.pad(slots, (0, padding), value=-1)
         batch = SimpleNamespace(
             req_ids=names,
             positions=positions,
             num_tokens=count,
-            num_tokens_after_padding=count,
+            num_tokens_after_padding=count + padding,
             num_scheduled_tokens=np.array(lens),
             attn=(tables, slots),
         )
         self.runner.step = StepInfo(windows=windows)
         self.runner.prepare_inputs(SimpleNamespace(), batch)
         tables, slots = self.runner.prepare_attn(batch)
-        metadata = metadata_of(self.attn_groups, self.kv_cache_config, first, ends, tables, slots)
+        metadata = metadata_of(
+            self.attn_groups,
+            self.kv_cache_config,
+            first + [0] * padding,
+            ends + [0] * padding,
+            tables,
+            slots,
+            positions,
+            self.inputs if padding else None,
+        )
+        if padding:
+            metadata = self.graph = self.graph or metadata
         seen = self.runner.model_state.prepare_inputs(batch, None)["positions"]
         assert torch.equal(
-            positions, torch.cat([torch.arange(f, e) for f, e in zip(first, ends, strict=True)])
+            positions[:count], torch.cat([torch.arange(f, e) for f, e in zip(first, ends, strict=True)])
         )
         by_layer = attn_utils.build_slot_mappings_by_layer(slots, self.kv_cache_config)
         outputs = []
@@ -196,7 +217,8 @@ class Engine:
                     [t[f:e] for t in self.texts[n][number]]
                     for n, f, e in zip(names, first, ends, strict=True)
                 ]
-                outputs.append(layer(seen, *(torch.cat(x) for x in zip(*parts, strict=True))).split(lens))
+                inputs = [F.pad(torch.cat(x), (0, 0, 0, 0, 0, padding)) for x in zip(*parts, strict=True)]
+                outputs.append(layer(seen, *inputs)[:count].split(lens))
         return {name: [x[i] for x in outputs] for i, name in enumerate(names)}
 
     def expected(self, name: str, new: int, layer: int, best: int | None) -> tuple[Tensor, float]:

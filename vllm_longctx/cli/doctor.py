@@ -143,6 +143,8 @@ def plan(model: str, longctx: str | None, preset: str | None) -> Table:
     for key, value in mode_rows(settings.mode, worker):
         table.add_row(key, value)
     table.add_row("layers, by the model's config", planned_layers(config, settings))
+    if worker.startswith("vllm_longctx.cuda."):
+        table.add_row("CUDA graphs of decodes", decode_graphs(config, settings))
     table.add_row("trained length", f"{trained_length(config.model_config):,}")
     for key, value in plugin_configs(config)["longctx"]["attention"].items():
         table.add_row(f"attention.{key}", str(value))
@@ -165,6 +167,25 @@ def planned_layers(config: "VllmConfig", settings: "Settings") -> str:
         made_of(settings, settings.role(number, window is not None), window)
         for number, window in enumerate(layer_windows(config.model_config))
     )
+
+
+def decode_graphs(config: "VllmConfig", settings: "Settings") -> str:
+    """In which CUDA graphs steps run that only decode, and why not in full ones."""
+    from vllm.config import CUDAGraphMode
+
+    from vllm_longctx.cuda.decode_lookups import has_graphs
+    from vllm_longctx.settings import Lookup
+
+    graphs, attention = config.compilation_config.cudagraph_mode, settings.attention
+    if graphs.decode_mode() == CUDAGraphMode.FULL and attention.top_k is not None:
+        lookup = Lookup(attention.top_k, attention.lookup_share)
+        kv_heads = config.model_config.get_num_kv_heads(config.parallel_config)
+        if not has_graphs(config, config.cache_config.block_size, kv_heads, lookup):
+            return (
+                f"{graphs.mixed_mode().name.lower()}: full ones cannot hold lookups of "
+                f"attention.top_k = {attention.top_k}; lower it"
+            )
+    return graphs.decode_mode().name.lower()
 
 
 def mode_rows(mode: "Mode", worker: str) -> Iterator[tuple[str, str]]:

@@ -2,20 +2,26 @@
 
 As on the CPU (`vllm_longctx.cpu.memory`) all positions are counted from the query's window, and keys before
 it are stored unrotated. So a memory layer that attends to all is plain attention: `sliding` with a geometry
-that sees everything. Where queries look up the best keys, `kernels.lookup` attends to these and `window` to
-the keys since the window's start.
+that sees everything. Where queries look up the best keys, `decode_lookups` or, for chunks, `kernels.lookup`
+attends to these and `window` to the keys since the window's start.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from itertools import pairwise
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, CommonAttentionMetadata
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadata,
+    CommonAttentionMetadata,
+)
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
+from vllm_longctx.cuda.decode_lookups import DecodeLookup, DecodeLookups, cudagraph_support, of_first_token
 from vllm_longctx.cuda.kernels.lambda_decode import MAX_SPLITS, decode_workspace, lambda_decode
 from vllm_longctx.cuda.kernels.lookup import WORKSPACE, Memories, Summaries, attend_best
 from vllm_longctx.cuda.kernels.stepped import stepped_attention
@@ -26,25 +32,30 @@ from vllm_longctx.engine.lookup import ClosedWindow
 from vllm_longctx.engine.memory_kv import blocks_apart
 from vllm_longctx.geometry import Geometry
 from vllm_longctx.rotary import Rotary
-from vllm_longctx.settings import Lookup, Settings
+from vllm_longctx.settings import Lookup, Settings, active_settings
+
+Caches = tuple[Tensor, Tensor]  # of keys, of values
 
 
 @dataclass(frozen=True)
-class LookupPart:
-    """Rows with equally many queries, the step's tokens `tokens`.
+class ChunkLookup:
+    """Of one chunk: `tokens` of those of all chunks.
 
-    ends int32 [rows]: of their memories; longest: of these.
+    block_table [1, columns]; end int32 [1]: of its memory; length: the same.
     """
 
     tokens: slice
     block_table: Tensor
-    ends: Tensor
-    longest: int
+    end: Tensor
+    length: int
 
 
 @dataclass(frozen=True)
 class LookupMetadata(WindowMetadata):
-    lookups: tuple[LookupPart, ...] = ()
+    """Of rows with a memory. decodes: of all of them."""
+
+    decodes: DecodeLookup | None = None
+    chunks: tuple[ChunkLookup, ...] = ()
 
 
 class MemoryBackend(LambdaBackend):
@@ -70,32 +81,46 @@ class LookupBackend(MemoryBackend):
 
 
 class LookupMetadataBuilder(WindowMetadataBuilder):
-    """No CUDA graphs: how much there is to look up changes from step to step."""
+    """CUDA graphs: of decodes whose lookup they can hold."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        assert isinstance(kv_cache_spec, AttentionSpec)
+        return cudagraph_support(vllm_config, kv_cache_spec, _lookup(vllm_config))
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.lookups = DecodeLookups(vllm_config, kv_cache_spec, _lookup(vllm_config), 0, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LookupMetadata:
         m = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        return LookupMetadata(**vars(m), lookups=self._lookups(common_attn_metadata, m.starts))
-
-    def _lookups(self, m: CommonAttentionMetadata, starts: Tensor) -> tuple[LookupPart, ...]:
-        """All decodes are one part, every chunk is one of its own; rows without memory have none."""
-        decodes = split_decodes_and_prefills(m, decode_threshold=1)[0]
-        begins = m.query_start_loc_cpu.tolist()
-        rows = [slice(0, decodes)] if decodes else []
-        rows += [slice(row, row + 1) for row in range(decodes, m.num_reqs)]
-        parts = (
-            LookupPart(
-                slice(begins[r.start], begins[r.stop]),
-                m.block_table_tensor[r],
-                starts[r],
-                int(self.rows.starts_on_host[r].max()),
-            )
-            for r in rows
+        n, rows = m.num_decodes, len(m.starts)
+        lengths = self.rows.starts_on_host[:rows].tolist()
+        decodes = None
+        if n > 0:
+            decodes = self.lookups.of(m.block_table[:n], m.starts[:n], max(lengths[:n]), n == rows)
+        begins = (common_attn_metadata.query_start_loc_cpu[n : rows + 1] - n).tolist()
+        tokens = [slice(*ends) for ends in pairwise(begins)]
+        chunks = tuple(
+            ChunkLookup(part, m.block_table[row : row + 1], m.starts[row : row + 1], lengths[row])
+            for row, part in enumerate(tokens, n)
+            if lengths[row] and part.stop > part.start
         )
-        return tuple(part for part in parts if part.longest and part.tokens.stop > part.tokens.start)
+        return LookupMetadata(**vars(m), decodes=decodes, chunks=chunks)
+
+
+def _lookup(vllm_config: VllmConfig) -> Lookup:
+    lookup = active_settings(vllm_config).memory.lookup
+    assert lookup is not None
+    return lookup
 
 
 class LookupImpl(WindowImpl):
@@ -117,38 +142,34 @@ class LookupImpl(WindowImpl):
 
         block_table [rows, columns]: vLLM's own, by its strides.
         """
-        key_cache, value_cache = self._caches(kv_cache)
-        for length in (1, 16 // (self.num_heads // self.num_kv_heads) + 1):  # tiles of queries have two sizes
-            zeros, ones = (torch.full((2,), n, dtype=torch.int32, device=kv_cache.device) for n in (0, 1))
-            memories = Memories(
-                key_cache, value_cache, block_table[:1], zeros[:1], ones[:1], 1, self.summaries
-            )
+        caches = self._caches(kv_cache)
+        zeros, ones = (torch.full((2,), n, dtype=torch.int32, device=kv_cache.device) for n in (0, 1))
+        group = self.num_heads // self.num_kv_heads
+        for length in (1, 16 // group + 1):  # tiles of queries have two sizes
             query = torch.zeros(
-                length, self.num_heads, self.head_size, dtype=key_cache.dtype, device=kv_cache.device
+                length, self.num_heads, self.head_size, dtype=caches[0].dtype, device=kv_cache.device
             )
-            best = self._attend_best(query[None], memories)
+            chunk = ChunkLookup(slice(0, length), block_table[:1], ones[:1], 1)
+            branch = self._attend_chunk(query, caches, chunk)
             ends = ones * length
             starts = torch.stack((zeros[0], ends[0]))
-            branch = best[0][0], best[1][0]
-            out = torch.empty_like(query)
-            if length == 1:
-                self._warm_up_decode(query, key_cache, value_cache, block_table, ends, zeros, branch)
-                continue
             stepped_attention(
                 query,
-                key_cache,
-                value_cache,
+                *caches,
                 block_table[:1],
                 zeros,
                 ends[:1],
                 starts,
                 length,
                 self.scale,
-                out,
+                torch.empty_like(query),
                 branch,
                 self.logits_soft_cap,
                 self.sinks,
             )
+        decode = of_first_token(block_table, caches[0].shape[1], group, self.lookup)
+        branch = self._attend_decodes(query[:1], caches, decode)
+        self._warm_up_decode(query[:1], *caches, block_table, ones, zeros, branch)
 
     def _warm_up_decode(
         self,
@@ -192,38 +213,37 @@ class LookupImpl(WindowImpl):
             key_cache, window.blocks.long(), (window.end - numbers * block_size).clamp_max(block_size)
         )
 
-    def _memory_branch(
+    def _further_keys(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata
+    ) -> tuple[Tensor, Tensor] | None:
+        assert isinstance(metadata, LookupMetadata)
+        if metadata.decodes is None:
+            return None
+        return self._attend_decodes(query, (key_cache, value_cache), metadata.decodes)
+
+    def _further_keys_of_chunks(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: WindowMetadata
     ) -> tuple[Tensor, Tensor] | None:
         assert isinstance(metadata, LookupMetadata)
-        if not metadata.lookups:
+        if not metadata.chunks:
             return None
-        branch = (
-            torch.empty(query.shape, device=query.device),
-            torch.empty(query.shape[:2], device=query.device),
-        )
-        branch[0].zero_()
-        branch[1].fill_(-torch.inf)
-        for part in metadata.lookups:
-            rows = len(part.ends)
-            memories = Memories(
-                key_cache,
-                value_cache,
-                part.block_table,
-                torch.zeros_like(part.ends),
-                part.ends,
-                part.longest,
-                self.summaries,
-            )
-            queries = query[part.tokens].unflatten(0, (rows, -1))
-            best = self._attend_best(queries, memories)
-            for whole, found in zip(branch, best, strict=True):
-                whole[part.tokens] = found.flatten(0, 1)
-        return branch
+        output = torch.zeros(query.shape, device=query.device)
+        lse = torch.full(query.shape[:2], -torch.inf, device=query.device)
+        for chunk in metadata.chunks:
+            found = self._attend_chunk(query[chunk.tokens], (key_cache, value_cache), chunk)
+            output[chunk.tokens], lse[chunk.tokens] = found
+        return output, lse
 
-    def _attend_best(self, query: Tensor, memories: Memories) -> tuple[Tensor, Tensor]:
-        lookup = self.lookup
-        return attend_best(query, memories, lookup.top_k, self.scale, lookup.share, self.logits_soft_cap)
+    def _attend_decodes(self, query: Tensor, caches: Caches, decodes: DecodeLookup) -> tuple[Tensor, Tensor]:
+        return decodes.attend(query, *caches, self.lookup, self.scale, self.logits_soft_cap, self.summaries)
+
+    def _attend_chunk(self, query: Tensor, caches: Caches, chunk: ChunkLookup) -> tuple[Tensor, Tensor]:
+        begin, lookup = torch.zeros_like(chunk.end), self.lookup
+        memories = Memories(*caches, chunk.block_table, begin, chunk.end, chunk.length, self.summaries)
+        best = attend_best(
+            query[None], memories, lookup.top_k, self.scale, lookup.share, self.logits_soft_cap
+        )
+        return best[0][0], best[1][0]
 
 
 def close_window(

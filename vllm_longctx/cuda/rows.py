@@ -13,8 +13,8 @@ class StepRows(StepTimes):
 
     Sliding layers need nothing of it.
 
-    starts: int32 [max_num_seqs] on the device, where each row's window or pass begins; written in place,
-        since CUDA graphs hold it.
+    starts: int32 [max_num_seqs] on the device, where each row's window or pass begins, 0 behind the last row;
+        written in place, since CUDA graphs hold it.
     starts_on_host: The same.
     middle_ends: int64 [rows], where the middle of each request ends for its top-k branch, at most 0 of one
         that does not write; None in steps that vLLM makes up.
@@ -27,5 +27,6 @@ class StepRows(StepTimes):
 
     def begin_windows(self, starts: NDArray[np.int32]) -> None:
         """starts: int32 [rows]."""
-        async_tensor_h2d(starts, out=self.starts[: len(starts)])
+        self.starts_on_host = np.zeros(len(self.starts), np.int32)
         self.starts_on_host[: len(starts)] = starts
+        async_tensor_h2d(self.starts_on_host, out=self.starts)

@@ -47,15 +47,12 @@ class Decodes:
     """The first rows of a batch, those with one query: row r's is token r.
 
     splits: programs that share a row's keys.
-
-    lse: takes the scores' log-sum-exps, float32 [rows, heads], where the layers see further keys.
     """
 
     block_table: Tensor
     seq_lens: Tensor
     turn: Turn
     splits: int
-    lse: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -326,7 +323,7 @@ class LambdaImpl(AttentionImpl[LambdaMetadata]):
                 decodes.splits,
                 k_scale,
                 v_scale,
-                decodes.lse,
+                branch=self._further_keys(query[:rows], key_cache, value_cache, attn_metadata),
             )
         if (chunks := attn_metadata.chunks) is not None:
             tokens = slice(chunks.first_token, attn_metadata.num_actual_tokens)
@@ -347,6 +344,12 @@ class LambdaImpl(AttentionImpl[LambdaMetadata]):
                 v_scale,
             )
         return output
+
+    def _further_keys(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata
+    ) -> tuple[Tensor, Tensor] | None:
+        """What decodes see beside first tokens and window, as `branch` of `lambda_decode`; here nothing."""
+        return None
 
     def do_kv_cache_update(
         self, layer: AttentionLayer, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor

@@ -1,13 +1,12 @@
 """LM-Infinite's top-k branch (arXiv 2308.16137, its official code) in vLLM's GPU engine.
 
 Layers with the branch keep all their KV, and what has left the window of a request that writes is un-rotated
-in place (`turn_back`). To the best of these keys a query attends beside Λ attention, joined by their
-log-sum-exps. Only decodes have the branch: the scheduler computes one at a time the tokens that have it
+in place (`turn_back`). To the best of these keys a query attends beside Λ attention, in one softmax. Only
+decodes have the branch: the scheduler computes one at a time the tokens that have it
 (`scheduling.memory.TopKScheduler`).
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,41 +14,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from vllm_longctx.cuda.kernels.lookup import Memories, attend_best
+from vllm_longctx.cuda.decode_lookups import DecodeLookup, DecodeLookups, cudagraph_support, of_first_token
+from vllm_longctx.cuda.kernels.lookup_decode import turned
 from vllm_longctx.cuda.rows import StepRows
-from vllm_longctx.cuda.sliding import (
-    Decodes,
-    LambdaBackend,
-    LambdaImpl,
-    LambdaMetadata,
-    LambdaMetadataBuilder,
-)
+from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, LambdaMetadata, LambdaMetadataBuilder
 from vllm_longctx.engine.layers import LayerSite, TakenOver
-from vllm_longctx.engine.lookup import weigh
 from vllm_longctx.rotary import Rotary
-from vllm_longctx.settings import TopK
+from vllm_longctx.settings import Lookup, TopK, active_settings
 
 
 @dataclass(frozen=True)
 class Middles:
-    """The keys begins .. ends - 1 of each decode, int32 [rows]; none if ends is 0. longest: a bound of ends.
+    """What decodes look up between first tokens and window.
 
-    cos, sin: of the turn of each query to the distance at which it sees them, [rows, 1, rotary_dim / 2].
+    cos, sin: of the turn of each query to the distance at which it sees them, [rows, rotary_dim / 2].
     """
 
-    begins: Tensor
-    ends: Tensor
-    longest: int
+    lookup: DecodeLookup
     cos: Tensor
     sin: Tensor
 
 
 @dataclass(frozen=True)
 class TopKMetadata(LambdaMetadata):
-    """middles: None where no request has enough keys between its first tokens and its window."""
+    """middles: None where no request has any, and no graph replays."""
 
     middles: Middles | None = None
 
@@ -67,13 +58,17 @@ class TopKBackend(LambdaBackend):
 
 
 class TopKMetadataBuilder(LambdaMetadataBuilder):
-    """No CUDA graphs: how much there is to look up changes from step to step."""
+    """CUDA graphs: of decodes whose lookup they can hold."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
     impl: "TopKImpl"
     rows: StepRows
     # The last ends that were built from: those of a step before are none of a step that vLLM makes up.
     _seen: NDArray[np.int64] | None = None
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        assert isinstance(kv_cache_spec, AttentionSpec)
+        return cudagraph_support(vllm_config, kv_cache_spec, _lookup(active_settings(vllm_config).top_k))
 
     def __init__(
         self,
@@ -83,10 +78,13 @@ class TopKMetadataBuilder(LambdaMetadataBuilder):
         device: torch.device,
     ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        rows = vllm_config.scheduler_config.max_num_seqs
-        self.geometry = self.impl.view.geometry
-        self.begins = torch.full((rows,), self.geometry.n_global, dtype=torch.int32, device=device)
-        self.lse = torch.empty((rows, self.impl.num_heads), dtype=torch.float32, device=device)
+        rows, self.first = vllm_config.scheduler_config.max_num_seqs, self.impl.view.geometry.n_global
+        lookup = _lookup(self.impl.top_k)
+        self.lookups = DecodeLookups(vllm_config, kv_cache_spec, lookup, self.first, device)
+        self.ends = torch.zeros(rows, dtype=torch.int32, device=device)
+        assert self.impl.rotary is not None
+        shape = 2, rows, self.impl.rotary.rotary_dim // 2
+        self.angles = torch.empty(shape, dtype=torch.float32, device=device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -94,26 +92,38 @@ class TopKMetadataBuilder(LambdaMetadataBuilder):
         m = super().build(common_prefix_len, common_attn_metadata, fast_build)
         ends = None if self.rows.middle_ends is self._seen else self.rows.middle_ends
         self._seen = self.rows.middle_ends
-        decodes, middles = m.decodes, None
-        if decodes is not None:
-            rows = len(decodes.seq_lens)
-            decodes = replace(decodes, lse=self.lse[:rows])
-            if ends is not None:
-                assert common_attn_metadata.positions is not None
-                middles = self._middles(ends[:rows], common_attn_metadata.positions[:rows])
-        return TopKMetadata(m.num_actual_tokens, decodes, m.chunks, m.workspace, middles)
+        middles = None
+        if m.decodes is not None:
+            assert common_attn_metadata.positions is not None
+            positions = common_attn_metadata.positions[: len(m.decodes.seq_lens)]
+            middles = self._middles(ends, positions, m.decodes.block_table, m.chunks is None)
+        return TopKMetadata(**vars(m), middles=middles)
 
-    def _middles(self, ends: NDArray[np.int64], positions: Tensor) -> Middles | None:
-        """Those with enough keys: a request with fewer has no branch (`geometry.middle_branch`)."""
-        top_k, rotary = self.impl.top_k, self.impl.rotary
+    def _middles(
+        self, of_rows: NDArray[np.int64] | None, positions: Tensor, block_table: Tensor, is_whole_batch: bool
+    ) -> Middles | None:
+        """Those with enough keys: a request with fewer has no branch (`geometry.middle_branch`).
+
+        of_rows: where they end; None for a step that vLLM makes up. Rows of padding are behind these.
+        """
+        top_k, rotary, rows = self.impl.top_k, self.impl.rotary, len(positions)
         assert rotary is not None
-        ends = np.where(ends >= self.geometry.n_global + top_k.k, ends, 0).astype(np.int32)
-        if not ends.any():
+        ends = np.zeros(rows, np.int32)
+        if of_rows is not None:
+            of_rows = of_rows[:rows]
+            ends[: len(of_rows)] = np.where(of_rows >= self.first + top_k.k, of_rows, 0)
+        async_tensor_h2d(ends, out=self.ends[:rows])
+        lookup = self.lookups.of(block_table, self.ends[:rows], int(ends.max()), is_whole_batch)
+        if lookup is None:
             return None
-        cos, sin = rotary.cos_sin(top_k.insert_at - positions[:, None])
-        return Middles(
-            self.begins[: len(ends)], async_tensor_h2d(ends, device=self.device), int(ends.max()), cos, sin
-        )
+        cos, sin = self.angles[:, :rows]
+        for buffer, angles in zip((cos, sin), rotary.cos_sin(top_k.insert_at - positions), strict=True):
+            buffer.copy_(angles)
+        return Middles(lookup, cos, sin)
+
+
+def _lookup(top_k: TopK) -> Lookup:
+    return Lookup(top_k.k, None)
 
 
 class TopKImpl(TakenOver, LambdaImpl):
@@ -126,57 +136,26 @@ class TopKImpl(TakenOver, LambdaImpl):
 
         block_table [rows, columns]: by its strides vLLM's own.
         """
-        key_cache, value_cache = self._caches(kv_cache)
-        begins, ends = (torch.full((1,), n, dtype=torch.int32, device=kv_cache.device) for n in (0, 1))
+        caches, lookup = self._caches(kv_cache), _lookup(self.top_k)
         query = torch.zeros(
-            (1, 1, self.num_heads, self.head_size), dtype=key_cache.dtype, device=kv_cache.device
+            (1, self.num_heads, self.head_size), dtype=caches[0].dtype, device=kv_cache.device
         )
-        attend_best(
-            query,
-            Memories(key_cache, value_cache, block_table[:1], begins, ends, 1),
-            self.top_k.k,
-            self.scale,
-            soft_cap=self.logits_soft_cap,
-        )
+        assert self.rotary is not None
+        angles = self.rotary.cos_sin(torch.zeros(1, dtype=torch.int64, device=kv_cache.device))
+        query = turned(query, *angles, self.rotary.neox)
+        decode = of_first_token(block_table, caches[0].shape[1], self.num_heads // self.num_kv_heads, lookup)
+        decode.attend(query, *caches, lookup, self.scale, self.logits_soft_cap)
 
-    def forward(
-        self,
-        layer: AttentionLayer,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: TopKMetadata | None,  # type: ignore[override]  # of TopKMetadataBuilder, which these layers have
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """As `LambdaImpl.forward`."""
-        super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-        )
-        if attn_metadata is not None and attn_metadata.middles is not None:
-            assert attn_metadata.decodes is not None
-            self._add_middles(query, kv_cache, attn_metadata.decodes, attn_metadata.middles, output)
-        return output
-
-    def _add_middles(
-        self, query: Tensor, kv_cache: Tensor, decodes: Decodes, middles: Middles, output: Tensor
-    ) -> None:
-        """Turn the output of Λ attention into that of one softmax over its keys and the best ones of the
-        middles.
-        """
-        assert self.rotary is not None and decodes.lse is not None
-        rows = len(decodes.seq_lens)
-        memories = Memories(
-            *self._caches(kv_cache), decodes.block_table, middles.begins, middles.ends, middles.longest
-        )
-        turned = self.rotary.rotate(query[:rows], middles.cos, middles.sin)
-        found, lse = attend_best(
-            turned[:, None], memories, self.top_k.k, self.scale, soft_cap=self.logits_soft_cap
-        )
-        weights, rest = weigh(decodes.lse, lse.transpose(1, 2))
-        output[:rows] = torch.addcmul(found[:, 0] * weights, output[:rows].float(), rest)
+    def _further_keys(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata
+    ) -> tuple[Tensor, Tensor] | None:
+        assert isinstance(metadata, TopKMetadata) and self.rotary is not None
+        middles = metadata.middles
+        if middles is None:
+            return None
+        query = turned(query, middles.cos, middles.sin, self.rotary.neox)
+        lookup = _lookup(self.top_k)
+        return middles.lookup.attend(query, key_cache, value_cache, lookup, self.scale, self.logits_soft_cap)
 
 
 def turn_back(

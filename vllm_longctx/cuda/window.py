@@ -133,13 +133,11 @@ class WindowImpl(TakenOver, LambdaImpl):
         """As `LambdaImpl.forward`."""
         if attn_metadata is None:  # profiling run
             return output.fill_(0)
-        m, (key_cache, value_cache) = attn_metadata, self._caches(kv_cache)
-        branch = self._memory_branch(query[: m.num_actual_tokens], key_cache, value_cache, m)
+        m, caches = attn_metadata, self._caches(kv_cache)
         n, chunks = m.num_decodes, slice(m.num_decodes, m.num_actual_tokens)
         lambda_decode(
             query[:n],
-            key_cache,
-            value_cache,
+            *caches,
             m.block_table[:n],
             m.seq_lens[:n],
             None,
@@ -150,12 +148,11 @@ class WindowImpl(TakenOver, LambdaImpl):
             m.workspace,
             m.splits,
             starts=m.starts[:n],
-            branch=branch and (branch[0][:n], branch[1][:n]),
+            branch=self._further_keys(query[:n], *caches, m),
         )
         stepped_attention(
             query[chunks],
-            key_cache,
-            value_cache,
+            *caches,
             m.block_table[n:],
             m.starts[n:],
             m.seq_lens[n:],
@@ -163,17 +160,15 @@ class WindowImpl(TakenOver, LambdaImpl):
             m.max_query_len,
             self.scale,
             output[chunks],
-            branch and (branch[0][n:], branch[1][n:]),
+            self._further_keys_of_chunks(query[chunks], *caches, m),
             self.logits_soft_cap,
             self.sinks,
             self.view.alibi_slopes,
         )
         return output
 
-    def _memory_branch(
+    def _further_keys_of_chunks(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: WindowMetadata
     ) -> tuple[Tensor, Tensor] | None:
-        """What queries see before their window: output [tokens, heads, d], log-sum-exp [tokens, heads]; here
-        nothing.
-        """
+        """What chunks see before their window, as `branch` of `stepped_attention`; here nothing."""
         return None

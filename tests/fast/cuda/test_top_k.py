@@ -20,7 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.gpu import attn_utils
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from tests.support.cuda_engine import BLOCK_SIZE, CPU, made_layers, metadata_of, places, text, to_cpu
+from tests.support.cuda_engine import BLOCK_SIZE, CPU, Inputs, made_layers, metadata_of, places, text, to_cpu
 from tests.support.cuda_engine import Engine as WholeEngine
 from tests.support.engine_args import create
 from tests.support.reference_model import ReferenceLlama, official_top_k, with_top_k
@@ -28,6 +28,7 @@ from tests.support.vllm_names import kv_cache_config
 from vllm_longctx import reference
 from vllm_longctx.config import LongContextError
 from vllm_longctx.cuda import top_k_runner
+from vllm_longctx.cuda.decode_lookups import DecodeLookup
 from vllm_longctx.cuda.kernels.lambda_decode import decode_workspace
 from vllm_longctx.cuda.kernels.lookup import WORKSPACE
 from vllm_longctx.cuda.memory import pool_beside_lookups
@@ -68,6 +69,8 @@ class Engine:
         monkeypatch: pytest.MonkeyPatch,
     ):
         self.texts, self.prompts, self.computed = texts, prompts, dict.fromkeys(prompts, 0)
+        self.inputs = Inputs()
+        self.graph: dict[str, Any] | None = None
         self.config = config = to_cpu(
             configure(
                 path,
@@ -115,9 +118,12 @@ class Engine:
         runner.begin(sites, rows)
         runner.bind_kv_cache()
 
-    def step(self, tokens: dict[str, int]) -> dict[str, Tensor]:
+    def step(self, tokens: dict[str, int], padding: int = 0) -> dict[str, Tensor]:
         """Computes so many tokens of each request, decodes first as vLLM orders them; log-probabilities
         behind each.
+
+        padding: so many rows without a request follow, of decodes. Their layers are as a CUDA graph runs
+        them: the second and later times with the metadata of the first time.
         """
         names, lens = list(tokens), list(tokens.values())
         rows = [list(self.prompts).index(name) for name in names]
@@ -127,6 +133,9 @@ class Engine:
         count = sum(lens)
         tables = [table[rows] for table in self.tables]
         positions, slots = places(first, ends, tables)
+        if padding:
+            tables = [self.inputs(f"table {i}", F.pad(t, (0, 0, 0, padding))) for i, t in enumerate(tables)]
+            positions, slots = F.pad(positions, (0, padding)), F.pad(slots, (0, padding), value=-1)
         batch = SimpleNamespace(
             req_ids=names,
             num_computed_tokens_np=np.array(first, dtype=np.int32),
@@ -134,19 +143,31 @@ class Engine:
             attn=(tables, slots),
         )
         tables, slots = self.runner.prepare_attn(batch)
-        metadata = metadata_of(self.attn_groups, self.kv_cache_config, first, ends, tables, slots)
+        metadata = metadata_of(
+            self.attn_groups,
+            self.kv_cache_config,
+            first + [0] * padding,
+            ends + [0] * padding,
+            tables,
+            slots,
+            positions,
+            self.inputs if padding else None,
+        )
+        if padding:
+            metadata = self.graph = self.graph or metadata
         self.looked_up = {
             name for name, of_layer in metadata.items() if getattr(of_layer, "middles", None) is not None
         }
         by_layer = attn_utils.build_slot_mappings_by_layer(slots, self.kv_cache_config)
         ids = torch.tensor(
             [i for n, f, e in zip(names, first, ends, strict=True) for i in self.texts[n][f:e]]
+            + [0] * padding
         )
         with (
             torch.inference_mode(),
-            set_forward_context(metadata, self.config, num_tokens=count, slot_mapping=by_layer),
+            set_forward_context(metadata, self.config, num_tokens=len(ids), slot_mapping=by_layer),
         ):
-            logits = self.model.compute_logits(self.model(ids, positions))
+            logits = self.model.compute_logits(self.model(ids, positions))[:count]
         return dict(zip(names, logits.double().log_softmax(-1).split(lens), strict=True))
 
     def preempt(self, name: str) -> None:
@@ -166,21 +187,21 @@ def test_requests_that_write_see_the_best_keys_of_their_middle(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Long and short prompts, chunks beside decodes, middles that are empty, too small, just enough; one is
-    preempted.
+    preempted. A step of decodes is replayed for other requests in its rows.
     """
     monkeypatch.setattr(top_k_runner, "WORKSPACE", 4 * 2 * 32 * 7)  # seven keys are turned back at once
     prompts = {"long": 40, "short": 6, "middling": 31}
     texts = {name: torch.randint(3, 512, (length + 12,)).tolist() for name, length in prompts.items()}
     engine = Engine(tiny_llama, TOP_K, texts, prompts, monkeypatch)
-    assert engine.support.min_cg_support == AttentionCGSupport.NEVER
+    assert engine.support.min_cg_support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     reference, expected = ReferenceLlama(tiny_llama), {}
     for name, length in prompts.items():
         seen = with_top_k(Geometry(5, 24, 24), length, range(1, 2), 3, 20)
         expected[name] = reference.logprobs(texts[name], seen)
         assert min(reference.margins) > 1e-5  # no two keys are equally good
 
-    def check(tokens: dict[str, int]) -> None:
-        for name, ours in engine.step(tokens).items():
+    def check(tokens: dict[str, int], padding: int = 0) -> None:
+        for name, ours in engine.step(tokens, padding).items():
             end = engine.computed[name]
             torch.testing.assert_close(ours, expected[name][end - tokens[name] : end], atol=1e-4, rtol=0)
 
@@ -188,10 +209,10 @@ def test_requests_that_write_see_the_best_keys_of_their_middle(
     check({"short": 5, "long": 8})
     check({"long": 1, "middling": 30})  # its last token but one: it does not write yet
     assert not engine.looked_up
-    check({"long": 1, "short": 1, "middling": 1})
+    check({"long": 1, "short": 1, "middling": 1}, padding=1)
     assert engine.looked_up == {"model.layers.1.self_attn.attn"}
     for _ in range(2):
-        check({"middling": 1, "long": 1, "short": 1})
+        check({"middling": 1, "long": 1, "short": 1}, padding=1)
     engine.preempt("long")
     check({"short": 1, "long": 39})
     for _ in range(4):
@@ -267,15 +288,18 @@ def test_a_decode_joins_its_middle_under_a_cap_with_sinks() -> None:
     text = torch.cat((rotary.turn(key, by[:, None]), value), -1)
     cache = F.pad(text, (0, 0, 0, 0, 0, 4)).view(4, BLOCK_SIZE, kv_heads, 2 * d).transpose(1, 2)
     table, lens = torch.arange(4).int()[None], torch.tensor([length]).int()
-    decodes = Decodes(table, lens, rotary.cos_sin(impl.view.query_turn(at)), 2, torch.empty(1, heads))
+    decodes = Decodes(table, lens, rotary.cos_sin(impl.view.query_turn(at)), 2)
     ends = torch.tensor([end]).int()
-    middles = Middles(ends * 0 + 5, ends, end, *rotary.cos_sin(top_k.insert_at - at[:, None]))
-    metadata = TopKMetadata(1, decodes, None, decode_workspace(1, heads, d, 2, CPU), middles)
     layer = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0)
-    output = impl.forward(
-        layer, rotary.turn(query, at[:, None]), key, value, cache, metadata, torch.empty(1, heads, d)
-    )
-    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=0)
+    for longest in (None, end):  # in a graph, and where lookups are too large for one
+        middles = Middles(
+            DecodeLookup(table, ends * 0 + 5, ends, 1, longest, None), *rotary.cos_sin(top_k.insert_at - at)
+        )
+        metadata = TopKMetadata(1, decodes, None, decode_workspace(1, heads, d, 2, CPU), middles)
+        output = impl.forward(
+            layer, rotary.turn(query, at[:, None]), key, value, cache, metadata, torch.empty(1, heads, d)
+        )
+        torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("gpu")

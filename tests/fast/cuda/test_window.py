@@ -11,6 +11,7 @@ import pytest
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -18,20 +19,21 @@ from tests.support.cuda_engine import Engine as WholeEngine
 from tests.support.cuda_engine import text
 from tests.support.reference_model import focused
 from tests.support.window_layers import BLOCK_SIZE, FOCUSED, LOOKUPS, Engine, configure
+from vllm_longctx.cli.doctor import decode_graphs
 from vllm_longctx.config import LongContextError
 from vllm_longctx.cuda.kernels.lookup import WORKSPACE, Summaries
-from vllm_longctx.cuda.memory import close_window, pool_beside_lookups
+from vllm_longctx.cuda.memory import MemoryBackend, close_window, pool_beside_lookups
 from vllm_longctx.cuda.memory_runner import MemoryRunner
 from vllm_longctx.cuda.rows import StepRows
 from vllm_longctx.engine.lookup import ClosedWindow
 from vllm_longctx.geometry import SteppedWindows
 from vllm_longctx.rotary import Rotary, inverse_frequencies
 from vllm_longctx.scheduling.memory import AsyncMemoryScheduler, MemoryScheduler
-from vllm_longctx.settings import Lookup
+from vllm_longctx.settings import Lookup, active_settings
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are not interpreted")
-@pytest.mark.usefixtures("gpu", "stock_cache_update", "one_thread")
+@pytest.mark.usefixtures("gpu", "stock_cache_update", "one_thread", "sorted_by_numpy")
 @pytest.mark.parametrize(
     ("attention", "scores"),
     [*((a, {}) for a in LOOKUPS), (LOOKUPS[1], {"soft_cap": 2.0, "sinks": torch.tensor([1.0, -3.0])})],
@@ -45,14 +47,12 @@ def test_windows_become_memory(
     """
     config = configure(tiny, attention, block_size=BLOCK_SIZE, dtype="float32", max_num_batched_tokens=64)
     engine = Engine(config, monkeypatch, {"a": 31, "b": 9}, 45, **scores)
-    graphs = (
-        AttentionCGSupport.NEVER if "lookup" in attention else AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
-    assert engine.support.min_cg_support == graphs
+    assert engine.support.min_cg_support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     # Windows of a begin at 0, 12, 20, 32; those of b at 0, 12.
     steps = [{"a": 12}, {"b": 9, "a": 8}, *[{"b": 1, "a": n} for n in (11, 1, 1, 1)]]
     for tokens in steps:
-        for name, outputs in engine.step(tokens).items():
+        padding = 1 if max(tokens.values()) == 1 else 0  # decodes are replayed, with a row without a request
+        for name, outputs in engine.step(tokens, padding).items():
             for layer, output in enumerate(outputs):
                 expected, margin = engine.expected(name, tokens[name], layer, attention.get("top_k"))
                 assert margin > 1e-5
@@ -217,7 +217,7 @@ def test_vllms_own_warm_up_steps_have_no_windows(monkeypatch: pytest.MonkeyPatch
     )
     runner.prepare_inputs(SimpleNamespace(), batch)
     assert runner.model_state.window_positions.tolist() == [5, 6, 0, 7]
-    assert runner.rows.starts.tolist() == [0, 1, 1, 1]
+    assert runner.rows.starts.tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.usefixtures("gpu")
@@ -261,6 +261,22 @@ def test_what_focused_cannot_do_on_cuda_is_refused(
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(v2)))
     with pytest.raises(LongContextError, match=message):
         configure(tiny, attention, **kwargs)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_graphs_hold_lookups_that_are_not_too_large(tiny: Path) -> None:
+    """The metadata builder says so to vLLM, and doctor to users."""
+    larger = {"lookup": "top_k", "top_k": 1025}
+    for attention, support, shown in (
+        *((attention, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, "full") for attention in LOOKUPS),
+        (larger, AttentionCGSupport.NEVER, "of attention.top_k = 1025; lower it"),
+    ):
+        config = configure(tiny, attention)
+        settings = active_settings(config)
+        assert decode_graphs(config, settings).endswith(shown)
+        builder = MemoryBackend.for_settings(settings).get_builder_cls()
+        spec = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=16, dtype=torch.float32)
+        assert builder.get_cudagraph_support(config, spec) == support
 
 
 @pytest.mark.usefixtures("gpu")

@@ -5,7 +5,7 @@ The k best keys stand in the k blocks with the best maxima, so nothing as long a
 One kernel writes every block's best product, or the bound that its summary gives; torch.topk takes the best
 blocks, span by span of the text; a second kernel scores just their keys; a third attends to the best of
 these. Workspaces are bounded (`WORKSPACE`), whatever the memory and the number of queries, and nothing is
-read back to the host.
+read back to the host. But the host must know how long memories may be: `lookup_decode` does without.
 
 Scores and places are packed in one int64 as in `engine.lookup`, so equal products go to the earlier key here
 too.
@@ -66,8 +66,8 @@ class Memories:
 
     key_cache, value_cache [num_blocks, block_size, kv_heads, head_size], any strides but 1 in the last
     dimension; block_size a power of two of at least 16. block_table int32 [rows, columns]; begins, ends int32
-    [rows]. longest: a host's upper bound of ends. summaries: of the layer, those of the memories' blocks up
-    to date; only `best_blocks` needs them.
+    [rows]. longest: a host's upper bound of ends; None for what the block table has room for. summaries: of
+    the layer, those of the memories' blocks up to date; only `best_blocks` needs them.
     """
 
     key_cache: Tensor
@@ -75,7 +75,7 @@ class Memories:
     block_table: Tensor
     begins: Tensor
     ends: Tensor
-    longest: int
+    longest: int | None
     summaries: Summaries | None = None
 
     @property
@@ -89,7 +89,8 @@ class Memories:
     @property
     def num_columns(self) -> int:
         """Of the block table, so many hold the longest memory; at least one."""
-        return max(min(cdiv(self.longest, self.block_size), self.block_table.shape[1]), 1)
+        width = self.block_table.shape[1]
+        return width if self.longest is None else max(min(cdiv(self.longest, self.block_size), width), 1)
 
     def constants(self, heads: int) -> dict[str, int]:
         """Of a kernel's specialisation. heads: of the queries."""
@@ -122,13 +123,11 @@ def attend_best(
     rows, length, heads, d = query.shape
     output = torch.empty(rows, length, heads, d, dtype=torch.float32, device=query.device)
     lse = torch.empty(rows, length, heads, dtype=torch.float32, device=query.device)
-    blocks = (
-        min(k, memories.num_columns) if share is None else _most_blocks(query, memories, k, share, SCANNED)
-    )
-    for of_rows, tokens in _tiles(query, blocks * memories.block_size):
+    blocks = _most_blocks(query, memories, k, share, SCANNED)
+    for of_rows, tokens in tiles(query, blocks * memories.block_size):
         part, q = memories.rows(of_rows), query[of_rows, tokens]
         best = top_k(q, part, k) if share is None else best_blocks(q, part, k, share, SCANNED)
-        _attend(best, part, scale, soft_cap, output[of_rows, tokens], lse[of_rows, tokens])
+        attend(best, part, scale, soft_cap, output[of_rows, tokens], lse[of_rows, tokens])
     return output, lse
 
 
@@ -139,7 +138,7 @@ def top_k(query: Tensor, memories: Memories, k: int) -> Tensor:
     query as in `attend_best`. `unpack` tells products and positions; -inf where there are fewer keys.
     """
     best = _best_blocks(query, memories, k, None)
-    return _best_keys(query, memories, _places(best), k)
+    return _highest(key_scores(query, memories, place_of(best)), k)
 
 
 def best_blocks(query: Tensor, memories: Memories, k: int, share: float, least: int) -> Tensor:
@@ -153,28 +152,45 @@ def best_blocks(query: Tensor, memories: Memories, k: int, share: float, least: 
     be coded.
     """
     group = query.shape[2] // memories.kv_heads
-    bs = memories.block_size
     best = _best_blocks(query, memories, _most_blocks(query, memories, k, share, least), memories.summaries)
-    lengths = ((memories.ends + bs - 1) // bs - memories.begins // bs).clamp_min(0)
+    counts = block_counts(memories.begins, memories.ends, memories.block_size, group, k, share, least)
+    return _highest(key_scores(query, memories, in_turn(place_of(best), memories.kv_heads, counts)), k)
+
+
+def block_counts(
+    begins: Tensor, ends: Tensor, block_size: int, group: int, k: int, share: float, least: int
+) -> Tensor:
+    """How many blocks each row's KV heads read: int64 [rows]. group: query heads of a KV head.
+
+    begins, ends: as in `Memories`. A memory of at most k keys is read whole.
+    """
+    lengths = ((ends + block_size - 1) // block_size - begins // block_size).clamp_min(0)
     counts = (lengths.double() * share).long().clamp_min(least).clamp_max(2 * group * k).minimum(lengths)
-    counts = torch.where(memories.ends - memories.begins <= k, lengths, counts)
-    return _best_keys(query, memories, _in_turn(_places(best), memories.kv_heads, counts), k)
+    return torch.where(ends - begins <= k, lengths, counts)
 
 
 def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Products float32 and positions in the text int64 of packed keys."""
     bits = (packed >> 32).int()
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32), _places(packed)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32), place_of(packed)
 
 
-def _most_blocks(query: Tensor, memories: Memories, k: int, share: float, least: int) -> int:
-    """The host's upper bound of the blocks that `best_blocks` chooses."""
-    n, group = memories.num_columns, query.shape[2] // memories.kv_heads
-    whole = cdiv(k, memories.block_size) + 1  # of a memory of at most k keys
-    return min(max(min(max(int(n * share), least), 2 * group * k), whole), n)
+def most_blocks(columns: int, block_size: int, group: int, k: int, share: float | None, least: int) -> int:
+    """The host's upper bound of the blocks whose keys are scored singly, of `columns`; with a share, of
+    `block_counts`.
+    """
+    if share is None:
+        return min(k, columns)
+    whole = cdiv(k, block_size) + 1  # of a memory of at most k keys
+    return min(max(min(max(int(columns * share), least), 2 * group * k), whole), columns)
 
 
-def _tiles(query: Tensor, keys: int) -> Iterator[tuple[slice, slice]]:
+def _most_blocks(query: Tensor, memories: Memories, k: int, share: float | None, least: int) -> int:
+    group = query.shape[2] // memories.kv_heads
+    return most_blocks(memories.num_columns, memories.block_size, group, k, share, least)
+
+
+def tiles(query: Tensor, keys: int) -> Iterator[tuple[slice, slice]]:
     """Rows and tokens that fit into the workspace together, with so many keys scored singly for each head."""
     rows, length, heads, _ = query.shape
     per_tile = max(1, WORKSPACE // (heads * keys))
@@ -212,10 +228,7 @@ def _block_scores(
     steps = query if summaries is None else summaries.steps  # unused if None
     group, item = constants["GROUP"], query.element_size()
     tile = 16 if length * group <= 16 or item > 2 else 64
-    per_step, steps_of_program = (
-        max((128 if constants["D_PAD"] * item <= 256 else 64) // memories.block_size, 1),
-        8,
-    )
+    per_step, steps_of_program = blocks_per_step(constants, item), 8
     out = torch.empty(rows, length, heads, count, dtype=torch.int64, device=query.device)
     grid = (cdiv(length * group, tile) * cdiv(count, per_step * steps_of_program), kv_heads, rows)
     _block_scores_kernel[grid](
@@ -236,16 +249,22 @@ def _block_scores(
         BLOCKS=per_step,
         STEPS=steps_of_program,
         CODED=summaries is not None,
-        WIDE=_is_wide(query, memories),
+        WIDE=is_wide(query, memories),
         num_stages=2,
         **constants,
     )
     return out
 
 
-def _best_keys(query: Tensor, memories: Memories, columns: Tensor, k: int) -> Tensor:
-    """The best keys of blocks, int64 [rows, T, heads or kv_heads, n] of the block table's columns, -1 for
-    none: packed.
+def blocks_per_step(constants: dict[str, int], element_size: int) -> int:
+    """So many a program scores at once. element_size: bytes of the queries' dtype."""
+    keys = 128 if constants["D_PAD"] * element_size <= 256 else 64
+    return max(keys // constants["BLOCK"], 1)
+
+
+def key_scores(query: Tensor, memories: Memories, columns: Tensor) -> Tensor:
+    """Of all keys of blocks, int64 [rows, T, heads or kv_heads, n] of the block table's columns, -1 for none:
+    packed, [rows, T, heads, n * block_size].
     """
     rows, length, heads, _ = query.shape
     sets, n = columns.shape[2:]
@@ -268,10 +287,10 @@ def _best_keys(query: Tensor, memories: Memories, columns: Tensor, k: int) -> Te
         KEYS=per_step,
         **memories.constants(heads),
     )
-    return _highest(out, k)
+    return out
 
 
-def _attend(
+def attend(
     best: Tensor, memories: Memories, scale: float, soft_cap: float, output: Tensor, lse: Tensor
 ) -> None:
     """Attention over packed keys [rows, T, heads, n], best first, into output [rows, T, heads, d] and lse
@@ -297,7 +316,7 @@ def _attend(
     )
 
 
-def _in_turn(columns: Tensor, kv_heads: int, counts: Tensor) -> Tensor:
+def in_turn(columns: Tensor, kv_heads: int, counts: Tensor) -> Tensor:
     """Blocks that the heads of a KV head choose one after the other, none twice: [rows, T, kv_heads, n], -1
     for none.
 
@@ -319,11 +338,7 @@ def _highest(packed: Tensor, k: int) -> Tensor:
     return packed.topk(min(k, packed.shape[-1]), -1).values
 
 
-def _places(packed: Tensor) -> Tensor:
-    return place_of(packed)
-
-
-def _is_wide(query: Tensor, memories: Memories) -> bool:
+def is_wide(query: Tensor, memories: Memories) -> bool:
     """Whether products are taken in float32: of types that differ, and of bfloat16 where Triton's interpreter
     does it.
 
@@ -334,7 +349,7 @@ def _is_wide(query: Tensor, memories: Memories) -> bool:
 
 
 @triton.jit
-def _pack(scores, places):
+def pack(scores, places):
     """As `engine.lookup.pack`."""
     bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -342,9 +357,56 @@ def _pack(scores, places):
 
 
 @triton.jit
-def _score(packed):
+def score_of(packed):
     ordered = (packed >> 32).to(tl.int32)
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def widened(q, begin, end, BLOCK: tl.constexpr, CODED: tl.constexpr, WIDE: tl.constexpr):
+    """Queries [TILE, D_PAD] as they are multiplied, half of their sums of absolutes, and the memory.
+
+    CODED: with bounds, which are of whole blocks.
+    """
+    margin = tl.zeros((q.shape[0],), tl.float32)
+    if CODED:
+        margin = tl.sum(tl.abs(q.to(tl.float32)), 1) / 2
+        end = tl.where(end > begin, (end + BLOCK - 1) // BLOCK * BLOCK, begin)
+        begin = begin // BLOCK * BLOCK
+    if WIDE:
+        q = q.to(tl.float32)
+    return q, margin, begin, end
+
+
+@triton.jit
+def best_of_blocks(
+    q, margin, keys, steps, table, kv_head, kv_heads, first, last, begin, end, key_block, key_token, key_head,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, CODED: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCKS columns from `first` on, before `last`, the best product or bound: packed [TILE, BLOCKS].
+
+    q, margin, begin, end: from `widened`.
+    """
+    dims, key = tl.arange(0, D_PAD), tl.arange(0, BLOCKS * BLOCK)
+    column = first + key // BLOCK
+    position = column * BLOCK + key % BLOCK
+    visible = (position >= begin) & (position < end) & (column < last)
+    block = tl.load(table + column, mask=visible, other=0).to(tl.int64)
+    k = tl.load(
+        keys + (block * key_block + key % BLOCK * key_token + kv_head * key_head)[None, :] + dims[:, None],
+        mask=visible[None, :] & (dims[:, None] < D),
+        other=0,
+    )
+    products = tl.dot(q, k.to(q.dtype), input_precision="ieee")
+    products = tl.where(visible[None, :], products, float("-inf"))
+    best = tl.max(tl.reshape(products, (q.shape[0], BLOCKS, BLOCK)), 2)
+    column = first + tl.arange(0, BLOCKS)
+    if CODED:
+        visible = (column * BLOCK >= begin) & (column * BLOCK < end) & (column < last)
+        block = tl.load(table + column, mask=visible, other=0).to(tl.int64)
+        width = tl.load(steps + block * kv_heads + kv_head, mask=visible, other=1.0)
+        best = (best + margin[:, None]) * width[None, :]
+    return pack(best, column[None, :])
 
 
 # What changes from step to step must not ask for another compilation.
@@ -372,40 +434,16 @@ def _block_scores_kernel(
         mask=is_query[:, None] & (dims[None, :] < D),
         other=0.0,
     )
-    begin, end = tl.load(begins + row), tl.load(ends + row)
-    if CODED:  # bounds are of whole blocks
-        margin = tl.sum(tl.abs(q.to(tl.float32)), 1) / 2
-        end = tl.where(end > begin, (end + BLOCK - 1) // BLOCK * BLOCK, begin)
-        begin = begin // BLOCK * BLOCK
-    if WIDE:
-        q = q.to(tl.float32)
+    q, margin, begin, end = widened(q, tl.load(begins + row), tl.load(ends + row), BLOCK, CODED, WIDE)
     table = block_table + row * table_row
     to = out + ((row * length + token) * (tl.num_programs(1) * GROUP) + head) * count
-    key = tl.arange(0, BLOCKS * BLOCK)
     start = tl.program_id(0) // num_tiles * (STEPS * BLOCKS)
     for step in range(tl.minimum(STEPS, tl.cdiv(count - start, BLOCKS))):
-        column = first + start + step * BLOCKS + key // BLOCK
-        position = column * BLOCK + key % BLOCK
-        visible = (position >= begin) & (position < end) & (column < first + count)
-        block = tl.load(table + column, mask=visible, other=0).to(tl.int64)
-        k = tl.load(
-            keys
-            + (block * key_block + key % BLOCK * key_token + kv_head * key_head)[None, :]
-            + dims[:, None],
-            mask=visible[None, :] & (dims[:, None] < D),
-            other=0,
-        )
-        products = tl.dot(q, k.to(q.dtype), input_precision="ieee")
-        products = tl.where(visible[None, :], products, float("-inf"))
-        best = tl.max(tl.reshape(products, (TILE, BLOCKS, BLOCK)), 2)
         number = start + step * BLOCKS + tl.arange(0, BLOCKS)
-        if CODED:
-            position = (first + number) * BLOCK
-            visible = (position >= begin) & (position < end) & (number < count)
-            block = tl.load(table + first + number, mask=visible, other=0).to(tl.int64)
-            width = tl.load(steps + block * tl.num_programs(1) + kv_head, mask=visible, other=1.0)
-            best = (best + margin[:, None]) * width[None, :]
-        packed = _pack(best, (first + number)[None, :])
+        packed = best_of_blocks(
+            q, margin, keys, steps, table, kv_head, tl.num_programs(1), first + start + step * BLOCKS,
+            first + count, begin, end, key_block, key_token, key_head, D, D_PAD, BLOCK, BLOCKS, CODED,
+        )  # fmt: skip
         tl.store(to[:, None] + number[None, :], packed, mask=is_query[:, None] & (number < count)[None, :])
 
 
@@ -441,7 +479,7 @@ def _key_scores_kernel(
         )
         scores = tl.where(visible, tl.sum(k * q.to(tl.float32)[None, :], 1), float("-inf"))
         to = out + (which * num_heads + head) * num_columns * BLOCK
-        tl.store(to + key, _pack(scores, tl.maximum(position, 0)), mask=is_key)
+        tl.store(to + key, pack(scores, tl.maximum(position, 0)), mask=is_key)
 
 
 @triton.jit(do_not_specialize=["block_table", "length", "num_best"])
@@ -458,7 +496,7 @@ def _attend_kernel(
     mine = best + (which * tl.num_programs(1) + head) * num_best
     values += (head // GROUP).to(tl.int64) * value_head
     dims = tl.arange(0, D_PAD)
-    highest = _score(tl.load(mine)) * scale
+    highest = score_of(tl.load(mine)) * scale
     if SOFT_CAP > 0:
         highest = SOFT_CAP * tanh_of_ratio(highest, SOFT_CAP)
     highest = tl.maximum(highest, -3.4e38)  # finite without keys too
@@ -467,7 +505,7 @@ def _attend_kernel(
     for begin in range(0, num_best, KEYS):
         number = begin + tl.arange(0, KEYS)
         packed = tl.load(mine + number, mask=number < num_best, other=0)
-        scores = tl.where(number < num_best, _score(packed) * scale, float("-inf"))
+        scores = tl.where(number < num_best, score_of(packed) * scale, float("-inf"))
         there = scores > float("-inf")
         if SOFT_CAP > 0:
             scores = tl.where(there, SOFT_CAP * tanh_of_ratio(scores, SOFT_CAP), float("-inf"))
