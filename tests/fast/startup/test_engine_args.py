@@ -456,6 +456,8 @@ def test_a_longllama_checkpoint_without_memory_layers_has_windows_only(
     )
     with pytest.raises(LongContextError, match="gives 33 blocks, but one request holds up to 33 "):
         create(tmp_path, {}, num_gpu_blocks_override=33)
+
+
 def test_a_longllama_checkpoint_may_learn(longllama: Path) -> None:
     """Transformers has no class of its name."""
     vllm_config = create(longllama, {"longctx": {"attention": {"method": "focused"}, "adaptation": {}}})
