@@ -34,6 +34,7 @@ def main(
     rank: int = 8,
     tokens: Annotated[int, typer.Option(help="Of an example; the later half are its targets.")] = 256,
     rows: Annotated[str, typer.Option(help="Requests in a pass.")] = "1,2,4,8",
+    dtype: Annotated[str, typer.Option(help="Of the base's weights; adapters are float32.")] = "float32",
     threads: int = 1,
     rounds: int = 5,
     json_out: JsonOut = None,
@@ -45,7 +46,7 @@ def main(
         r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model_path(model), dtype=torch.float32), config, names[0]
+        AutoModelForCausalLM.from_pretrained(model_path(model), dtype=getattr(torch, dtype)), config, names[0]
     )
     for name in names[1:]:
         adapted.add_adapter(name, config)
@@ -73,7 +74,7 @@ def main(
         table.add_row(str(count), *(f"{1000 * statistics.median(seconds[way, count]):.0f}" for way in WAYS))
     Console().print(table)
     result = {way: {count: 1000 * statistics.median(seconds[way, count]) for count in counts} for way in WAYS}
-    write_json(json_out, {"tokens": tokens, "rank": rank, "threads": threads, "ms": result})
+    write_json(json_out, {"tokens": tokens, "rank": rank, "dtype": dtype, "threads": threads, "ms": result})
 
 
 if __name__ == "__main__":

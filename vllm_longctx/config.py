@@ -405,6 +405,9 @@ class TrainerSection(_Section):
     several."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention of the trainer's model."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the trainer's weights, on a CPU. Default: the engine's, but float32 on a CPU without
+    instructions for the engine's, where 16 bits would be slower."""
     recompute: bool | None = None
     """Keep only each layer's input for the backward pass, and compute the rest again. Default: true on a GPU,
     else false."""
@@ -425,7 +428,16 @@ class TrainerSection(_Section):
 
     @model_validator(mode="after")
     def _own_process(self) -> Self:
-        for name in ("device", "attention", "recompute", "duty_cycle", "threads", "cpus", "max_restarts"):
+        for name in (
+            "device",
+            "attention",
+            "dtype",
+            "recompute",
+            "duty_cycle",
+            "threads",
+            "cpus",
+            "max_restarts",
+        ):
             if self.address is not None and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
                     f"{name} has no effect beside address; give it to the process that runs there, or leave "

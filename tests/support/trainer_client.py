@@ -33,9 +33,8 @@ def client_of(
     """
     trainer = TrainerSettings.of(TrainerSection(**given))
     options = m.Options(
-        **{**m.shared_fields(m.Options, trainer), "address": trainer.address or ""},
+        **{**m.shared_fields(m.Options, trainer), "address": trainer.address or "", "dtype": dtype},
         model=str(model),
-        dtype=dtype,
         shares=share is not None,
         adapters_root=None if adapters_root is None else str(adapters_root),
         parent=os.getpid(),

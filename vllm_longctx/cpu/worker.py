@@ -27,7 +27,7 @@ from vllm_longctx.modes import Role, load
 
 class LongContextWorker(LongContextWorkerBase, CPUWorker):
     platform = "cpu"
-    less_for_the_trainer = "set adaptation.trainer.recompute true, or use dtype bfloat16"
+    less_for_the_trainer = "set adaptation.trainer.recompute true, or adaptation.trainer.dtype bfloat16"
     stock_impl = CPUAttentionBackendImpl
     model_runner: LongContextRunner
 

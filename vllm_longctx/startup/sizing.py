@@ -345,13 +345,16 @@ def _kv_items(layers: Sequence[Layers]) -> Iterator[Item]:
 
 
 def _learning_items(config: VllmConfig, settings: Adaptation, platform: PlatformFacts) -> Iterator[Item]:
-    model = trained_model(config)
+    model = trained_model(config, settings.trainer)
     shape, lora = Shape.of(model), with_slots(config).lora_config
     assert lora is not None
     is_beside = settings.trainer.device == platform.device
     shares = is_beside and platform.trains_beside_engine
     trainer = Place.DEVICE if is_beside else Place.HOST
-    per_rank, itemsize = f"{shape.adapted_features:,} features in and out", model.dtype.itemsize
+    per_rank, itemsize = (
+        f"{shape.adapted_features:,} features in and out",
+        model_dtype(config.model_config).itemsize,
+    )
     yield Item(
         "LoRA layers",
         Place.DEVICE,

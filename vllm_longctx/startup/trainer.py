@@ -26,6 +26,11 @@ def check_trainer(trainer: TrainerSection) -> None:
             raise LongContextError(
                 f"adaptation.trainer.device = {trainer.device!r}, but {there}; name another, or leave it out"
             )
+        if trainer.dtype is not None:
+            raise LongContextError(
+                f"adaptation.trainer.dtype = {trainer.dtype!r} is for a trainer on the CPU, but "
+                f"adaptation.trainer.device is {device}, where it has the engine's; leave dtype out"
+            )
     if trainer.attention == "xformers":
         if device.type != "cuda":
             raise LongContextError(

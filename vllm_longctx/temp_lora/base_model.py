@@ -36,7 +36,7 @@ from vllm_longctx.models.properties import (
     model_dtype,
     trained_architectures,
 )
-from vllm_longctx.settings import Adaptation
+from vllm_longctx.settings import Adaptation, TrainerSettings, active_settings
 from vllm_longctx.temp_lora.messages import Ready
 from vllm_longctx.temp_lora.shared_weights import skeleton
 
@@ -44,6 +44,11 @@ logger = init_logger("vllm.longctx")
 
 PROBE_TOKENS = 64
 NAMES = ("_name_or_path", "transformers_version")  # of a config; no part of the model
+# That multiply numbers of a dtype, by their names in `torch.cpu.get_capabilities`.
+INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of each file of weights, for `identity`
 # The largest share of `logprob_difference` that one model may show, by the device's type. Measured on the
 # CPU, for a trained model and random ones of up to 24 layers: at most 4e-6, 0.007 and 0.03. With YaRN's
@@ -76,10 +81,20 @@ def resolved_config(model: ModelConfig) -> dict[str, Any]:
     return config | {"architectures": trained_architectures(model)}
 
 
-def trained_model(vllm_config: VllmConfig) -> PreTrainedModel:
-    """The trainer's model without weights, on `meta`."""
-    model = vllm_config.model_config
-    dtype = str(model_dtype(model)).removeprefix("torch.")
+def trainer_dtype(model: ModelConfig, trainer: TrainerSettings) -> torch.dtype:
+    """Of the trainer's weights. Without instructions for 16 bits, a CPU converts what it multiplies."""
+    dtype = model_dtype(model)
+    if trainer.dtype is not None:
+        return getattr(torch, trainer.dtype)
+    can = torch.cpu.get_capabilities()
+    has_instructions = trainer.device != "cpu" or any(can.get(name) for name in INSTRUCTIONS.get(dtype, ()))
+    return dtype if has_instructions else torch.float32
+
+
+def trained_model(vllm_config: VllmConfig, trainer: TrainerSettings | None = None) -> PreTrainedModel:
+    """The trainer's model without weights, on `meta`. trainer: By default the engine's own."""
+    model, trainer = vllm_config.model_config, trainer or active_settings(vllm_config).temp_lora.trainer
+    dtype = str(trainer_dtype(model, trainer)).removeprefix("torch.")
     with set_current_vllm_config(vllm_config):  # for classes of transformers' that vLLM has made its own
         return skeleton(model.model, dtype, "sdpa", resolved_config(model))
 
@@ -105,14 +120,18 @@ def weight_files(vllm_config: VllmConfig) -> list[str]:
 
 
 def identity(vllm_config: VllmConfig) -> bytes:
-    """Names the model's weights, as the engine computes with them, for the addresses of versions.
+    """Names the model's weights, as engine and trainer compute with them, for the addresses of versions.
 
     Neither the checkpoint's name nor its place is in it. Of large files a part is read: to read all of them
     would take as long as to load them.
     """
     model = vllm_config.model_config
     config = {key: value for key, value in resolved_config(model).items() if key not in NAMES}
-    about = json.dumps([config, str(model_dtype(model))], sort_keys=True)
+    dtypes = [
+        str(model_dtype(model)),
+        str(trainer_dtype(model, active_settings(vllm_config).temp_lora.trainer)),
+    ]
+    about = json.dumps([config, *dtypes], sort_keys=True)
     found = blake2b(about.encode(), digest_size=32)
     try:
         files = weight_files(vllm_config)

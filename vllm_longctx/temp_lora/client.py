@@ -47,10 +47,10 @@ def trainer_client(
     """
     model, trainer = vllm_config.model_config, settings.trainer
     loads_weights = shared is None and trainer.address is None
+    dtype = str(base_model.trainer_dtype(model, trainer)).removeprefix("torch.")
     options = m.Options(
-        **{**m.shared_fields(m.Options, trainer), "address": trainer.address or ""},
+        **{**m.shared_fields(m.Options, trainer), "address": trainer.address or "", "dtype": dtype},
         model=model.model,
-        dtype=str(model.dtype).removeprefix("torch."),
         config=base_model.resolved_config(model),
         weights=base_model.weight_files(vllm_config) if loads_weights else [],
         shares=shared is not None,
@@ -483,7 +483,11 @@ def check_memory(options: m.Options, training: TrainingNeed) -> None:
     less = [] if options.recompute else ["set adaptation.trainer.recompute true"]
     less.append(f"lower {training.sizes}")
     less.append("lower gpu_memory_utilization" if on_gpu else f"give the KV cache less ({HOST_KV})")
-    less.append("name another GPU in adaptation.trainer.device" if on_gpu else "use dtype bfloat16")
+    other_gpu, fewer_bits = (
+        "name another GPU in adaptation.trainer.device",
+        "set adaptation.trainer.dtype bfloat16",
+    )
+    less.append(other_gpu if on_gpu else fewer_bits)
     raise LongContextError(
         f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB on {where} "
         f"({weights / 2**30:.2f} for its own copy of the {options.dtype} weights of {options.model}, "

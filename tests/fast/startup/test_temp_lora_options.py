@@ -9,6 +9,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_longctx.config import AdaptationSection, LongContextConfig, LongContextError
@@ -254,6 +255,14 @@ THERE = f"this process may use {', '.join(map(str, CPUS))}"
 def test_a_trainer_that_cannot_be_is_refused(model: Path, trainer: dict[str, Any], message: str) -> None:
     with pytest.raises(LongContextError, match=message):
         start(model, {"trainer": trainer})
+
+
+def test_a_trainer_beside_the_engine_has_its_dtype(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(
+        LongContextError, match=r"dtype = 'float32' is for a trainer on the CPU, but .* leave dtype out"
+    ):
+        start(model, {"trainer": {"device": "cuda", "dtype": "float32"}})
 
 
 def test_cpus_are_those_of_this_process(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,12 @@ from vllm_longctx.temp_lora import messages as m
 from vllm_longctx.temp_lora.client import trainer_client
 from vllm_longctx.trainer import sidecar
 
-ADAPTING = {"longctx": {"attention": {"method": "none"}, "adaptation": {"rank": 4, "slots": 2}}}
+
+def adapting(**more: Any) -> dict[str, Any]:
+    return {"longctx": {"attention": {"method": "none"}, "adaptation": {"rank": 4, "slots": 2, **more}}}
+
+
+ADAPTING = adapting()
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
 
 
@@ -251,6 +256,36 @@ def test_weights_that_are_not_all_there_are_never_made_up(tiny_llama: Path, tmp_
     save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"the weights of .* lack model.layers.1.mlp.up_proj.weight"):
         sidecar.load(options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "can", "trainer", "expected"),
+    [
+        ("float32", {}, {}, torch.float32),
+        ("bfloat16", {}, {}, torch.float32),
+        ("bfloat16", {"amx_bf16": False, "avx512_bf16": True}, {}, torch.bfloat16),
+        ("bfloat16", {"amx_bf16": True}, {"dtype": "float32"}, torch.float32),
+        ("bfloat16", {}, {"dtype": "bfloat16"}, torch.bfloat16),
+        ("float16", {"amx_bf16": True}, {}, torch.float32),
+        ("float16", {"amx_fp16": True}, {}, torch.float16),
+    ],
+)
+def test_the_trainer_computes_in_what_the_cpu_multiplies(
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    can: dict[str, bool],
+    trainer: dict[str, str],
+    expected: torch.dtype,
+) -> None:
+    """What it is told, what the memory is counted by, and what versions are named by."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    config = create(tiny_llama, dtype=dtype, additional_config=adapting(trainer={"device": "cpu", **trainer}))
+    assert getattr(torch, told(config).dtype) == expected
+    assert base_model.trained_model(config).dtype == expected
+    another = {"device": "cpu", "dtype": "bfloat16" if expected == torch.float32 else "float32"}
+    other = create(tiny_llama, dtype=dtype, additional_config=adapting(trainer=another))
+    assert base_model.identity(config) != base_model.identity(other)
 
 
 def test_the_probe_is_a_text_that_every_query_sees_whole(tiny_llama: Path) -> None:

@@ -487,7 +487,9 @@ def test_what_was_learned_outlives_trainers(checkpoint: Path, tmp_path: Path):
 def test_too_little_memory_is_an_error_before_the_start(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**20})())
     client = client_of(checkpoint)
-    with pytest.raises(LongContextError, match=r"needs 0\.00 GiB .*float32 .* or use dtype bfloat16"):
+    with pytest.raises(
+        LongContextError, match=r"needs 0\.00 GiB .*float32 .* or set adaptation.trainer.dtype bfloat16"
+    ):
         client.start()
     assert client.process_id is None
     client.close()
