@@ -162,8 +162,12 @@ def decode(record: "Record", plan: Plan, setting: "Setting") -> None:
 def lambda_decode_time(
     pool: "Pool", query: Tensor, length: int, tables: list[Tensor], shape: Shape
 ) -> dict[str, float]:
-    from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
-    from vllm_longctx.cuda.sliding import num_sms
+    from vllm_longctx.cuda.kernels.lambda_decode import (
+        decode_splits,
+        decode_workspace,
+        lambda_decode,
+        num_sms,
+    )
 
     view, batch = view_of(shape), len(query)
     splits = decode_splits(view, batch, shape.kv_heads, num_sms(device()), length)
@@ -185,9 +189,13 @@ def stepped_decode(
 
     query [rows, heads, head_size]. window: keys of the longest.
     """
-    from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
+    from vllm_longctx.cuda.kernels.lambda_decode import (
+        decode_splits,
+        decode_workspace,
+        lambda_decode,
+        num_sms,
+    )
     from vllm_longctx.cuda.kernels.lambda_tile import View
-    from vllm_longctx.cuda.sliding import num_sms
     from vllm_longctx.geometry import Geometry
 
     view, rows = View(Geometry()), len(query)
@@ -268,9 +276,9 @@ def look_up(query: Tensor, memories: "Memories", scale: float, share: float | No
 
     Output [queries, heads, head_size], log-sum-exps [queries, heads].
     """
+    from vllm_longctx.cuda.kernels.lambda_decode import num_sms
     from vllm_longctx.cuda.kernels.lookup import attend_best, block_counts
     from vllm_longctx.cuda.kernels.lookup_decode import attend_best_decode, lookup_splits
-    from vllm_longctx.cuda.sliding import num_sms
     from vllm_longctx.engine.lookup import SCANNED
 
     if query.shape[1] > 1:

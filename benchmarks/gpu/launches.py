@@ -64,7 +64,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
 
 def layer(in_graphs: bool, kind: str) -> Callable[[], None]:
     """A decode of a layer: `top_k` or `blocks` of a memory layer, or the `branch` of LM-Infinite."""
-    from vllm_longctx.cuda.decode_lookups import DecodeLookup
+    from vllm_longctx.cuda.kernels.decode_lookups import DecodeLookup
     from vllm_longctx.cuda.kernels.lambda_decode import decode_workspace
     from vllm_longctx.cuda.kernels.lookup import Summaries
     from vllm_longctx.cuda.kernels.lookup_decode import lookup_splits

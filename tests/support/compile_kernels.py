@@ -291,10 +291,8 @@ CASES |= {
         ("3B float16", (F16, 32, 32, 100), {}),
         ("8B bfloat16", (BF16, 32, 8, 128), {}),
         ("8B bfloat16 by blocks", (BF16, 32, 8, 128), {"share": 0.1}),
-        ("8B bfloat16, soft cap and sinks", (BF16, 32, 8, 128), {"soft_cap": 50.0, "sinks": True}),
         ("8B float32 by blocks", (F32, 32, 8, 128), {"share": 0.1}),
         ("70B bfloat16 by blocks", (BF16, 64, 8, 128), {"share": 0.1}),
-        ("head 256 bfloat16, blocks of 256", (BF16, 16, 8, 256), {"block_size": 256, "share": 0.1}),
         ("head 80 float16, group 7", (F16, 28, 4, 80), {}),
     )
 }
@@ -308,7 +306,6 @@ def launch_turn(dtype: torch.dtype, heads: int, head_size: int, is_neox: bool = 
 
 CASES |= {
     "turn, 8B bfloat16": partial(launch_turn, BF16, 32, 128),
-    "turn, GPT-J float16, interleaved": partial(launch_turn, F16, 16, 256, False),
     "turn, head 80 float32": partial(launch_turn, F32, 28, 80),
 }
 

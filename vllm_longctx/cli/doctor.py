@@ -173,7 +173,7 @@ def decode_graphs(config: "VllmConfig", settings: "Settings") -> str:
     """In which CUDA graphs steps run that only decode, and why not in full ones."""
     from vllm.config import CUDAGraphMode
 
-    from vllm_longctx.cuda.decode_lookups import has_graphs
+    from vllm_longctx.cuda.kernels.decode_lookups import has_graphs
     from vllm_longctx.settings import Lookup
 
     graphs, attention = config.compilation_config.cudagraph_mode, settings.attention

@@ -2,8 +2,8 @@
 
 As on the CPU (`vllm_longctx.cpu.memory`) all positions are counted from the query's window, and keys before
 it are stored unrotated. So a memory layer that attends to all is plain attention: `sliding` with a geometry
-that sees everything. Where queries look up the best keys, `decode_lookups` or, for chunks, `kernels.lookup`
-attends to these and `window` to the keys since the window's start.
+that sees everything. Where queries look up the best keys, `kernels.decode_lookups` or, for chunks,
+`kernels.lookup` attends to these, and `window` to the keys since the window's start.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,12 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from vllm_longctx.cuda.decode_lookups import DecodeLookup, DecodeLookups, cudagraph_support, of_first_token
+from vllm_longctx.cuda.kernels.decode_lookups import (
+    DecodeLookup,
+    DecodeLookups,
+    cudagraph_support,
+    of_first_token,
+)
 from vllm_longctx.cuda.kernels.lambda_decode import MAX_SPLITS, decode_workspace, lambda_decode
 from vllm_longctx.cuda.kernels.lookup import WORKSPACE, Memories, Summaries, attend_best
 from vllm_longctx.cuda.kernels.stepped import stepped_attention

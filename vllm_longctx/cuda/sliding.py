@@ -31,7 +31,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, is_quantized_kv_cache
 
 from vllm_longctx.cuda.kernels.lambda_attention import lambda_attention
-from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode
+from vllm_longctx.cuda.kernels.lambda_decode import decode_splits, decode_workspace, lambda_decode, num_sms
 from vllm_longctx.cuda.kernels.lambda_tile import Turn, View
 from vllm_longctx.engine.layers import LayerSite
 from vllm_longctx.geometry import Geometry
@@ -153,11 +153,6 @@ class LambdaBackend(AttentionBackend):
         """
         head_major = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC, KVCacheLayout.LHBNC, KVCacheLayout.BHLNC)
         return (*head_major, KVCacheLayout.LBNHC, KVCacheLayout.BLNHC)
-
-
-def num_sms(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 class DecodeSplits:

@@ -17,7 +17,12 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from vllm_longctx.cuda.decode_lookups import DecodeLookup, DecodeLookups, cudagraph_support, of_first_token
+from vllm_longctx.cuda.kernels.decode_lookups import (
+    DecodeLookup,
+    DecodeLookups,
+    cudagraph_support,
+    of_first_token,
+)
 from vllm_longctx.cuda.kernels.lookup_decode import turned
 from vllm_longctx.cuda.rows import StepRows
 from vllm_longctx.cuda.sliding import LambdaBackend, LambdaImpl, LambdaMetadata, LambdaMetadataBuilder

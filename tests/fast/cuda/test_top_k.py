@@ -28,7 +28,7 @@ from tests.support.vllm_names import kv_cache_config
 from vllm_longctx import reference
 from vllm_longctx.config import LongContextError
 from vllm_longctx.cuda import top_k_runner
-from vllm_longctx.cuda.decode_lookups import DecodeLookup
+from vllm_longctx.cuda.kernels.decode_lookups import DecodeLookup
 from vllm_longctx.cuda.kernels.lambda_decode import decode_workspace
 from vllm_longctx.cuda.kernels.lookup import WORKSPACE
 from vllm_longctx.cuda.memory import pool_beside_lookups

@@ -29,6 +29,11 @@ def decode_launch(head_size: int, element_size: int, group: int) -> Launch:
     return Launch(rows, 64 if head_size <= 128 else 32, 4 if rows <= 32 else 8, 5)
 
 
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def decode_splits(view: View, rows: int, kv_heads: int, num_sms: int, max_seq_len: int) -> int:
     """Programs among which to split a row's keys, so that `rows` rows fill the device.
 

@@ -136,9 +136,9 @@ def in_turn(columns: Tensor, kv_heads: int, counts: Tensor) -> Tensor:
     rows, heads, n = columns.shape
     group = heads // kv_heads
     out = torch.empty(rows, kv_heads, n, dtype=torch.int64, device=columns.device)
-    _in_turn_kernel[(rows, kv_heads)](
-        columns, counts, out, n, GROUP=group, TURNS=max(triton.next_power_of_2(n * group), 16), num_warps=8
-    )
+    turns = max(triton.next_power_of_2(n * group), 16)
+    warps = max(turns // 256, 8)  # eight numbers of a thread: a sort of more takes long to compile
+    _in_turn_kernel[(rows, kv_heads)](columns, counts, out, n, GROUP=group, TURNS=turns, num_warps=warps)
     return out
 
 

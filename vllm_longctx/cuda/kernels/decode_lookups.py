@@ -13,9 +13,9 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_longctx.cuda.kernels.lambda_decode import num_sms
 from vllm_longctx.cuda.kernels.lookup import Memories, Summaries, attend_best, block_counts
 from vllm_longctx.cuda.kernels.lookup_decode import attend_best_decode, fits, lookup_splits
-from vllm_longctx.cuda.sliding import num_sms
 from vllm_longctx.engine.lookup import SCANNED
 from vllm_longctx.settings import Lookup
 
