@@ -47,9 +47,11 @@ class Steps(Core):
         config.cache_config.num_gpu_blocks = num_blocks
         active = active_settings(config)
         classes = [resolve_obj_by_qualname(path) for path in active.mode.scheduler_paths]
-        if Role.MEMORY in active.mode.layers:
+        if Role.WINDOW in active.mode.layers:
             windows = active.memory.windows
-            specs = [MemorySpec.of(FULL, windows, None), WindowSpec.of(FULL, windows, 1 + steps_ahead)]
+            specs = [WindowSpec.of(FULL, windows, 1 + steps_ahead)]
+            if Role.MEMORY in active.mode.layers:
+                specs.insert(0, MemorySpec.of(FULL, windows, None))
         else:
             specs = [LambdaSpec.from_attention_spec(FULL, active.geometry)]
             if active.mode.top_k:

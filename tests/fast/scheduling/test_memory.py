@@ -25,14 +25,15 @@ OPEN, MEMORY = "open", "memory"
 
 
 class Crowd(Steps):
-    def __init__(self, seed: int, steps_ahead: int, num_blocks: int):
+    def __init__(self, seed: int, steps_ahead: int, num_blocks: int, mem_layers: list[int]):
         engine = {
             "enable_prefix_caching": True,
             "max_num_batched_tokens": 80,
             "max_num_seqs": 4,
             "max_model_len": 640,
         }
-        super().__init__(SECTION, steps_ahead, num_blocks, **engine)
+        section = {"attention": SECTION["attention"] | {"mem_layers": mem_layers}}
+        super().__init__(section, steps_ahead, num_blocks, **engine)
         self.rng = random.Random(seed)
         windows = active_settings(self.scheduler.vllm_config).memory.windows
         assert windows is not None
@@ -132,12 +133,19 @@ class Crowd(Steps):
 
 
 @pytest.mark.parametrize(
-    ("num_blocks", "steps_ahead"),
-    [(30, 1), (200, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((30, 0), (200, 1)))],
+    ("num_blocks", "steps_ahead", "mem_layers"),
+    [
+        (30, 1, [1]),
+        (200, 0, [1]),
+        (15, 1, []),
+        *(pytest.param(*case, [1], marks=pytest.mark.slow) for case in ((30, 0), (200, 1))),
+    ],
 )
-def test_whoever_is_hit_is_given_what_it_would_have_computed(steps_ahead: int, num_blocks: int) -> None:
+def test_whoever_is_hit_is_given_what_it_would_have_computed(
+    steps_ahead: int, num_blocks: int, mem_layers: list[int]
+) -> None:
     """Chats whose turns are written again, by many at once, over a pool that is too small, or not."""
-    core = Crowd(1, steps_ahead, num_blocks)
+    core = Crowd(1, steps_ahead, num_blocks, mem_layers)
     texts, number = [[core.rng.randrange(40) for _ in range(300)] for _ in range(3)], 0
     for _ in range(25):
         for _ in range(core.rng.randrange(1, 4)):
@@ -158,7 +166,7 @@ def test_whoever_is_hit_is_given_what_it_would_have_computed(steps_ahead: int, n
     assert any(hit >= windows.tokens for hit in hits)
     assert all(hit % windows.tokens == 0 for hit in hits if hit > windows.tokens)
     preempted = any(request.num_preemptions for request in core.requests.values())
-    assert preempted == (num_blocks == 30)
+    assert preempted == (num_blocks < 200)
     for manager in core.managers:
         assert not manager.req_to_blocks
         if isinstance(manager, MemoryManager):
