@@ -278,7 +278,7 @@ def test_nothing_waits_for_the_device(
     engine = Engine(geometry, device=META)
     called = []
     for kernel in ("lambda_decode", "lambda_attention"):
-        monkeypatch.setattr(cuda, kernel, lambda *args, name=kernel: called.append(name))
+        monkeypatch.setattr(cuda, kernel, lambda *args, name=kernel, **kwargs: called.append(name))
     metadata = engine.builder.build(0, engine.metadata(lens, len(lens)))
     q, k = (torch.empty(sum(lens), heads * HEAD_SIZE, device=META) for heads in (HEADS, KV_HEADS))
     assert engine.rotary is not None
