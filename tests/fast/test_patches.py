@@ -63,7 +63,9 @@ def run_tests(files: list[str], directory: Path) -> subprocess.CompletedProcess[
     options = ["-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-c", os.devnull]
     options += ["--continue-on-collection-errors", "--rootdir", str(directory)]
     command = [sys.executable, "-m", "pytest", *options, *files]
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=3000
+    )
 
 
 @each_and_all
