@@ -320,7 +320,7 @@ FOCUSED_SECTION = {
         ({}, None),
         ({"lookup": "top_k", "top_k": 5}, 5),
         ({"lookup": "blocks", "top_k": 5}, 5),  # fewer blocks than are always read
-        ({"memory_limit_gib": 0.0013}, None),
+        ({"memory_limit_gib": 0.0005}, None),
         ({"mem_layers": [], "mem_dtype": None}, None),
     ],
     ids=["all", "top_k", "blocks", "memory_apart", "no_memory"],
@@ -331,9 +331,11 @@ def test_over_a_memory(tiny_llama: Path, more: dict[str, Any], top_k: int | None
     """
     adaptation = {**RECIPE, "slots": 2, "trainer": {"timeout_s": 20.0}}
     others: list[tuple[int, int, dict[str, Any] | None]] = [(10, 150, None)] * 4
-    small = {"num_gpu_blocks_override": 60, "max_model_len": 600}
+    small = {"num_gpu_blocks_override": 45, "max_model_len": 600}
     section = {**FOCUSED_SECTION, **more}
     seen = Focused(64, 32, tuple(section["mem_layers"]), top_k)
     with running(tiny_llama, section, adaptation, **small) as llm:
         for outputs in in_a_crowd(llm, others):
             assert_all_follow(outputs, tiny_llama, seen)
+        # Windows alone leave room for all.
+        assert not section["mem_layers"] or metric(llm, "vllm:num_preemptions") > 0
