@@ -10,6 +10,7 @@ streams:
   a block from the last tokens of context with a KV cache, train on the block, repeat. Same model, sizes,
   recipe and, by default, every core.
 - longctx: our engine with 1, 2, ... streams at once; 1 is our own engine running them one after another.
+  With `--streams 1` that is all.
 - bystanders: tokens/s of streams that did not opt in while as many others learn, against the same mix with
   the trainer idle (`epochs` 0).
 
@@ -320,20 +321,21 @@ def main(
     preset: str = "temp-lora-quality",
     adaptation: Annotated[str, typer.Option(help="Keys of adaptation beside the preset's, as JSON.")] = "{}",
     streams: Annotated[
-        int, typer.Option(help="Texts written in each way; as many may write at once.", min=2)
+        int, typer.Option(help="Texts written in each way; as many may write at once.", min=1)
     ] = 8,
     prompt_tokens: int = 64,
     written: Annotated[int, typer.Option(help="Tokens that each stream writes; whole blocks.")] = 1024,
     rounds: int = 3,
     threads: Annotated[int, typer.Option(help="Threads of the official loop.")] = os.cpu_count() or 1,
     swap_rank: Annotated[int, typer.Option(help="Rank of the adapters whose swap is timed.")] = 64,
+    dtype: Annotated[str, typer.Option(help="Of the engine. The official loop has float32.")] = "float32",
     max_model_len: int = 65536,
     enforce_eager: bool = False,
     json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot")] = None,
 ) -> None:
     chosen = {"slots": streams, "cache_gib": 0, **json.loads(adaptation)}  # every round learns anew
-    kwargs: dict[str, Any] = {"dtype": "float32", "enforce_eager": enforce_eager, "max_num_seqs": 2 * streams}
+    kwargs: dict[str, Any] = {"dtype": dtype, "enforce_eager": enforce_eager, "max_num_seqs": 2 * streams}
     learning = {"temp_lora": True, "train_on_prompt": False}
     counts = [n for n in (1 << k for k in range(16)) if n < streams] + [streams]
     speeds: dict[str, list[float]] = {}
@@ -360,8 +362,10 @@ def main(
                 figures[f"longctx {at_once}"] = learning_speed(
                     engine, prompts, tokens, recipe["block_tokens"], learning, at_once
                 )
-            half = len(prompts) // 2
-            for name, epochs in (("bystanders, idle trainer", 0), ("bystanders", recipe["epochs"])):
+            half = len(prompts) // 2  # none beside a stream alone
+            for name, epochs in (("bystanders, idle trainer", 0), ("bystanders", recipe["epochs"]))[
+                : 2 * half
+            ]:
                 options = {**learning, "epochs": epochs}
                 figures[name] = bystander_speed(engine, prompts[:half], prompts[half:], tokens, options)
             for name, speed in figures.items() if number else ():
@@ -380,11 +384,7 @@ def main(
         "rounds": rounds,
         "threads": threads,
         "tokens_per_s": medians,
-        "ratios": {
-            "to official": medians[f"longctx {streams}"] / medians["official"],
-            "to one after another": medians[f"longctx {streams}"] / medians["longctx 1"],
-            "bystanders to idle trainer": medians["bystanders"] / medians["bystanders, idle trainer"],
-        },
+        "ratios": ratios(medians, streams),
         "swap_rank": swap_rank,
         **engine_metrics,
         "flops": flops_rows(),
@@ -393,6 +393,15 @@ def main(
     write_json(json_out, result)
     if plot_out is not None:
         draw(plot_out, counts, medians)
+
+
+def ratios(medians: dict[str, float], streams: int) -> dict[str, float]:
+    """Of tokens/s."""
+    found = {"to official": medians[f"longctx {streams}"] / medians["official"]}
+    if streams > 1:
+        found["to one after another"] = medians[f"longctx {streams}"] / medians["longctx 1"]
+        found["bystanders to idle trainer"] = medians["bystanders"] / medians["bystanders, idle trainer"]
+    return found
 
 
 def longctx(preset: str, adaptation: dict[str, Any]) -> dict[str, Any]:
@@ -413,7 +422,7 @@ def print_tables(result: dict[str, Any]) -> None:
         "way", "tokens/s", title=f"{result['streams']} streams that write {result['written']:,} tokens each"
     )
     for name, speed in result["tokens_per_s"].items():
-        table.add_row(name, f"{speed:,.0f}")
+        table.add_row(name, f"{speed:,.1f}")
     table.add_section()
     for name, ratio in result["ratios"].items():
         table.add_row(f"ratio {name}", f"{ratio:.2f}")

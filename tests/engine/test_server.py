@@ -150,6 +150,7 @@ def test_the_example_of_a_chat_goes_on_past_the_trained_length(address: str, tex
     assert_that_a_chat_goes_on(address, text, TRAINED)
 
 
+@pytest.mark.slow
 def test_each_request_sees_what_it_has_chosen(
     client: OpenAI, text: str, ids: list[int], reference: ReferenceLlama
 ) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -84,3 +85,33 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     yield
     distributed.destroy_model_parallel()
     distributed.destroy_distributed_environment()
+
+
+@pytest.fixture
+def short_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several chunks and parts each, where decodes look up a memory; long ones take long to interpret."""
+    from vllm_longctx.cuda.kernels import lookup_decode
+
+    monkeypatch.setattr(lookup_decode, "LIST", 4)
+    monkeypatch.setattr(lookup_decode, "PART", 16)
+
+
+@pytest.fixture
+def sorted_by_numpy(short_lists: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing takes longer to interpret than Triton's own sorting. The tests of the kernels have that."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    def largest(x: Any, k: Any, dim: Any = None, descending: Any = True) -> Any:
+        return like(x, -np.sort(-x.handle.data)[: int(k)])
+
+    def ascending(x: Any, dim: Any = None, descending: Any = False) -> Any:
+        return like(x, np.sort(x.handle.data))
+
+    def like(x: Any, data: Any) -> Any:
+        return tl.tensor(TensorHandle(data, x.dtype), tl.block_type(x.dtype, [*data.shape]))
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(tl, "topk", largest)
+        monkeypatch.setattr(tl, "sort", ascending)

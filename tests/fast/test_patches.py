@@ -33,7 +33,7 @@ each_and_all = pytest.mark.parametrize(
 )
 
 
-def tests_of(patches: list[Path]) -> list[str]:
+def written_tests(patches: list[Path]) -> list[str]:
     return [f for p in patches for f in re.findall(r"^\+\+\+ b/(tests/\S+)", p.read_text(), re.MULTILINE)]
 
 
@@ -77,7 +77,7 @@ def test_they_apply(patches: list[Path], tmp_path: Path) -> None:
         ast.parse(text)
     # F: names that are not defined, imports that are not used
     ruff = [str(Path(sys.executable).parent / "ruff"), "check", "--isolated", "--no-cache", "--select", "F"]
-    command = [*ruff, *files, *tests_of(patches)]
+    command = [*ruff, *files, *written_tests(patches)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -93,9 +93,9 @@ def test_each_has_a_message_and_a_test() -> None:
     for patch in (*PATCHES, *DIRECTORY.glob("*/*.diff")):
         title, empty, *rest = patch.read_text().splitlines()
         assert re.match(r"(\[[\w /]+\])+ \w", title) and not empty and not rest[0].startswith("---"), patch
-        assert len(tests_of([patch])) == 1 or "there is no test" in patch.read_text().replace("\n", " "), (
-            patch
-        )
+        assert len(written_tests([patch])) == 1 or "there is no test" in patch.read_text().replace(
+            "\n", " "
+        ), patch
 
 
 @pytest.mark.slow  # each starts Python and vLLM anew, and some of them an engine
@@ -103,7 +103,7 @@ def test_each_has_a_message_and_a_test() -> None:
 class TestsOfTheirs:
     @each_and_all
     def test_they_pass(self, patches: list[Path], tmp_path: Path) -> None:
-        if not (files := tests_of(patches)):
+        if not (files := written_tests(patches)):
             pytest.skip("it changes documentation only")
         shutil.copytree(SITE_PACKAGES / "vllm", tmp_path / "vllm", copy_function=os.symlink)
         patched(patches, tmp_path)
@@ -114,6 +114,6 @@ class TestsOfTheirs:
         patched(PATCHES, tmp_path)
         shutil.rmtree(tmp_path / "vllm")
         shutil.copytree(SITE_PACKAGES / "vllm", tmp_path / "vllm", copy_function=os.symlink)
-        done = run_tests(tests_of(PATCHES), tmp_path)
+        done = run_tests(written_tests(PATCHES), tmp_path)
         failed = set(re.findall(r"^(?:FAILED|ERROR) (tests/[^:\s]+)", done.stdout, re.MULTILINE))
-        assert failed == set(tests_of([p for p in PATCHES if not changes_no_behaviour(p)])), done.stdout
+        assert failed == set(written_tests([p for p in PATCHES if not changes_no_behaviour(p)])), done.stdout

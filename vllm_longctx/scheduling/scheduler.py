@@ -125,7 +125,7 @@ class LongContextScheduler(Scheduler):
         self.views[name] = view
         if self.view_hash is None or request.mm_features:
             request.skip_reading_prefix_cache = True
-        else:
+        elif request._block_hasher is not None:  # as the probe of a start has none
             request.block_hashes = ViewHashes(view)
             request._block_hasher = view_hasher(view, self.view_hash, self.hash_block_size)
             request.update_block_hashes()

@@ -45,8 +45,9 @@ NOT_DECIDING = frozenset(
         "trainer",
     }
 )
+# The dtype in force is in `base_model.identity`.
 NOT_DECIDING_OF_TRAINER = frozenset(
-    {"recompute", "duty_cycle", "cpus", "address", "timeout_s", "start_timeout_s", "max_restarts"}
+    {"dtype", "recompute", "duty_cycle", "cpus", "address", "timeout_s", "start_timeout_s", "max_restarts"}
 )
 
 

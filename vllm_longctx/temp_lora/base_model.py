@@ -92,9 +92,10 @@ def trainer_dtype(model: ModelConfig, trainer: TrainerSettings) -> torch.dtype:
 
 
 def trained_model(vllm_config: VllmConfig, trainer: TrainerSettings | None = None) -> PreTrainedModel:
-    """The trainer's model without weights, on `meta`. trainer: By default the engine's own."""
-    model, trainer = vllm_config.model_config, trainer or active_settings(vllm_config).temp_lora.trainer
-    dtype = str(trainer_dtype(model, trainer)).removeprefix("torch.")
+    """The trainer's model without weights, on `meta`. trainer: Decides its dtype, else the engine does."""
+    model = vllm_config.model_config
+    of_weights = model_dtype(model) if trainer is None else trainer_dtype(model, trainer)
+    dtype = str(of_weights).removeprefix("torch.")
     with set_current_vllm_config(vllm_config):  # for classes of transformers' that vLLM has made its own
         return skeleton(model.model, dtype, "sdpa", resolved_config(model))
 

@@ -92,7 +92,7 @@ def training_need(vllm_config: VllmConfig, settings: Adaptation) -> TrainingNeed
     rank = "rank" if settings.rank == settings.max_rank else "max_rank"
     names = ["block_tokens", "train_context_tokens", "slots", rank]
     *most, last = (f"adaptation.{name} = {getattr(settings, name)}" for name in names)
-    shape = Shape.of(base_model.trained_model(vllm_config))
+    shape = Shape.of(base_model.trained_model(vllm_config, settings.trainer))
     cache = shape.cache_bytes(settings)
     if settings.trainer.device == "cpu" and cache >= 1 << 30:  # less is not worth naming
         most.insert(0, f"adaptation.cache_gib = {cache / 2**30:g}")
@@ -104,7 +104,7 @@ def trainer_bytes(vllm_config: VllmConfig, device: torch.device) -> int:
     settings = active_settings(vllm_config).temp_lora
     if settings.trainer.address is not None or torch.device(settings.trainer.device) != device:
         return 0
-    model = base_model.trained_model(vllm_config)
+    model = base_model.trained_model(vllm_config, settings.trainer)
     shares = vllm_config.instance_id in shared_by_engine
     weights = 0 if shares else model.num_parameters() * model.dtype.itemsize
     return weights + Shape.of(model).training_bytes(settings)

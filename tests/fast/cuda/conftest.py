@@ -13,14 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
-import numpy as np
 import pytest
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from transformers import LlamaConfig
-from triton.runtime.interpreter import TensorHandle
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.v1.worker import gpu as v2
 from vllm.v1.worker.gpu import buffer_utils
@@ -28,7 +25,7 @@ from vllm.v1.worker.gpu import buffer_utils
 from tests.support.cuda_engine import BLOCK_SIZE
 from tests.support.engine_args import TINY, save
 from vllm_longctx.cuda import sliding as cuda
-from vllm_longctx.cuda.kernels import lambda_attention, lambda_decode, lookup_decode, stepped
+from vllm_longctx.cuda.kernels import lambda_attention, lambda_decode, stepped
 from vllm_longctx.cuda.kernels.lambda_tile import Launch
 
 KERNELS = ("buffer_utils", "input_batch", "block_table", "prompt_logprob", "logprob", "gumbel", "penalties")
@@ -52,34 +49,6 @@ def lora_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda tokens, max_batches, device, **kwargs: PunicaWrapperCPU(tokens, max_batches, device, **kwargs),
     )
     monkeypatch.setattr("vllm.lora.model_manager.PIN_MEMORY", False)
-
-
-@pytest.fixture
-def short_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several chunks and parts each, where decodes look up a memory; long ones take long to interpret."""
-    monkeypatch.setattr(lookup_decode, "LIST", 4)
-    monkeypatch.setattr(lookup_decode, "PART", 16)
-
-
-@pytest.fixture
-def sorted_by_numpy(short_lists: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lookups over whole engines: nothing takes longer to interpret than Triton's own sorting.
-
-    The tests of each kernel have that.
-    """
-
-    def largest(x: Any, k: Any, dim: Any = None, descending: Any = True) -> Any:
-        return like(x, -np.sort(-x.handle.data)[: int(k)])
-
-    def ascending(x: Any, dim: Any = None, descending: Any = False) -> Any:
-        return like(x, np.sort(x.handle.data))
-
-    def like(x: Any, data: Any) -> Any:
-        return tl.tensor(TensorHandle(data, x.dtype), tl.block_type(x.dtype, [*data.shape]))
-
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(tl, "topk", largest)
-        monkeypatch.setattr(tl, "sort", ascending)
 
 
 @pytest.fixture

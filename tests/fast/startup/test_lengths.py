@@ -277,14 +277,16 @@ def test_where_vllm_takes_what_is_left_there_is_room_for_the_trainer(
     """On a machine of 75 GiB, where the trainer has another copy of the weights."""
     monkeypatch.setattr(pool, "memory_of_a_rank", lambda: 75 << 30)
 
+    trainer = {"dtype": "bfloat16"}
+
     def plain(**adaptation: Any) -> int:
-        value = {"preset": "temp-lora-quality", "adaptation": {"slots": 1, **adaptation}}
+        value = {"preset": "temp-lora-quality", "adaptation": {"slots": 1, "trainer": trainer, **adaptation}}
         return settings(llama_8b, value).temp_lora.plain_tokens
 
     monkeypatch.setattr(pool, "without_weights", lambda model: pytest.fail("made beside the trainer's"))
     here = plain()
     assert 24576 < here < 131072
-    assert plain(slots=2) < here < plain(rank=32) < plain(trainer={"recompute": True}) == 131072
+    assert plain(slots=2) < here < plain(rank=32) < plain(trainer={**trainer, "recompute": True}) == 131072
     assert plain(trainer={"address": "ipc:///tmp/trainer"}) == 131072
 
 

@@ -23,6 +23,7 @@ from vllm_longctx.settings import Adaptation, TrainerSettings, active_settings
 from vllm_longctx.startup.trainer import check_trainer
 from vllm_longctx.temp_lora import client
 from vllm_longctx.temp_lora import training_memory as device
+from vllm_longctx.temp_lora.base_model import trainer_dtype
 from vllm_longctx.temp_lora.messages import Options, Recipe
 from vllm_longctx.temp_lora.training_memory import Shape
 from vllm_longctx.trainer import sidecar
@@ -205,10 +206,8 @@ def test_the_cpus_automatic_kv_cache_leaves_room_for_the_trainer(monkeypatch: py
     config = create(additional_config={"longctx": {"preset": "temp-lora-quality"}})
     need = client.trainer_bytes(config, torch.device("cpu"))
     adaptation = active_settings(config).temp_lora
-    model = config.model_config
-    assert (
-        need == client.weight_bytes(str(BOOKLM), model.dtype) + client.training_need(config, adaptation).bytes
-    )
+    weights = client.weight_bytes(str(BOOKLM), trainer_dtype(config.model_config, adaptation.trainer))
+    assert need == weights + client.training_need(config, adaptation).bytes
     worker = object.__new__(LongContextWorker)
     worker.vllm_config, worker.cache_config = config, config.cache_config
     worker.parallel_config, worker.device = config.parallel_config, torch.device("cpu")
@@ -228,8 +227,8 @@ def test_the_cpus_automatic_kv_cache_leaves_room_for_the_trainer(monkeypatch: py
 
 
 def test_what_training_needs_is_that_of_the_models_shape_with_the_settings_that_decide_it():
-    config = create(additional_config={})
-    shape = Shape.of(AutoModelForCausalLM.from_pretrained(BOOKLM))
+    config = create(additional_config={}, dtype="float32")
+    shape = Shape.of(AutoModelForCausalLM.from_pretrained(BOOKLM, dtype=torch.float32))
     for more, named in ((settings(), "rank = 4"), (settings(max_rank=8), "max_rank = 8")):
         need = client.training_need(config, more)
         assert need.bytes == shape.training_bytes(more)

@@ -282,7 +282,7 @@ def test_the_trainer_computes_in_what_the_cpu_multiplies(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
     config = create(tiny_llama, dtype=dtype, additional_config=adapting(trainer={"device": "cpu", **trainer}))
     assert getattr(torch, told(config).dtype) == expected
-    assert base_model.trained_model(config).dtype == expected
+    assert base_model.trained_model(config, active_settings(config).temp_lora.trainer).dtype == expected
     another = {"device": "cpu", "dtype": "bfloat16" if expected == torch.float32 else "float32"}
     other = create(tiny_llama, dtype=dtype, additional_config=adapting(trainer=another))
     assert base_model.identity(config) != base_model.identity(other)

@@ -508,7 +508,7 @@ def one_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory.HostMemory, "release", lambda self: None)
 
 
-@pytest.mark.usefixtures("interpretable", "one_thread", "one_memory")
+@pytest.mark.usefixtures("interpretable", "one_thread", "one_memory", "sorted_by_numpy")
 @pytest.mark.parametrize(
     ("stage", "length"), [("decode", 200), ("prefill", 200), ("lookup", 200), ("memory", 700)]
 )
@@ -544,7 +544,7 @@ def test_a_kernel_check_passes_and_sees_a_wrong_distance(
     assert checks.lambda_error(small, torch.float16, 3000, queries) > tolerated
 
 
-@pytest.mark.usefixtures("one_thread", "one_memory")
+@pytest.mark.usefixtures("one_thread", "one_memory", "sorted_by_numpy")
 def test_a_kernel_check_of_the_lookup_passes() -> None:
     torch.manual_seed(0)
     found = checks.lookup_error(TINY_GQA, torch.float16, 700, 1)
