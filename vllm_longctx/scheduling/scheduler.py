@@ -123,9 +123,9 @@ class LongContextScheduler(Scheduler):
     def _begin_view(self, request: Request, view: RequestView) -> None:
         name = request.request_id
         self.views[name] = view
-        if self.view_hash is None or request.mm_features:
+        if self.view_hash is None or not self._shares_view(request):
             request.skip_reading_prefix_cache = True
-        elif request._block_hasher is not None:  # as the probe of a start has none
+        else:
             request.block_hashes = ViewHashes(view)
             request._block_hasher = view_hasher(view, self.view_hash, self.hash_block_size)
             request.update_block_hashes()
@@ -138,6 +138,10 @@ class LongContextScheduler(Scheduler):
                 f"the request needs {needed} KV blocks with the attention that it has chosen, and the pool "
                 f"has {most}; shorten it, or lower its max_tokens"
             )
+
+    def _shares_view(self, request: Request) -> bool:
+        """Whether KV blocks of a request that has chosen its attention may be shared."""
+        return not request.mm_features
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)

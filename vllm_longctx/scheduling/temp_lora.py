@@ -180,6 +180,10 @@ class TempLoraScheduler(LongContextScheduler):
             self._add_adapting(request)
         super().add_request(request)
 
+    def _shares_view(self, request: Request) -> bool:
+        """The blocks of those that adapt have names already. Of these, only a start's probe chooses."""
+        return request.request_id not in self.adapting and super()._shares_view(request)
+
     def _add_adapting(self, request: Request) -> None:
         """Add the state of a request that adapts; nothing for one that does not."""
         assert request.sampling_params is not None
