@@ -10,6 +10,7 @@ import random
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from unittest.mock import MagicMock
 from zlib import crc32
@@ -51,6 +52,11 @@ from vllm_longctx.temp_lora.messages import (
 )
 
 STOP, VOCABULARY = 7, 40
+
+
+@cache
+def window_start(view: RequestView, position: int, n_local: int) -> int:
+    return int(view.window_start(torch.tensor([position]), n_local))
 
 
 def digest(*values: Any) -> int:
@@ -341,7 +347,7 @@ class Crowd(Core):
         if geometry.n_local is None:
             return geometry.n_global, 0
         own = view or RequestView(geometry.n_global)
-        return geometry.n_global, int(own.window_start(torch.tensor([position]), geometry.n_local))
+        return geometry.n_global, window_start(own, position, geometry.n_local)
 
     def run(self) -> None:
         steps = 0
