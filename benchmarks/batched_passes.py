@@ -25,6 +25,7 @@ from vllm_longctx.cli.engine import model_path
 from vllm_longctx.cli.options import JsonOut
 from vllm_longctx.cli.output import write_json
 from vllm_longctx.cli.train_focused import numbers
+from vllm_longctx.training.trainer import DTYPES
 
 WAYS = ("one adapter each", "one adapter for all")
 
@@ -39,6 +40,8 @@ def main(
     rounds: int = 5,
     json_out: JsonOut = None,
 ) -> None:
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
     torch.set_num_threads(threads)
     counts = numbers("--rows", rows)
     names = [f"request {n}" for n in range(max(counts))]
@@ -46,7 +49,7 @@ def main(
         r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model_path(model), dtype=getattr(torch, dtype)), config, names[0]
+        AutoModelForCausalLM.from_pretrained(model_path(model), dtype=DTYPES[dtype]), config, names[0]
     )
     for name in names[1:]:
         adapted.add_adapter(name, config)

@@ -48,7 +48,9 @@ def train_focused(
     batch: Annotated[int, typer.Option(help="Documents in a batch.", min=1)] = 16,
     schedule: Annotated[
         str | None,
-        typer.Option(help="Values of the paper's d, each for an equal share of the steps. Default: 1,2,4,8."),
+        typer.Option(
+            help="Values of the paper's d, for equal shares of the steps. Default: 1,2,4,8; memorizing: 1"
+        ),
     ] = None,
     context_tokens: Annotated[
         int | None,

@@ -351,10 +351,8 @@ def _learning_items(config: VllmConfig, settings: Adaptation, platform: Platform
     is_beside = settings.trainer.device == platform.device
     shares = is_beside and platform.trains_beside_engine
     trainer = Place.DEVICE if is_beside else Place.HOST
-    per_rank, itemsize = (
-        f"{shape.adapted_features:,} features in and out",
-        model_dtype(config.model_config).itemsize,
-    )
+    per_rank = f"{shape.adapted_features:,} features in and out"
+    itemsize = model_dtype(config.model_config).itemsize
     yield Item(
         "LoRA layers",
         Place.DEVICE,

@@ -128,10 +128,8 @@ def identity(vllm_config: VllmConfig) -> bytes:
     """
     model = vllm_config.model_config
     config = {key: value for key, value in resolved_config(model).items() if key not in NAMES}
-    dtypes = [
-        str(model_dtype(model)),
-        str(trainer_dtype(model, active_settings(vllm_config).temp_lora.trainer)),
-    ]
+    trainer = active_settings(vllm_config).temp_lora.trainer
+    dtypes = map(str, (model_dtype(model), trainer_dtype(model, trainer)))
     about = json.dumps([config, *dtypes], sort_keys=True)
     found = blake2b(about.encode(), digest_size=32)
     try:

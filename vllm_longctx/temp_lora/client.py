@@ -482,12 +482,10 @@ def check_memory(options: m.Options, training: TrainingNeed) -> None:
     where = str(device) if on_gpu else "the host"
     less = [] if options.recompute else ["set adaptation.trainer.recompute true"]
     less.append(f"lower {training.sizes}")
-    less.append("lower gpu_memory_utilization" if on_gpu else f"give the KV cache less ({HOST_KV})")
-    other_gpu, fewer_bits = (
-        "name another GPU in adaptation.trainer.device",
-        "set adaptation.trainer.dtype bfloat16",
-    )
-    less.append(other_gpu if on_gpu else fewer_bits)
+    if on_gpu:
+        less += ["lower gpu_memory_utilization", "name another GPU in adaptation.trainer.device"]
+    else:
+        less += [f"give the KV cache less ({HOST_KV})", "set adaptation.trainer.dtype bfloat16"]
     raise LongContextError(
         f"longctx.adaptation: the trainer needs {need / 2**30:.2f} GiB on {where} "
         f"({weights / 2**30:.2f} for its own copy of the {options.dtype} weights of {options.model}, "
